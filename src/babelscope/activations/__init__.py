@@ -1,0 +1,1 @@
+"""Extracting activations, keeping them on disk, and counting what fires on which language."""

@@ -1,0 +1,185 @@
+"""Extraction: one forward pass for all hookpoints, as a Lightning prediction loop that writes shard after shard."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import polars
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from babelscope.activations import store
+from babelscope.config import Hardware
+from babelscope.errors import UserError
+from babelscope.models import hookpoints as hooks
+from babelscope.models.loading import DTYPES
+from babelscope.models.tokens import TokenizedText, batches, pad
+from babelscope.progress import Progress
+
+log = logging.getLogger(__name__)
+
+# Rows of a shard: small enough that a killed run loses little, large enough that there are few files.
+SHARD_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive batches whose rows make one shard."""
+
+    number: int
+    batches: list[list[TokenizedText]]
+
+    @property
+    def rows(self) -> int:
+        """Own tokens in the shard."""
+        return sum(text.own for batch in self.batches for text in batch)
+
+
+def plan(texts: Sequence[TokenizedText], batch_tokens: int, shard_rows: int = SHARD_ROWS) -> list[Shard]:
+    """Cut texts (in `by_length` order) into batches, and the batches into shards of about `shard_rows` rows."""
+    shards: list[Shard] = []
+    current: list[list[TokenizedText]] = []
+    for batch in batches(texts, batch_tokens):
+        current.append(batch)
+        if sum(text.own for b in current for text in b) >= shard_rows:
+            shards.append(Shard(len(shards), current))
+            current = []
+    if current:
+        shards.append(Shard(len(shards), current))
+    return shards
+
+
+def padding_share(shards: Sequence[Shard]) -> float:
+    """Share of the computed positions that are padding."""
+    real = padded = 0
+    for shard in shards:
+        for batch in shard.batches:
+            real += sum(len(text.ids) for text in batch)
+            padded += len(batch) * max(len(text.ids) for text in batch)
+    return 1 - real / padded if padded else 0.0
+
+
+def token_table(shards: Sequence[Shard], corpus: polars.DataFrame) -> polars.DataFrame:
+    """The row order of every activation file: `row`, `text_id`, `language`, `split`, `position`, `token_id`.
+
+    `position` counts a text's own tokens from 0. `corpus` has `text_id`, `language`, `split`.
+    """
+    texts = [text for shard in shards for batch in shard.batches for text in batch]
+    own = [list(text.ids[text.special :]) for text in texts]
+    table = polars.DataFrame(
+        {"text_id": [text.text_id for text in texts], "token_id": own},
+        schema={"text_id": polars.String, "token_id": polars.List(polars.Int32)},
+    )
+    return (
+        table.join(corpus.select("text_id", "language", "split"), on="text_id", how="left", maintain_order="left")
+        .with_columns(position=polars.int_ranges(0, polars.col("token_id").list.len(), dtype=polars.Int32))
+        .explode("token_id", "position")
+        .drop_nulls("token_id")
+        .with_row_index("row")
+        .select(polars.col("row").cast(polars.Int64), "text_id", "language", "split", "position", "token_id")
+    )
+
+
+class Extractor(pl.LightningModule):
+    """Reads the hookpoints of one batch: a prediction step returns `{hookpoint: [own tokens, d]}` in `dtype`."""
+
+    def __init__(self, model: Any, hookpoints: Sequence[str], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.hookpoints, self.store_dtype = model, list(hookpoints), dtype
+
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """`batch` is (token ids, attention mask, own-token mask), each `[texts, longest]`."""
+        ids, mask, own = batch
+        seen = hooks.read(self.model, self.hookpoints, input_ids=ids, attention_mask=mask)
+        return {name: activations[own].to(self.store_dtype).cpu() for name, activations in seen.items()}
+
+
+class ShardWriter(pl.Callback):
+    """Collects what the prediction steps return and writes a shard whenever one is full."""
+
+    def __init__(self, shards: Sequence[Shard], folder: Path, progress: Progress) -> None:
+        self.folder, self.progress = folder, progress
+        self.ends = [(shard, i == len(shard.batches) - 1) for shard in shards for i in range(len(shard.batches))]
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the batch; write the shard that it completes."""
+        shard, is_last = self.ends[batch_idx]
+        for name, activations in outputs.items():
+            if not torch.isfinite(activations).all():
+                raise UserError(
+                    f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
+                    "(infinite or not a number); allowed: bfloat16 has the range of float32"
+                )
+            self.parts.setdefault(name, []).append(activations)
+        self.progress.update(len(next(iter(outputs.values()))))
+        if is_last:
+            for name, parts in self.parts.items():
+                store.write_shard(self.folder / name, shard.number, torch.cat(parts))
+            self.parts = {}
+
+
+def _collate(batch: list[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
+    ids, mask = pad(batch)
+    own = mask.bool()
+    for row, text in enumerate(batch):
+        own[row, : text.special] = False
+    return ids, mask, own
+
+
+def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
+    """A Lightning trainer for the `hardware` section, without anything that writes or prints by itself."""
+    # Lightning sets this level when it is imported; its notes on devices and products say nothing about our work.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **options,
+    )  # fmt: skip
+
+
+def extract(
+    model: Any, shards: Sequence[Shard], hookpoints: Sequence[str], folder: Path, dtype: str, hardware: Hardware
+) -> bool:
+    """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    shards: the plan of the whole run; each rank of a distributed run takes every n-th.
+    hookpoints: names.
+    folder: where the shards go; shards that an interrupted run left there are kept.
+    dtype: dtype of the stored activations, "float16" or "bfloat16".
+    hardware: devices and strategy of the Lightning trainer.
+
+    Returns
+    -------
+    Whether this process is the first of the run (the one that finishes the output).
+
+    Raises
+    ------
+    UserError: an activation is not finite in `dtype`.
+    """
+    loop = trainer(hardware)
+    mine = [shard for shard in shards[loop.global_rank :: loop.world_size] if not _complete(folder, hookpoints, shard)]
+    total = sum(shard.rows for shard in shards)
+    with Progress("extract", total, "tokens") as progress:
+        progress.skip(total - sum(shard.rows for shard in mine))
+        loop.callbacks.append(ShardWriter(mine, folder, progress))
+        todo = [batch for shard in mine for batch in shard.batches]
+        loader: Any = DataLoader(todo, batch_size=None, collate_fn=_collate)  # type: ignore[arg-type]
+        if todo:
+            loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
+    if loop.world_size > 1:
+        loop.strategy.barrier()
+    return bool(loop.is_global_zero)
+
+
+def _complete(folder: Path, hookpoints: Sequence[str], shard: Shard) -> bool:
+    return all((folder / name / store.shard_name(shard.number)).is_file() for name in hookpoints)

@@ -1,0 +1,240 @@
+"""`params.yaml` as typed, validated models: one class per section, every knob documented in `params.yaml` itself."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from babelscope.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(pydantic.BaseModel):
+    """A section of params.yaml: no unknown keys, no silent conversions, immutable."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    """Which causal language model, and how it is loaded."""
+
+    source: Literal["package", "huggingface"]
+    name: Name
+    gguf_file: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+
+class Corpus(Section):
+    """Where the texts come from and how many of them are taken."""
+
+    source: Literal["gettext", "files"]
+    package: str | None
+    path: str | None
+    domain: str | None
+    source_language: str
+    min_characters: Positive
+    max_tokens: Annotated[int, Field(ge=2)]
+    train_tokens: Positive
+    eval_tokens: Positive
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Corpus":
+        if self.source == "files" and self.path is None:
+            raise ValueError("corpus.path: the source 'files' needs a folder")
+        if self.source == "gettext" and (self.package is None) == (self.path is None):
+            raise ValueError("corpus.package: the source 'gettext' needs either 'package' or 'path', the other null")
+        return self
+
+
+class Extract(Section):
+    """The forward pass whose activations are stored."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    store_dtype: Literal["float16", "bfloat16"]
+    batch_tokens: Positive
+
+
+class Train(Section):
+    """One TopK SAE per hookpoint."""
+
+    latents: Positive
+    k: Positive
+    tokens: Positive
+    batch: Positive
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    warmup: Share
+    decay: Share
+    encoder_scale: Annotated[float, Field(gt=0.0)]
+    aux_k_coefficient: Annotated[float, Field(ge=0.0)]
+    dead_after: Positive
+    log_every: Positive
+    checkpoint_every: Positive
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "Train":
+        if self.k > self.latents:
+            raise ValueError(f"train.k: {self.k} active latents of only {self.latents} (train.latents)")
+        return self
+
+
+class Encode(Section):
+    """Counting the firings of every latent."""
+
+    chunk_tokens: Positive
+
+
+class Score(Section):
+    """SAE-LAPE (METHODS: Andrylie et al. 2025)."""
+
+    example_rate: Share
+    token_rate: Share
+    ratio: Share
+    members: Positive
+    same_language: bool
+    order: Literal["entropy", "probability"]
+    top: Positive | None
+    per_layer: bool
+
+
+class Ablate(Section):
+    """Removing one language's features and measuring what it costs every language."""
+
+    dtype: Literal["float32", "bfloat16"]
+    batch_tokens: Positive
+    by_layer: bool
+    bootstrap: Positive
+
+
+class Track(Section):
+    """Where the runs go in MLflow."""
+
+    experiment: Name
+
+
+class Hardware(Section):
+    """Knobs that change how fast the results come, never what they are; no stage depends on them."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"]
+    devices: Positive
+    num_nodes: Positive
+    strategy: Name
+    threads: Annotated[int, Field(ge=0)]
+
+
+_HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+
+
+class Config(Section):
+    """The whole of params.yaml."""
+
+    languages: list[Name]
+    hookpoints: list[Name]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    model: Model
+    corpus: Corpus
+    extract: Extract
+    train: Train
+    encode: Encode
+    score: Score
+    ablate: Ablate
+    track: Track
+    hardware: Hardware
+
+    @field_validator("languages", "hookpoints")
+    @classmethod
+    def _a_set(cls, names: list[str], info: pydantic.ValidationInfo) -> list[str]:
+        form = _LANGUAGE if info.field_name == "languages" else _HOOKPOINT
+        if not names:
+            raise ValueError("the list is empty; at least one is needed")
+        for name in names:
+            if not form.fullmatch(name):
+                raise ValueError(f"{name!r} does not have the form {form.pattern}")
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands twice")
+        return names
+
+    @model_validator(mode="after")
+    def _members_fit(self) -> "Config":
+        if self.score.members > len(self.languages):
+            raise ValueError(f"score.members: {self.score.members} of only {len(self.languages)} languages")
+        return self
+
+
+def _allowed(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at `place` may hold."""
+    model: Any = Config
+    for key in place:
+        field = model.model_fields.get(key) if isinstance(key, str) else None
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: Any) -> str:
+    place, kind = tuple(error["loc"]), error["type"]
+    key = ".".join(str(part) for part in place)
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; {nearest(str(place[-1]), _allowed(place[:-1]))}"
+    if kind == "missing":
+        return f"{key}: the key is missing"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        # The checks of a whole section name their key themselves.
+        return message if re.match(r"[a-z_]+\.[a-z_]+: ", message) else f"{key}: {message}"
+    got = error.get("input")
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {got!r:.80}"
+
+
+def parse(content: Any, source: str = "params.yaml") -> Config:
+    """Validate the content of a params file.
+
+    Raises
+    ------
+    UserError: one message that names `source`, every wrong key and what it may hold.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected sections such as 'train:', got {type(content).__name__}")
+    try:
+        return Config.model_validate(content)
+    except pydantic.ValidationError as error:
+        lines = [f"{source}: {_explain(e)}" for e in error.errors(include_url=False)]
+        raise UserError("\n       ".join(lines)) from None
+
+
+def load(path: Path = Path("params.yaml")) -> Config:
+    """Read and validate params.yaml (YAML 1.2: the language code `no` is a string, `1e-3` a number).
+
+    Raises
+    ------
+    UserError: the file is missing, is not YAML, or holds something that is not allowed.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the root of the repository") from None
+    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(content, str(path))
+
+
+def hookpoint_argument(arguments: list[str], params: Config) -> str:
+    """The hookpoint that a stage's command line names.
+
+    Raises
+    ------
+    UserError: there is none, or params.yaml does not list it.
+    """
+    allowed = ", ".join(params.hookpoints)
+    if len(arguments) != 2 or arguments[1] not in params.hookpoints:
+        raise UserError(f"usage: python {arguments[0]} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
+    return arguments[1]

@@ -1,0 +1,1 @@
+"""Texts per language: where they come from, and which of them are taken."""

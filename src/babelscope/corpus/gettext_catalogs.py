@@ -1,0 +1,154 @@
+"""Texts from translated gettext catalogs (.mo, .po): those of an installed package, or of a folder."""
+
+import hashlib
+import importlib.metadata
+import logging
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import polib
+
+from babelscope.config import Corpus
+from babelscope.corpus.languages import match, normalise
+from babelscope.corpus.messages import running_text
+from babelscope.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+# Messages whose translation is the translators' names or addresses (GNOME, KDE).
+_CREDITS = frozenset({"translator-credits", "translator_credits", "Your names", "Your emails"})
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One catalog file: its language as the path spells it, and its domain (null for `<lang>.po`)."""
+
+    language: str
+    domain: str | None
+    path: Path
+
+
+def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
+    """The messages of `languages`, as running text.
+
+    The language `section.source_language` is the message ids themselves, of the messages that are translated into one
+    of the other `languages` (into any language, where no other is asked for). An entry with plural forms gives one
+    text: the last form ("many" or "other", the one that most numbers take), beside the plural message id. Dropped: the
+    header, translators' credits, fuzzy, obsolete and untranslated entries.
+
+    `group` is a hash of the words of the message id, without case, punctuation, placeholders and context: all
+    translations of a sentence share it, and so do sentences that differ only in what was taken out.
+
+    Returns
+    -------
+    language (as in `languages`), group, source, text; in the order of files and entries, with repetitions.
+
+    Raises
+    ------
+    UserError: no such package, folder, domain or language, or a catalog that cannot be read.
+    """
+    name, found = _find(section)
+    source = f"gettext:{name}"
+    catalogs = _of_domain(found, section.domain, name)
+    origin = normalise(section.source_language)
+    asked = match(languages, {c.language for c in catalogs} | {section.source_language}, source)
+    wanted = [c for c in catalogs if normalise(c.language) in asked and normalise(c.language) != origin]
+    rows: list[tuple[str, str, str]] = []
+    for catalog in wanted or catalogs:
+        language = asked.get(normalise(catalog.language))
+        for original, translation in _messages(catalog.path):
+            group = _group(original)
+            if language is not None and wanted:
+                rows.append((language, group, translation))
+            if origin in asked:
+                rows.append((asked[origin], group, original))
+    log.info("%s: %d catalogs of %d read", source, len(wanted or catalogs), len(catalogs))
+    frame = pl.DataFrame(rows, schema={"language": pl.String, "group": pl.String, "text": pl.String}, orient="row")
+    return frame.select("language", "group", pl.lit(source).alias("source"), "text")
+
+
+def _find(section: Corpus) -> tuple[str, list[Catalog]]:
+    """A short name of the place, and every catalog in it, in a fixed order."""
+    if section.package is not None:
+        try:
+            files = importlib.metadata.distribution(section.package).files or []
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"params.yaml: corpus.package: no installed package {section.package!r}; install it, or "
+                            "set corpus.path to a folder of catalogs") from None  # fmt: skip
+        paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
+        name, folder, key = section.package, None, "package"
+    else:
+        folder = Path(str(section.path)).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
+        paths = [path for suffix in ("mo", "po") for path in folder.rglob(f"*.{suffix}")]
+        name, key = folder.resolve().name, "path"
+    found = []
+    for path in paths:
+        if path.parent.name == "LC_MESSAGES":
+            found.append(Catalog(path.parent.parent.name, path.stem, path))
+        elif path.parent == folder:
+            found.append(Catalog(path.stem, None, path))
+    if not found:
+        raise UserError(f"params.yaml: corpus.{key}: {name!r} holds no catalogs (<language>/LC_MESSAGES/<domain>.mo or "
+                        ".po, or <language>.po in the folder itself)")  # fmt: skip
+    return name, sorted(found, key=lambda c: (c.language, c.domain or "", c.path))
+
+
+def _of_domain(catalogs: list[Catalog], domain: str | None, name: str) -> list[Catalog]:
+    if domain is None:
+        return catalogs
+    chosen = [c for c in catalogs if c.domain in (domain, None)]
+    if not chosen:
+        have = {c.domain for c in catalogs if c.domain is not None}
+        raise UserError(f"params.yaml: corpus.domain: {name!r} has no domain {domain!r}; {nearest(domain, have)}")
+    return chosen
+
+
+def _messages(path: Path) -> Iterator[tuple[str, str]]:
+    """(original, translation) of each translated entry, both as running text."""
+    for entry in _entries(path):
+        original, translation = entry.msgid_plural or entry.msgid, entry.msgstr
+        if entry.msgstr_plural:
+            translation = entry.msgstr_plural[max(entry.msgstr_plural)]
+        original = original.rpartition("\x04")[2]
+        if original in _CREDITS:
+            continue
+        original, translation = running_text(original), running_text(translation)
+        if original and translation and original != translation:
+            yield original, translation
+
+
+def _entries(path: Path) -> list[Any]:
+    """The entries of a .mo or .po file without the header, fuzzy and obsolete ones."""
+    try:
+        if path.suffix == ".mo":
+            _check_whole(path.read_bytes())
+            entries = [entry for entry in polib.mofile(str(path)) if entry.msgid]
+        else:
+            usable = (e for e in polib.pofile(str(path)) if not (e.fuzzy or e.obsolete))
+            entries = [entry for entry in usable if entry.msgid]
+    except Exception as error:  # polib lets through whatever a damaged file provokes: struct, codec, index errors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a readable gettext catalog: {reason}") from None
+    return entries
+
+
+def _check_whole(mo: bytes) -> None:
+    """Raise an error where a string of a .mo file lies outside of it: polib would return what is left of the string."""
+    order = "<" if mo[:4] == b"\xde\x12\x04\x95" else ">"
+    count, *tables = struct.unpack_from(f"{order}3I", mo, 8)
+    for start in tables:
+        places = struct.unpack_from(f"{order}{2 * count}I", mo, start)
+        if any(offset + length >= len(mo) for length, offset in zip(places[::2], places[1::2], strict=True)):
+            raise ValueError("the file is cut off")
+
+
+def _group(original: str) -> str:
+    words = re.sub(r"[\W_]+", " ", original).strip().casefold()
+    return hashlib.blake2b((words or original).encode(), digest_size=8).hexdigest()

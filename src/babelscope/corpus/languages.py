@@ -1,0 +1,46 @@
+"""Matching the languages of params.yaml with the names that catalogs and files carry."""
+
+import difflib
+from collections.abc import Iterable
+
+from babelscope.errors import UserError
+
+# POSIX locale modifiers that BCP-47 spells as a script or a variant.
+_MODIFIERS = {"latin": "latn", "cyrillic": "cyrl", "devanagari": "deva"}
+
+
+def normalise(tag: str) -> str:
+    """One spelling for BCP-47 tags and POSIX locales: `pt_BR.UTF-8` and `pt-BR` give `pt-br`, `sr@latin` `sr-latn`."""
+    name, _, modifier = tag.partition("@")
+    parts = name.partition(".")[0].replace("_", "-").lower()
+    return f"{parts}-{_MODIFIERS.get(modifier.lower(), modifier.lower())}" if modifier else parts
+
+
+def match(languages: Iterable[str], offered: Iterable[str], source: str) -> dict[str, str]:
+    """Normalised tag of each asked language -> its spelling in `languages`.
+
+    Parameters
+    ----------
+    languages: the languages as params.yaml spells them.
+    offered: the languages as the source spells them.
+    source: what to call the source in an error message, e.g. "gettext:gramps".
+
+    Raises
+    ------
+    UserError: two of `languages` are the same one, or the source does not offer one of them.
+    """
+    names = {normalise(name): name for name in sorted(offered)}
+    asked: dict[str, str] = {}
+    for language in languages:
+        tag = normalise(language)
+        if tag in asked:
+            raise UserError(f"params.yaml: languages: {asked[tag]!r} and {language!r} are the same language")
+        asked[tag] = language
+    missing = [language for tag, language in asked.items() if tag not in names]
+    if missing:
+        close = difflib.get_close_matches(normalise(missing[0]), names, n=1, cutoff=0.5)
+        hint = f" (did you mean {names[close[0]].replace('_', '-')!r}?)" if close else ""
+        allowed = ", ".join(name.replace("_", "-") for name in names.values())
+        raise UserError(f"params.yaml: languages: {source} has no {', '.join(map(repr, missing))}; "
+                        f"it offers: {allowed or 'nothing'}{hint}")  # fmt: skip
+    return asked

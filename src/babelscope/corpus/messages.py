@@ -1,0 +1,68 @@
+"""Interface messages as running text: markup, placeholders and keyboard mnemonics are taken out."""
+
+import html
+import re
+
+# Stands where something was taken out, until the gap that it leaves has been closed.
+_GAP = "\x00"
+
+_TAG = re.compile(r"<(?P<slash>/\s*)?(?P<name>[^\W\d_][\w:-]*)(?P<rest>[^<>]*)>")
+_CLOSING = re.compile(r"</\s*([^\W\d_][\w:-]*)")
+_BREAKS = frozenset({"br", "hr", "p", "li", "ul", "ol", "div", "tr", "td", "h1", "h2", "h3", "h4", "para", "title"})
+
+_PLACEHOLDER = re.compile(
+    r"%\(\w*\)[-+#0]*\d*(?:\.\d+)?[A-Za-z]?"  # %(name)s, and a translator's %(name)
+    r"|%(?:\d+\$)?[-+#0]*\d*(?:\.\d+)?(?:hh|ll|[hlzjtL])?[ds]"  # %s, %2$s, %5.1d; "% d" is prose: "100% der"
+    r"|%[-+#0]*\d*\.\d+[A-Za-z]"  # %.2f
+    r"|%[-+#0]*\d*(?:hh|ll|[hlzjtL])?[A-Za-z](?![A-Za-z])"  # %f, %Y; not "50%now"
+    r"|%\d+"  # %1 of Qt and KDE
+    r"|[$%#]?\{[^{}\n]*\}"  # {}, {0}, {name:>5}, ${name}, %{name}
+)
+_BRACKETED_MNEMONIC = re.compile(r"\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
+
+_EMPTY = re.compile(
+    r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」"""
+    r"""|["“”„][\s\x00]*\x00[\s\x00]*["“”]|['‘’‚][\s\x00]*\x00[\s\x00]*['‘’]"""
+)
+_GAP_BEFORE_STOP = re.compile(r"[\s\x00]*\x00[\s\x00]*(?=[.,;:!?)\]。、，；：！？）])")
+_ANY_GAP = re.compile(r"[\s\x00]*\x00[\s\x00]*")
+_LEADING = re.compile(r"^[\s.,;:!?)\]–—。、，；：！？）-]+")
+
+
+def running_text(message: str) -> str:
+    """Reduce a gettext message to its words, as a reader of the interface would see them, in one line.
+
+    Taken out: HTML and Pango tags, the placeholders of printf, Python (`%(name)s`, `{name}`) and Qt (`%1`), the
+    mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become their
+    characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
+    """
+    text = _without_tags(html.unescape(message))
+    text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01")).replace("\x01", "%")
+    text = _BRACKETED_MNEMONIC.sub("", text)
+    text = text.replace("_", "" if text.count("_") == 1 else " ")
+    if text.count("&") == 1:
+        text = re.sub(r"&(?=\w)", "", text)
+    return _close_gaps(text)
+
+
+def _without_tags(text: str) -> str:
+    closed = set(_CLOSING.findall(text)) | _BREAKS
+
+    def replace(match: re.Match[str]) -> str:
+        name, rest = match["name"], match["rest"]
+        if name.lower() in _BREAKS:
+            return "\n"
+        markup = match["slash"] or name in closed or rest.endswith("/") or "=" in rest
+        return _GAP if markup else name + rest
+
+    return _TAG.sub(replace, text)
+
+
+def _close_gaps(text: str) -> str:
+    if _GAP in text:
+        for _ in range(2):  # brackets inside quotation marks
+            text = _EMPTY.sub(_GAP, text)
+        text = _GAP_BEFORE_STOP.sub("", text)
+        text = _ANY_GAP.sub(lambda gap: " " if gap[0].strip(_GAP) else "", text)
+        text = _LEADING.sub("", text)
+    return " ".join(text.split())

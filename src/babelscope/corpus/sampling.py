@@ -1,0 +1,143 @@
+"""From the texts that a source has to the texts that are used: cleaning, splitting, and filling token budgets."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+
+import polars as pl
+
+from babelscope.config import Corpus
+from babelscope.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("text_id", "language", "split", "group", "source", "text")
+CountTokens = Callable[[list[str]], list[int]]
+
+# The evaluation split gets this many times its share of the budgets: it is the smaller one, so that chance, and texts
+# that fall away, hit it harder. With 12,000 + 1,500 tokens: 1/6 of the groups instead of 1/9.
+_EVAL_GENEROSITY = 1.5
+# Texts tokenized at once, until the budget is full.
+_CHUNK = 256
+
+# Invisible characters: controls, private use, bidirectional marks, soft hyphen, byte order mark. Joiners stay, for the
+# spelling of Persian and of Indic languages.
+_INVISIBLE = r"[\p{Cc}\p{Co}\x{ad}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}\x{2066}-\x{2069}\x{feff}&&[^\s]]"
+
+
+def sample(
+    texts: pl.DataFrame, languages: Sequence[str], section: Corpus, seed: int, count_tokens: CountTokens
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
+
+    A group's split and its place in the order are a hash of (seed, group) alone, so they do not change with the
+    languages that are asked for, and parallel texts tend to be taken together. A language that cannot fill a budget
+    gets what there is, with a warning.
+
+    Parameters
+    ----------
+    texts: language, group (null: the text is a group of its own), source, text; any order, repetitions allowed.
+    languages: the languages wanted, in the order of the result.
+    section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
+    seed: another seed, another sample.
+    count_tokens: the number of the model's tokens in each text, special tokens not counted.
+
+    Returns
+    -------
+    The sample (text_id, language, split, group, source, text), by language, split, order in the draw; and its totals
+    (language, split, texts, tokens), one row for each language and split, tokens counted up to max_tokens a text.
+
+    Raises
+    ------
+    UserError: a language has no text of min_characters that it does not share with another language.
+    """
+    ready = clean(texts, section.min_characters)
+    for language in languages:
+        if ready.filter(pl.col("language") == language).is_empty():
+            raise UserError(_nothing_left(texts, ready, language, section.min_characters))
+    ready = split(ready, eval_share(section.train_tokens, section.eval_tokens), seed)
+    budgets = {"eval": section.eval_tokens, "train": section.train_tokens}
+    parts, totals = [], []
+    for language in languages:
+        for name, budget in budgets.items():
+            there = ready.filter(pl.col("language") == language, pl.col("split") == name)
+            part = fill(there, budget, section.max_tokens, count_tokens)
+            tokens = int(part["tokens"].sum())
+            if tokens < budget:
+                log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
+            parts.append(part)
+            totals.append((language, name, part.height, tokens))
+    schema = {"language": pl.String, "split": pl.String, "texts": pl.Int64, "tokens": pl.Int64}
+    return pl.concat(parts).select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
+
+
+def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
+    """Texts in Unicode's normal form C, one line, without invisible characters, each once, with `text_id`.
+
+    Texts shorter than `min_characters` are dropped, and so are texts that stand in several languages, from all of them:
+    they are names, untranslated or mislabelled. Of a text that stands several times in one language, one is kept.
+    """
+    text = (
+        pl.col("text")
+        .str.normalize("NFC")
+        .str.replace_all(_INVISIBLE, "")
+        .str.replace_all(r"\s+", " ")
+        .str.strip_chars()
+    )
+    texts = texts.with_columns(text).filter(pl.col("text").str.len_chars() >= min_characters)
+    ids = [_digest(language, text) for language, text in texts.select("language", "text").iter_rows()]
+    return (
+        texts.with_columns(text_id=pl.Series(ids, dtype=pl.String))
+        .with_columns(pl.col("group").fill_null(pl.col("text_id")))
+        .sort("text_id", "group", "source")
+        .unique("text_id", keep="first", maintain_order=True)
+        .filter(pl.len().over("text") == 1)
+    )
+
+
+def eval_share(train_tokens: int, eval_tokens: int) -> float:
+    """The share of the groups that go to the evaluation split: in proportion to the budgets, and half as much again."""
+    return min(0.5, _EVAL_GENEROSITY * eval_tokens / (train_tokens + eval_tokens))
+
+
+def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
+    """Add `split` ("eval" for about `share` of the groups, else "train"), and sort into the order of the draw.
+
+    Both are a hash of (seed, group), seen as a number: below `share` of its range is "eval", and the order ascends.
+    """
+    groups = texts["group"].unique().sort()
+    places = pl.DataFrame({"group": groups, "place": [int(_digest(str(seed), group), 16) for group in groups]},
+                          schema={"group": pl.String, "place": pl.UInt64})  # fmt: skip
+    name = pl.when(pl.col("place") < int(share * 2**64)).then(pl.lit("eval")).otherwise(pl.lit("train"))
+    return texts.join(places, on="group").with_columns(split=name).sort("place", "group", "text_id").drop("place")
+
+
+def fill(texts: pl.DataFrame, budget: int, max_tokens: int, count_tokens: CountTokens) -> pl.DataFrame:
+    """The first `texts` that hold at least `budget` tokens together (all, where they hold less), with `tokens`.
+
+    A text counts `max_tokens` at most (it is cut there later); texts of a single token are dropped, since nothing can
+    be predicted within them. Only as many texts are tokenized as are needed.
+    """
+    taken = [texts.clear().with_columns(tokens=pl.lit(0, dtype=pl.Int64))]
+    total = 0
+    for chunk in texts.iter_slices(_CHUNK):
+        tokens = pl.Series(count_tokens(chunk["text"].to_list()), dtype=pl.Int64).clip(upper_bound=max_tokens)
+        chunk = chunk.with_columns(tokens=tokens).filter(pl.col("tokens") >= 2)
+        chunk = chunk.filter(total + pl.col("tokens").cum_sum() - pl.col("tokens") < budget)
+        taken.append(chunk)
+        total += int(chunk["tokens"].sum())
+        if total >= budget:
+            break
+    return pl.concat(taken)
+
+
+def _digest(*parts: str) -> str:
+    """16 hexadecimal digits (64 bits) of a hash that is the same on every machine and in every version."""
+    return hashlib.blake2b("\x00".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _nothing_left(texts: pl.DataFrame, ready: pl.DataFrame, language: str, min_characters: int) -> str:
+    had = texts.filter(pl.col("language") == language).height
+    rest = ", ".join(ready["language"].unique().sort()) or "no language"
+    return (f"params.yaml: languages: no text of {language!r} is left: of {had} texts none has corpus.min_characters = "
+            f"{min_characters} characters and stands in this language only; texts are left of: {rest}")  # fmt: skip

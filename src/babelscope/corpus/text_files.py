@@ -1,0 +1,129 @@
+"""Texts from a folder: one parquet, jsonl or txt file per language, or one table with a language column."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from babelscope.config import Corpus
+from babelscope.corpus.languages import match, normalise
+from babelscope.errors import UserError
+
+_SUFFIXES = (".parquet", ".jsonl", ".txt")
+_ALL = ("texts.parquet", "texts.jsonl")
+_SCHEMA = {"language": pl.String, "group": pl.String, "text": pl.String}
+
+
+def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
+    """The texts of `languages` from the folder `section.path`.
+
+    The folder holds `<lang>.parquet` or `<lang>.jsonl` (column or key `text`, optionally `group` or `id`, which is the
+    same for translations of each other), `<lang>.txt` (UTF-8, one text per line), or `texts.parquet` / `texts.jsonl`
+    with a further column `language`. Several files of one language are put together.
+
+    Returns
+    -------
+    language (as in `languages`), group (null where the file has none), source, text; in the order of files and lines.
+
+    Raises
+    ------
+    UserError: no such folder, no files in it, a language that it lacks, or a file that cannot be read.
+    """
+    folder = Path(str(section.path)).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"params.yaml: corpus.path: {str(section.path)!r} holds no <language>.parquet, .jsonl or .txt, "
+                        "and no texts.parquet or texts.jsonl")  # fmt: skip
+    source = f"files:{folder.resolve().name}"
+    tables = [_table(path, language=None) for path in paths if path.name in _ALL]
+    single = [path for path in paths if path.name not in _ALL]
+    offered = {language for table in tables for language in table["language"].unique().to_list()}
+    asked = match(languages, offered | {path.stem for path in single}, source)
+    tables += [_table(path, path.stem) for path in single if normalise(path.stem) in asked]
+    spelling = {
+        name: asked[normalise(name)] for t in tables for name in t["language"].unique() if normalise(name) in asked
+    }
+    return (
+        pl.concat(tables)
+        .filter(pl.col("language").is_in(list(spelling)))
+        .select(
+            pl.col("language").replace_strict(spelling, return_dtype=pl.String),
+            "group",
+            pl.lit(source).alias("source"),
+            "text",
+        )
+    )
+
+
+def _table(path: Path, language: str | None) -> pl.DataFrame:
+    """language, group, text of one file; `language` is what its name says, null where it has a column for it."""
+    frame = {".parquet": _parquet, ".jsonl": _jsonl, ".txt": _txt}[path.suffix](path)
+    needed = ["text"] if language is not None else ["text", "language"]
+    for column in needed:
+        if frame.schema.get(column) != pl.String:
+            have = ", ".join(f"{name} ({kind})" for name, kind in frame.schema.items())
+            raise UserError(f"{path}: needs a column {column!r} of strings; it has: {have or 'nothing'}")
+    group = next((name for name in ("group", "id") if name in frame.columns), None)
+    frame = frame.select(
+        pl.col("language") if language is None else pl.lit(language).alias("language"),
+        (pl.lit(None) if group is None else pl.col(group)).cast(pl.String).alias("group"),
+        "text",
+    )
+    if frame["language"].null_count():
+        raise UserError(f"{path}: {frame['language'].null_count()} of {frame.height} rows have no 'language'")
+    return frame.drop_nulls("text")
+
+
+def _parquet(path: Path) -> pl.DataFrame:
+    try:
+        frame = pl.read_parquet(path, glob=False)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {_short(error)}") from None
+    return frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+
+
+def _jsonl(path: Path) -> pl.DataFrame:
+    rows: list[dict[str, str | None]] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON: {_short(error)}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UserError(f"{path}: line {number} is not an object with a string 'text'")
+        group = row.get("group", row.get("id"))
+        language = row.get("language")
+        if language is not None and not isinstance(language, str):
+            raise UserError(f"{path}: line {number}: 'language' is not a string")
+        rows.append({
+            "language": None if language is None else _encodable(language),
+            "group": None if group is None else _encodable(group if isinstance(group, str) else json.dumps(group)),
+            "text": _encodable(row["text"]),
+        })  # fmt: skip
+    return pl.DataFrame(rows, schema=_SCHEMA)
+
+
+def _txt(path: Path) -> pl.DataFrame:
+    return pl.DataFrame({"text": _lines(path)}, schema={"text": pl.String})
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines(): a form feed or U+2028 inside a text does not end it.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable UTF-8 text: {_short(error)}") from None
+
+
+def _encodable(text: str) -> str:
+    """Drop lone surrogates, which JSON can spell (as escapes) and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

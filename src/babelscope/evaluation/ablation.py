@@ -1,0 +1,167 @@
+"""Feature ablation: remove a language's features from the forward pass and measure the NLL of every language.
+
+`x <- x - sum_{u in S} z_u(x) W_dec[u]` at every position, `z_u` being the SAE's own activation: the SAE's
+reconstruction error stays in place, so ablating nothing changes nothing, bit for bit. (Andrylie et al. 2025, section on
+interventions; the form with the SAE's own activations is ours, their additive form differs.)
+
+Only what can change is computed. The clean pass shows which features fire on which text; a condition none of whose
+features fires on a text leaves its logits as they are, and any other pass starts at the block of the first hookpoint
+at which one fires, from the residual stream that the clean pass left there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from babelscope.evaluation.nll import targets, text_nll
+from babelscope.models import hookpoints as hooks
+from babelscope.models.tokens import TokenizedText, batches, pad
+from babelscope.sae.autoencoder import SAE
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A set of features to remove: unit numbers by hookpoint."""
+
+    name: str
+    units: Mapping[str, Sequence[int]]
+
+
+@dataclass
+class TextNLL:
+    """NLL of every text in the clean run and under every condition.
+
+    Attributes
+    ----------
+    clean: nats, float64 `[texts]`.
+    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing that is removed fires.
+    tokens: target tokens, int64 `[texts]`.
+    passes: how many (condition, text) pairs had to be computed.
+    """
+
+    clean: Tensor
+    ablated: Tensor
+    tokens: Tensor
+    passes: int
+
+
+def removed_units(conditions: Sequence[Condition], hookpoint: str, latents: int) -> Tensor:
+    """Bool `[conditions, latents]`: which units of `hookpoint` each condition removes."""
+    removed = torch.zeros((len(conditions), latents), dtype=torch.bool)
+    for row, condition in enumerate(conditions):
+        removed[row, torch.tensor(list(condition.units.get(hookpoint, ())), dtype=torch.int64)] = True
+    return removed
+
+
+def remove(sae: SAE, removed: Tensor) -> hooks.Edit:
+    """The edit that subtracts from `x[row]` the part of its reconstruction that the units in `removed[row]` make.
+
+    Parameters
+    ----------
+    sae: the dictionary of the hookpoint.
+    removed: bool `[rows, latents]`.
+    """
+    return lambda x: _without(sae, removed, x, *sae.encode(x.flatten(0, 1).float()))
+
+
+def _without(sae: SAE, removed: Tensor, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    rows, length = x.shape[:2]
+    row = torch.arange(rows, device=x.device).repeat_interleave(length).unsqueeze(1)
+    kept = torch.where(removed[row, indices], values, 0.0)
+    touched = (kept > 0).any(1)
+    if not touched.any():
+        return x
+    part = F.embedding_bag(indices[touched], sae.W_dec, per_sample_weights=kept[touched], mode="sum")
+    flat = x.flatten(0, 1).clone()
+    flat[touched] = (flat[touched].float() - part).to(x.dtype)
+    return flat.view_as(x)
+
+
+def ablate(
+    model: Any,
+    saes: Mapping[str, SAE],
+    texts: Sequence[TokenizedText],
+    conditions: Sequence[Condition],
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> TextNLL:
+    """NLL of every text, clean and under every condition.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    saes: by hookpoint.
+    texts: in `by_length` order, so that padding costs little.
+    conditions: what to remove.
+    batch_tokens: tokens in one forward pass, padding included.
+    advance: told the number of texts done after every batch.
+    """
+    device = hooks.device_of(model)
+    order = sorted(saes, key=hooks.layer_of)
+    removed = {name: removed_units(conditions, name, sae.W_dec.shape[0]).to(device) for name, sae in saes.items()}
+    result = TextNLL(
+        torch.zeros(len(texts), dtype=torch.float64),
+        torch.zeros((len(conditions), len(texts)), dtype=torch.float64),
+        torch.zeros(len(texts), dtype=torch.int64),
+        0,
+    )
+    first = 0
+    with torch.inference_mode():
+        for batch in batches(texts, batch_tokens):
+            here = slice(first, first + len(batch))
+            ids, mask = (t.to(device) for t in pad(batch))
+            special = torch.tensor([text.special for text in batch], device=device)
+            clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special)
+            result.clean[here] = clean.cpu()
+            result.tokens[here] = targets(mask, special).sum(1).cpu()
+            block = clean.cpu().expand(len(conditions), -1).clone()
+            for layer in hidden:
+                condition, text = (start == layer).nonzero(as_tuple=True)
+                result.passes += len(text)
+                rows_at_once = max(1, batch_tokens // ids.shape[1])
+                for c, t in zip(condition.split(rows_at_once), text.split(rows_at_once), strict=True):
+                    edits = {n: remove(saes[n], removed[n][c]) for n in order if hooks.layer_of(n) >= layer}
+                    with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
+                        block[c.cpu(), t.cpu()] = text_nll(model, ids[t], mask[t], special[t]).cpu()
+            result.ablated[:, here] = block
+            first += len(batch)
+            advance(len(batch))
+    return result
+
+
+def _clean_pass(
+    model: Any,
+    saes: Mapping[str, SAE],
+    order: Sequence[str],
+    removed: Mapping[str, Tensor],
+    ids: Tensor,
+    mask: Tensor,
+    special: Tensor,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Clean NLL `[texts]`, the block at which each (condition, text) pair must start (-1: none), and its input."""
+    start = torch.full((len(next(iter(removed.values()))), len(ids)), -1, device=ids.device)
+    real = mask.bool()
+
+    def look(name: str) -> hooks.Edit:
+        def edit(x: Tensor) -> Tensor:
+            values, indices = saes[name].encode(x[real].float())
+            text = real.nonzero()[:, 0].unsqueeze(1).expand_as(indices)[values > 0]
+            fires = torch.zeros((len(ids), removed[name].shape[1]), device=x.device)
+            fires[text, indices[values > 0]] = 1.0
+            hit = (removed[name].float() @ fires.T) > 0
+            start[hit & (start < 0)] = hooks.layer_of(name)
+            return x
+
+        return edit
+
+    layers = sorted({hooks.layer_of(name) for name in order})
+    with ExitStack() as stack:
+        hidden = stack.enter_context(hooks.block_inputs(model, layers))
+        stack.enter_context(hooks.editing(model, {name: look(name) for name in order}))
+        clean = text_nll(model, ids, mask, special)
+        return clean, start, dict(hidden)

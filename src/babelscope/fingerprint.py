@@ -1,0 +1,77 @@
+"""What a stage's work depends on, as one name; and files and folders hashed the way DVC hashes them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from babelscope.errors import UserError
+
+
+def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name the work of a stage: the same stage, params and inputs give the same 32 hex digits, anything else others.
+
+    It names the folder in which an interrupted stage leaves its checkpoints, and the MLflow run that it resumes.
+
+    Parameters
+    ----------
+    stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
+    params: the params that the stage depends on; nested mappings and lists are fine.
+    inputs: hashes of the files and folders that it reads, by path (see `dvc_md5`).
+
+    Raises
+    ------
+    TypeError, ValueError: `params` holds something that JSON cannot say exactly.
+    """
+    content = {"stage": stage, "params": params, "inputs": dict(inputs)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def dvc_md5(path: Path) -> str:
+    """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
+
+    What `.dvcignore` excludes does not count, nor do empty folders.
+
+    Raises
+    ------
+    UserError: there is no such file or folder.
+    """
+    if path.is_file():
+        return _file_md5(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; an earlier stage writes it: dvc repro")
+    listing = [
+        {"md5": _file_md5(file), "relpath": file.relative_to(path.absolute()).as_posix()}
+        for file in _files(path.absolute())
+    ]
+    listing.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"{type(value).__name__} has no place in a fingerprint: {value!r:.80}")
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below `folder` that DVC sees."""
+    folder = folder.absolute()
+    root = next((parent for parent in folder.parents if (parent / ".dvc").is_dir()), None)
+    if root is None:
+        return (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    from dvc.fs import LocalFileSystem
+    from dvc.ignore import DvcIgnoreFilter
+
+    system = LocalFileSystem()
+    return (Path(name) for name in DvcIgnoreFilter(system, str(root)).find(system, str(folder)))

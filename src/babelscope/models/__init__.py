@@ -1,0 +1,1 @@
+"""Loading causal language models; reading and changing their activations at named hookpoints."""

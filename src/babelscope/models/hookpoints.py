@@ -1,0 +1,177 @@
+"""Hookpoints: reading and changing activations by name. The only module that knows PyTorch hooks.
+
+A hookpoint is the path of a module inside the model, without the model's own prefix: `layers.14.mlp` is the output of
+the MLP of block 14, `layers.14` the residual stream after it, `layers.14.mlp.act_fn` its neurons.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from babelscope.errors import UserError, nearest
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def layer_of(hookpoint: str) -> int:
+    """The number of the block that `hookpoint` lies in (0 where its path holds no number)."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", hookpoint)
+    return int(found.group(1)) if found else 0
+
+
+def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
+    """The module behind each hookpoint.
+
+    Raises
+    ------
+    UserError: a hookpoint that the model does not have; the message names the nearest that it has.
+    """
+    body = getattr(model, "base_model", model)
+    modules = dict(body.named_modules())
+    modules.pop("", None)
+    for name in hookpoints:
+        if name not in modules:
+            raise UserError(f"params.yaml: hookpoints: the model has no {name!r}; {nearest(name, modules)}")
+    return {name: modules[name] for name in hookpoints}
+
+
+def _first(output: Any) -> Tensor:
+    """The activations in a module's output: blocks and attentions of some families return tuples."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, changed: Tensor) -> Any:
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+class _DeepestReached(Exception):
+    """Ends a forward pass once every hookpoint has been read."""
+
+
+@contextmanager
+def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """While open, the activations at each hookpoint are replaced by `edit(activations)`, shape `[batch, tokens, d]`."""
+    with ExitStack() as stack:
+        for name, module in resolve(model, list(edits)).items():
+
+            def hook(_module: nn.Module, _inputs: Any, output: Any, edit: Edit = edits[name]) -> Any:
+                return _with_first(output, edit(_first(output)))
+
+            handle = module.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
+    """One forward pass as far as the deepest hookpoint.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    hookpoints: names; the pass ends as soon as all of them have been read.
+    inputs: what the model's forward takes (`input_ids`, `attention_mask`).
+
+    Returns
+    -------
+    The activations `[batch, tokens, d]` by hookpoint, in the model's dtype.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Edit:
+        def edit(activations: Tensor) -> Tensor:
+            seen[name] = activations
+            if len(seen) == len(hookpoints):
+                raise _DeepestReached
+            return activations
+
+        return edit
+
+    body = getattr(model, "base_model", model)
+    with editing(model, {name: keep(name) for name in hookpoints}):
+        try:
+            body(**inputs, use_cache=False)
+        except _DeepestReached:
+            return seen
+    missing = sorted(set(hookpoints) - set(seen))
+    raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}")
+
+
+def blocks(model: Any) -> nn.ModuleList:
+    """The model's list of transformer blocks, in order of execution.
+
+    Raises
+    ------
+    UserError: the model has no list with as many modules as its configuration says it has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in getattr(model, "base_model", model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"params.yaml: model.name: found no list of {count} transformer blocks in {type(model).__name__}")
+
+
+@contextmanager
+def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """While open, every forward pass leaves the residual stream `[batch, tokens, d]` before each of `layers` here."""
+    seen: dict[int, Tensor] = {}
+    stack_of_blocks = blocks(model)
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], layer: int = layer) -> None:
+                seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+            handle = stack_of_blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield seen
+
+
+class _Skipped(nn.Module):
+    """Stands in for a block whose result is known: hands its input on in the form that the family's blocks return."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Some families read attributes of the block (e.g. `attention_type`) in the loop over the blocks.
+        self.__dict__["_block"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def starting_at(model: Any, layer: int, hidden: Tensor) -> Iterator[None]:
+    """While open, a forward pass starts before block `layer` with the residual stream `hidden` `[batch, tokens, d]`.
+
+    The blocks below are skipped, not computed: only embedding, positions and mask are. The result is bit for bit that
+    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch.
+    """
+    stack_of_blocks = blocks(model)
+    originals = list(stack_of_blocks[:layer])
+
+    def inject(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    handle = stack_of_blocks[layer].register_forward_pre_hook(inject, with_kwargs=True)
+    try:
+        for number, block in enumerate(originals):
+            stack_of_blocks[number] = _Skipped(block)
+        yield
+    finally:
+        handle.remove()
+        for number, block in enumerate(originals):
+            stack_of_blocks[number] = block
+
+
+def device_of(model: Any) -> torch.device:
+    """The device of the model's first parameter."""
+    device: torch.device = next(model.parameters()).device
+    return device

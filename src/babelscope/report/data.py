@@ -1,0 +1,216 @@
+"""What the report is given, and the small frames behind its pictures: filled grids in the order of params.yaml."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from babelscope.errors import UserError
+
+FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
+NLL_COLUMNS = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything that the page shows. Frames follow the contracts of `data/scores` and `data/ablation`.
+
+    Parameters
+    ----------
+    params: the sections of params.yaml that decide the results (no `hardware`), shown as YAML; `languages` and
+        `hookpoints` set the order of rows and columns.
+    features: `data/scores/features.parquet`; a language without units has no row, or one with a null unit.
+    nll: `data/ablation/nll.parquet`, in nats/token.
+    by_layer: `data/ablation/by_layer.parquet` (each hookpoint ablated alone), or None.
+    metrics: `metrics/<name>.json` by `<name>`; any key may be missing.
+    files: MD5 of the input files by path.
+    versions: version by package.
+    """
+
+    params: Mapping[str, Any]
+    features: pl.DataFrame
+    nll: pl.DataFrame
+    by_layer: pl.DataFrame | None
+    metrics: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _require("features.parquet", self.features, FEATURE_COLUMNS)
+        _require("nll.parquet", self.nll, NLL_COLUMNS)
+        if self.by_layer is not None:
+            _require("by_layer.parquet", self.by_layer, (*NLL_COLUMNS, "hookpoint"))
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages, in the order of params.yaml."""
+        return list(self.params["languages"])
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """The hookpoints, in the order of params.yaml."""
+        return list(self.params["hookpoints"])
+
+    def figure(self, name: str, key: str) -> Any:
+        """The figure `key` of `metrics/<name>.json`, or None where there is none."""
+        return self.metrics.get(name, {}).get(key)
+
+
+def _require(file: str, frame: pl.DataFrame, columns: tuple[str, ...]) -> None:
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise UserError(f"{file}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns)}")
+
+
+def layer_labels(hookpoints: list[str]) -> dict[str, str]:
+    """Short names for an axis: the layer's number where it tells the hookpoints apart, else the whole name."""
+    found = {name: re.search(r"\d+", name) for name in hookpoints}
+    numbers = {name: match.group() for name, match in found.items() if match is not None}
+    return numbers if len(set(numbers.values())) == len(hookpoints) else {name: name for name in hookpoints}
+
+
+def _grid(inputs: ReportInputs) -> pl.DataFrame:
+    """Every (language, hookpoint) pair in the order of params.yaml, with the axis label `layer`."""
+    labels = pl.DataFrame({"hookpoint": inputs.hookpoints, "layer": list(layer_labels(inputs.hookpoints).values())})
+    return pl.DataFrame({"language": inputs.languages}).join(labels, how="cross", maintain_order="left_right")
+
+
+def features(inputs: ReportInputs) -> pl.DataFrame:
+    """The SAE features of the languages and hookpoints that params.yaml lists, by language and rank."""
+    languages = pl.Enum(inputs.languages)
+    return (
+        inputs.features.filter(
+            pl.col("kind") == "sae",
+            pl.col("unit").is_not_null(),
+            pl.col("language").is_in(inputs.languages),
+            pl.col("hookpoint").is_in(inputs.hookpoints),
+        )
+        .with_columns(pl.col("language").cast(languages))
+        .sort("language", "rank", "hookpoint", "unit")
+        .with_columns(pl.col("language").cast(pl.String))
+    )
+
+
+def found(inputs: ReportInputs) -> int:
+    """How many features there are; one that several languages share counts once."""
+    return features(inputs).select("hookpoint", "unit").unique().height
+
+
+def counts(inputs: ReportInputs) -> pl.DataFrame:
+    """`language`, `hookpoint`, `layer` (label), `value` (features): the whole grid, 0 where there is no feature."""
+    owned = features(inputs).group_by("language", "hookpoint").agg(value=pl.len().cast(pl.Int64))
+    grid = _grid(inputs).join(owned, on=["language", "hookpoint"], how="left", maintain_order="left")
+    return grid.with_columns(pl.col("value").fill_null(0))
+
+
+def _method(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the default method (METHODS: feature ablation) on SAE features, or of the first there is."""
+    frame = frame.filter(pl.col("kind") == "sae") if frame["kind"].eq("sae").any() else frame
+    frame = frame.with_columns(pl.col("delta", "low", "high").cast(pl.Float64).fill_nan(None))
+    methods = frame["method"].drop_nulls().unique().sort().to_list()
+    return (
+        frame if not methods else frame.filter(pl.col("method") == ("feature" if "feature" in methods else methods[0]))
+    )
+
+
+def ablation_method(inputs: ReportInputs) -> str:
+    """The method whose rows are shown."""
+    methods = _method(inputs.nll)["method"].drop_nulls().unique().sort().to_list()
+    return str(methods[0]) if methods else "feature"
+
+
+def matrix(inputs: ReportInputs) -> pl.DataFrame:
+    """The cells of dNLL[ablated, evaluated], in nats/token, for the real sets of features.
+
+    Returns
+    -------
+    `ablated`, `evaluated`, `value` (dNLL), `low`, `high` (95 %), `tokens`, `own` (on the diagonal), `largest` (of its
+    row), in the order of params.yaml; a language that was not ablated has no row.
+    """
+    languages = pl.Enum(inputs.languages)
+    cells = _method(inputs.nll).filter(
+        pl.col("control").is_null(),
+        pl.col("ablated").is_in(inputs.languages),
+        pl.col("evaluated").is_in(inputs.languages),
+    )
+    return (
+        cells.select(pl.col("ablated", "evaluated").cast(languages), "tokens", "low", "high", value="delta")
+        .sort("ablated", "evaluated")
+        .with_columns(pl.col("ablated", "evaluated").cast(pl.String))
+        .with_columns(
+            own=pl.col("ablated") == pl.col("evaluated"),
+            # A row of zeros (nothing was ablated) has no largest cell.
+            largest=(pl.col("value") == pl.col("value").max().over("ablated")) & (pl.col("value") > 0),
+        )
+    )
+
+
+def clean(inputs: ReportInputs) -> pl.DataFrame:
+    """`evaluated`, `nll` (nats/token), `tokens` of the run in which nothing is ablated."""
+    # The clean run may carry a method of its own, so the method is not asked for.
+    rows = inputs.nll.filter(pl.col("ablated").is_null(), pl.col("evaluated").is_in(inputs.languages))
+    return rows.select("evaluated", "nll", "tokens").unique("evaluated", keep="first", maintain_order=True)
+
+
+def own_and_others(inputs: ReportInputs) -> pl.DataFrame:
+    """What ablating each language's features does to it, to the others, and what as many random features do to it.
+
+    Returns
+    -------
+    One row per language in the order of params.yaml: `language`, `own`, `low`, `high` (its diagonal cell and 95 %
+    interval), `others` (mean over the other languages), `others_low`, `others_high` (the least and the largest of
+    them), `random` (mean over the control draws); nats/token, null where there is no such run.
+    """
+    cells = matrix(inputs)
+    own = cells.filter("own").select("low", "high", language="ablated", own="value")
+    others = (
+        cells.filter(~pl.col("own"))
+        .group_by("ablated", maintain_order=True)
+        .agg(others=pl.col("value").mean(), others_low=pl.col("value").min(), others_high=pl.col("value").max())
+    )
+    control = (
+        _method(inputs.nll)
+        .filter(pl.col("control").is_not_null(), pl.col("ablated") == pl.col("evaluated"))
+        .group_by("ablated", maintain_order=True)
+        .agg(random=pl.col("delta").mean())
+    )
+    result = pl.DataFrame({"language": inputs.languages})
+    for part, key in ((own, "language"), (others, "ablated"), (control, "ablated")):
+        result = result.join(part, left_on="language", right_on=key, how="left", maintain_order="left")
+    return result
+
+
+def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
+    """Own dNLL (nats/token) where one hookpoint alone is ablated: `language`, `hookpoint`, `layer`, `value`, `low`,
+    `high`, `others` (mean of the other languages), null where there was no run; empty without such runs.
+    """
+    if inputs.by_layer is None or inputs.by_layer.is_empty():
+        return pl.DataFrame()
+    cells = _method(inputs.by_layer).filter(pl.col("control").is_null(), pl.col("ablated").is_not_null())
+    own = cells.filter(pl.col("ablated") == pl.col("evaluated"))
+    others = (
+        cells.filter(pl.col("ablated") != pl.col("evaluated"))
+        .group_by("ablated", "hookpoint", maintain_order=True)
+        .agg(others=pl.col("delta").mean())
+    )
+    own = own.join(others, on=["ablated", "hookpoint"], how="left", maintain_order="left")
+    own = own.select("hookpoint", "low", "high", "others", language="ablated", value="delta")
+    return _grid(inputs).join(own, on=["language", "hookpoint"], how="left", maintain_order="left")
+
+
+def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
+    """Fraction of variance unexplained: `language`, `hookpoint`, `layer`, `value`; empty without such figures."""
+    grid = _grid(inputs)
+    values = [inputs.figure(f"train.{h}", f"fvu/{lang}") for lang, h in grid.select("language", "hookpoint").rows()]
+    if all(value is None for value in values):
+        return pl.DataFrame()
+    return grid.with_columns(pl.Series("value", values, dtype=pl.Float64))
+
+
+def mean_fvu(inputs: ReportInputs) -> float | None:
+    """The mean over the hookpoints of the SAEs' FVU, or None where none is known."""
+    values = [inputs.figure(f"train.{name}", "fvu") for name in inputs.hookpoints]
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,115 @@
+"""The page: pictures, tables and their explanations, as one HTML file that needs nothing else."""
+
+import base64
+import hashlib
+import io
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jinja2
+from ruamel.yaml import YAML
+
+from babelscope.report import charts, data, tables
+from babelscope.report.data import ReportInputs
+from babelscope.report.numbers import percent, plain, significant
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("babelscope.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _source_hash(script: str) -> str:
+    """A script as Content-Security-Policy names it, so that the browser runs these scripts and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _yaml(content: Any) -> str:
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 1000
+    yaml.representer.sort_base_mapping_type_on_output = False
+    # A null as params.yaml writes it would be nothing at all, which reads like a mistake.
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def pictures(inputs: ReportInputs) -> dict[str, Any]:
+    """The charts of the page by name; a chart without data is left out."""
+    result = {
+        "features": charts.features_by_layer(data.counts(inputs)),
+        "ablation": charts.ablation(data.matrix(inputs), inputs.languages),
+        "own": charts.own_and_others(data.own_and_others(inputs)),
+    }
+    by_layer = data.own_by_layer(inputs)
+    if not by_layer.is_empty():
+        result["layers"] = charts.heat_map(
+            by_layer, name="layers", title="own ΔNLL (nats/token)", decimals=2,
+            description="Own change of NLL with one layer's features removed alone; the table holds the same figures.",
+        )  # fmt: skip
+    fvu = data.fvu_by_language(inputs)
+    if not fvu.is_empty():
+        result["fvu"] = charts.heat_map(
+            fvu, name="fvu", title="FVU", decimals=2, zero=False,
+            description="Fraction of variance that the SAEs leave unexplained; the table holds the same figures.",
+        )  # fmt: skip
+    return result
+
+
+def _headline(inputs: ReportInputs) -> dict[str, str]:
+    """The figures at the top of the page, as text."""
+    figure, count = inputs.figure, len(inputs.languages)
+    return {
+        "features": plain(data.found(inputs)),
+        "with_features": plain(data.features(inputs)["language"].n_unique()),
+        "tokens": plain(figure("extract", "tokens") or figure("sample", "tokens")),
+        "texts": plain(figure("extract", "texts") or figure("sample", "texts")),
+        "padding": percent(figure("extract", "padding_share")),
+        "fvu": plain(data.mean_fvu(inputs), 3),
+        "own": significant(figure("ablate", "own"), sign=True),
+        "others": significant(figure("ablate", "others"), sign=True, digits=2),
+        "others_abs": significant(figure("ablate", "others_abs"), digits=2),
+        "ratio": significant(figure("ablate", "ratio")),
+        "rows": f"{plain(figure('ablate', 'rows'))} of {count}",
+        "columns": f"{plain(figure('ablate', 'columns'))} of {count}",
+    }
+
+
+def build(inputs: ReportInputs) -> str:
+    """The report as one HTML page: the same inputs give the same text.
+
+    Scripts, styles, charts and data are inside; nothing is fetched, and a Content-Security-Policy forbids it. Every
+    text from the inputs is escaped.
+    """
+    specs = {name: charts.spec(chart) for name, chart in pictures(inputs).items()}
+    scripts = [charts.javascript(), _asset("page.js")]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    behind = {
+        "counts": tables.counts(inputs), "top": tables.top_features(inputs), "cells": tables.ablation_cells(inputs),
+        "rows": tables.ablation_rows(inputs), "quality": tables.quality(inputs), "corpus": tables.corpus(inputs),
+        "metrics": tables.metrics(inputs),
+        "files": tables.pairs("Input files", ["file", "MD5"], inputs.files),
+        "versions": tables.pairs("Packages", ["package", "version"], inputs.versions),
+    }  # fmt: skip
+    if "layers" in specs:
+        behind["layers"] = tables.own_by_layer(inputs)
+    if "fvu" in specs:
+        behind["fvu"] = tables.fvu(inputs)
+    return environment.from_string(_asset("page.html.j2")).render(
+        policy=" ".join(_source_hash(script) for script in scripts),
+        scripts=scripts,
+        style=_asset("page.css"),
+        charts={"specs": specs, "themes": charts.THEMES},
+        tables=behind,
+        headline=_headline(inputs),
+        inputs=inputs,
+        method=data.ablation_method(inputs),
+        params=_yaml(dict(inputs.params)),
+        members=inputs.params.get("score", {}).get("members", 1),
+        model=inputs.params.get("model", {}).get("name", "the model"),
+    )

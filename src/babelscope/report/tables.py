@@ -1,0 +1,144 @@
+"""The tables behind the pictures: headings and cells as text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from babelscope.report import data
+from babelscope.report.data import ReportInputs
+from babelscope.report.numbers import NONE, percent, plain, significant
+
+SHOWN_PER_LANGUAGE = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as the page shows it; the first `labels` columns are text, the others figures."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    labels: int = 1
+
+
+def _wide(frame: pl.DataFrame, decimals: int) -> list[list[str]]:
+    """A (language, hookpoint, value) grid as rows per language."""
+    rows: dict[str, list[str]] = {}
+    for language, value in frame.select("language", "value").rows():
+        rows.setdefault(language, [language]).append(plain(value, decimals))
+    return list(rows.values())
+
+
+def counts(inputs: ReportInputs) -> Table:
+    """Features per language and hookpoint, with sums."""
+    frame = data.counts(inputs)
+    sums = {key: frame.filter(pl.col("language") == key)["value"].sum() for key in inputs.languages}
+    rows = [[*row, plain(sums[row[0]])] for row in _wide(frame, 0)]
+    totals = [frame.filter(pl.col("hookpoint") == key)["value"].sum() for key in inputs.hookpoints]
+    rows.append(["all", *(plain(total) for total in totals), plain(sum(totals))])
+    return Table("Features per language and hookpoint", ["language", *inputs.hookpoints, "all"], rows)
+
+
+def top_features(inputs: ReportInputs) -> Table:
+    """The first features of every language, in rank order."""
+    frame = data.features(inputs).group_by("language", maintain_order=True).head(SHOWN_PER_LANGUAGE)
+    by_language: dict[str, list[list[str]]] = {language: [] for language in inputs.languages}
+    for row in frame.rows(named=True):
+        by_language[row["language"]].append(
+            [row["language"], row["hookpoint"], str(row["unit"]), plain(row["rank"]), percent(row["probability"]),
+             plain(row["entropy"], 3), significant(row.get("monolinguality"))]
+        )  # fmt: skip
+    empty = {language: [[language, "no feature", *[NONE] * 5]] for language in inputs.languages}
+    return Table(
+        f"The first {SHOWN_PER_LANGUAGE} features of each language by rank",
+        ["language", "hookpoint", "unit", "rank", "fires on (tokens)", "entropy (nats)", "monolinguality"],
+        [row for language in inputs.languages for row in by_language[language] or empty[language]],
+        labels=2,
+    )
+
+
+def _interval(low: Any, high: Any) -> str:
+    return NONE if low is None or high is None else f"{plain(low, 4, sign=True)} to {plain(high, 4, sign=True)}"
+
+
+def ablation_rows(inputs: ReportInputs) -> Table:
+    """Per language: the clean NLL, what its own ablation does to it and to the others."""
+    clean = {row[0]: row[1:] for row in data.clean(inputs).rows()}
+    units = dict(data.features(inputs).group_by("language", maintain_order=True).len().rows())
+    rows = []
+    for row in data.own_and_others(inputs).rows(named=True):
+        nll, tokens = clean.get(row["language"], (None, None))
+        rows.append(
+            [row["language"], plain(units.get(row["language"], 0)), plain(tokens), plain(nll, 3),
+             plain(row["own"], 4, sign=True), _interval(row["low"], row["high"]), plain(row["others"], 5, sign=True),
+             _interval(row["others_low"], row["others_high"]), plain(row["random"], 4, sign=True)]
+        )  # fmt: skip
+    head = ["language", "features", "eval tokens", "NLL untouched", "own ΔNLL", "95 %", "others, mean",
+            "others, least to largest", "random features"]  # fmt: skip
+    return Table("Own against others, nats/token", head, rows)
+
+
+def ablation_cells(inputs: ReportInputs) -> Table:
+    """The matrix with four decimals; an asterisk marks the largest of a row."""
+    cells = {
+        (a, e): (v, big)
+        for a, e, v, big in data.matrix(inputs).select("ablated", "evaluated", "value", "largest").rows()
+    }
+    rows = []
+    for ablated in inputs.languages:
+        row = [cells.get((ablated, evaluated), (None, False)) for evaluated in inputs.languages]
+        rows.append([ablated, *(plain(value, 4) + ("*" if largest else "") for value, largest in row)])
+    caption = "ΔNLL in nats/token: row = features removed, column = evaluated on, * = largest of its row"
+    return Table(caption, ["removed", *inputs.languages], rows)
+
+
+def own_by_layer(inputs: ReportInputs) -> Table:
+    """Own dNLL per hookpoint alone, with the means over languages."""
+    frame = data.own_by_layer(inputs)
+    rows = _wide(frame, 4)
+    by_hookpoint = frame.group_by("hookpoint", maintain_order=True).agg(pl.col("value", "others").mean())
+    rows.append(["mean, own", *(plain(value, 4) for value in by_hookpoint["value"])])
+    rows.append(["mean, others", *(plain(value, 5) for value in by_hookpoint["others"])])
+    return Table("Own ΔNLL with one hookpoint ablated alone, nats/token", ["language", *inputs.hookpoints], rows)
+
+
+def fvu(inputs: ReportInputs) -> Table:
+    """FVU per language and hookpoint."""
+    return Table(
+        "FVU per language and hookpoint", ["language", *inputs.hookpoints], _wide(data.fvu_by_language(inputs), 3)
+    )
+
+
+def quality(inputs: ReportInputs) -> Table:
+    """The SAEs: how well each reconstructs, how sparse it is, how much of it is dead."""
+    rows = []
+    for hookpoint in inputs.hookpoints:
+        get = inputs.metrics.get(f"train.{hookpoint}", {}).get
+        rows.append(
+            [hookpoint, plain(get("fvu"), 3), plain(get("l0"), 1), percent(get("dead_share")), plain(get("tokens"))]
+        )
+    return Table("One SAE per hookpoint", ["hookpoint", "FVU", "L0", "dead latents", "tokens trained on"], rows)
+
+
+def corpus(inputs: ReportInputs) -> Table:
+    """Tokens and texts per language and split."""
+    keys = ("train_tokens", "train_texts", "eval_tokens", "eval_texts")
+    rows = [[lang, *(plain(inputs.figure("sample", f"{key}/{lang}")) for key in keys)] for lang in inputs.languages]
+    return Table("Corpus", ["language", "train tokens", "train texts", "eval tokens", "eval texts"], rows)
+
+
+def metrics(inputs: ReportInputs) -> Table:
+    """Every figure of every metrics file."""
+    rows = [
+        [name, key, significant(value, digits=6) if isinstance(value, float) else plain(value)]
+        for name, content in sorted(inputs.metrics.items())
+        for key, value in sorted(content.items())
+    ]
+    return Table("Every figure of every stage (metrics/*.json)", ["stage", "figure", "value"], rows, labels=2)
+
+
+def pairs(caption: str, head: list[str], content: Mapping[str, str]) -> Table:
+    """A table of names and values."""
+    return Table(caption, head, [[key, value] for key, value in sorted(content.items())], labels=2)

@@ -1,0 +1,70 @@
+"""The one top-k: the k largest positive scores of every row, found through the maxima of groups of latents.
+
+The k groups with the largest maxima must contain the k largest scores: only their members need to be looked at. Both
+choices are a partition of integer keys, a score's bits above and its position below (positive floats are ordered as
+their bits are), which NumPy does with vector instructions, several times faster than `torch.topk`.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GROUP = 16
+# Per dtype of scores: the integer of the same width, the key of twice the width, and the bits below the score's.
+_KEYS = {torch.bfloat16: (torch.int16, torch.int32, 16), torch.float32: (torch.int32, torch.int64, 32)}
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top k of relu(`scores`) in every row.
+
+    Parameters
+    ----------
+    scores: [rows, n], contiguous; bfloat16 or float32 on a CPU, anything elsewhere.
+    k: how many per row, at most n.
+
+    Returns
+    -------
+    values: [rows, k] >= 0 in the dtype of `scores`, in no particular order.
+    indices: int64 [rows, k], distinct within a row; arbitrary where the value is 0.
+    """
+    if _suits_groups(scores, k):
+        indices = _by_groups(scores, k)
+        return scores.gather(1, indices).relu_(), indices
+    values, indices = scores.topk(k, dim=-1, sorted=False)
+    return values.relu_(), indices
+
+
+def _suits_groups(scores: Tensor, k: int) -> bool:
+    groups, rest = divmod(scores.shape[1], _GROUP)
+    on_cpu = scores.device.type == "cpu" and scores.dtype in _KEYS and scores.is_contiguous()
+    return on_cpu and rest == 0 and 2 * k <= groups < 2**15 and k * _GROUP < 2**15
+
+
+def _by_groups(scores: Tensor, k: int) -> Tensor:
+    rows, groups = scores.shape[0], scores.shape[1] // _GROUP
+    chosen = _largest(_group_maxima(scores), k)
+    first = torch.arange(0, rows * groups, groups).unsqueeze(1)
+    members = scores.view(rows * groups, _GROUP).index_select(0, (chosen + first).view(-1))
+    place = _largest(members.view(rows, k * _GROUP), k)
+    return chosen.gather(1, place.div(_GROUP, rounding_mode="floor")).mul_(_GROUP).add_(place.remainder(_GROUP))
+
+
+def _group_maxima(scores: Tensor) -> Tensor:
+    """Maxima of relu(scores) over runs of `_GROUP` scores: [rows, n] -> [rows, n / _GROUP]."""
+    rows, groups = scores.shape[0], scores.shape[1] // _GROUP
+    if scores.dtype == torch.float32:
+        return scores.view(torch.int32).view(rows, groups, _GROUP).amax(-1).view(torch.float32)
+    # Two bfloat16 in one int32: `amax` of int32 is four times as fast, and the upper half decides.
+    pairs = scores.view(torch.int32).view(rows, groups, _GROUP // 2)
+    maxima = torch.maximum(pairs.amax(-1), pairs.bitwise_left_shift(16).amax(-1))
+    return maxima.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Positions int64 [rows, k] of the k largest positive scores of every row."""
+    narrow, wide, bits = _KEYS[scores.dtype]
+    keys = scores.view(narrow).to(wide).bitwise_left_shift_(bits)
+    keys.bitwise_or_(torch.arange(scores.shape[1], dtype=wide))
+    array: np.ndarray = keys.numpy()
+    array.partition(scores.shape[1] - k, axis=-1)
+    return keys[:, -k:].bitwise_and(2**bits - 1).to(torch.int64)

@@ -1,0 +1,31 @@
+"""`python -m babelscope.tracking`: print the address at which `mlflow ui` shows the charts of the summary runs."""
+
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+from babelscope import config, stage
+from babelscope.tracking import store
+
+
+def ui_url(experiment: str) -> str:
+    """The address of the chart view of the experiment's summary runs.
+
+    On the server that `MLFLOW_TRACKING_URI` names, else where `mlflow ui` listens (`MLFLOW_HOST`, `MLFLOW_PORT`).
+    """
+    base = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not base.startswith("http"):
+        base = f"http://{os.environ.get('MLFLOW_HOST', '127.0.0.1')}:{os.environ.get('MLFLOW_PORT', '5000')}"
+    view = {"compareRunsMode": "CHART", "searchFilter": "tags.`babelscope.kind` = 'summary'"}
+    experiment_id = store.open_store(experiment).experiment_id
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(view, quote_via=quote)}"
+
+
+def main() -> None:
+    """Print the address for the experiment that params.yaml names."""
+    sys.stdout.write(ui_url(config.load(Path("params.yaml")).track.experiment) + "\n")
+
+
+if __name__ == "__main__":
+    stage.run(main)

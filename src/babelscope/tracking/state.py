@@ -1,0 +1,109 @@
+"""The state of the pipeline as dvc.lock has it: what was computed, from what, and its hash."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from babelscope.errors import UserError
+from babelscope.tracking.training import flatten
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that dvc.lock describes: stage, flat params, and its output folder with its MD5 (`<md5>.dir`)."""
+
+    stage: str
+    params: Mapping[str, str]
+    output: str
+    output_md5: str
+
+
+@dataclass(frozen=True)
+class State:
+    """The current stages together: their hash, their trainings, and the MD5 of every file that they read or wrote.
+
+    `outdated` names the stages whose entry was written with other params than the present ones.
+    """
+
+    hash: str
+    trainings: list[Training]
+    files: Mapping[str, str]
+    outdated: list[str]
+
+
+def read(folder: Path, params: Mapping[str, Any], hookpoints: Iterable[str], without: str = "track") -> State:
+    """Read the state of the pipeline in `folder` from its dvc.yaml and dvc.lock.
+
+    Parameters
+    ----------
+    params: the content of params.yaml.
+    hookpoints: the current ones; dvc.lock also keeps the entries of those that were removed.
+    without: the stage that asks, which is not a part of the state.
+
+    Raises
+    ------
+    UserError: dvc.lock is missing.
+    """
+    if not (folder / "dvc.lock").is_file():
+        raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
+    locked = _load(folder / "dvc.lock").get("stages", {})
+    defined = _load(folder / "dvc.yaml")["stages"]
+    names = [name for name in sorted(locked) if name != without and _is_current(name, defined, set(hookpoints))]
+    stages = {name: locked[name] for name in names}
+    content = {
+        name: {
+            "deps": _hashes(entry.get("deps", [])),
+            "outs": _hashes(entry.get("outs", [])),
+            "params": _params(entry),
+        }
+        for name, entry in stages.items()
+    }
+    text = json.dumps(content, sort_keys=True)
+    return State(
+        hash=hashlib.sha256(text.encode()).hexdigest()[:32],
+        trainings=[_training(name, entry) for name, entry in stages.items() if name.partition("@")[0] == "train"],
+        files={path: md5 for part in content.values() for path, md5 in {**part["deps"], **part["outs"]}.items()},
+        outdated=[
+            name for name, entry in stages.items() if any(_get(params, k) != v for k, v in _params(entry).items())
+        ],
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) or {}
+    return content
+
+
+def _is_current(name: str, defined: Mapping[str, Any], hookpoints: set[str]) -> bool:
+    base, at, item = name.partition("@")
+    if base not in defined:
+        return False
+    return bool(at) == ("matrix" in defined[base]) and (not at or item in hookpoints)
+
+
+def _hashes(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {entry["path"]: str(entry.get(entry.get("hash", "md5"))) for entry in entries}
+
+
+def _params(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The params of a stage by dotted key, as dvc.lock has them."""
+    return dict(entry.get("params", {}).get("params.yaml", {}))
+
+
+def _get(params: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        params = params.get(key) if isinstance(params, Mapping) else None
+    return params
+
+
+def _training(name: str, entry: Mapping[str, Any]) -> Training:
+    outputs = {path: md5 for path, md5 in _hashes(entry["outs"]).items() if md5.endswith(".dir")}
+    if len(outputs) != 1:
+        raise UserError(f"dvc.lock: {name}: expected one output folder, found {', '.join(outputs) or 'none'}")
+    [(output, md5)] = outputs.items()
+    return Training(name, flatten(_params(entry)), output, md5)

@@ -1,0 +1,79 @@
+"""Stage `report`: every result so far as one self-contained HTML page and two pictures."""
+
+import hashlib
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import polars as pl
+
+from babelscope import config, stage
+from babelscope.errors import UserError
+from babelscope.files import read_json, write_atomically
+from babelscope.report import charts, data, page
+
+log = logging.getLogger(__name__)
+
+FEATURES = Path("data/scores/features.parquet")
+NLL = Path("data/ablation/nll.parquet")
+BY_LAYER = Path("data/ablation/by_layer.parquet")
+OUT = Path("reports")
+PACKAGES = (
+    "babelscope",
+    "torch",
+    "transformers",
+    "lightning",
+    "polars",
+    "mlflow",
+    "dvc",
+    "altair",
+    "vl-convert-python",
+)
+
+
+def metric_files(hookpoints: list[str]) -> dict[str, Path]:
+    """The metrics that the page shows, by name."""
+    names = ["sample", "extract", *(f"{s}.{h}" for s in ("train", "encode") for h in hookpoints), "score", "ablate"]
+    return {name: Path(f"metrics/{name}.json") for name in names}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read(params: config.Config) -> data.ReportInputs:
+    metrics = metric_files(params.hookpoints)
+    files = [FEATURES, NLL, *metrics.values()]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no such file; the stages before `report` write it: dvc repro report")
+    if BY_LAYER.is_file():
+        files.append(BY_LAYER)
+    return data.ReportInputs(
+        # Neither the hardware nor the tracking changes a result, so neither changes the page.
+        params=params.model_dump(exclude={"hardware", "track"}),
+        features=pl.read_parquet(FEATURES),
+        nll=pl.read_parquet(NLL),
+        by_layer=pl.read_parquet(BY_LAYER) if BY_LAYER.is_file() else None,
+        metrics={name: read_json(path) for name, path in metrics.items()},
+        files={path.as_posix(): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in files},
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def main() -> None:
+    inputs = read(config.load())
+    text = page.build(inputs)
+    write_atomically(OUT / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+    pictures = page.pictures(inputs)
+    for file, name in (("features_by_layer.png", "features"), ("ablation.png", "ablation")):
+        image = charts.png(pictures[name])
+        write_atomically(OUT / file, lambda path, image=image: path.write_bytes(image))  # type: ignore[misc]
+    log.info("report: %s, %.1f MB", OUT / "report.html", len(text.encode()) / 1e6)
+
+
+if __name__ == "__main__":
+    stage.run(main)

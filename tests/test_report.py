@@ -1,0 +1,383 @@
+"""The report: its frames by hand, its page as text, its stage as a process."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import report_example as example
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from babelscope.errors import UserError
+from babelscope.report import charts, data, page, tables
+from babelscope.report.data import ReportInputs
+from babelscope.report.numbers import percent, plain, significant
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = "<script>alert('x')</script>"
+
+
+def inputs(**changes: Any) -> ReportInputs:
+    given_ = ReportInputs(
+        params=example.params(), features=example.features(), nll=example.nll(), by_layer=example.by_layer(),
+        metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
+    )  # fmt: skip
+    return dataclasses.replace(given_, **changes)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return page.build(inputs())
+
+
+def specs_of(html: str) -> dict[str, Any]:
+    text = re.search(r'<script type="application/json" id="charts">(.*?)</script>', html, re.DOTALL)
+    assert text is not None
+    content: dict[str, Any] = json.loads(text.group(1))
+    return content["specs"]
+
+
+class Page(HTMLParser):
+    """What a browser makes of the page: its tags with their attributes, and the text of its first table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "sign", "text"),
+    [(1234567, 0, False, "1\u202f234\u202f567"), (0.164, 2, True, "+0.16"), (-0.5, 1, False, "−0.5"),
+     (-0.0004, 2, True, "0"), (None, 2, False, "–"), (float("nan"), 2, False, "–"), ("text", 2, False, "text"), (0, 2, False, "0")],
+)  # fmt: skip
+def test_plain(value: Any, decimals: int, sign: bool, text: str) -> None:
+    assert plain(value, decimals, sign=sign) == text
+
+
+def test_significant_and_percent() -> None:
+    assert significant(0.16789, sign=True) == "+0.168"
+    assert significant(0.00054321, digits=2) == "0.00054"
+    assert significant(123.4) == "123"
+    assert percent(0.0312) == "3.1\u202f%"
+    assert percent(None) == "–"
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=1e-3, max_value=1e9))
+def test_significant_is_near_the_value(value: float) -> None:
+    assert float(significant(value).replace("\u202f", "")) == pytest.approx(value, rel=0.01)
+
+
+# --- frames
+
+
+def test_counts_fill_the_whole_grid_in_the_order_of_params() -> None:
+    frame = data.counts(inputs())
+    assert frame.height == 15 * 7
+    assert frame["language"].unique(maintain_order=True).to_list() == example.LANGUAGES
+    assert frame["layer"][:7].to_list() == ["6", "10", "14", "18", "22", "26", "29"]
+    assert frame.filter(language="ta")["value"].to_list() == [0] * 7
+    assert frame.filter(language="ru")["value"].to_list() == [0, 0, 1, 0, 0, 0, 0]
+    totals = frame.group_by("hookpoint", maintain_order=True).agg(pl.col("value").sum())["value"].to_list()
+    assert totals == [68, 73, 105, 116, 132, 257, 157]  # DESIGN.md, the prototype
+
+
+def test_a_row_with_a_null_unit_is_no_feature() -> None:
+    assert data.counts(inputs(features=example.features(null_row=True))).equals(data.counts(inputs()))
+
+
+def test_no_features_at_all() -> None:
+    none = inputs(features=example.features().clear())
+    assert data.counts(none)["value"].sum() == 0
+    assert data.found(none) == 0
+    assert "features: removing" in page.build(none)
+
+
+def test_a_shared_feature_counts_once_in_all_and_once_per_language() -> None:
+    one = example.features().head(1)
+    shared = inputs(features=pl.concat([one.with_columns(language=pl.lit(name)) for name in ("en", "de")]))
+    assert data.found(shared) == 1
+    assert data.counts(shared)["value"].sum() == 2
+
+
+def test_features_of_other_kinds_languages_and_hookpoints_are_left_out() -> None:
+    one = example.features().head(1)
+    extra = [one.with_columns(kind=pl.lit("neuron")), one.with_columns(language=pl.lit("xx")),
+             one.with_columns(hookpoint=pl.lit("layers.1.mlp"))]  # fmt: skip
+    assert data.counts(inputs(features=pl.concat([example.features(), *extra]))).equals(data.counts(inputs()))
+
+
+def test_layer_labels_fall_back_on_the_whole_name() -> None:
+    assert data.layer_labels(["layers.6.mlp", "layers.6"]) == {"layers.6.mlp": "layers.6.mlp", "layers.6": "layers.6"}
+    assert data.layer_labels(["layers.6.mlp", "embed"]) == {"layers.6.mlp": "layers.6.mlp", "embed": "embed"}
+
+
+def small(rows: list[tuple[str, str, float]], **columns: Any) -> pl.DataFrame:
+    frame = pl.DataFrame(rows, schema=["ablated", "evaluated", "delta"], orient="row")
+    values = {"method": "feature", "kind": "sae", "control": None, "nll": 1.0, "tokens": 9, "low": None, "high": None}
+    return frame.with_columns(**{key: pl.lit(value) for key, value in (values | columns).items()})
+
+
+def two_languages(nll: pl.DataFrame) -> ReportInputs:
+    return inputs(params=example.params() | {"languages": ["b", "a"]}, nll=nll, by_layer=None)
+
+
+def test_matrix_and_own_against_others_by_hand() -> None:
+    cells = small([("a", "a", 0.5), ("a", "b", 0.1), ("b", "a", 0.3), ("b", "b", 0.2)])
+    control = small([("a", "a", 0.01), ("b", "b", 0.02)], control=0)
+    again = small([("a", "a", 0.03), ("b", "b", 0.02)], control=1)
+    other = small([("a", "a", 9.0)], method="additive")
+    given_ = two_languages(pl.concat([cells, control, again, other], how="vertical_relaxed"))
+    matrix = data.matrix(given_)
+    assert matrix.select("ablated", "evaluated", "value", "own", "largest").rows() == [
+        ("b", "b", 0.2, True, False), ("b", "a", 0.3, False, True),
+        ("a", "b", 0.1, False, False), ("a", "a", 0.5, True, True),
+    ]  # fmt: skip
+    rows = data.own_and_others(given_).select("language", "own", "others", "random").rows()
+    assert rows == [("b", 0.2, 0.3, 0.02), ("a", 0.5, 0.1, pytest.approx(0.02))]
+    assert data.ablation_method(given_) == "feature"
+
+
+def test_a_language_that_was_not_ablated_is_an_empty_row() -> None:
+    given_ = two_languages(small([("a", "a", 0.5), ("a", "b", 0.0)]))
+    assert tables.ablation_cells(given_).rows == [["b", "–", "–"], ["a", "0", "0.5000*"]]
+    assert data.own_and_others(given_)["own"].to_list() == [None, 0.5]
+    assert specs_of(page.build(given_))["ablation"]["layer"]
+
+
+def test_own_by_layer() -> None:
+    frame = data.own_by_layer(inputs())
+    source = example.by_layer().filter(ablated="tr", evaluated="tr", hookpoint="layers.26.mlp")
+    cell = frame.filter(language="tr", hookpoint="layers.26.mlp")
+    assert cell.select("value", "low", "high").rows() == source.select("delta", "low", "high").rows()
+    assert data.own_by_layer(inputs(by_layer=None)).is_empty()
+    assert data.own_by_layer(inputs(by_layer=example.by_layer().clear())).is_empty()
+
+
+def test_mean_fvu() -> None:
+    assert data.mean_fvu(inputs()) == pytest.approx(0.23 + 0.015 * 3)
+    assert data.mean_fvu(inputs(metrics={})) is None
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(UserError, match="features.parquet: no column unit"):
+        inputs(features=example.features().drop("unit"))
+    with pytest.raises(UserError, match="by_layer.parquet: no column hookpoint"):
+        inputs(by_layer=example.nll())
+
+
+def test_the_example_agrees_with_its_own_metrics() -> None:
+    matrix = data.matrix(inputs())
+    own = matrix.filter(pl.col("own"))
+    assert own["value"].mean() == pytest.approx(example.metrics()["ablate"]["own"])
+    assert own["largest"].sum() == example.metrics()["ablate"]["rows"]
+
+
+# --- page
+
+
+def test_headline_figures(html: str) -> None:
+    title = re.search(r"<h1>(.*?)</h1>", html)
+    assert title is not None and title.group(1).startswith("908 language-specific features: removing")
+    figures = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
+    assert figures["languages, 14 with features"] == "15"
+    assert figures["hookpoints (layers read)"] == "7"
+    assert figures["mean FVU (variance left unexplained)"] == "0.275"
+    assert figures["own ΔNLL, nats/token"] == significant(example.metrics()["ablate"]["own"], sign=True)
+    assert figures["rows whose maximum is the diagonal; columns: 13 of 15"] == "14 of 15"
+
+
+def test_same_inputs_same_page(html: str) -> None:
+    assert page.build(inputs()) == html
+    shuffled = inputs(features=example.features().sample(fraction=1.0, shuffle=True, seed=1),
+                      nll=example.nll().sample(fraction=1.0, shuffle=True, seed=1))  # fmt: skip
+    assert page.build(shuffled) == html
+
+
+def test_page_is_one_small_file_that_names_no_other(html: str) -> None:
+    assert len(html.encode()) < 10_000_000
+    for tag, attributes in Page(html).tags:
+        assert not {"src", "srcset"} & set(attributes), tag
+        assert (attributes.get("href") or "#").startswith("#"), tag
+        assert tag not in ("link", "iframe", "img", "object", "embed")
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert style is not None and "url(" not in style.group(1) and "@import" not in style.group(1)
+    assert str(ROOT) not in html
+
+
+def test_headings_landmarks_and_anchors(html: str) -> None:
+    parsed = Page(html)
+    assert [parsed.count(tag) for tag in ("h1", "main", "header", "nav", "footer")] == [1] * 5
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in parsed.tags:
+        for key in ("href", "aria-labelledby"):
+            if attributes.get(key):
+                assert str(attributes[key]).removeprefix("#") in ids
+    charts_ = {attributes["data-chart"] for _, attributes in parsed.tags if "data-chart" in attributes}
+    specs = specs_of(html)
+    assert charts_ == set(specs) == {"features", "ablation", "own", "layers", "fvu"}
+    assert all(spec["description"] for spec in specs.values())
+
+
+def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
+    for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
+                 tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
+        table = make(inputs())
+        assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
+
+
+def test_top_features_are_the_first_by_rank_and_none_is_said() -> None:
+    rows = tables.top_features(inputs()).rows
+    assert [row[3] for row in rows if row[0] == "tr"] == [str(rank) for rank in range(1, 11)]
+    assert [row[:2] for row in rows if row[0] == "ta"] == [["ta", "no feature"]]
+
+
+def test_nothing_from_the_inputs_is_run_as_html() -> None:
+    params = example.params()
+    params["model"]["name"] = SCRIPT
+    params["languages"] = [SCRIPT, *params["languages"]]
+    nll = pl.concat([example.nll(), small([(SCRIPT, SCRIPT, 0.2)])], how="diagonal_relaxed")
+    metrics = example.metrics() | {SCRIPT: {SCRIPT: SCRIPT}}
+    html = page.build(
+        inputs(params=params, nll=nll, metrics=metrics, files={SCRIPT: SCRIPT}, versions={SCRIPT: SCRIPT})
+    )
+    assert SCRIPT not in html
+    assert "&lt;script&gt;alert(" in html
+    assert Page(html).count("script") == 3
+    assert any(row["ablated"] == SCRIPT for row in _rows(specs_of(html)["ablation"]))
+
+
+def _rows(spec: Any) -> list[dict[str, Any]]:
+    """The rows of the first data set anywhere in a specification."""
+    if isinstance(spec, dict) and isinstance(spec.get("values"), list):
+        return list(spec["values"])
+    inside = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else []
+    return next((rows for one in inside if (rows := _rows(one))), [])
+
+
+def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
+    text = re.search(r'<pre id="params"[^>]*>(.*?)</pre>', html, re.DOTALL)
+    assert text is not None
+    assert YAML(typ="safe", pure=True).load(text.group(1)) == example.params()
+
+
+def test_missing_metrics_are_dashes() -> None:
+    html = page.build(inputs(metrics={}, by_layer=None))
+    assert set(specs_of(html)) == {"features", "ablation", "own"}
+    assert 'id="layers"' not in html and "<dt>own ΔNLL, nats/token</dt><dd>–</dd>" in html
+
+
+def test_figures_that_are_no_numbers_do_not_break_the_page() -> None:
+    broken = example.nll().with_columns(
+        delta=pl.when(evaluated="en").then(float("nan")).when(evaluated="de").then(float("inf")).otherwise("delta")
+    )
+    specs = specs_of(page.build(inputs(nll=broken)))  # json.loads would take NaN, but not as null
+    assert {row["value"] for row in _rows(specs["ablation"]) if row["evaluated"] in ("en", "de")} == {None}
+
+
+def test_the_control_is_drawn_only_where_there_is_one(html: str) -> None:
+    assert "random:Q" not in json.dumps(specs_of(html)["own"])
+    with_control = specs_of(page.build(inputs(nll=example.nll(controls=2))))["own"]
+    assert len(with_control["layer"]) == len(specs_of(html)["own"]["layer"]) + 1
+    assert [row["random"] for row in _rows(with_control)][0] == pytest.approx(0.002)
+
+
+def test_shared_features_are_called_shared() -> None:
+    params = example.params()
+    params["score"]["members"] = 2
+    html = page.build(inputs(params=params))
+    assert "908 features shared by exactly 2 languages: removing" in html and "language-specific features" not in html
+
+
+def test_cells_can_be_read_in_both_themes() -> None:
+    """The least contrast of black or white on any colour is 4.58 (WCAG), if the better one is taken; texts need 4.5."""
+    for colours in (charts._LIGHT, charts._DARK):
+        for text in ("text", "muted"):
+            assert contrast(colours[text], colours["page"]) >= 4.5
+            assert contrast(colours[text], colours["diverging"][3]) >= 4.5
+        for bar in ("mark", "second"):
+            assert contrast(colours[bar], colours["page"]) >= 3
+        lightness = [luminance(colour) for colour in colours["ramp"]]
+        assert lightness == sorted(lightness) or lightness == sorted(lightness, reverse=True)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# --- stage
+
+
+def run_stage(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "stages/report.py")], cwd=folder, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "reports").iterdir())}
+
+
+def params_file(folder: Path) -> None:
+    """The shipped params.yaml, with the languages and hookpoints of the example and other hardware."""
+    yaml = YAML()
+    content = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content |= {"languages": example.LANGUAGES, "hookpoints": example.HOOKPOINTS}
+    with (folder / "params.yaml").open("w", encoding="utf-8") as handle:
+        yaml.dump(content, handle)
+
+
+def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path: Path) -> None:
+    first, second = tmp_path / "one", tmp_path / "another"
+    example.write(first)
+    params_file(first)
+    assert (done := run_stage(first)).returncode == 0, done.stderr
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns("reports"))
+    text = (second / "params.yaml").read_text(encoding="utf-8").replace("threads: 0", "threads: 1")
+    (second / "params.yaml").write_text("# another comment\n" + text, encoding="utf-8")
+    assert run_stage(second).returncode == 0
+    assert digests(first) == digests(second)
+    assert set(digests(first)) == {"ablation.png", "features_by_layer.png", "report.html"}
+    html = (first / "reports/report.html").read_text(encoding="utf-8")
+    assert hashlib.md5((first / "data/ablation/by_layer.parquet").read_bytes()).hexdigest() in html
+    for name in ("ablation.png", "features_by_layer.png"):
+        assert (first / "reports" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_stage_names_a_missing_file(tmp_path: Path) -> None:
+    example.write(tmp_path)
+    params_file(tmp_path)
+    (tmp_path / "metrics/ablate.json").unlink()
+    done = run_stage(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: metrics/ablate.json: no such file")
+    assert not (tmp_path / "reports").exists()

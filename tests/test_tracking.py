@@ -1,0 +1,247 @@
+"""Tracking against a real toy DVC repository: whatever is done to it, MLflow holds exactly the right runs."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from toy_pipeline import DVC_YAML, STEPS, loss
+
+from babelscope.fingerprint import dvc_md5
+
+ROOT = Path(__file__).parent.parent
+HOOKPOINTS, LANGUAGES = ["layers.6.mlp", "layers.10.mlp"], ["en", "no", "fi"]
+
+
+class Repo:
+    """A toy repository and what MLflow has of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def environment(self, **more: str) -> dict[str, str]:
+        # The tests may themselves run inside a stage or beside a server.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "PYTEST_"))}
+        path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
+        return inherited | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "DVC_NO_ANALYTICS": "1"} | more
+
+    def run(self, *command: str, fails: bool = False, **environment: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def dvc(self, *arguments: str, fails: bool = False, **environment: str) -> str:
+        return self.run(sys.executable, "-m", "dvc", *arguments, fails=fails, **environment)
+
+    def commit(self) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", "state")
+
+    def set_k(self, k: int) -> None:
+        path = self.folder / "params.yaml"
+        params = YAML_.load(path.read_text())
+        params["train"]["k"] = k
+        with path.open("w") as handle:
+            YAML_.dump(params, handle)
+
+    def runs(self) -> list["Run"]:
+        """The runs that are not deleted, read from the database itself."""
+        with closing(sqlite3.connect(self.folder / "mlflow.db")) as connection:
+            rows = connection.execute(
+                "SELECT run_uuid, status, artifact_uri FROM runs JOIN experiments USING (experiment_id) "
+                "WHERE runs.lifecycle_stage = 'active' AND experiments.name = 'toy'"
+            ).fetchall()
+            return [Run(connection, *row) for row in rows]
+
+    def names(self) -> dict[str, int]:
+        """How many runs there are of each kind, k and stage; all must be finished and whole."""
+        runs = self.runs()
+        for run in runs:
+            assert run.status == "FINISHED", run.tags
+            if run.tags["babelscope.kind"] == "training":
+                assert run.series("loss") == [(step, loss(run.k, step)) for step in STEPS]
+                assert [step for step, _ in run.series("fvu")] == [0, 20, 40, 60, 80]
+        names = (" ".join([r.tags["babelscope.kind"], str(r.k), r.tags.get("dvc.stage", "")]).strip() for r in runs)
+        return dict(Counter(names))
+
+    def of(self, kind: str) -> list["Run"]:
+        return [run for run in self.runs() if run.tags["babelscope.kind"] == kind]
+
+
+class Run:
+    def __init__(self, connection: sqlite3.Connection, key: str, status: str, place: str) -> None:
+        self.id, self.status, self.artifacts = key, status, Path(place)
+        query = "SELECT {} FROM {} WHERE run_uuid = ?"
+        self.tags = dict(connection.execute(query.format("key, value", "tags"), [key]))
+        self.params = dict(connection.execute(query.format("key, value", "params"), [key]))
+        self.points = connection.execute(query.format("key, step, value", "metrics"), [key]).fetchall()
+        self.digests = [
+            digest
+            for (digest,) in connection.execute(
+                "SELECT digest FROM datasets JOIN inputs ON source_id = dataset_uuid WHERE destination_id = ?",
+                [key],
+            )
+        ]
+
+    @property
+    def k(self) -> int:
+        return int(self.params["train.k"])
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        return sorted((step, value) for name, step, value in self.points if name == key)
+
+    def value(self, key: str) -> float:
+        [(_, value)] = self.series(key)
+        return value
+
+
+YAML_ = YAML()
+
+
+def expected(*ks: int) -> dict[str, int]:
+    return {name: 1 for k in ks for name in (f"summary {k}", *(f"training {k} train@{h}" for h in HOOKPOINTS))}
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repo:
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    params = YAML_.load((ROOT / "params.yaml").read_text())
+    params["languages"], params["hookpoints"], params["track"]["experiment"] = LANGUAGES, HOOKPOINTS, "toy"
+    params["train"]["k"] = 4
+    with (folder / "params.yaml").open("w") as handle:
+        YAML_.dump(params, handle)
+    text = DVC_YAML.format(toy=ROOT / "tests/toy_pipeline.py", track=ROOT / "stages/track.py")
+    (folder / "dvc.yaml").write_text(text)
+    shutil.copy(ROOT / ".gitignore", folder)
+    shutil.copy(ROOT / ".dvcignore", folder)
+    found = Repo(folder)
+    found.run("git", "init", "-q", "-b", "main")
+    for key, value in {"user.name": "toy", "user.email": "toy@example.org", "commit.gpgsign": "false"}.items():
+        found.run("git", "config", key, value)
+    found.dvc("init", "-q")
+    found.commit()
+    return found
+
+
+def test_every_way_of_reaching_a_state_gives_its_runs_once(repo: Repo) -> None:
+    repo.dvc("repro")
+    assert repo.names() == expected(4)
+    check_summary(repo)
+    check_hashes(repo)
+
+    assert "is in MLflow already" in repo.dvc("repro")
+    assert repo.names() == expected(4)
+    repo.commit()
+
+    repo.set_k(8)
+    repo.dvc("repro")
+    repo.set_k(4)
+    repo.dvc("repro")
+    assert repo.names() == expected(4, 8)
+
+    for file in repo.folder.glob("mlflow.db*"):
+        file.unlink()
+    repo.dvc("repro")
+    assert repo.names() == expected(4)
+    assert all(run.tags["babelscope.backfilled"] == "true" for run in repo.of("training"))
+    check_summary(repo)
+
+    # Repeated by force, a training takes the place of what was rebuilt from its history.
+    repo.dvc("repro", "-f", "-s", "train@layers.6.mlp")
+    assert repo.names() == expected(4)
+    assert sum("babelscope.backfilled" in run.tags for run in repo.of("training")) == 1
+
+    # A state from an experiment in the workspace, then one computed in a copy of the repository.
+    repo.dvc("exp", "run", "-S", "train.k=8")
+    assert repo.names() == expected(4, 8)
+    repo.run("git", "checkout", "-q", ".")
+    repo.dvc("checkout")
+    repo.dvc("exp", "run", "--temp", "-S", "train.k=16", "-n", "sixteen")
+    assert repo.names() == expected(4, 8, 16)
+    repo.dvc("exp", "apply", "sixteen")
+    repo.dvc("repro")
+    repo.run("git", "checkout", "-q", ".")
+    repo.dvc("checkout")
+    repo.dvc("repro")
+    assert repo.names() == expected(4, 8, 16)
+    assert all(run.artifacts.is_relative_to(repo.folder / "mlruns") for run in repo.runs())
+
+
+def check_summary(repo: Repo) -> None:
+    """What the summary run of k = 4 holds, by hand."""
+    [run] = repo.of("summary")
+    # en: round(2 * 10 / 2) = 10 in layer 6, 20 in layer 10; no: 15 and 30; fi has none.
+    assert run.series("features_by_layer/en") == [(6, 10), (10, 20)]
+    assert run.series("features_by_layer/no") == [(6, 15), (10, 30)]
+    assert run.series("features_by_layer/fi") == [(6, 0), (10, 0)]
+    assert run.series("features_by_layer/all") == [(6, 25), (10, 50)]
+    fvu = loss(4, 100)
+    assert run.series("fvu_by_layer") == [(6, fvu), (10, fvu)]
+    assert run.series("fvu_by_layer/en") == [(6, fvu + 0.01), (10, fvu + 0.01)]
+    assert run.series("dnll_own_by_layer/no") == [(6, pytest.approx(0.15)), (10, pytest.approx(0.3))]
+    assert run.series("tokens_by_layer") == [(6, 5), (10, 5)]
+    figures = {"features/no": 45, "features/fi": 0, "dnll_own/no": 0.1, "own": 0.2}
+    figures |= {"sample/tokens": 7, "score/tokens": 3, "texts": 3}
+    assert {key: run.value(key) for key in figures} == figures
+    assert run.params["languages"] == "en, no, fi"
+    assert not any(key.startswith("hardware") for key in run.params)
+    assert run.tags["mlflow.source.git.commit"] == repo.run("git", "rev-parse", "HEAD").strip()
+    files = {path.relative_to(run.artifacts).as_posix() for path in run.artifacts.rglob("*") if path.is_file()}
+    assert files == {"features.csv", "languages.json", "pipeline/dvc.lock", "pipeline/params.yaml", "report.html"}
+    [digest] = run.digests
+    assert dvc_md5(repo.folder / "data/corpus/texts.parquet").startswith(digest)
+
+
+def check_hashes(repo: Repo) -> None:
+    """`dvc_md5` says what DVC has written into dvc.lock, of files and folders, ignored files left out."""
+    (repo.folder / "data/sae/.gitignore").write_text("layers.6.mlp\n")
+    locked = YAML_.load((repo.folder / "dvc.lock").read_text())["stages"]
+    entries = {e["path"]: e["md5"] for s in locked.values() for e in [*s.get("deps", []), *s.get("outs", [])]}
+    folders = [path for path, md5 in entries.items() if md5.endswith(".dir")]
+    assert {"data/sae", "data/sae/layers.6.mlp", "reports"} <= set(folders)
+    assert {path: dvc_md5(repo.folder / path) for path in entries} == entries
+
+
+def test_a_killed_training_is_resumed_and_a_moved_repository_found(repo: Repo) -> None:
+    repo.dvc("repro", fails=True, TOY_DIE="layers.6.mlp")
+    [killed] = repo.runs()
+    assert (killed.status, len(killed.series("loss"))) == ("RUNNING", 5)
+    repo.dvc("repro")
+    assert repo.names() == expected(4)
+    assert killed.id in {run.id for run in repo.runs()}
+
+    moved = repo.folder.with_name("moved")
+    repo.folder.rename(moved)
+    repo.folder = moved
+    assert "was moved" in repo.dvc("repro")
+    assert repo.names() == expected(4)
+    [run] = repo.of("summary")
+    assert run.artifacts.is_relative_to(moved) and (run.artifacts / "report.html").is_file()
+
+
+def test_a_dead_server_stops_nothing_and_is_made_up_for(repo: Repo) -> None:
+    output = repo.dvc("repro", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert "training goes on" in output and "the next `dvc repro` does" in output
+    assert not (repo.folder / "mlflow.db").exists()
+    repo.dvc("repro")
+    assert repo.names() == expected(4)
+
+
+def test_two_processes_make_the_database_at_once(tmp_path: Path) -> None:
+    code = (
+        "from babelscope.tracking.store import open_store; s = open_store('toy'); s.client.create_run(s.experiment_id)"
+    )
+    repo = Repo(tmp_path)
+    both = [subprocess.Popen([sys.executable, "-c", code], env=repo.environment(), cwd=tmp_path) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert len(repo.runs()) == 2
+    assert (tmp_path / "mlflow.db").read_bytes()[18:20] == b"\x02\x02"  # write-ahead log
