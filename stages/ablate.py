@@ -2,11 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import polars as pl
-import torch
 
-from babelscope import config, stage
+from babelscope import config, hardware, stage
 from babelscope.files import write_atomically, write_json
 from babelscope.progress import Progress
 
@@ -21,20 +21,17 @@ def main() -> None:
     from babelscope.evaluation import ablation, selectivity
     from babelscope.models import hookpoints, loading, tokens
 
-    if params.hardware.threads:
-        torch.set_num_threads(params.hardware.threads)
+    device = hardware.prepare(params.hardware)
     features = pl.read_parquet(FEATURES).filter(kind="sae")
     corpus = pl.read_parquet(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
     texts = tokens.by_length(
-        tokens.tokenize(tokenizer, corpus["text_id"], corpus["text"], params.corpus.max_tokens)
+        tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
     )
     language = dict(zip(corpus["text_id"], corpus["language"], strict=True))
     keys, conditions = plan(features, params)
-    saes = {name: sae.load(Path("data/sae"), name) for name in params.hookpoints}
-    model = loading.load_model(params.model, params.ablate.dtype)
-    if params.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        model, saes = model.cuda(), {name: one.cuda() for name, one in saes.items()}
+    saes = {name: sae.load(Path("data/sae"), name).to(device) for name in params.hookpoints}
+    model = loading.load_model(params.model, params.ablate.dtype).to(device)
     hookpoints.resolve(model, params.hookpoints)
 
     with Progress("ablate", len(texts), "texts") as progress:
@@ -46,7 +43,7 @@ def main() -> None:
     write(cells, keys, params, passes=nll.passes, pairs=nll.ablated.numel())
 
 
-def plan(features: pl.DataFrame, params: config.Config) -> tuple[pl.DataFrame, list["Condition"]]:
+def plan(features: pl.DataFrame, params: config.Config) -> tuple[pl.DataFrame, list[Any]]:
     """The conditions and what each is: `condition`, `hookpoint` (null: all together), `ablated`."""
     from babelscope.evaluation.ablation import Condition
 

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import polars as pl
-import torch
 
-from babelscope import config, sae, stage
+from babelscope import config, hardware, sae, stage
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.store import ActivationStore
 from babelscope.files import write_atomically, write_json
@@ -20,15 +19,13 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     hookpoint = config.hookpoint_argument(sys.argv, params)
-    if params.hardware.threads:
-        torch.set_num_threads(params.hardware.threads)
-    device = torch.device("cuda" if params.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu")
+    device = hardware.prepare(params.hardware)
     dictionary = sae.load(Path("data/sae"), hookpoint).to(device)
     activations = ActivationStore(Path("data/activations") / hookpoint)
     table = pl.read_parquet("data/activations/tokens.parquet").filter(pl.col("split") == "train")
-    language = torch.from_numpy(table["language"].cast(pl.Enum(params.languages)).to_physical().to_numpy()).long()
-    text = torch.from_numpy(table["text_id"].rle_id().to_numpy()).long()
-    rows = torch.from_numpy(table["row"].to_numpy().copy())
+    language = table["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
+    text = table["text_id"].rle_id().cast(pl.Int64).to_torch()
+    rows = table["row"].to_torch()
 
     counter = Counter(params.languages, dictionary.W_dec.shape[0])
     active = 0

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import polars as pl
-import torch
 
-from babelscope import config, stage
+from babelscope import config, hardware, stage
 from babelscope.files import scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
@@ -20,14 +19,13 @@ def main() -> None:
     from babelscope.activations import extraction, store
     from babelscope.models import hookpoints, loading, tokens
 
-    if params.hardware.threads:
-        torch.set_num_threads(params.hardware.threads)
+    hardware.prepare(params.hardware)
     skeleton = loading.load_skeleton(params.model)
     if skeleton is not None:
         hookpoints.resolve(skeleton, params.hookpoints)
     corpus = pl.read_parquet(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
-    texts = tokens.tokenize(tokenizer, corpus["text_id"], corpus["text"], params.corpus.max_tokens)
+    texts = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
     shards = extraction.plan(tokens.by_length(texts), params.extract.batch_tokens)
     table = extraction.token_table(shards, corpus)
     model = loading.load_model(params.model, params.extract.dtype)
@@ -35,9 +33,7 @@ def main() -> None:
 
     knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
     resume = scratch(fingerprint("extract", knobs, {str(CORPUS): dvc_md5(CORPUS)}))
-    is_first = extraction.extract(
-        model, shards, params.hookpoints, resume, params.extract.store_dtype, params.hardware
-    )
+    is_first = extraction.extract(model, shards, params.hookpoints, resume, params.extract.store_dtype, params.hardware)
     if not is_first:
         return
     widths: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""dvc.yaml and params.yaml against the code: nothing is read that is not declared, nothing declared that is not there."""
+"""dvc.yaml and params.yaml against the code: nothing is read that is not declared, and the other way round."""
 
 import re
 from pathlib import Path

@@ -69,7 +69,8 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("value", "decimals", "sign", "text"),
     [(1234567, 0, False, "1\u202f234\u202f567"), (0.164, 2, True, "+0.16"), (-0.5, 1, False, "−0.5"),
-     (-0.0004, 2, True, "0"), (None, 2, False, "–"), (float("nan"), 2, False, "–"), ("text", 2, False, "text"), (0, 2, False, "0")],
+     (-0.0004, 2, True, "0"), (None, 2, False, "–"), (float("nan"), 2, False, "–"), ("text", 2, False, "text"),
+     (0, 2, False, "0")],
 )  # fmt: skip
 def test_plain(value: Any, decimals: int, sign: bool, text: str) -> None:
     assert plain(value, decimals, sign=sign) == text

@@ -190,7 +190,7 @@ def check_summary(repo: Repo) -> None:
     assert run.series("dnll_own_by_layer/no") == [(6, pytest.approx(0.15)), (10, pytest.approx(0.3))]
     assert run.series("tokens_by_layer") == [(6, 5), (10, 5)]
     figures = {"features/no": 45, "features/fi": 0, "dnll_own/no": 0.1, "own": 0.2}
-    figures |= {"sample/tokens": 7, "score/tokens": 3, "texts": 3}
+    figures |= {"tokens/sample": 7, "tokens/score": 3, "texts": 3}
     assert {key: run.value(key) for key in figures} == figures
     assert run.params["languages"] == "en, no, fi"
     assert not any(key.startswith("hardware") for key in run.params)

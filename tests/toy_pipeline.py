@@ -1,4 +1,4 @@
-"""The stages of a toy pipeline with the real one's files, for test_tracking.py: `toy_pipeline.py <stage> [hookpoint]`."""
+"""Stages of a toy pipeline with the files of the real one, for test_tracking.py: `toy_pipeline.py <stage> [hookpoint]`."""
 
 import math
 import os
@@ -90,7 +90,8 @@ def train(params: config.Config, hookpoint: str) -> None:
     with training_run(params.track.experiment, stage=name, fingerprint=key, params=knobs) as run:
         for step in STEPS:
             if die and step == 50:
-                time.sleep(6)  # until what was logged is written
+                while len(run._known) < 8:  # until what was logged is written
+                    time.sleep(0.1)
                 os.kill(os.getpid(), signal.SIGKILL)
             metrics = {"loss": loss(params.train.k, step)} | (
                 {"fvu": loss(params.train.k, step) / 2} if step % 20 == 0 else {}

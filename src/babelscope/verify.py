@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def corrupt(cache: Path) -> tuple[list[Path], int]:
-    """The files under `cache` (`<first 2 hex>/<other 30>[.dir]`) whose content has another MD5, and how many there are."""
+    """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and how many there are in all."""
     files = sorted(path for path in cache.glob("[0-9a-f][0-9a-f]/*") if path.is_file())
     return [path for path in files if _md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
 
@@ -28,7 +28,9 @@ def main() -> None:
     bad, total = corrupt(cache)
     if bad:
         names = "\n       ".join(map(str, bad))
-        raise UserError(f"{len(bad)} of {total} cached files are corrupt; delete them and run `dvc repro`:\n       {names}")
+        raise UserError(
+            f"{len(bad)} of {total} cached files are corrupt; delete them and run `dvc repro`:\n       {names}"
+        )
     log.info("verify: %d cached files, all as their names say", total)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from babelscope.activations import store
 from babelscope.config import Hardware
 from babelscope.errors import UserError
+from babelscope.hardware import trainer
 from babelscope.models import hookpoints as hooks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches, pad
@@ -84,7 +85,7 @@ def token_table(shards: Sequence[Shard], corpus: polars.DataFrame) -> polars.Dat
     )
 
 
-class Extractor(pl.LightningModule):
+class Extractor(pl.LightningModule):  # type: ignore[misc]
     """Reads the hookpoints of one batch: a prediction step returns `{hookpoint: [own tokens, d]}` in `dtype`."""
 
     def __init__(self, model: Any, hookpoints: Sequence[str], dtype: torch.dtype) -> None:
@@ -98,7 +99,7 @@ class Extractor(pl.LightningModule):
         return {name: activations[own].to(self.store_dtype).cpu() for name, activations in seen.items()}
 
 
-class ShardWriter(pl.Callback):
+class ShardWriter(pl.Callback):  # type: ignore[misc]
     """Collects what the prediction steps return and writes a shard whenever one is full."""
 
     def __init__(self, shards: Sequence[Shard], folder: Path, progress: Progress) -> None:
@@ -131,17 +132,6 @@ def _collate(batch: list[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
     for row, text in enumerate(batch):
         own[row, : text.special] = False
     return ids, mask, own
-
-
-def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
-    """A Lightning trainer for the `hardware` section, without anything that writes or prints by itself."""
-    # Lightning sets this level when it is imported; its notes on devices and products say nothing about our work.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return pl.Trainer(
-        accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **options,
-    )  # fmt: skip
 
 
 def extract(

@@ -124,7 +124,7 @@ def ablate(
                 condition, text = (start == layer).nonzero(as_tuple=True)
                 result.passes += len(text)
                 rows_at_once = max(1, batch_tokens // ids.shape[1])
-                for c, t in zip(condition.split(rows_at_once), text.split(rows_at_once), strict=True):
+                for c, t in zip(torch.split(condition, rows_at_once), torch.split(text, rows_at_once), strict=True):
                     edits = {n: remove(saes[n], removed[n][c]) for n in order if hooks.layer_of(n) >= layer}
                     with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
                         block[c.cpu(), t.cpu()] = text_nll(model, ids[t], mask[t], special[t]).cpu()

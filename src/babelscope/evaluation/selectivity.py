@@ -39,7 +39,8 @@ def cells(
         mine = of == code
         count, total = tokens[mine].astype(np.float64), int(tokens[mine].sum())
         base = clean[mine].sum() / total if total else float("nan")
-        rows.append({"condition": -1, "evaluated": name, "nll": base, "tokens": total, "delta": 0.0, "low": 0.0, "high": 0.0})  # fmt: skip
+        unchanged = {"delta": 0.0, "low": 0.0, "high": 0.0}
+        rows.append({"condition": -1, "evaluated": name, "nll": base, "tokens": total, **unchanged})
         change = ablated[:, mine] - clean[mine]
         low, high = _interval(change, count, resamples, np.random.default_rng([seed, code]))
         for condition, text_change in enumerate(change):

@@ -41,7 +41,8 @@ def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
 
 def _first(output: Any) -> Tensor:
     """The activations in a module's output: blocks and attentions of some families return tuples."""
-    return output[0] if isinstance(output, tuple) else output
+    activations: Tensor = output[0] if isinstance(output, tuple) else output
+    return activations
 
 
 def _with_first(output: Any, changed: Tensor) -> Any:

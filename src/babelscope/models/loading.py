@@ -20,8 +20,10 @@ def _package_folder(package: str, file: str | None) -> Path:
     try:
         files = importlib.metadata.distribution(package).files or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"params.yaml: model.name: no installed package {package!r}; install it, or set model.source to "
-                        "'huggingface' for a folder or a hub id") from None  # fmt: skip
+        raise UserError(
+            f"params.yaml: model.name: no installed package {package!r}; install it, or set model.source to "
+            "'huggingface' for a folder or a hub id"
+        ) from None
     wanted = file or "config.json"
     for entry in files:
         if entry.name == wanted:
@@ -104,6 +106,7 @@ def load_model(section: Model, dtype: str) -> Any:
     UserError: the package, folder, file or hub id does not exist or holds no causal language model.
     """
     from transformers import AutoModelForCausalLM
+
     place, options = _where(section)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)

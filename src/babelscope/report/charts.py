@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from typing import Any
 
 import altair as alt
@@ -233,6 +234,7 @@ def png(chart: Any) -> bytes:
     return image
 
 
+@cache
 def javascript() -> str:
     """Vega, Vega-Lite and vega-embed as one script (an ES module) that fetches nothing."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

@@ -8,12 +8,13 @@ from babelscope.sae.topk import top_k
 
 # Scores in one chunk of `encode`: bounds its memory (float32 bytes: 4 times as many).
 # On a CPU the chunk is to stay in the last-level cache between the product and the top-k.
-_CHUNK = {"cpu": 2**21, "cuda": 2**28}
+_CHUNK = {"cpu": 2**22, "cuda": 2**28}
 
 
 def chunk_rows(latents: int, device: torch.device) -> int:
-    """How many rows of `latents` scores are worked on at once on this device."""
-    return max(16, _CHUNK.get(device.type, 2**26) // latents)
+    """How many rows of `latents` scores are worked on at once on this device (a power of two suits the product)."""
+    most = max(16, _CHUNK.get(device.type, 2**26) // latents)
+    return 1 << (most.bit_length() - 1)
 
 
 class SAE(nn.Module):

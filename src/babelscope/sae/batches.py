@@ -47,7 +47,7 @@ class Batches:
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
         """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store."""
         for step in range(first, self.steps):
-            yield self.store.gather(self.rows_of(step)[rank::world])
+            yield self.store.gather(self.rows_of(step)[rank::world].contiguous())
 
     def moments(self) -> tuple[Tensor, float]:
         """Mean row, float32 [d], and mean squared norm of all rows (summed in float64 over chunks)."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from babelscope.errors import UserError
@@ -43,7 +44,7 @@ def save(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
         "rescale_acts_by_decoder_norm": False,
         "metadata": dict(metadata),
     }
-    write_atomically(folder / _SAELENS, lambda path: save_file(tensors, path))
+    write_atomically(folder / _SAELENS, lambda path: path.write_bytes(to_bytes(tensors)))
     write_json(folder / "cfg.json", config)
 
 
@@ -95,6 +96,8 @@ def _read(config: Path, weights: Path, read: Callable[[dict[str, Any], dict[str,
         raise UserError(f"{config}: no such file; it belongs beside {weights.name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{config}: expected a JSON object, got {type(settings).__name__}")
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
@@ -103,7 +106,7 @@ def _read(config: Path, weights: Path, read: Callable[[dict[str, Any], dict[str,
         return read(settings, tensors)
     except KeyError as error:
         raise UserError(f"{weights.parent}: neither cfg.json nor {weights.name} holds the key {error}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{weights.parent}: {error}") from None
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.files import write_atomically
+from babelscope.hardware import trainer
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.batches import Batches
 from babelscope.sae.step import Step, sparse_step
@@ -139,10 +140,10 @@ class SAETraining(LightningModule):  # type: ignore[misc]
             figures = self.trainer.strategy.reduce(figures, reduce_op="mean")
         names = ("loss", "fvu", "l0", "dead_share")
         metrics = dict(zip(names, figures.tolist(), strict=True)) | {"learning_rate": rate}
-        metrics = {"tokens": float(self.done * self.batches.size)} | metrics
-        self.history.append({"step": float(self.done)} | metrics)
+        row: dict[str, float] = {"tokens": self.done * self.batches.size, **metrics}
+        self.history.append({"step": self.done, **row})
         if self.trainer.is_global_zero:
-            self.write(self.done, metrics)
+            self.write(self.done, row)
 
     def _save(self) -> None:
         if not self.trainer.is_global_zero:
@@ -215,9 +216,6 @@ def train(
     if settings.batch % devices:
         raise UserError(f"params.yaml: train.batch: {settings.batch} does not divide among {devices} devices")
     training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
-    trainer = Trainer(
-        accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy, max_epochs=1, use_distributed_sampler=False, barebones=True,
-    )  # fmt: skip
-    trainer.fit(training)
-    return (in_raw_units(training.sae, training.scale), training.history) if trainer.is_global_zero else None
+    loop = trainer(hardware, max_epochs=1)
+    loop.fit(training)
+    return (in_raw_units(training.sae, training.scale), training.history) if loop.is_global_zero else None

@@ -3,10 +3,9 @@
 import os
 import sys
 from pathlib import Path
-from urllib.parse import quote, urlencode
 
 from babelscope import config, stage
-from babelscope.tracking import store
+from babelscope.tracking import store, view
 
 
 def ui_url(experiment: str) -> str:
@@ -17,9 +16,7 @@ def ui_url(experiment: str) -> str:
     base = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not base.startswith("http"):
         base = f"http://{os.environ.get('MLFLOW_HOST', '127.0.0.1')}:{os.environ.get('MLFLOW_PORT', '5000')}"
-    view = {"compareRunsMode": "CHART", "searchFilter": "tags.`babelscope.kind` = 'summary'"}
-    experiment_id = store.open_store(experiment).experiment_id
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(view, quote_via=quote)}"
+    return view.address(base, store.open_store(experiment).experiment_id)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from babelscope.tracking import view
+
 log = logging.getLogger(__name__)
 
 # A user's own settings win. A dead server must not stop the pipeline for the ten minutes that MLflow would try.
@@ -27,6 +29,7 @@ _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "One `summary` run per state of the DVC pipeline, one `training` run per SAE. "
     "Rebuilt from DVC's files by `dvc repro`.",
+    **view.tag(),
 }
 
 
@@ -102,6 +105,8 @@ def open_store(experiment: str) -> Store:
         return Store(client, _create(client, experiment))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
+    for key in _EXPERIMENT_TAGS.keys() - found.tags.keys():  # made by hand, or by an older version
+        client.set_experiment_tag(found.experiment_id, key, _EXPERIMENT_TAGS[key])
     return Store(client, found.experiment_id)
 
 

@@ -23,7 +23,7 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str])
 
     Returns
     -------
-    The figures by name: the key, with the stage before it (`sample/tokens`) where several stages have the key.
+    The figures by name: the key, with the stage after it (`tokens/sample`) where several stages have the key.
     The series by name and layer: `fvu` of `train.<hookpoint>` is `fvu_by_layer`, `fvu/en` is `fvu_by_layer/en`, and
     a key of a stage that ends in a hookpoint (`own_alone/<hookpoint>`) is a series as well.
     """
@@ -54,9 +54,9 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str])
                 single[stage, key] = value
     shared = _shared(single), _shared(by_layer)
     return (
-        {f"{stage}/{key}" if key in shared[0] else key: value for (stage, key), value in single.items()},
+        {f"{key}/{stage}" if key in shared[0] else key: value for (stage, key), value in single.items()},
         {
-            (f"{stage}/{key}" if name in shared[1] else key, layer): value
+            (f"{key}/{stage}" if name in shared[1] else key, layer): value
             for (stage, name), series in by_layer.items()
             for (key, layer), value in series.items()
         },

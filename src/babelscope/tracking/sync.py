@@ -1,5 +1,6 @@
 """Bring MLflow in line with the pipeline's state: each training's run, and one summary run of the state."""
 
+import json
 import logging
 import math
 import shutil
@@ -178,11 +179,12 @@ def _dataset(opened: store.Store, run_id: str, folder: Path, state: states.State
     if TEXTS not in state.files or not (folder / TEXTS).is_file():
         return
     import mlflow.data
-    from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource  # noqa: F401  registers local paths
+    from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.entities import DatasetInput, InputTag
 
-    digest = state.files[TEXTS][:8]
-    data = mlflow.data.from_polars(pl.read_parquet(folder / TEXTS), source=TEXTS, name="texts", digest=digest)
+    source = get_dataset_source_from_json(json.dumps({"uri": TEXTS}), "local")
+    texts, digest = pl.read_parquet(folder / TEXTS), state.files[TEXTS][:8]
+    data = mlflow.data.from_polars(texts, source=source, name="texts", digest=digest)
     tags = [InputTag("mlflow.data.context", "corpus")]
     opened.client.log_inputs(run_id, [DatasetInput(data._to_mlflow_entity(), tags)])
 

@@ -1,0 +1,204 @@
+"""The real pipeline on the real embedded model at a small size, in a temporary clone: `dvc repro` and what follows."""
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from closure import ROOT
+from ruamel.yaml import YAML
+
+from babelscope import sae
+
+SMALL = {
+    "languages": ["en", "tr", "zh-CN"],
+    "hookpoints": ["layers.20.mlp", "layers.26.mlp"],
+    "corpus.max_tokens": 24,
+    "corpus.train_tokens": 1500,
+    "corpus.eval_tokens": 300,
+    "train.latents": 512,
+    "train.k": 16,
+    "train.tokens": 20000,
+    "train.batch": 512,
+    "train.log_every": 5,
+    "train.checkpoint_every": 10,
+    "ablate.bootstrap": 100,
+}
+
+
+def set_params(repo: Path, changes: dict) -> None:
+    yaml = YAML()
+    content = yaml.load((repo / "params.yaml").read_text())
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        place = content
+        for part in path:
+            place = place[part]
+        place[last] = value
+    with (repo / "params.yaml").open("w") as handle:
+        yaml.dump(content, handle)
+
+
+def run(repo: Path, *command: str, ok: bool = True) -> str:
+    """Run a command in the clone; returns what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PYTEST", "DVC_ROOT"))}
+    env |= {"PATH": path, "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "src"}
+    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, text
+    assert "Traceback" not in text, text
+    return text
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a `dvc repro` executed."""
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+def hashes(repo: Path) -> dict[str, str]:
+    lock = YAML(typ="safe").load((repo / "dvc.lock").read_text())["stages"]
+    return {out["path"]: out["md5"] for stage in lock.values() for out in stage.get("outs", [])}
+
+
+def runs(repo: Path) -> list[tuple[str, str]]:
+    """(kind, status) of every MLflow run."""
+    query = (
+        "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid "
+        "where t.key = 'babelscope.kind' and r.lifecycle_stage = 'active' order by 1, 2"
+    )
+    with sqlite3.connect(repo / "mlflow.db") as database:
+        return list(database.execute(query))
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A clone of the working tree with small params, its pipeline run once."""
+    clone = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, clone / name)
+    set_params(clone, SMALL)
+    for command in (
+        "git init -q", "git config user.name t", "git config user.email t@example.org", "git add -A",
+        "git commit -q -m clone",
+    ):  # fmt: skip
+        run(clone, *command.split())
+    run(clone, "dvc", "repro")
+    run(clone, "git", "add", "-A")
+    run(clone, "git", "commit", "-q", "-m", "first run")
+    return clone
+
+
+def test_every_contract_of_the_outputs(repo):
+    texts = pl.read_parquet(repo / "data/corpus/texts.parquet")
+    assert texts.columns == ["text_id", "language", "split", "group", "source", "text"]
+    assert texts.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    table = pl.read_parquet(repo / "data/activations/tokens.parquet")
+    assert table.columns == ["row", "text_id", "language", "split", "position", "token_id"]
+    assert table["row"].to_list() == list(range(len(table)))
+    for hookpoint in SMALL["hookpoints"]:
+        index = json.loads((repo / f"data/activations/{hookpoint}/index.json").read_text())
+        assert index["shape"] == [len(table), 576] and index["hookpoint"] == hookpoint
+        dictionary = sae.load(repo / "data/sae", hookpoint)
+        assert dictionary.W_dec.shape == (512, 576) and dictionary.W_enc.shape == (576, 512)
+        counts = pl.read_parquet(repo / f"data/counts/{hookpoint}.parquet")
+        assert counts.columns == ["layer", "unit", "language", "tokens", "texts", "sum", "max", "min_positive"]
+        assert counts["tokens"].min() > 0
+        totals = pl.read_parquet(repo / f"data/counts/{hookpoint}.totals.parquet")
+        train = table.filter(split="train")
+        assert totals["tokens"].sum() == len(train) and totals["language"].to_list() == SMALL["languages"]
+        assert counts["tokens"].sum() == pytest.approx(16 * len(train), rel=0.01)
+    features = pl.read_parquet(repo / "data/scores/features.parquet")
+    assert features.columns == [
+        "kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "members", "monolinguality", "rank",
+    ]  # fmt: skip
+    assert set(features["kind"]) == {"sae"} and len(features) > 0
+    nll = pl.read_parquet(repo / "data/ablation/nll.parquet")
+    assert nll.columns == [
+        "method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high",
+    ]  # fmt: skip
+    assert len(nll) == 3 + 9
+    assert {path.name for path in (repo / "reports").iterdir()} >= {"report.html"}
+
+
+def test_the_figures_make_sense(repo):
+    def metrics(name):
+        return json.loads((repo / f"metrics/{name}.json").read_text())
+
+    assert metrics("extract")["padding_share"] < 0.05
+    assert metrics("train.layers.26.mlp")["fvu"] < 0.8
+    assert metrics("ablate")["own"] > metrics("ablate")["others_abs"]
+    assert 3 < metrics("ablate")["nll_clean/en"] < 8
+
+
+def test_a_second_repro_computes_nothing_and_makes_no_run(repo):
+    before = runs(repo)
+    assert before == [("summary", "FINISHED")] + [("training", "FINISHED")] * 2
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert runs(repo) == before
+
+
+def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
+    first = hashes(repo)
+    set_params(repo, {"score.ratio": 0.3})
+    assert ran(run(repo, "dvc", "repro")) == ["score", "ablate", "report", "track"]
+    assert "features" in run(repo, "dvc", "metrics", "diff")
+    assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 2
+    set_params(repo, {"score.ratio": 0.5})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert hashes(repo) == first
+    assert len(runs(repo)) == 4
+
+
+def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
+    set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
+    done = ran(run(repo, "dvc", "repro"))
+    assert done == [
+        "extract", "train@layers.29.mlp", "encode@layers.29.mlp", "score", "ablate", "report", "track",
+    ]  # fmt: skip
+    for path in repo.glob("mlflow.db*"):
+        path.unlink()
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert runs(repo) == [("summary", "FINISHED")] + [("training", "FINISHED")] * 3
+    set_params(repo, {"hookpoints": SMALL["hookpoints"]})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+
+
+def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
+    again = tmp_path / "again"
+    run(repo, "git", "clone", "-q", ".", str(again))
+    set_up = ran(run(again, "dvc", "repro"))
+    assert len(set_up) == 5 + 2 * 2 + 1  # no cache in a fresh clone: every stage runs
+    assert hashes(again) == hashes(repo)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hookpoints": ["layers.99.mlp"]}, "the model has no 'layers.99.mlp'; nearest: layers."),
+        ({"languages": ["en", "xx"]}, "xx"),
+        ({"train.k": "many"}, "params.yaml: train.k: input should be a valid integer, got 'many'"),
+    ],
+)
+def test_bad_params_end_with_one_message_before_any_long_work(repo, changes, message):
+    before = (repo / "params.yaml").read_text()
+    try:
+        set_params(repo, changes)
+        text = run(
+            repo, sys.executable, "stages/sample.py" if "hookpoints" not in changes else "stages/extract.py", ok=False
+        )
+        assert text.startswith("error: ") or "\nerror: " in text
+        assert message in text
+    finally:
+        (repo / "params.yaml").write_text(before)
