@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, hardware, stage
+from babelscope import config, stage
 from babelscope.files import write_atomically, write_json
 from babelscope.progress import Progress
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
-    from babelscope import sae
+    from babelscope import hardware, sae
     from babelscope.evaluation import ablation, selectivity
     from babelscope.models import hookpoints, loading, tokens
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, hardware, stage
+from babelscope import config, stage
 from babelscope.files import scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    from babelscope import hardware
     from babelscope.activations import extraction, store
     from babelscope.models import hookpoints, loading, tokens
 

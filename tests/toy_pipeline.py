@@ -1,4 +1,4 @@
-"""Stages of a toy pipeline with the files of the real one, for test_tracking.py: `toy_pipeline.py <stage> [hookpoint]`."""
+"""Stages of a toy pipeline with the real one's files, for test_tracking.py: `toy_pipeline.py <stage> [hookpoint]`."""
 
 import math
 import os

@@ -1,0 +1,171 @@
+"""The parts of tracking that need neither DVC nor MLflow, on hand-made figures."""
+
+import base64
+import json
+import zlib
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from babelscope.errors import UserError
+from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.tracking import state, store, summary, training, view
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
+def test_fingerprint_knows_content_not_order(params: dict[str, object], inputs: dict[str, str]) -> None:
+    name = fingerprint("train", params, inputs)
+    assert name == fingerprint("train", dict(reversed(params.items())), dict(reversed(inputs.items())))
+    assert len(name) == 32 and set(name) <= set("0123456789abcdef")
+    assert name != fingerprint("encode", params, inputs)
+    assert name != fingerprint("train", params | {"one more": 1}, inputs)
+    assert name != fingerprint("train", params, inputs | {"one more": ""})
+
+
+def test_dvc_md5_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x").write_text("hi\n")
+    # md5("hi\n"), and the md5 of the listing that DVC stores for the folder, computed with md5sum.
+    assert dvc_md5(tmp_path / "a/x") == "764efa883dda1e11db47671c4a3bbd9e"
+    assert dvc_md5(tmp_path / "a") == "08e38f389cb309b8dc5fa02670968800.dir"
+    with pytest.raises(UserError, match="no such file or folder"):
+        dvc_md5(tmp_path / "b")
+
+
+def test_figures_and_series() -> None:
+    metrics = {
+        "sample": {"tokens": 7, "texts": 2, "name": "x", "flag": True},
+        "ablate": {"tokens": 3, "own": 0.5, "nan": float("nan"), "own_alone/layers.2": 1.0, "own_alone/layers.9": 2.0},
+        "train.layers.2": {"fvu": 0.25, "fvu/en": 0.5, "l0": 4, "layer": 2},
+        "encode.layers.2": {"l0": 5},
+        "train.layers.9": {"fvu": 0.75},  # a removed hookpoint
+    }
+    figures, series = summary.figures(metrics, ["layers.2"])
+    assert figures == {"tokens/sample": 7, "tokens/ablate": 3, "texts": 2, "own": 0.5}
+    assert series == {
+        ("own_alone_by_layer", 2): 1.0,
+        ("fvu_by_layer", 2): 0.25,
+        ("fvu_by_layer/en", 2): 0.5,
+        ("l0_by_layer/train", 2): 4,
+        ("l0_by_layer/encode", 2): 5,
+    }
+
+
+def test_two_hookpoints_of_a_layer_are_told_apart() -> None:
+    assert summary.layers(["layers.3.mlp", "h.12"]) == {"layers.3.mlp": (3, ""), "h.12": (12, "")}
+    shared = ["layers.3.mlp", "layers.3", "layers.5.mlp.act_fn"]
+    assert summary.layers(shared) == {
+        "layers.3.mlp": (3, "mlp"),
+        "layers.3": (3, "residual"),
+        "layers.5.mlp.act_fn": (5, "mlp.act_fn"),
+    }
+    features = pl.DataFrame(
+        [
+            ("sae", "layers.3.mlp", 1, "en"), ("sae", "layers.3.mlp", 1, "fi"), ("sae", "layers.3", 1, "en"),
+            ("neuron", "layers.3", 2, "en"), ("sae", "layers.3", None, "fi"), ("sae", "layers.9", 4, "en"),
+        ],
+        schema=["kind", "hookpoint", "unit", "language"], orient="row",
+    )  # fmt: skip
+    assert summary.feature_series(features, ["en", "fi"], shared[:2]) == {
+        ("features_by_layer/mlp/all", 3): 1,  # one unit that two languages share
+        ("features_by_layer/mlp/en", 3): 1,
+        ("features_by_layer/mlp/fi", 3): 1,
+        ("features_by_layer/residual/all", 3): 1,
+        ("features_by_layer/residual/en", 3): 1,
+        ("features_by_layer/residual/fi", 3): 0,
+    }
+    assert summary.feature_figures(features, ["en", "fi"], shared) == {"features/en": 2, "features/fi": 1}
+
+
+def test_language_table_has_only_whole_columns() -> None:
+    figures = {"features/en": 1.0, "features/fi": 2.0, "a/en": 3.0, "a/fi": 4.0, "half/en": 5.0, "own": 6.0}
+    assert summary.language_table(figures, ["en", "fi"]) == {
+        "language": ["en", "fi"], "features": [1.0, 2.0], "a": [3.0, 4.0],
+    }  # fmt: skip
+
+
+def test_history_leaves_empty_cells_out(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("step,loss,fvu\n0,1.5,\n10,0.5,0.25\n20,NaN,\n")
+    points = training.read_history(tmp_path / "history.csv")
+    assert points == {("loss", 0): 1.5, ("loss", 10): 0.5, ("fvu", 10): 0.25}
+
+
+def test_params_become_flat_text() -> None:
+    params = {"train": {"k": 4, "rate": 1e-3, "top": None, "on": True}, "languages": ["en", "no"], "seed": 0}
+    flat = {
+        "train.k": "4",
+        "train.rate": "0.001",
+        "train.top": "null",
+        "train.on": "true",
+        "languages": "en, no",
+        "seed": "0",
+    }
+    assert training.flatten(params) == flat
+    assert training.training_name("train@layers.6.mlp", flat | {"train.latents": "64"}) == "layers.6.mlp k=4 latents=64"
+
+
+LOCK = """\
+schema: '2.0'
+stages:
+  train@layers.2:
+    cmd: one
+    deps: [{path: data/x, hash: md5, md5: aa}]
+    params: {params.yaml: {train.k: 4, languages: [en, no]}}
+    outs: [{path: metrics/m.json, hash: md5, md5: bb}, {path: data/sae/layers.2, hash: md5, md5: cc.dir}]
+  train@layers.9:
+    outs: [{path: data/sae/layers.9, hash: md5, md5: dd.dir}]
+  gone: {outs: [{path: z, md5: ee}]}
+  track: {deps: [{path: reports, hash: md5, md5: ff.dir}]}
+"""
+
+
+def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages:\n  train:\n    matrix: {hookpoint: [x]}\n  track: {}\n")
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    params = {"train": {"k": 4}, "languages": ["en", "no"]}
+    found = state.read(tmp_path, params, ["layers.2"])
+    expected = {"train.k": "4", "languages": "en, no"}
+    assert found.trainings == [state.Training("train@layers.2", expected, "data/sae/layers.2", "cc.dir")]
+    assert found.files == {"data/x": "aa", "metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
+    assert found.outdated == []
+
+    # Neither a removed stage or hookpoint, nor a command, nor `track` itself is a part of the state.
+    (tmp_path / "dvc.lock").write_text(
+        LOCK.replace("ee", "00").replace("dd", "00").replace("ff", "00").replace("one", "two")
+    )
+    assert state.read(tmp_path, params, ["layers.2"]).hash == found.hash
+    (tmp_path / "dvc.lock").write_text(LOCK.replace("aa", "00"))
+    assert state.read(tmp_path, params, ["layers.2"]).hash != found.hash
+    assert state.read(tmp_path, params | {"train": {"k": 8}}, ["layers.2"]).outdated == ["train@layers.2"]
+    (tmp_path / "dvc.lock").unlink()
+    with pytest.raises(UserError, match=r"dvc\.lock: no such file"):
+        state.read(tmp_path, params, ["layers.2"])
+
+
+def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / ".dvc/tmp/exps/standalone/tmpabc/stages"
+    copy.mkdir(parents=True)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(copy)
+    assert store.root() == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert store.root() == tmp_path
+    monkeypatch.setenv("DVC_ROOT", "/elsewhere")
+    assert store.root() == Path("/elsewhere")
+
+
+def test_saved_view_fits_a_tag_and_opens_the_layers_first() -> None:
+    [(key, value)] = view.tag().items()
+    assert key.endswith(view.KEY) and len(value) < 5000  # MLflow's limit
+    state_ = json.loads(zlib.decompress(base64.b64decode(json.loads(value)["state"].removeprefix("deflate;"))))
+    assert [s["name"] for s in state_["compareRunSections"] if s["display"]][0] == "features_by_layer"
+    assert view.address("http://host:1/", "7").startswith("http://host:1/#/experiments/7/runs?")
