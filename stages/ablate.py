@@ -1,13 +1,15 @@
 """Stage `ablate`: remove each language's features and measure the NLL of every language on held-out text."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from babelscope import config, stage
-from babelscope.files import write_atomically, write_json
+from babelscope.files import scratch, write_atomically, write_json
+from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
 CORPUS, FEATURES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet")
@@ -17,7 +19,9 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
-    from babelscope import hardware, sae
+    import torch
+
+    from babelscope import hardware, matmul, sae
     from babelscope.evaluation import ablation, selectivity
     from babelscope.models import hookpoints, loading, tokens
 
@@ -32,15 +36,25 @@ def main() -> None:
     keys, conditions = plan(features, params)
     saes = {name: sae.load(Path("data/sae"), name).to(device) for name in params.hookpoints}
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
+    matmul.use_in(model)
     hookpoints.resolve(model, params.hookpoints)
 
-    with Progress("ablate", len(texts), "texts") as progress:
-        nll = ablation.ablate(model, saes, texts, conditions, params.ablate.batch_tokens, progress.update)
     of = [language[text.text_id] for text in texts]
+    # One hookpoint alone is only asked what it does to its own language: that is what costs little.
+    alone, own = keys["hookpoint"].is_not_null(), [[name == here for here in of] for name in keys["ablated"]]
+    asked = torch.tensor(own) | ~torch.tensor(alone.to_list()).unsqueeze(1)
+    knobs = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
+    inputs = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, Path("data/sae"))}
+    keep = scratch(fingerprint("ablate", knobs | {"max_tokens": params.corpus.max_tokens}, inputs))
+    with Progress("ablate", sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts), "tokens") as progress:
+        nll = ablation.ablate(
+            model, saes, texts, conditions, params.ablate.batch_tokens, asked=asked, keep=keep, advance=progress.update
+        )
     cells = selectivity.cells(
         nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy(), of, params.ablate.bootstrap, params.seed
     )
-    write(cells, keys, params, passes=nll.passes, pairs=nll.ablated.numel())
+    write(cells, keys, params, passes=nll.passes, pairs=int(asked.sum()))
+    shutil.rmtree(keep, ignore_errors=True)
 
 
 def plan(features: pl.DataFrame, params: config.Config) -> tuple[pl.DataFrame, list[Any]]:
@@ -84,9 +98,8 @@ def write(cells: pl.DataFrame, keys: pl.DataFrame, params: config.Config, passes
     clean = together.filter(pl.col("ablated").is_null())
     numbers |= {f"nll_clean/{row['evaluated']}": row["nll"] for row in clean.iter_rows(named=True)}
     numbers |= {"tokens": int(clean["tokens"].sum()), "share_computed": passes / pairs}
-    for hookpoint in alone["hookpoint"].unique(maintain_order=True):
-        figures = selectivity(alone.filter(pl.col("hookpoint") == hookpoint), params.languages)
-        numbers |= {f"{key}_alone/{hookpoint}": figures[key] for key in ("own", "others", "rows")}
+    own_alone = alone.group_by("hookpoint", maintain_order=True).agg(pl.col("delta").mean())
+    numbers |= {f"own_alone/{hookpoint}": delta for hookpoint, delta in own_alone.iter_rows()}
     write_json(Path("metrics/ablate.json"), numbers)
     log.info("ablated   own dNLL   largest other dNLL (nats/token)")
     for name in params.languages:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def corrupt(cache: Path) -> tuple[list[Path], int]:
-    """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and how many there are in all."""
+    """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and the count of all."""
     files = sorted(path for path in cache.glob("[0-9a-f][0-9a-f]/*") if path.is_file())
     return [path for path in files if _md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
 

@@ -9,16 +9,20 @@ features fires on a text leaves its logits as they are, and any other pass start
 at which one fires, from the residual stream that the clean pass left there.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.evaluation.nll import targets, text_nll
+from babelscope.files import write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
@@ -39,7 +43,8 @@ class TextNLL:
     Attributes
     ----------
     clean: nats, float64 `[texts]`.
-    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing that is removed fires.
+    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing that is removed fires, NaN where the
+        condition was not asked for.
     tokens: target tokens, int64 `[texts]`.
     passes: how many (condition, text) pairs had to be computed.
     """
@@ -66,19 +71,22 @@ def remove(sae: SAE, removed: Tensor) -> hooks.Edit:
     sae: the dictionary of the hookpoint.
     removed: bool `[rows, latents]`.
     """
-    return lambda x: _without(sae, removed, x, *sae.encode(x.flatten(0, 1).float()))
+    return lambda x: _without(sae, removed, x)
 
 
-def _without(sae: SAE, removed: Tensor, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    rows, length = x.shape[:2]
-    row = torch.arange(rows, device=x.device).repeat_interleave(length).unsqueeze(1)
+def _without(sae: SAE, removed: Tensor, x: Tensor) -> Tensor:
+    rows = removed.any(1).nonzero().squeeze(1)
+    if not len(rows):
+        return x
+    position = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])[rows].flatten()
+    values, indices = sae.encode(x.flatten(0, 1)[position].float())
+    row = rows.repeat_interleave(x.shape[1]).unsqueeze(1)
     kept = torch.where(removed[row, indices], values, 0.0)
     touched = (kept > 0).any(1)
-    if not touched.any():
-        return x
     part = F.embedding_bag(indices[touched], sae.W_dec, per_sample_weights=kept[touched], mode="sum")
     flat = x.flatten(0, 1).clone()
-    flat[touched] = (flat[touched].float() - part).to(x.dtype)
+    changed = position[touched]
+    flat[changed] = (flat[changed].float() - part).to(x.dtype)
     return flat.view_as(x)
 
 
@@ -88,6 +96,9 @@ def ablate(
     texts: Sequence[TokenizedText],
     conditions: Sequence[Condition],
     batch_tokens: int,
+    *,
+    asked: Tensor | None = None,
+    keep: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TextNLL:
     """NLL of every text, clean and under every condition.
@@ -99,39 +110,61 @@ def ablate(
     texts: in `by_length` order, so that padding costs little.
     conditions: what to remove.
     batch_tokens: tokens in one forward pass, padding included.
-    advance: told the number of texts done after every batch.
+    asked: bool `[conditions, texts]`, the pairs that are wanted; null: all.
+    keep: folder for the result of every batch, from which an interrupted run goes on; the caller deletes it.
+    advance: told the number of target tokens done after every batch.
     """
     device = hooks.device_of(model)
     order = sorted(saes, key=hooks.layer_of)
     removed = {name: removed_units(conditions, name, sae.W_dec.shape[0]).to(device) for name, sae in saes.items()}
-    result = TextNLL(
-        torch.zeros(len(texts), dtype=torch.float64),
-        torch.zeros((len(conditions), len(texts)), dtype=torch.float64),
-        torch.zeros(len(texts), dtype=torch.int64),
-        0,
-    )
+    wanted = torch.ones((len(conditions), len(texts)), dtype=torch.bool) if asked is None else asked
+    parts: list[dict[str, Tensor]] = []
     first = 0
-    with torch.inference_mode():
-        for batch in batches(texts, batch_tokens):
-            here = slice(first, first + len(batch))
-            ids, mask = (t.to(device) for t in pad(batch))
-            special = torch.tensor([text.special for text in batch], device=device)
-            clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special)
-            result.clean[here] = clean.cpu()
-            result.tokens[here] = targets(mask, special).sum(1).cpu()
-            block = clean.cpu().expand(len(conditions), -1).clone()
-            for layer in hidden:
-                condition, text = (start == layer).nonzero(as_tuple=True)
-                result.passes += len(text)
-                rows_at_once = max(1, batch_tokens // ids.shape[1])
-                for c, t in zip(torch.split(condition, rows_at_once), torch.split(text, rows_at_once), strict=True):
-                    edits = {n: remove(saes[n], removed[n][c]) for n in order if hooks.layer_of(n) >= layer}
-                    with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
-                        block[c.cpu(), t.cpu()] = text_nll(model, ids[t], mask[t], special[t]).cpu()
-            result.ablated[:, here] = block
-            first += len(batch)
-            advance(len(batch))
-    return result
+    for batch in batches(texts, batch_tokens):
+        file = None if keep is None else keep / f"from-{first:06d}.safetensors"
+        if file is not None and file.is_file():
+            part = load_file(file)
+        else:
+            here = wanted[:, first : first + len(batch)].to(device)
+            with torch.inference_mode():
+                part = _batch(model, saes, order, removed, batch, here, batch_tokens, device)
+            if file is not None:
+                write_atomically(file, functools.partial(save_file, part))
+        parts.append(part)
+        first += len(batch)
+        advance(int(part["tokens"].sum()))
+    clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
+    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, sum(int(part["passes"]) for part in parts))
+
+
+def _batch(
+    model: Any,
+    saes: Mapping[str, SAE],
+    order: Sequence[str],
+    removed: Mapping[str, Tensor],
+    batch: Sequence[TokenizedText],
+    wanted: Tensor,
+    batch_tokens: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """`clean`, `tokens` `[texts]`, `ablated` `[conditions, texts]` and `passes` of one batch of texts, on the CPU."""
+    ids, mask = (t.to(device) for t in pad(batch))
+    special = torch.tensor([text.special for text in batch], device=device)
+    clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special)
+    ablated = clean.expand(len(wanted), -1).clone()
+    rows_at_once = max(1, batch_tokens // ids.shape[1])
+    passes = 0
+    for layer in hidden:
+        condition, text = (wanted & (start == layer)).nonzero(as_tuple=True)
+        passes += len(text)
+        later = [name for name in order if hooks.layer_of(name) >= layer]
+        for c, t in zip(torch.split(condition, rows_at_once), torch.split(text, rows_at_once), strict=True):
+            edits = {name: remove(saes[name], removed[name][c]) for name in later}
+            with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
+                ablated[c, t] = text_nll(model, ids[t], mask[t], special[t])
+    tokens = targets(mask, special).sum(1)
+    part = {"clean": clean, "ablated": ablated, "tokens": tokens, "passes": torch.tensor(passes)}
+    return {key: value.cpu().contiguous() for key, value in part.items()}
 
 
 def _clean_pass(

@@ -21,7 +21,7 @@ def cells(
     Parameters
     ----------
     clean: nats, `[texts]`.
-    ablated: nats, `[conditions, texts]`.
+    ablated: nats, `[conditions, texts]`; NaN where a condition was not asked for: its cell is left out.
     tokens: target tokens, `[texts]`.
     language: of each text.
     resamples: number of bootstrap resamples.
@@ -44,6 +44,8 @@ def cells(
         change = ablated[:, mine] - clean[mine]
         low, high = _interval(change, count, resamples, np.random.default_rng([seed, code]))
         for condition, text_change in enumerate(change):
+            if np.isnan(text_change).any():  # not asked for
+                continue
             delta = text_change.sum() / total if total else float("nan")
             row = {"condition": condition, "evaluated": name, "nll": base + delta, "tokens": total, "delta": delta}
             rows.append({**row, "low": low[condition], "high": high[condition]})

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from babelscope.matmul import linear
 from babelscope.sae.topk import top_k
 
 # Scores in one chunk of `encode`: bounds its memory (float32 bytes: 4 times as many).
@@ -79,12 +80,10 @@ class SAE(nn.Module):
         values = torch.empty(len(rows), self.k, device=x.device)
         indices = torch.empty(len(rows), self.k, dtype=torch.int64, device=x.device)
         size = chunk_rows(self.latents, x.device)
-        scores = torch.empty(min(size, len(rows)), self.latents, device=x.device)
         for first in range(0, len(rows), size):
             centred = rows[first : first + size].float() - self.b_dec
-            out = scores[: len(centred)]
-            torch.addmm(self.b_enc, centred, self.W_enc, out=out)
-            values[first : first + size], indices[first : first + size] = top_k(out, self.k)
+            scores = linear(centred, self.encoder, self.b_enc)
+            values[first : first + size], indices[first : first + size] = top_k(scores, self.k)
         return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:

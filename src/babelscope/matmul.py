@@ -1,0 +1,39 @@
+"""The one dense product: oneDNN's float32 kernels on a CPU, twice as fast as MKL's on AMD processors.
+
+Measured on 2 cores of an AMD EPYC (Zen 5), `[1024, 576] @ [576, 1536]`: 500 against 220 GFLOP/s, both exact to 4e-7;
+`benchmarks/matmul.py` repeats it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` as `torch.nn.functional.linear` computes it, without gradients where oneDNN is used.
+
+    Parameters
+    ----------
+    x: `[..., d]`.
+    weight: `[n, d]`.
+    bias: `[n]` or null.
+    """
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel()
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if plain or needs_gradient or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return F.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def use_in(model: nn.Module) -> None:
+    """Let every plain `nn.Linear` of a model compute its product here."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)

@@ -1,0 +1,37 @@
+"""The dense product against double precision, in every case that takes another path."""
+
+import pytest
+import torch
+import transformers
+
+from babelscope import matmul
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (37, 8), (2, 5, 8), (0, 8)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equals_the_product_in_double_precision(shape, with_bias, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(11, 8, dtype=dtype)
+    bias = torch.randn(11, dtype=dtype) if with_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    found = matmul.linear(x, weight, bias)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert torch.allclose(found.double(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_gradients_still_flow():
+    x, weight = torch.randn(4, 8), torch.randn(3, 8, requires_grad=True)
+    matmul.linear(x, weight).sum().backward()
+    assert torch.allclose(weight.grad, x.sum(0).expand(3, 8), atol=1e-6)
+
+
+def test_a_model_computes_the_same():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = torch.randint(0, 50, (3, 7))
+    before = model(input_ids=ids).logits
+    matmul.use_in(model)
+    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
