@@ -74,7 +74,7 @@ def numbers(features: pl.DataFrame, owned: pl.DataFrame, layers: list[int]) -> d
         "languages_without_features": int((owned["units"] == 0).sum()),
     }
     content |= {f"features/{language}": count for language, count in owned.select("language", "units").iter_rows()}
-    content |= {f"features_by_layer/{layer}": by_layer.get(layer, 0) for layer in layers}
+    content |= {f"features_in_layer/{layer}": by_layer.get(layer, 0) for layer in layers}
     for name in ("entropy", "probability", "monolinguality"):
         mean = features[name].mean()
         if isinstance(mean, float):  # without features there is no mean

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+# Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
+MOST_PADDING = 0.05
+
+
 @dataclass(frozen=True)
 class TokenizedText:
     """One text: its token ids, of which the first `special` were added by the tokenizer (e.g. BOS)."""
@@ -48,14 +52,17 @@ def by_length(texts: Sequence[TokenizedText]) -> list[TokenizedText]:
 
 
 def batches(texts: Sequence[TokenizedText], batch_tokens: int) -> list[list[TokenizedText]]:
-    """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens, padding included."""
+    """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens, of which few are padding."""
     result: list[list[TokenizedText]] = []
     current: list[TokenizedText] = []
+    real = 0
     for text in texts:
-        if current and (len(current) + 1) * max(len(text.ids), len(current[-1].ids)) > batch_tokens:
+        padded = (len(current) + 1) * len(text.ids)
+        if current and (padded > batch_tokens or padded > (1 + MOST_PADDING) * (real + len(text.ids))):
             result.append(current)
-            current = []
+            current, real = [], 0
         current.append(text)
+        real += len(text.ids)
     if current:
         result.append(current)
     return result
