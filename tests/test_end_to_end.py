@@ -164,23 +164,24 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
 def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
     set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
     done = ran(run(repo, "dvc", "repro"))
-    assert done == [
-        "extract", "train@layers.29.mlp", "encode@layers.29.mlp", "score", "ablate", "report", "track",
-    ]  # fmt: skip
+    after = ["prune", "score", "ablate", "report", "track"]
+    assert sorted(done) == sorted(["extract", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
     for path in repo.glob("mlflow.db*"):
         path.unlink()
     assert ran(run(repo, "dvc", "repro")) == ["track"]
     assert runs(repo) == [("summary", "FINISHED")] + [("training", "FINISHED")] * 3
     set_params(repo, {"hookpoints": SMALL["hookpoints"]})
-    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert ran(run(repo, "dvc", "repro")) == ["prune", "track"]
+    assert not list(repo.glob("*/*layers.29*")) and not list(repo.glob("data/*/*layers.29*"))
+    assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 3
 
 
 def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 5 + 2 * 2 + 1  # no cache in a fresh clone: every stage runs
-    assert hashes(again) == hashes(repo)
+    assert len(set_up) == 7 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert hashes(again).items() <= hashes(repo).items()
 
 
 @pytest.mark.parametrize(

@@ -218,13 +218,22 @@ def load(path: Path = Path("params.yaml")) -> Config:
     ------
     UserError: the file is missing, is not YAML, or holds something that is not allowed.
     """
+    return parse(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML 1.2 file.
+
+    Raises
+    ------
+    UserError: the file is missing or is not YAML.
+    """
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository") from None
     except (YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(content, str(path))
 
 
 def hookpoint_argument(arguments: list[str], params: Config) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
 MOST_PADDING = 0.05
 
