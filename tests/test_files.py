@@ -1,0 +1,95 @@
+"""Writing whole or not at all, re-hashing the cache, progress lines, and errors that a user can read."""
+
+import hashlib
+import io
+import logging
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from closure import ROOT
+
+from babelscope import files, verify
+from babelscope.errors import UserError, nearest
+from babelscope.progress import Progress
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a/b.json"
+    files.write_json(path, {"b": 1, "a": "ü"})
+    assert path.read_text() == '{\n  "a": "ü",\n  "b": 1\n}\n' and files.read_json(path) == {"a": "ü", "b": 1}
+
+    def half(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(path, half)
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"] and '"b": 1' in path.read_text()
+
+
+def test_a_written_file_is_as_readable_as_any_other(tmp_path):
+    def private(temporary):
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+
+    files.write_atomically(tmp_path / "x", private)
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_no_number_that_is_none_gets_into_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+
+
+def cache_with(folder, content, suffix=""):
+    md5 = hashlib.md5(content).hexdigest()
+    path = folder / md5[:2] / f"{md5[2:]}{suffix}"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_verify_finds_a_flipped_bit(tmp_path):
+    good = [cache_with(tmp_path, b"a"), cache_with(tmp_path, b"[]", ".dir")]
+    assert verify.corrupt(tmp_path) == ([], 2)
+    good[1].write_bytes(b"[}")
+    assert verify.corrupt(tmp_path) == ([good[1]], 2)
+
+
+def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with caplog.at_level(logging.INFO), Progress("extract", 130, "tokens", every=0) as progress:
+        progress.skip(30)
+        progress.update(40)
+    assert "extract: 40 of 100 tokens" in caplog.text and "s left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed", "hint"),
+    [
+        ("ratoi", ["ratio", "k"], "allowed: k, ratio (did you mean 'ratio'?)"),
+        ("x", [], "allowed: nothing"),
+        ("layers.99", [f"layers.{i}" for i in range(30)], "nearest: layers.9, layers.29, layers.19 (of 30)"),
+    ],
+)
+def test_hints(wrong, allowed, hint):
+    assert nearest(wrong, allowed) == hint
+
+
+def test_a_user_error_ends_a_stage_with_one_message_and_code_1(tmp_path):
+    program = "from babelscope import stage, config\nstage.run(lambda: config.load() and None)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: params.yaml: no such file; run from the root of the repository\n"
+
+
+def test_verify_reports_through_the_same_door(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    cache_with(tmp_path / ".dvc/cache/files/md5", b"a").write_bytes(b"b")
+    with pytest.raises(UserError, match="1 of 1 cached files are corrupt"):
+        verify.main()
