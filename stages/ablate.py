@@ -104,7 +104,7 @@ def write(cells: pl.DataFrame, keys: pl.DataFrame, params: config.Config, passes
     log.info("ablated   own dNLL   largest other dNLL (nats/token)")
     for name in params.languages:
         others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))
-        log.info("%-8s %+9.4f   %+9.4f", name, numbers[f"dnll_own/{name}"], others["delta"].max())
+        log.info("%-8s %+9.4f   %+9.4f", name, numbers[f"dnll_own/{name}"], others["delta"].max() or 0.0)
     log.info(
         "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; %.1f %% of pairs computed",
         numbers["own"], numbers["others"], numbers["rows"], len(params.languages), numbers["columns"],

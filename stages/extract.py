@@ -44,7 +44,9 @@ def main() -> None:
             (resume / name / store.shard_name(shard.number)).replace(OUT / name / store.shard_name(shard.number))
         rows = [shard.rows for shard in shards]
         widths[name] = store.width(OUT / name)
-        store.write_index(OUT / name, rows, widths[name], params.extract.store_dtype, params.model.name, name)
+        store.write_index(
+            OUT / name, rows, widths[name], params.extract.store_dtype, loading.name_of(params.model), name
+        )
     write_atomically(OUT / "tokens.parquet", table.write_parquet)
     shutil.rmtree(resume)
     numbers = {

@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import polars as pl
-import torch
 
-from babelscope import config, stage
+from babelscope import config, hardware, stage
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
 from babelscope.files import scratch, write_atomically, write_json
@@ -26,8 +25,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     hookpoint = config.hookpoint_argument(sys.argv, params)
-    if params.hardware.threads:
-        torch.set_num_threads(params.hardware.threads)
+    device = hardware.prepare(params.hardware)
     source, out = Path("data/activations") / hookpoint, Path("data/sae") / hookpoint
     store, table = ActivationStore(source), pl.read_parquet(TOKENS)
     if len(table) != store.rows:
@@ -59,9 +57,13 @@ def main() -> None:
         write_atomically(out / "history.csv", pl.DataFrame(history).write_csv)
         run.finish(dvc_md5(out))
 
-    sae = sae.to("cuda" if params.hardware.accelerator in ("auto", "gpu") and torch.cuda.is_available() else "cpu")
+    sae = sae.to(device)
     code = eval_rows["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     held_out = quality(sae, store, eval_rows["row"].to_torch(), code, len(params.languages))
+    if held_out.fvu != held_out.fvu:
+        raise UserError(
+            f"params.yaml: train.learning_rate: training diverged at {params.train.learning_rate}; lower it"
+        )
     figures = {"fvu": held_out.fvu, "l0": held_out.l0, "dead_share": held_out.dead_share}
     by_language = {f"fvu/{language}": fvu for language, fvu in zip(params.languages, held_out.fvu_of, strict=True)}
     measured = {key: fvu for key, fvu in by_language.items() if fvu == fvu}

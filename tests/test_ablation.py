@@ -64,7 +64,9 @@ def straightforward(model, saes, text, condition):
             dense = torch.zeros(*x.shape[:-1], LATENTS).scatter(-1, indices, values)
             mask = torch.zeros(LATENTS)
             mask[list(condition.units.get(name, []))] = 1
-            return x - (dense * mask) @ saes[name].W_dec
+            part = (dense * mask) @ saes[name].W_dec
+            part[:, : text.special] = 0  # the tokenizer's own tokens stay as they are
+            return x - part
 
         return change
 
@@ -97,12 +99,13 @@ def test_removing_nothing_changes_no_logit_by_a_single_bit(model, saes, texts):
     ids, mask = tokens.pad(texts)
     clean = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     nothing = torch.zeros(len(texts), LATENTS, dtype=torch.bool)
-    with hookpoints.editing(model, {name: ablation.remove(sae, nothing) for name, sae in saes.items()}):
+    own = mask.bool()
+    with hookpoints.editing(model, {name: ablation.remove(sae, nothing, own) for name, sae in saes.items()}):
         same = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert torch.equal(clean, same)
     one = nothing.clone()
     one[3] = True
-    with hookpoints.editing(model, {"layers.1": ablation.remove(saes["layers.1"], one)}):
+    with hookpoints.editing(model, {"layers.1": ablation.remove(saes["layers.1"], one, own)}):
         other = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     same_rows = (other == clean).flatten(1).all(1)
     assert not same_rows[3] and same_rows.sum() == len(texts) - 1

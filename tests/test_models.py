@@ -14,6 +14,11 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3Config, {**LLAMA_LIKE, "head_dim": 8}),
     "gemma2": (transformers.Gemma2Config, {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 3}),
     "gpt_neox": (transformers.GPTNeoXConfig, {**TINY, "intermediate_size": 24}),
+    "bloom": (transformers.BloomConfig, {"vocab_size": 50, "hidden_size": 16, "n_layer": 4, "n_head": 2}),
+    "falcon": (
+        transformers.FalconConfig,
+        {**TINY, "parallel_attn": True, "new_decoder_architecture": False, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     "gpt2": (transformers.GPT2Config, {"vocab_size": 50, "n_embd": 16, "n_layer": 4, "n_head": 2}),
 }
 
@@ -26,7 +31,9 @@ def model(request):
 
 
 def names(model):
-    return ("h.1.mlp", "h.3", "h.2.attn") if model.config.model_type == "gpt2" else ("layers.1.mlp", "layers.3")
+    if model.config.model_type in ("gpt2", "bloom", "falcon"):
+        return "h.1.mlp", "h.3"
+    return "layers.1.mlp", "layers.3"
 
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
@@ -70,6 +77,20 @@ def test_unknown_hookpoint_names_the_nearest():
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**LLAMA_LIKE))
     with pytest.raises(UserError, match=r"hookpoints: the model has no 'layers.9.mlp'; nearest: layers\.\d\.mlp"):
         hookpoints.resolve(model, ["layers.9.mlp"])
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "norm"])
+def test_a_hookpoint_outside_the_blocks_is_refused(name):
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**LLAMA_LIKE))
+    with pytest.raises(UserError, match=f"'{name}' lies outside the model's blocks; nearest: layers"):
+        hookpoints.resolve(model, [name])
+
+
+def test_what_was_read_is_not_changed_by_what_the_block_does_next(model):
+    name = names(model)[0]
+    alone = hookpoints.read(model, [name], input_ids=IDS, attention_mask=MASK)[name]
+    beside = hookpoints.read(model, names(model), input_ids=IDS, attention_mask=MASK)[name]
+    assert torch.equal(alone, beside)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Name = Annotated[str, Field(min_length=1)]
 class Section(pydantic.BaseModel):
     """A section of params.yaml: no unknown keys, no silent conversions, immutable."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -96,7 +96,7 @@ class Score(Section):
 
     example_rate: Share
     token_rate: Share
-    ratio: Share
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)]
     members: Positive
     same_language: bool
     order: Literal["entropy", "probability"]
@@ -122,7 +122,7 @@ class Track(Section):
 class Hardware(Section):
     """Knobs that change how fast the results come, never what they are; no stage depends on them."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "mps"]
+    accelerator: Literal["auto", "cpu", "gpu"]
     devices: Positive
     num_nodes: Positive
     strategy: Name

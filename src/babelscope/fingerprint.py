@@ -1,6 +1,7 @@
 """What a stage's work depends on, as one name; and files and folders hashed the way DVC hashes them."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from babelscope.errors import UserError
 
 
 def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Name the work of a stage: the same stage, params and inputs give the same 32 hex digits, anything else others.
+    """Name the work of a stage: same stage, params, inputs and code give the same 32 hex digits, anything else others.
 
     It names the folder in which an interrupted stage leaves its checkpoints, and the MLflow run that it resumes.
 
@@ -25,7 +26,7 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
     ------
     TypeError, ValueError: `params` holds something that JSON cannot say exactly.
     """
-    content = {"stage": stage, "params": params, "inputs": dict(inputs)}
+    content = {"stage": stage, "params": params, "inputs": dict(inputs), "code": _code()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -49,6 +50,13 @@ def dvc_md5(path: Path) -> str:
     ]
     listing.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _code() -> dict[str, str]:
+    """What else decides the result: this package's own files, and the version of torch."""
+    package = Path(__file__).parent
+    files = {file.relative_to(package).as_posix(): _file_md5(file) for file in sorted(package.rglob("*.py"))}
+    return {**files, "torch": importlib.metadata.version("torch")}
 
 
 def _plain(value: Any) -> Any:

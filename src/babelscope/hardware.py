@@ -19,13 +19,10 @@ def prepare(hardware: Hardware) -> torch.device:
     """
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if hardware.accelerator == "auto":
-        return torch.device("cuda" if there["gpu"] else "cpu")
-    if not there[hardware.accelerator]:
-        allowed = ", ".join(["auto", *(name for name, found in there.items() if found)])
-        raise UserError(f"params.yaml: hardware.accelerator: no {hardware.accelerator!r} here; allowed: {allowed}")
-    return torch.device("cuda" if hardware.accelerator == "gpu" else hardware.accelerator)
+    has_gpu = torch.cuda.is_available()
+    if hardware.accelerator == "gpu" and not has_gpu:
+        raise UserError("params.yaml: hardware.accelerator: no 'gpu' here; allowed: auto, cpu")
+    return torch.device("cuda" if has_gpu and hardware.accelerator != "cpu" else "cpu")
 
 
 def trainer(hardware: Hardware, **options: Any) -> Any:
@@ -35,13 +32,27 @@ def trainer(hardware: Hardware, **options: Any) -> Any:
     ----------
     hardware: accelerator, devices, nodes and strategy.
     options: further arguments of the `Trainer`.
+
+    Raises
+    ------
+    UserError: the section asks for devices or a strategy that are not there.
     """
     from lightning.pytorch import Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
     # Lightning 2.6 under torch 2.13: its own call of a deprecated function.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    return Trainer(
-        accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy, barebones=True, use_distributed_sampler=False, **options,
-    )  # fmt: skip
+    accelerator = "gpu" if prepare(hardware).type == "cuda" else "cpu"
+    try:
+        return Trainer(
+            accelerator=accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=hardware.strategy,
+            barebones=True,
+            use_distributed_sampler=False,
+            **options,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(f"params.yaml: hardware: {' '.join(str(error).split())}") from None

@@ -164,7 +164,8 @@ def extract(
         loop.callbacks.append(ShardWriter(mine, folder, progress))
         todo = [batch for shard in mine for batch in shard.batches]
         loader: Any = DataLoader(todo, batch_size=None, collate_fn=_collate)  # type: ignore[arg-type]
-        if todo:
+        # Every rank, also one with nothing left of its own: the others wait for it.
+        if not all(_complete(folder, hookpoints, shard) for shard in shards):
             loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
     if loop.world_size > 1:
         loop.strategy.barrier()

@@ -30,9 +30,9 @@ def sample(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
 
-    A group's split and its place in the order are a hash of (seed, group) alone, so they do not change with the
-    languages that are asked for, and parallel texts tend to be taken together. A language that cannot fill a budget
-    gets what there is, with a warning.
+    A group's split and its place in the order are a hash of (seed, group) alone, so that parallel texts tend to be
+    taken together, and that other languages change them only where a text of theirs joins two groups. A language that
+    cannot fill a budget gets what there is, with a warning.
 
     Parameters
     ----------
@@ -49,7 +49,8 @@ def sample(
 
     Raises
     ------
-    UserError: a language has no text of min_characters that it does not share with another language.
+    UserError: a language has no text of min_characters that it does not share with another language, or none in one of
+        the splits.
     """
     ready = clean(texts, section.min_characters)
     for language in languages:
@@ -63,6 +64,11 @@ def sample(
             there = ready.filter(pl.col("language") == language, pl.col("split") == name)
             part = fill(there, budget, section.max_tokens, count_tokens)
             tokens = int(part["tokens"].sum())
+            if not tokens:
+                raise UserError(
+                    f"params.yaml: languages: {language!r} has no text for the {name} split (of {ready.height} texts "
+                    "in all); it needs more texts, or a smaller corpus.min_characters"
+                )
             if tokens < budget:
                 log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
             parts.append(part)
@@ -86,13 +92,33 @@ def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
     )
     texts = texts.with_columns(text).filter(pl.col("text").str.len_chars() >= min_characters)
     ids = [_digest(language, text) for language, text in texts.select("language", "text").iter_rows()]
+    texts = texts.with_columns(text_id=pl.Series(ids, dtype=pl.String))
     return (
-        texts.with_columns(text_id=pl.Series(ids, dtype=pl.String))
-        .with_columns(pl.col("group").fill_null(pl.col("text_id")))
+        join_groups(texts.with_columns(pl.col("group").fill_null(pl.col("text_id"))))
         .sort("text_id", "group", "source")
         .unique("text_id", keep="first", maintain_order=True)
         .filter(pl.len().over("text") == 1)
     )
+
+
+def join_groups(texts: pl.DataFrame) -> pl.DataFrame:
+    """Groups that share a text are one group: else the text could be in one split and its translation in the other.
+
+    `texts` has `text_id` and `group`; the joined group takes the smallest of the names.
+    """
+    shared = texts.select("text_id", "group").unique().filter(pl.len().over("text_id") > 1).sort("text_id", "group")
+    parent: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while parent.get(group, group) != group:
+            group = parent[group]
+        return group
+
+    for groups in shared.group_by("text_id", maintain_order=True).agg("group")["group"].to_list():
+        roots = sorted({root(group) for group in groups})
+        parent.update(dict.fromkeys(roots, roots[0]))
+    names = {group: root(group) for group in sorted(set(shared["group"].to_list()))}
+    return texts.with_columns(pl.col("group").replace(names)) if names else texts
 
 
 def eval_share(train_tokens: int, eval_tokens: int) -> float:

@@ -1,6 +1,6 @@
 """Feature ablation: remove a language's features from the forward pass and measure the NLL of every language.
 
-`x <- x - sum_{u in S} z_u(x) W_dec[u]` at every position, `z_u` being the SAE's own activation: the SAE's
+`x <- x - sum_{u in S} z_u(x) W_dec[u]` at every position of the text, `z_u` being the SAE's own activation: the SAE's
 reconstruction error stays in place, so ablating nothing changes nothing, bit for bit. (Andrylie et al. 2025, section on
 interventions; the form with the SAE's own activations is ours, their additive form differs.)
 
@@ -63,24 +63,25 @@ def removed_units(conditions: Sequence[Condition], hookpoint: str, latents: int)
     return removed
 
 
-def remove(sae: SAE, removed: Tensor) -> hooks.Edit:
+def remove(sae: SAE, removed: Tensor, own: Tensor) -> hooks.Edit:
     """The edit that subtracts from `x[row]` the part of its reconstruction that the units in `removed[row]` make.
 
     Parameters
     ----------
     sae: the dictionary of the hookpoint.
     removed: bool `[rows, latents]`.
+    own: bool `[rows, tokens]`, the positions of the text's own tokens: the SAE has seen no others, and what it makes of
+        a BOS token, whose norm is far from any other's, says nothing about a language.
     """
-    return lambda x: _without(sae, removed, x)
+    return lambda x: _without(sae, removed, own, x)
 
 
-def _without(sae: SAE, removed: Tensor, x: Tensor) -> Tensor:
-    rows = removed.any(1).nonzero().squeeze(1)
-    if not len(rows):
+def _without(sae: SAE, removed: Tensor, own: Tensor, x: Tensor) -> Tensor:
+    position = (own & removed.any(1, keepdim=True)).flatten().nonzero().squeeze(1)
+    if not len(position):
         return x
-    position = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])[rows].flatten()
     values, indices = sae.encode(x.flatten(0, 1)[position].float())
-    row = rows.repeat_interleave(x.shape[1]).unsqueeze(1)
+    row = position.div(x.shape[1], rounding_mode="floor").unsqueeze(1)
     kept = torch.where(removed[row, indices], values, 0.0)
     touched = (kept > 0).any(1)
     part = F.embedding_bag(indices[touched], sae.W_dec, per_sample_weights=kept[touched], mode="sum")
@@ -150,7 +151,8 @@ def _batch(
     """`clean`, `tokens` `[texts]`, `ablated` `[conditions, texts]` and `passes` of one batch of texts, on the CPU."""
     ids, mask = (t.to(device) for t in pad(batch))
     special = torch.tensor([text.special for text in batch], device=device)
-    clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special)
+    own = mask.bool() & (torch.arange(ids.shape[1], device=device) >= special.unsqueeze(1))
+    clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special, own)
     ablated = clean.expand(len(wanted), -1).clone()
     rows_at_once = max(1, batch_tokens // ids.shape[1])
     passes = 0
@@ -159,7 +161,7 @@ def _batch(
         passes += len(text)
         later = [name for name in order if hooks.layer_of(name) >= layer]
         for c, t in zip(torch.split(condition, rows_at_once), torch.split(text, rows_at_once), strict=True):
-            edits = {name: remove(saes[name], removed[name][c]) for name in later}
+            edits = {name: remove(saes[name], removed[name][c], own[t]) for name in later}
             with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
                 ablated[c, t] = text_nll(model, ids[t], mask[t], special[t])
     tokens = targets(mask, special).sum(1)
@@ -175,15 +177,15 @@ def _clean_pass(
     ids: Tensor,
     mask: Tensor,
     special: Tensor,
+    own: Tensor,
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Clean NLL `[texts]`, the block at which each (condition, text) pair must start (-1: none), and its input."""
     start = torch.full((len(next(iter(removed.values()))), len(ids)), -1, device=ids.device)
-    real = mask.bool()
 
     def look(name: str) -> hooks.Edit:
         def edit(x: Tensor) -> Tensor:
-            values, indices = saes[name].encode(x[real].float())
-            text = real.nonzero()[:, 0].unsqueeze(1).expand_as(indices)[values > 0]
+            values, indices = saes[name].encode(x[own].float())
+            text = own.nonzero()[:, 0].unsqueeze(1).expand_as(indices)[values > 0]
             fires = torch.zeros((len(ids), removed[name].shape[1]), device=x.device)
             fires[text, indices[values > 0]] = 1.0
             hit = (removed[name].float() @ fires.T) > 0

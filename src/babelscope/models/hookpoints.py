@@ -28,7 +28,7 @@ def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
 
     Raises
     ------
-    UserError: a hookpoint that the model does not have; the message names the nearest that it has.
+    UserError: a hookpoint that the model does not have in its blocks; the message names the nearest that it has.
     """
     body = getattr(model, "base_model", model)
     modules = dict(body.named_modules())
@@ -36,6 +36,11 @@ def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
     for name in hookpoints:
         if name not in modules:
             raise UserError(f"params.yaml: hookpoints: the model has no {name!r}; {nearest(name, modules)}")
+    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    for name in hookpoints:
+        if id(modules[name]) not in inside:
+            allowed = nearest(name, (key for key, module in modules.items() if id(module) in inside))
+            raise UserError(f"params.yaml: hookpoints: {name!r} lies outside the model's blocks; {allowed}")
     return {name: modules[name] for name in hookpoints}
 
 
@@ -84,7 +89,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
 
     def keep(name: str) -> Edit:
         def edit(activations: Tensor) -> Tensor:
-            seen[name] = activations
+            seen[name] = activations.clone()  # some blocks go on to change their parts' outputs in place
             if len(seen) == len(hookpoints):
                 raise _DeepestReached
             return activations
@@ -128,7 +133,14 @@ def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor
 
             handle = stack_of_blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
+        for block in stack_of_blocks:
+            stack.callback(block.register_forward_hook(_note_form).remove)
         yield seen
+
+
+def _note_form(block: nn.Module, _inputs: Any, output: Any) -> None:
+    """Remember how many values a block returns (0: no tuple), for the one that may stand in for it."""
+    block.__dict__["_returned"] = len(output) if isinstance(output, tuple) else 0
 
 
 class _Skipped(nn.Module):
@@ -142,8 +154,9 @@ class _Skipped(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        values = self.__dict__["_block"].__dict__.get("_returned", 0)
+        return (hidden_states, *[None] * (values - 1)) if values else hidden_states
 
 
 @contextmanager

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from babelscope.config import Model
 from babelscope.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
+
+# What the loaders of transformers raise for a missing, damaged or foreign file.
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,6 +58,12 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
     return place, options
 
 
+def name_of(section: Model) -> str:
+    """What outputs call the model: its package, hub id, or the last part of its folder, which is the same elsewhere."""
+    folder = Path(section.name).expanduser()
+    return folder.resolve().name if folder.is_dir() else section.name
+
+
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300]
     return UserError(f"params.yaml: model.name: cannot load the {what} of {section.name!r}: {reason}")
@@ -71,7 +81,7 @@ def load_tokenizer(section: Model) -> Any:
     place, options = _where(section)
     try:
         return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
 
 
@@ -88,7 +98,7 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=section.trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except _FAILURES as error:
         raise _refusal(section, "configuration", error) from None
     return model
 
@@ -110,6 +120,6 @@ def load_model(section: Model, dtype: str) -> Any:
     place, options = _where(section)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError, KeyError) as error:
+    except _FAILURES as error:
         raise _refusal(section, "weights", error) from None
     return model.eval().requires_grad_(False)

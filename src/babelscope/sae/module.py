@@ -40,7 +40,9 @@ def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def auxiliary_loss(sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-    """Squared error of explaining the residual with dead latents only, over the residual's variance (Gao et al. 2024).
+    """Mean over rows of the squared error of explaining the residual with dead latents only (Gao et al. 2024, A.2).
+
+    It is in the units of the main loss, as in the paper, whose coefficient is 1/32.
 
     Parameters
     ----------
@@ -51,7 +53,7 @@ def auxiliary_loss(sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     pre = (x - sae.b_dec.detach()) @ sae.encoder[dead].T + sae.b_enc[dead]
     values, place = pre.relu().topk(min(sae.d // 2, len(dead)), dim=-1, sorted=False)
     explained = torch.zeros_like(pre).scatter(1, place, values) @ sae.W_dec[dead]
-    return (explained + error).square().sum() / (error - error.mean(0)).square().sum()
+    return (explained + error).square().sum() / len(x)
 
 
 class SAETraining(LightningModule):  # type: ignore[misc]
@@ -124,7 +126,8 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         dead = (self.idle > self.settings.dead_after).nonzero().squeeze(1)
         if not len(dead):
             return result.loss
-        few = slice(_AUX_ROWS)
+        # A batch is in the order of the store, which is that of text lengths: take rows from all of it.
+        few = slice(None, None, max(1, len(x) // _AUX_ROWS))
         return result.loss + self.settings.aux_k_coefficient * auxiliary_loss(self.sae, x[few], result.error[few], dead)
 
     def _record(self, x: Tensor, result: Step, rate: float) -> None:
