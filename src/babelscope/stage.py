@@ -28,8 +28,10 @@ def run(main: Callable[[], None]) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "transformers", "httpx"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of packed GGUF weights also where it was told to unpack them.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from babelscope.matmul import linear
 from babelscope.sae.autoencoder import SAE, chunk_rows
 from babelscope.sae.topk import top_k
 
@@ -84,7 +85,7 @@ class _Sparse(torch.autograd.Function):
         hits: _Hits = ctx.hits
         g = error * (grad * (2.0 / len(error)))
         g_values = hits.dot(W_dec, g).mul_(values > 0)
-        g_b_enc = torch.bincount(hits.latent, weights=g_values, minlength=len(encoder)).float()
+        g_b_enc = hits.total(g_values)
         g_b_dec = g.sum(0) - g_b_enc @ encoder  # b_dec is added to the output and taken off the input
         return None, hits.sum(g_values, centred), hits.sum(values, g), g_b_enc, g_b_dec, None, None
 
@@ -94,14 +95,16 @@ def _encode(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torc
     rows, n = len(centred), len(encoder)
     spare = 0 if dtype == torch.float32 else min(_SPARE, n - k)
     size = chunk_rows(n, centred.device)
-    scores = torch.empty(min(size, rows), n, dtype=dtype, device=centred.device)
+    buffer = torch.empty(min(size, rows), n, dtype=dtype, device=centred.device)
     narrow, weights, bias = centred.to(dtype), encoder.to(dtype), b_enc.to(dtype)
     values, indices = [], []
     for first in range(0, rows, size):
         chunk = narrow[first : first + size]
-        out = scores[: len(chunk)]
-        torch.addmm(bias, chunk, weights.T, out=out)
-        value, index = top_k(out, k + spare)
+        if dtype == torch.float32:
+            scores = linear(chunk, weights, bias)
+        else:
+            scores = torch.addmm(bias, chunk, weights.T, out=buffer[: len(chunk)])
+        value, index = top_k(scores, k + spare)
         if dtype != torch.float32:
             exact = centred[first : first + size]
             # Where too few scores are positive, one that rounding has made negative may belong to the top k.
@@ -128,13 +131,20 @@ class _Hits:
 
     def __init__(self, indices: Tensor, latents: int) -> None:
         self.latent, self.order = indices.view(-1).sort(stable=True)
-        self.row = self.order.div(indices.shape[1], rounding_mode="floor")
+        self.k = indices.shape[1]
+        self.row = self.order.div(self.k, rounding_mode="floor")
         counts = torch.bincount(self.latent, minlength=latents)
         self.first = counts.cumsum(0).sub_(counts)
 
     def sum(self, weight: Tensor, rows: Tensor) -> Tensor:
         """For every latent the weighted sum of the rows that it fired on: [n, d]."""
         return functional.embedding_bag(self.row, rows, self.first, mode="sum", per_sample_weights=weight)
+
+    def total(self, weight: Tensor) -> Tensor:
+        """For every latent the sum of its hits' weights: [n]."""
+        if weight.device.type == "cuda":  # bincount adds atomically there, in another order every time
+            return self.sum(weight, weight.new_ones(len(self.row) // self.k, 1)).squeeze(1)
+        return torch.bincount(self.latent, weights=weight, minlength=len(self.first)).float()
 
     def dot(self, latents: Tensor, rows: Tensor) -> Tensor:
         """For every hit the product of its latent's vector and its row: [hits]."""
