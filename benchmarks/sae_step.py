@@ -27,7 +27,7 @@ from babelscope.sae.module import _project, _renormalise
 from babelscope.sae.step import sparse_step
 
 # How many rounds each case is raced for, after one that does not count.
-ROUNDS = {Case(576, 4608, 4096): 7, Case(576, 4608, 2048): 7, Case(576, 9216, 4096): 5, Case(2048, 32768, 2048): 3}
+ROUNDS = {Case(576, 4608, 4096): 5, Case(576, 4608, 2048): 5, Case(576, 9216, 4096): 5, Case(2048, 32768, 2048): 3}
 PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
 OURS, DENSE, FLOOR, FLOOR_16 = "babelscope", "dense PyTorch", "floor float32", "floor bfloat16"
 
@@ -41,14 +41,11 @@ class Peer:
         if not python.exists():
             raise SystemExit(f"{python}: no such file; `make bench` makes it")
         self.name, self.log, self.versions = name, root / ".bench" / name / "log", {}
-        self.process = subprocess.Popen(
-            [python, root / "benchmarks" / "peers" / f"{name}.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"},
-            text=True,
-        )
+        command = [python, root / "benchmarks" / "peers" / f"{name}.py"]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+        pipe = subprocess.PIPE
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=env, text=True)
 
     def turn(self, case: Case, steps: int) -> float:
         """Let the peer train so many steps; seconds a step."""
@@ -81,6 +78,7 @@ def training(case: Case, loss: Callable[[SAE, Tensor], Tensor]) -> Callable[[Ten
 
 
 def ours(case: Case) -> Callable[[Tensor], None]:
+    """`SAETraining.training_step`, without Lightning and the log."""
     idle = torch.zeros(case.latents, dtype=torch.int64)
 
     def loss(sae: SAE, x: Tensor) -> Tensor:
@@ -92,6 +90,8 @@ def ours(case: Case) -> Callable[[Tensor], None]:
 
 
 def dense(case: Case) -> Callable[[Tensor], None]:
+    """The same by plain autograd through a dense [batch, latents] matrix."""
+
     def loss(sae: SAE, x: Tensor) -> Tensor:
         scores = F.linear(x - sae.b_dec, sae.encoder, sae.b_enc)
         values, indices = scores.topk(sae.k, sorted=False)
