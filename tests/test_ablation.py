@@ -95,6 +95,25 @@ def test_what_cannot_change_is_not_computed_and_equals_the_clean_run_exactly(mod
     assert int(changed.sum()) <= result.passes
 
 
+def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, texts, tmp_path):
+    whole = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64, keep=tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) > 2
+    kept[1].unlink()
+    done = []
+
+    def count(*_args):
+        done.append(1)
+
+    handle = model.lm_head.register_forward_hook(count)
+    again = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64, keep=tmp_path)
+    some = len(done)
+    ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64)
+    handle.remove()
+    assert torch.equal(whole.ablated, again.ablated) and torch.equal(whole.clean, again.clean)
+    assert whole.passes == again.passes and 0 < some < (len(done) - some) / 2
+
+
 def test_removing_nothing_changes_no_logit_by_a_single_bit(model, saes, texts):
     ids, mask = tokens.pad(texts)
     clean = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
