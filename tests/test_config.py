@@ -37,6 +37,16 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("train.k", 9999, "train.k: 9999 active latents of only 4608"),
         ("train.kk", 3, "train.kk: unknown key; allowed: .*did you mean 'k'"),
         ("train.learning_rate", 0, "train.learning_rate: input should be greater than 0"),
+        ("train.activation", "gelu", "train.activation: input should be 'topk', 'batchtopk', 'jumprelu' or 'relu'"),
+        ("train.matryoshka", [64, 64], "train.matryoshka: expected ascending widths below 4608"),
+        ("train.matryoshka", [9999], "train.matryoshka: expected ascending widths below 4608"),
+        (
+            "train.transcode",
+            True,
+            "ablate.methods: 'feature' subtracts what an SAE reads .* allowed with them: directional",
+        ),
+        ("ablate.methods", ["feature", "feature"], "ablate.methods: a method stands twice"),
+        ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),
         ("extract.dtype", "int8", "extract.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
         ("score.members", 99, "score.members: 99 of only 15 languages"),
@@ -82,7 +92,12 @@ def test_any_value_is_accepted_or_refused_with_its_key(key, value):
 
 
 def test_yaml_1_2(tmp_path):
-    text = (ROOT / "params.yaml").read_text().replace("- en\n", "- no\n").replace("0.002", "1e-3")
+    text = (
+        (ROOT / "params.yaml")
+        .read_text()
+        .replace("- en\n", "- no\n")
+        .replace("learning_rate: 0.0035", "learning_rate: 1e-3")
+    )
     (tmp_path / "params.yaml").write_text(text)
     params = config.load(tmp_path / "params.yaml")
     assert params.languages[0] == "no" and params.train.learning_rate == 0.001

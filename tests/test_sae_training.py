@@ -11,11 +11,15 @@ from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.sae.batches import Batches, permutation
 from babelscope.sae.checkpoint import save
-from babelscope.sae.module import SAETraining, auxiliary_loss, in_raw_units, rate_share, train
+from babelscope.sae.learner import Learner, auxiliary_loss
+from babelscope.sae.module import SAETraining, train
+from babelscope.sae.moments import moments
 from babelscope.sae.quality import quality
+from babelscope.sae.schedule import learning_rate, rate_share
 
 HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
 SETTINGS = Train(
+    source="stored", activation="topk", matryoshka=None, transcode=False,
     latents=128, k=4, tokens=64 * 120, batch=64, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
     aux_k_coefficient=0.03125, dead_after=640, log_every=7, checkpoint_every=25,
 )  # fmt: skip
@@ -45,10 +49,10 @@ def silent(step: int, metrics: Mapping[str, float]) -> None:
 
 def run(folder: Path, settings: Train = SETTINGS, write: Any = silent) -> tuple[bytes, Any, Any]:
     trained = train(
-        batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=write, checkpoint=folder / "state.pt"
+        batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[write], checkpoint=folder / "state.pt"
     )
     assert trained is not None
-    sae, history = trained
+    [(sae, history)] = trained
     save(sae, folder, {"model_name": "made-up", "hook_name": "layers.0"})
     return (folder / "sae_weights.safetensors").read_bytes(), history, sae
 
@@ -92,7 +96,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path: Path) -> None:
     hardware = HARDWARE.model_copy(update={"devices": 3})
     with pytest.raises(UserError, match="train.batch"):
-        train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, write=silent, checkpoint=tmp_path / "state.pt")
+        train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, write=[silent], checkpoint=tmp_path / "state.pt")
 
 
 def test_dead_latents_come_back(tmp_path: Path) -> None:
@@ -101,40 +105,64 @@ def test_dead_latents_come_back(tmp_path: Path) -> None:
     for coefficient in (0.0, SETTINGS.aux_k_coefficient):
         settings = SETTINGS.model_copy(update={"aux_k_coefficient": coefficient, "tokens": 64 * 200})
         file = tmp_path / f"{coefficient}.pt"
-        training = SAETraining(batches_of(FakeStore(), settings), settings, seed=1, write=silent, checkpoint=file)
+        training = SAETraining(batches_of(FakeStore(), settings), settings, seed=1, write=[silent], checkpoint=file)
         with torch.no_grad():
-            training.sae.b_enc[:40] = -0.6
-        training.idle[:40] = 10**6
-        state = {"done": 0, "history": [], "module": training.state_dict()}
+            training.each[0].sae.b_enc[:40] = -0.6
+        training.each[0].idle[:40] = 10**6
+        state = {"done": 0, "histories": [[]], "module": training.state_dict()}
         torch.save(state | {"optimizer": training.configure_optimizers().state_dict()}, file)
-        trained = train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=silent, checkpoint=file)
+        trained = train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[silent], checkpoint=file)
         assert trained is not None
-        dead[coefficient] = min(row["dead_share"] for row in trained[1])
+        dead[coefficient] = min(row["dead_share"] for row in trained[0][1])
     assert dead[0.0] == 40 / 128
     assert dead[SETTINGS.aux_k_coefficient] < 0.5 * dead[0.0]
 
 
-def test_folding_the_scale_keeps_the_reconstruction() -> None:
-    training = SAETraining(batches_of(FakeStore()), SETTINGS, seed=1, write=silent, checkpoint=Path("there-is-none.pt"))
-    x = FakeStore().gather(torch.arange(100)).float()
-    scaled = training.scale * x
-    rows = FakeStore().gather(torch.arange(2500)).float()
-    torch.testing.assert_close((training.scale * rows).square().sum(1).mean(), torch.tensor(32.0))
-    folded = in_raw_units(training.sae, training.scale)
-    torch.testing.assert_close(training.sae(scaled) / training.scale, folded(x), rtol=1e-4, atol=1e-4)
-    inside, outside = training.sae.encode(scaled)[0], folded.encode(x)[0]
-    torch.testing.assert_close(inside.sort().values / training.scale, outside.sort().values, rtol=1e-4, atol=1e-4)
+def learner(settings: Train = SETTINGS) -> Learner:
+    [(target, source)] = batches_of(FakeStore()).moments()
+    return Learner(settings, target, source, steps=120, seed=1)
+
+
+@pytest.mark.parametrize("stretch", [1.0, 30.0])
+def test_folding_the_normalisation_keeps_the_reconstruction(stretch: float) -> None:
+    store = FakeStore()
+    store.data[:, 0] *= stretch  # one dimension has nearly all of the variance
+    [(target, source)] = batches_of(store).moments()
+    assert (target.effective_dimensions < 2) == (stretch > 1) == (target.whitening() is not None)
+    training = Learner(SETTINGS, target, source, steps=120, seed=1)
+    rows = training.target(store.gather(torch.arange(2500)))
+    torch.testing.assert_close(rows.square().sum(1).mean(), torch.tensor(32.0), rtol=1e-3, atol=0)
+    x = store.gather(torch.arange(100)).float()
+    torch.testing.assert_close(training.target.inverse(training.target(x)), x, rtol=1e-3, atol=1e-3)
+    folded = training.finished()
+    back = training.target.inverse(training.sae(training.target(x)))
+    torch.testing.assert_close(back, folded(x), rtol=1e-3, atol=1e-3)
+    inside, outside = training.sae.encode(training.target(x))[0], folded.encode(x)[0]
+    torch.testing.assert_close(inside.sort().values / target.scale, outside.sort().values, rtol=1e-3, atol=1e-3)
+    if stretch == 1:
+        torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(128))
+
+
+def test_whitening_evens_out_the_spectrum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.tensor([100.0, 4.0, 1.0, 0.25])
+    found = moments([torch.randn(20000, 4, generator=generator) * deviations + 1])
+    maps = found.whitening()
+    assert maps is not None
+    forth, back = maps
+    torch.testing.assert_close(forth @ back, torch.eye(4), rtol=1e-4, atol=1e-4)
+    mapped = (forth.double() @ found.covariance @ forth.double()).diagonal().sqrt()
+    torch.testing.assert_close(mapped / mapped[2], deviations.double().sqrt(), rtol=0.1, atol=0)
 
 
 def test_the_auxiliary_loss_is_the_residual_that_dead_latents_leave() -> None:
-    training = SAETraining(batches_of(FakeStore()), SETTINGS, seed=1, write=silent, checkpoint=Path("there-is-none.pt"))
-    sae, x = training.sae, torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    sae, x = learner().sae, torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     error = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)  # nothing fires: nothing is explained
-    loss = auxiliary_loss(sae, x, error, torch.arange(10))
-    expected = error.square().sum() / 50
-    torch.testing.assert_close(loss, expected)
+    rows = slice(0, 10)
+    loss = auxiliary_loss(sae.centre(x), error, sae.encoder[rows], sae.W_dec[rows], sae.b_enc[rows])
+    torch.testing.assert_close(loss, error.square().sum() / 50)
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
@@ -144,6 +172,14 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert shares[90] == pytest.approx(0.5)
     assert shares[99] == pytest.approx(0.05)
     assert [rate_share(step, 3, 0.0, 0.0) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_the_rule_for_the_learning_rate_takes_over_where_none_is_given(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": None, "dead_after": None})
+    training = SAETraining(batches_of(FakeStore()), settings, seed=1, write=[silent], checkpoint=tmp_path / "none.pt")
+    assert training.rate == learning_rate(128, 120)
+    assert training.each[0].dead_after == 32 * 128 // 4
+    assert learning_rate(4096, 1000) > learning_rate(16384, 1000) > learning_rate(16384, 10000)
 
 
 def test_a_batch_is_a_pure_function_of_its_number() -> None:
@@ -164,7 +200,8 @@ def test_devices_share_the_same_global_batch(world: int) -> None:
     batches = Batches(store, torch.arange(100), 30, 4, seed=0)  # type: ignore[arg-type]
     shares = [list(batches.read(first=1, rank=rank, world=world)) for rank in range(world)]
     for number, parts in enumerate(zip(*shares, strict=True), start=1):
-        together = torch.cat(parts)
+        assert all(target is None for [(_, target)] in parts)
+        together = torch.cat([x for [(x, _)] in parts])
         expected = store.gather(batches.rows_of(number))
         assert torch.equal(together.float().sort(0).values, expected.float().sort(0).values)
     assert len(shares[0]) == 3
@@ -172,7 +209,59 @@ def test_devices_share_the_same_global_batch(world: int) -> None:
 
 def test_moments_are_those_of_the_rows() -> None:
     store = FakeStore()
-    mean, norm = batches_of(store).moments()
+    [(found, source)] = batches_of(store).moments()
+    assert source is None
     x = store.data[:2500].double()
-    torch.testing.assert_close(mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
-    assert norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-5)
+    torch.testing.assert_close(found.mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.covariance, x.T.cov(correction=0), rtol=1e-4, atol=1e-5)
+    assert found.scale == pytest.approx(float((32 / x.square().sum(1).mean()) ** 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "batchtopk"},
+        {"activation": "jumprelu"},
+        {"activation": "relu"},
+        {"matryoshka": [16, 48]},
+        {"activation": "batchtopk", "matryoshka": [32]},
+    ],
+    ids=str,
+)
+def test_every_activation_learns_to_reconstruct_with_about_k_latents(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = SETTINGS.model_copy(update={"tokens": 64 * 600, **changes})
+    _, history, sae = run(tmp_path, settings)
+    result = quality(sae, FakeStore(), torch.arange(2500, 3000), torch.zeros(500, dtype=torch.int64), 1)  # type: ignore[arg-type]
+    assert (sae.k is None) == (settings.activation != "topk")
+    # Three directions make a row: what adapts its number of latents may find that four are too many.
+    assert 2.5 < result.l0 < 5
+    assert result.fvu < (0.8 if settings.activation == "relu" else 0.35)  # an L1 penalty shrinks what it keeps
+    assert result.l0_of == pytest.approx([result.l0])
+    assert history[-1]["l0"] == pytest.approx(result.l0, rel=0.25)
+
+
+def test_a_matryoshka_prefix_reconstructs_better_than_that_of_a_plain_sae(tmp_path: Path) -> None:
+    fvu = {}
+    for name, widths in (("plain", None), ("nested", [16, 48])):
+        settings = SETTINGS.model_copy(update={"matryoshka": widths})
+        *_, sae = run(tmp_path / name, settings)
+        x = FakeStore().gather(torch.arange(2500, 3000)).float()
+        values, indices = sae.encode(x)
+        error = sae.decode(values.where(indices < 16, 0.0), indices).detach() - x
+        fvu[name] = float(error.square().sum() / (x - x.mean(0)).square().sum())
+    assert fvu["nested"] < 0.9 * fvu["plain"]
+
+
+def test_a_transcoder_learns_the_map_from_input_to_output(tmp_path: Path) -> None:
+    target, source = FakeStore(), FakeStore(d=24)
+    source.data = (target.data.float() @ torch.randn(32, 24, generator=torch.Generator().manual_seed(2)) + 1).half()
+    settings = SETTINGS.model_copy(update={"transcode": True, "tokens": 64 * 400})
+    batches = Batches(target, torch.arange(2500), 64, 400, seed=3, inputs=source)  # type: ignore[arg-type]
+    trained = train(batches, settings, HARDWARE, seed=1, write=[silent], checkpoint=tmp_path / "state.pt")
+    assert trained is not None
+    [(sae, history)] = trained
+    assert (sae.d_in, sae.d) == (24, 32) and sae.b_in is not None
+    rows, nothing = torch.arange(2500, 3000), torch.zeros(500, dtype=torch.int64)
+    result = quality(sae, target, rows, nothing, 1, source)  # type: ignore[arg-type]
+    assert result.fvu < 0.5
+    assert abs(history[-1]["fvu"] - result.fvu) < 0.15

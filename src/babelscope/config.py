@@ -63,25 +63,36 @@ class Extract(Section):
 
 
 class Train(Section):
-    """One TopK SAE per hookpoint."""
+    """One SAE per hookpoint."""
 
+    source: Literal["stored", "stream"]
+    activation: Literal["topk", "batchtopk", "jumprelu", "relu"]
     latents: Positive
     k: Positive
+    matryoshka: list[Positive] | None
+    transcode: bool
     tokens: Positive
     batch: Positive
-    learning_rate: Annotated[float, Field(gt=0.0)]
+    learning_rate: Annotated[float, Field(gt=0.0)] | None
     warmup: Share
     decay: Share
     encoder_scale: Annotated[float, Field(gt=0.0)]
     aux_k_coefficient: Annotated[float, Field(ge=0.0)]
-    dead_after: Positive
+    dead_after: Positive | None
     log_every: Positive
     checkpoint_every: Positive
 
     @model_validator(mode="after")
-    def _k_fits(self) -> "Train":
+    def _fits(self) -> "Train":
         if self.k > self.latents:
             raise ValueError(f"train.k: {self.k} active latents of only {self.latents} (train.latents)")
+        widths = self.matryoshka or []
+        if self.matryoshka is not None and (not widths or widths != sorted(set(widths)) or widths[-1] >= self.latents):
+            raise ValueError(
+                f"train.matryoshka: expected ascending widths below {self.latents} (train.latents), or null"
+            )
+        if widths and self.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"train.matryoshka: for 'topk' and 'batchtopk' only, not for {self.activation!r}")
         return self
 
 
@@ -107,10 +118,44 @@ class Score(Section):
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
+    methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
+    additive_factor: float
+    control_draws: Annotated[int, Field(ge=0)]
     dtype: Literal["float32", "bfloat16"]
     batch_tokens: Positive
     by_layer: bool
+    by_layer_others: bool
     bootstrap: Positive
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a method stands twice")
+        return names
+
+
+class Identify(Section):
+    """Language identification by the selected units, against fastText."""
+
+    also: str | None
+    also_texts: Positive
+
+
+class Steer(Section):
+    """Generation with a language's features amplified."""
+
+    strengths: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
+    prompt_language: Name
+    prompts: Positive
+    prompt_tokens: Annotated[int, Field(ge=2)]
+    new_tokens: Annotated[int, Field(ge=2)]
+    temperature: Annotated[float, Field(ge=0.0)]
+    min_distinct: Share
+    max_nll: Annotated[float, Field(gt=0.0)]
+    control: bool
+    dtype: Literal["float32", "bfloat16"]
+    batch_rows: Positive
 
 
 class Track(Section):
@@ -145,7 +190,9 @@ class Config(Section):
     train: Train
     encode: Encode
     score: Score
+    identify: Identify
     ablate: Ablate
+    steer: Steer
     track: Track
     hardware: Hardware
 
@@ -161,6 +208,15 @@ class Config(Section):
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} stands twice")
         return names
+
+    @model_validator(mode="after")
+    def _transcoders_fit(self) -> "Config":
+        if self.train.transcode and "feature" in self.ablate.methods:
+            raise ValueError(
+                "ablate.methods: 'feature' subtracts what an SAE reads off the hookpoint itself, transcoders "
+                "(train.transcode) read its module's input; allowed with them: directional, additive, neuron"
+            )
+        return self
 
     @model_validator(mode="after")
     def _members_fit(self) -> "Config":

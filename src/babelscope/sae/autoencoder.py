@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder: its weights, what it encodes and how it decodes."""
+"""The sparse autoencoder: its weights, what it encodes and how it decodes."""
 
 import torch
 from torch import Tensor, nn
@@ -19,38 +19,71 @@ def chunk_rows(latents: int, device: torch.device) -> int:
 
 
 class SAE(nn.Module):
-    """TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093, eq. 3, with the decoder's bias taken off the input).
+    """A sparse autoencoder, or a transcoder: `z = f((x - b_in) @ W_enc + b_enc)`, `y_hat = z @ W_dec + b_dec`.
 
-    `z = TopK(relu((x - b_dec) @ W_enc + b_enc))`, `x_hat = z @ W_dec + b_dec`.
+    There are two activation functions f. TopK keeps the k largest positive scores of a row (Gao et al. 2024, arXiv
+    2406.04093, eq. 3). JumpReLU keeps the positive scores above a threshold per latent (Rajamanoharan et al. 2024,
+    arXiv 2407.14435, eq. 3); with one threshold for all it is what BatchTopK becomes after training (Bussmann et al.
+    2024, arXiv 2412.06410, eq. 5), with thresholds of 0 it is ReLU.
 
     Parameters
     ----------
-    encoder: float32 [n, d], one row per latent (the transpose of `W_enc`: a latent's weights lie together in memory).
+    encoder: float32 [n, d_in], a row per latent (the transpose of `W_enc`: a latent's weights lie together in memory).
     W_dec: float32 [n, d].
     b_enc: float32 [n].
     b_dec: float32 [d].
-    k: active latents per row.
+    k: active latents per row (TopK); null where `threshold` is given.
+    threshold: float32 [n], >= 0 (JumpReLU); null where `k` is given.
+    b_in: float32 [d_in], taken off the input of a transcoder (a constant); null: `b_dec`, as autoencoders have it.
 
     Attributes
     ----------
-    W_enc: [d, n], a view of `encoder` in the layout of SAELens.
+    W_enc: [d_in, n], a view of `encoder` in the layout of SAELens.
+
+    Raises
+    ------
+    ValueError: the shapes do not fit each other, or not just one of `k` and `threshold` is given.
     """
 
-    def __init__(self, encoder: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> None:
+    threshold: Tensor | None
+    b_in: Tensor | None
+
+    def __init__(
+        self,
+        encoder: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        k: int | None = None,
+        *,
+        threshold: Tensor | None = None,
+        b_in: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        n, d = encoder.shape
-        if W_dec.shape != (n, d) or b_enc.shape != (n,) or b_dec.shape != (d,) or not 0 < k <= n:
+        (n, d_in), d = encoder.shape, W_dec.shape[-1]
+        width = d_in if b_in is not None else d
+        if W_dec.shape != (n, d) or b_enc.shape != (n,) or b_dec.shape != (d,) or width != d_in:
             shapes = ", ".join(str(tuple(t.shape)) for t in (encoder, W_dec, b_enc, b_dec))
-            raise ValueError(f"an SAE needs [n, d], [n, d], [n], [d] and 0 < k <= n, got {shapes} and k = {k}")
+            raise ValueError(f"an SAE needs [n, d_in], [n, d], [n], [d], and b_in where d_in is not d; got {shapes}")
+        if b_in is not None and b_in.shape != (d_in,):
+            raise ValueError(f"b_in has the shape {tuple(b_in.shape)}, the input {d_in} dimensions")
+        if (k is None) == (threshold is None):
+            raise ValueError("an SAE needs either k (TopK) or a threshold (JumpReLU)")
+        if k is not None and not 0 < k <= n:
+            raise ValueError(f"an SAE of {n} latents needs 0 < k <= {n}, got k = {k}")
+        if threshold is not None and (threshold.shape != (n,) or bool((threshold < 0).any())):
+            raise ValueError(f"an SAE of {n} latents needs {n} thresholds >= 0")
         self.encoder = nn.Parameter(encoder.float().contiguous())
         self.W_dec = nn.Parameter(W_dec.float().contiguous())
         self.b_enc = nn.Parameter(b_enc.float().contiguous())
         self.b_dec = nn.Parameter(b_dec.float().contiguous())
         self.k = k
+        self.register_buffer("threshold", None if threshold is None else threshold.float().contiguous())
+        self.register_buffer("b_in", None if b_in is None else b_in.float().contiguous())
 
     @property
     def W_enc(self) -> Tensor:
-        """Encoder weights [d, n]: a transposed view of `encoder`."""
+        """Encoder weights [d_in, n]: a transposed view of `encoder`."""
         return self.encoder.T
 
     @property
@@ -59,47 +92,77 @@ class SAE(nn.Module):
         return self.encoder.shape[0]
 
     @property
-    def d(self) -> int:
-        """Width d of the activations."""
+    def d_in(self) -> int:
+        """Width of what is encoded."""
         return self.encoder.shape[1]
+
+    @property
+    def d(self) -> int:
+        """Width of what is decoded: that of the input, but for transcoders."""
+        return self.W_dec.shape[1]
+
+    def centre(self, x: Tensor) -> Tensor:
+        """`x - b_in` in float32: what the encoder is applied to."""
+        return x.float() - (self.b_dec if self.b_in is None else self.b_in)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact TopK activations, without gradients (training has its own step, `babelscope.sae.step`).
+        """Exact activations, without gradients (training has its own steps, `sae.step` and `sae.dense`).
 
         Parameters
         ----------
-        x: [..., d], any floating dtype; computed in float32, in chunks of rows, so that memory stays bounded.
+        x: [..., d_in], any floating dtype; computed in float32, in chunks of rows, so that memory stays bounded.
 
         Returns
         -------
-        values: float32 [..., k] >= 0, in no particular order.
-        indices: int64 [..., k], distinct within a row. Where a value is 0 the latent does not fire: ignore its index.
+        values: float32 [..., q] >= 0, in no particular order; q is k, or, of a JumpReLU, the most that fire in a row.
+        indices: int64 [..., q], distinct within a row where the value is not 0. Where a value is 0 the latent does not
+            fire: ignore its index.
         """
-        rows = x.reshape(-1, self.d)
-        values = torch.empty(len(rows), self.k, device=x.device)
-        indices = torch.empty(len(rows), self.k, dtype=torch.int64, device=x.device)
+        rows = x.reshape(-1, self.d_in)
         size = chunk_rows(self.latents, x.device)
-        for first in range(0, len(rows), size):
-            centred = rows[first : first + size].float() - self.b_dec
-            scores = linear(centred, self.encoder, self.b_enc)
-            values[first : first + size], indices[first : first + size] = top_k(scores, self.k)
-        return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
+        parts = [self._encode(rows[first : first + size]) for first in range(0, max(1, len(rows)), size)]
+        most = max(part[0].shape[1] for part in parts)
+        values, indices = (
+            torch.cat([functional.pad(part[i], (0, most - part[i].shape[1])) for part in parts]) for i in (0, 1)
+        )
+        return values.view(*x.shape[:-1], most), indices.view(*x.shape[:-1], most)
+
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        scores = linear(self.centre(rows), self.encoder, self.b_enc)
+        if self.threshold is not None:
+            return _above(scores, self.threshold)
+        assert self.k is not None
+        return top_k(scores, self.k)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Reconstruct activations, float32 [..., d], from `values` [..., k] and `indices` [..., k] (any k)."""
-        k = values.shape[-1]
+        """Reconstruct activations, float32 [..., d], from `values` [..., q] and `indices` [..., q] (any q)."""
+        q = values.shape[-1]
         flat = functional.embedding_bag(
-            indices.reshape(-1, k), self.W_dec, per_sample_weights=values.reshape(-1, k), mode="sum"
+            indices.reshape(-1, q), self.W_dec, per_sample_weights=values.reshape(-1, q), mode="sum"
         )
         return (flat + self.b_dec).view(*values.shape[:-1], self.d)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct `x`: [..., d] -> float32 [..., d]."""
+        """Reconstruct: [..., d_in] -> float32 [..., d]."""
         return self.decode(*self.encode(x))
 
 
-def initialise(mean: Tensor, latents: int, k: int, *, encoder_scale: float, seed: int) -> SAE:
+def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The positive scores above the threshold, [rows, q], filled up with 0; q >= 1 is the most in a row."""
+    active = (scores > threshold) & (scores > 0)
+    row, latent = active.nonzero(as_tuple=True)
+    count = active.sum(1)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    values = scores.new_zeros(len(scores), max(1, int(count.max()) if len(count) else 0))
+    indices = torch.zeros_like(values, dtype=torch.int64)
+    values[row, place], indices[row, place] = scores[row, latent], latent
+    return values, indices
+
+
+def initialise(
+    mean: Tensor, latents: int, k: int, *, encoder_scale: float, seed: int, b_in: Tensor | None = None
+) -> SAE:
     """Return an untrained SAE: random unit decoder rows, encoder rows along them, biases at 0 and `mean`.
 
     Parameters
@@ -108,8 +171,9 @@ def initialise(mean: Tensor, latents: int, k: int, *, encoder_scale: float, seed
     latents, k: width of the dictionary and active latents.
     encoder_scale: norm of an encoder row; the decoder's transpose (1.0) overshoots with many latents per token.
     seed: of the directions.
+    b_in: [d_in], mean of a transcoder's input; its encoder rows have directions of their own.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(latents, len(mean), generator=generator)
-    directions /= directions.norm(dim=1, keepdim=True)
-    return SAE(directions * encoder_scale, directions, torch.zeros(latents), mean.clone(), k)
+    decoder = functional.normalize(torch.randn(latents, len(mean), generator=generator))
+    encoder = decoder if b_in is None else functional.normalize(torch.randn(latents, len(b_in), generator=generator))
+    return SAE(encoder * encoder_scale, decoder, torch.zeros(latents), mean.clone(), k, b_in=b_in)

@@ -1,14 +1,40 @@
 """Which rows make which training batch, and reading them from the activation store."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from babelscope.activations.store import ActivationStore
+from babelscope.sae.moments import Moments, moments
 
-# Rows read at once when all rows are passed over.
-_CHUNK = 8192
+# Rows from which mean and covariance are taken, at least (all, where there are fewer), and those read at once.
+_SAMPLE, _CHUNK = 2**18, 8192
+
+# What is encoded and what is to be reconstructed, [rows, d_in] and [rows, d] as stored; null: the same.
+Pair = tuple[Tensor, Tensor | None]
+
+
+class Source(Protocol):
+    """Where the batches of a training come from, for one or several hookpoints.
+
+    Attributes
+    ----------
+    steps, size: number of batches, and rows in each over all devices together.
+    """
+
+    steps: int
+    size: int
+
+    def moments(self) -> list[tuple[Moments, Moments | None]]:
+        """For every hookpoint those of the activations to reconstruct, and of those to encode where they are others."""
+        ...
+
+    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
+        """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint."""
+        ...
 
 
 def permutation(seed: int, epoch: int, rows: int) -> Tensor:
@@ -18,19 +44,29 @@ def permutation(seed: int, epoch: int, rows: int) -> Tensor:
 
 
 class Batches:
-    """The batches of a run: batch number `step` is a pure function of (seed, step, rows), for any number of devices.
+    """Batches from the stores of one hookpoint: number `step` is a pure function of (seed, step, rows).
 
     Parameters
     ----------
-    store: where the activations lie.
+    store: where the activations to reconstruct lie.
     rows: int64 [m], the rows of `store` to train on.
     size: rows per step, over all devices together.
     steps: number of batches; the rows are passed over as often as it takes, each time in another order.
     seed: of the order.
+    inputs: where the activations to encode lie (transcoders), row for row; null: in `store`.
     """
 
-    def __init__(self, store: ActivationStore, rows: Tensor, size: int, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        store: ActivationStore,
+        rows: Tensor,
+        size: int,
+        steps: int,
+        seed: int,
+        inputs: ActivationStore | None = None,
+    ) -> None:
         self.store, self.rows, self.size, self.steps, self.seed = store, rows, size, steps, seed
+        self.inputs = inputs
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def rows_of(self, step: int) -> Tensor:
@@ -44,16 +80,29 @@ class Batches:
             place += len(parts[-1])
         return self.rows[torch.cat(parts)].sort().values
 
-    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
-        """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store."""
-        for step in range(first, self.steps):
-            yield self.store.gather(self.rows_of(step)[rank::world].contiguous())
+    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
+        """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
 
-    def moments(self) -> tuple[Tensor, float]:
-        """Mean row, float32 [d], and mean squared norm of all rows (summed in float64 over chunks)."""
-        total, squares = torch.zeros(self.store.d, dtype=torch.float64), 0.0
-        for first in range(0, len(self.rows), _CHUNK):
-            x = self.store.gather(self.rows[first : first + _CHUNK]).float()
-            total += x.sum(0)
-            squares += float(x.square_().sum())
-        return (total / len(self.rows)).float(), squares / len(self.rows)
+        The next batch is read while the last one is worked on.
+        """
+
+        def gather(step: int) -> list[Pair]:
+            rows = self.rows_of(step)[rank::world].contiguous()
+            target = self.store.gather(rows)
+            return [(target, None) if self.inputs is None else (self.inputs.gather(rows), target)]
+
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(gather, first) if first < self.steps else None
+            for step in range(first, self.steps):
+                assert coming is not None
+                batch = coming.result()
+                coming = reader.submit(gather, step + 1) if step + 1 < self.steps else None
+                yield batch
+
+    def moments(self) -> list[tuple[Moments, Moments | None]]:
+        """Of all rows, or of a sample where there are many."""
+        return [(self._moments(self.store), None if self.inputs is None else self._moments(self.inputs))]
+
+    def _moments(self, store: ActivationStore) -> Moments:
+        rows = self.rows[:: max(1, len(self.rows) // _SAMPLE)]
+        return moments(store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))

@@ -1,11 +1,13 @@
-"""The training step of a TopK SAE: the loss and its gradients, touching only the k active latents of every row.
+"""The training step of SAEs with a fixed number of active latents: TopK, BatchTopK, and either with nested widths.
 
-Nothing of size batch x latents outlives a chunk of rows. Latents are screened by one matrix product (in bfloat16 where
-the hardware multiplies it faster), and a few spare candidates are re-ranked by their exact float32 scores. The hits are
-then sorted by latent once, which makes every gradient a single pass over rows.
+It touches only the active latents of every row: nothing of size batch x latents outlives a chunk of rows. Latents are
+screened by one matrix product (in bfloat16 where the hardware multiplies it faster), and a few spare candidates are
+re-ranked by their exact float32 scores. The hits are then sorted by latent once, which makes every gradient a single
+pass over rows. `sae.dense` is the step of the activations that have no such number.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,10 @@ from babelscope.sae.topk import top_k
 # Candidates beyond k that bfloat16 screening hands on to the exact re-ranking: with 8 the overlap with the exact top k
 # is 1.000, with none 0.991.
 _SPARE = 8
+# Candidates of a row in BatchTopK, in multiples of k; rows of which more may be active are looked at again.
+_WIDE = 3
+
+Selection = Literal["topk", "batchtopk"]
 
 
 class Step(NamedTuple):
@@ -25,31 +31,53 @@ class Step(NamedTuple):
 
     Attributes
     ----------
-    loss: scalar, the mean over rows of ||x_hat - x||^2; differentiable.
-    error: float32 [rows, d], x_hat - x (a constant).
-    values, indices: [rows, k] activations (constants).
+    loss: scalar, the mean over rows of ||y_hat - y||^2 (over nested widths, their mean); differentiable.
+    error: float32 [rows, d], y_hat - y (a constant).
     activity: float32 [n], the sum of every latent's activations; 0 = it did not fire.
+    l0: scalar, mean number of active latents per row.
+    lowest: scalar, the smallest activation above 0 (infinite where none is).
     """
 
     loss: Tensor
     error: Tensor
-    values: Tensor
-    indices: Tensor
     activity: Tensor
+    l0: Tensor
+    lowest: Tensor
 
 
-def sparse_step(sae: SAE, x: Tensor, *, screen: torch.dtype | None = None) -> Step:
+def sparse_step(
+    sae: SAE,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    select: Selection = "topk",
+    widths: Sequence[int] = (),
+    screen: torch.dtype | None = None,
+) -> Step:
     """Forward pass whose `loss.backward()` gives the gradients of all four weights.
 
     Parameters
     ----------
-    sae: float32 weights.
-    x: float32 [rows, d], rows >= 1; no gradient flows to it.
-    screen: precision of the screening, bfloat16 or float32; None takes what suits the device.
+    sae: float32 weights, with a `k`.
+    x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
+    y: float32 [rows, d], what is to be reconstructed (transcoders); null: x.
+    select: "topk" keeps the k largest positive scores of every row, "batchtopk" the rows * k largest of the batch
+        (Bussmann et al. 2024, arXiv 2412.06410).
+    widths: nested widths below n, ascending (Matryoshka SAEs, Bussmann et al. 2025, arXiv 2503.17547): the loss is the
+        mean of the losses of the reconstructions by the first m latents, for every m of `widths` and for n.
+    screen: precision of the screening, bfloat16 or float32; null takes what suits the device.
+
+    Raises
+    ------
+    ValueError: the SAE has no `k`.
     """
+    if sae.k is None:
+        raise ValueError("the sparse step needs an SAE with k active latents")
     dtype = screen or screening_dtype(x.device)
     apply: Any = _Sparse.apply
-    return Step(*apply(x, sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec, sae.k, dtype))
+    ends = torch.tensor([*widths, sae.latents], device=x.device)
+    weights = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
+    return Step(*apply(x, y, *weights, sae.b_in, sae.k, select, ends, dtype))
 
 
 def screening_dtype(device: torch.device) -> torch.dtype:
@@ -64,30 +92,53 @@ def screening_dtype(device: torch.device) -> torch.dtype:
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, encoder: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        encoder: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        b_in: Tensor | None,
+        k: int,
+        select: Selection,
+        ends: Tensor,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         encoder, W_dec = encoder.detach(), W_dec.detach()  # embedding_bag keeps books for weights that need gradients
-        centred = x - b_dec
-        values, indices = _encode(centred, encoder, b_enc, k, dtype)
-        error = functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum").sub_(centred)
-        hits = _Hits(indices, len(encoder))
-        by_latent = values.view(-1)[hits.order]
-        activity = torch.bincount(hits.latent, weights=by_latent, minlength=len(encoder))
-        ctx.save_for_backward(centred, encoder, W_dec, by_latent, error)
-        ctx.hits = hits
-        ctx.mark_non_differentiable(error, values, indices, activity)
+        centred = x - (b_dec if b_in is None else b_in)
+        target = centred if b_in is None and y is None else (x if y is None else y) - b_dec
+        choose = _encode if select == "topk" else _batch_top_k
+        active = _Active(*choose(centred, encoder, b_enc, k, dtype), ends)
+        error = active.decode(W_dec).sub_(target.unsqueeze(1))
+        hits = _Hits(active, len(encoder))
+        activity = torch.bincount(hits.latent, weights=hits.value, minlength=len(encoder))
+        ctx.save_for_backward(centred, encoder, W_dec, error)
+        ctx.hits, ctx.tied = hits, b_in is None
+        fires = active.value > 0
+        l0 = fires.sum() / len(x)
+        lowest = functional.pad(active.value.masked_fill(~fires, torch.inf), (0, 1), value=torch.inf).min()
+        last = error[:, -1]
+        ctx.mark_non_differentiable(last, activity, l0, lowest)
         ctx.set_materialize_grads(False)
-        return error.square().sum() / len(x), error, values, indices, activity
+        return error.square().sum() / (len(x) * len(ends)), last, activity, l0, lowest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        centred, encoder, W_dec, values, error = ctx.saved_tensors
+        centred, encoder, W_dec, error = ctx.saved_tensors
         hits: _Hits = ctx.hits
-        g = error * (grad * (2.0 / len(error)))
-        g_values = hits.dot(W_dec, g).mul_(values > 0)
-        g_b_enc = hits.total(g_values)
-        g_b_dec = g.sum(0) - g_b_enc @ encoder  # b_dec is added to the output and taken off the input
-        return None, hits.sum(g_values, centred), hits.sum(values, g), g_b_enc, g_b_dec, None, None
+        rows, widths, _ = error.shape
+        g = error * (grad * (2.0 / (rows * widths)))
+        if widths > 1:  # a latent takes part in the reconstruction of its own width and of every larger one
+            g = g.flip(1).cumsum(1).flip(1)
+        g_b_dec = g[:, 0].sum(0)
+        g = g.flatten(0, 1)
+        g_value = hits.dot(W_dec, g).mul_(hits.value > 0)
+        g_b_enc = hits.total(g_value)
+        if ctx.tied:
+            g_b_dec -= g_b_enc @ encoder  # b_dec is added to the output and taken off the input
+        g_encoder, g_W_dec = hits.sum(g_value, centred, hits.row), hits.sum(hits.value, g, hits.bag)
+        return None, None, g_encoder, g_W_dec, g_b_enc, g_b_dec, None, None, None, None, None
 
 
 def _encode(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,29 +177,87 @@ def _rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor,
     return values.relu_(), candidates.gather(1, place)
 
 
-class _Hits:
-    """The rows x k hits in the order of their latents: one sort a step, then all gradients are passes over rows."""
+def _batch_top_k(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows * k largest activations of the batch: values [rows, q], 0 where not kept, and indices [rows, q]."""
+    rows, n = len(centred), len(encoder)
+    wanted, wide = rows * k, min(n, _WIDE * k)
+    values, indices = _encode(centred, encoder, b_enc, wide, dtype)
+    while True:
+        least = values.flatten().kthvalue(values.numel() - wanted + 1).values
+        # Of these rows, more may belong to it than were looked at.
+        lowest = values.amin(1)
+        full = ((lowest >= least) & (lowest > 0)).nonzero().squeeze(1)
+        if not len(full) or wide == n:
+            return values.where(values >= least, 0.0), indices
+        wide = min(n, 4 * wide)
+        more, which = _encode(centred[full], encoder, b_enc, wide, torch.float32)
+        grow = (0, wide - values.shape[1])
+        values, indices = functional.pad(values, grow), functional.pad(indices, grow)
+        values[full], indices[full] = more, which
 
-    def __init__(self, indices: Tensor, latents: int) -> None:
-        self.latent, self.order = indices.view(-1).sort(stable=True)
-        self.k = indices.shape[1]
-        self.row = self.order.div(self.k, rounding_mode="floor")
+
+class _Active:
+    """The active latents of every row as flat lists, in the order of their bags.
+
+    A bag is what is decoded together: a row, or, with nested widths, the part of a row between one width and the next.
+
+    Attributes
+    ----------
+    latent, value, bag: [hits].
+    """
+
+    def __init__(self, values: Tensor, indices: Tensor, ends: Tensor) -> None:
+        self.rows, q = indices.shape
+        self.widths = len(ends)
+        self.latent, self.value = indices.view(-1), values.view(-1)
+        row = torch.arange(self.rows, device=indices.device).repeat_interleave(q)
+        self.bag = row * self.widths
+        self.first = torch.arange(0, self.rows * q, q, device=indices.device)
+        if self.widths == 1 and bool((self.value > 0).all()):
+            return
+        kept = (self.value > 0).nonzero().squeeze(1)
+        bag = self.bag[kept] + torch.bucketize(self.latent[kept], ends, right=True)
+        self.bag, order = bag.sort(stable=True)
+        self.latent, self.value = self.latent[kept][order], self.value[kept][order]
+        counts = torch.bincount(self.bag, minlength=self.rows * self.widths)
+        self.first = counts.cumsum(0).sub_(counts)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """Reconstructions by each nested width, [rows, widths, d]."""
+        parts = functional.embedding_bag(
+            self.latent, W_dec, self.first, mode="sum", per_sample_weights=self.value
+        ).view(self.rows, self.widths, -1)
+        return parts.cumsum(1) if self.widths > 1 else parts
+
+
+class _Hits:
+    """The same hits in the order of their latents: one sort a step, then all gradients are passes over rows.
+
+    Attributes
+    ----------
+    latent, value, row, bag: [hits].
+    """
+
+    def __init__(self, active: _Active, latents: int) -> None:
+        self.latent, order = active.latent.sort(stable=True)
+        self.value, self.bag = active.value[order], active.bag[order]
+        self.row = self.bag.div(active.widths, rounding_mode="floor") if active.widths > 1 else self.bag
         counts = torch.bincount(self.latent, minlength=latents)
         self.first = counts.cumsum(0).sub_(counts)
 
-    def sum(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """For every latent the weighted sum of the rows that it fired on: [n, d]."""
-        return functional.embedding_bag(self.row, rows, self.first, mode="sum", per_sample_weights=weight)
+    def sum(self, weight: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
+        """For every latent the weighted sum of `vectors[place]` over its hits: [n, d]."""
+        return functional.embedding_bag(place, vectors, self.first, mode="sum", per_sample_weights=weight)
 
     def total(self, weight: Tensor) -> Tensor:
         """For every latent the sum of its hits' weights: [n]."""
         if weight.device.type == "cuda":  # bincount adds atomically there, in another order every time
-            return self.sum(weight, weight.new_ones(len(self.row) // self.k, 1)).squeeze(1)
+            return self.sum(weight, weight.new_ones(1, 1), torch.zeros_like(self.row)).squeeze(1)
         return torch.bincount(self.latent, weights=weight, minlength=len(self.first)).float()
 
-    def dot(self, latents: Tensor, rows: Tensor) -> Tensor:
-        """For every hit the product of its latent's vector and its row: [hits]."""
-        return _dots(latents, rows, self.latent, self.row)
+    def dot(self, latents: Tensor, vectors: Tensor) -> Tensor:
+        """For every hit the product of its latent's vector and its bag's: [hits]."""
+        return _dots(latents, vectors, self.latent, self.bag)
 
 
 def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:

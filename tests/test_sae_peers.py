@@ -1,0 +1,165 @@
+"""Our SAE files in the peers' own packages, and theirs in ours.
+
+Each peer lives in an environment of its own, which `make bench` sets up; where there is none, these tests are skipped.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from babelscope.sae.autoencoder import SAE
+from babelscope.sae.checkpoint import load, save
+
+META = {"model_name": "made-up", "hook_name": "layers.1.mlp"}
+# What we write (name: architecture in the file, width of the input), but for "topk_transcoder", which SAELens has not.
+OURS = {
+    "topk": ("topk", 16),
+    "jumprelu": ("jumprelu", 16),
+    "batchtopk": ("jumprelu", 16),
+    "standard": ("standard", 16),
+    "topk-transcoder": ("topk", 16),
+    "jumprelu-transcoder": ("jumprelu_transcoder", 24),
+    "relu-transcoder": ("transcoder", 24),
+}
+# What SAELens writes: the class, and its settings beside d_in and d_sae.
+SAELENS: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk-rescaled": ("TopKSAE", {"k": 4, "rescale_acts_by_decoder_norm": True}),
+    "jumprelu": ("JumpReLUSAE", {}),
+    "standard-no-input-bias": ("StandardSAE", {"apply_b_dec_to_input": False}),
+    "transcoder": ("Transcoder", {"d_out": 12, "apply_b_dec_to_input": False}),
+    "jumprelu-transcoder": ("JumpReLUTranscoder", {"d_out": 12, "apply_b_dec_to_input": False}),
+}
+# What sparsify writes.
+SPARSIFY: dict[str, dict[str, Any]] = {
+    "autoencoder": {"transcode": False},
+    "transcoder": {"transcode": True},
+}
+
+SAELENS_SIDE = """
+import json, sys
+from pathlib import Path
+import sae_lens, torch
+from safetensors.torch import load_file, save_file
+
+folder, theirs = Path(sys.argv[1]), json.loads(sys.argv[2])
+results, about = {}, {}
+
+def keep(name, sae):
+    x = load_file(folder / "x.safetensors")[str(sae.cfg.d_in)]
+    with torch.no_grad():
+        z = sae.encode(x)
+        results[name + ".z"], results[name + ".y"] = z, sae.decode(z)
+    metadata = sae.cfg.metadata
+    about[name] = [sae.cfg.architecture(), metadata.model_name, metadata.hook_name]
+
+for path in sorted((folder / "ours").iterdir()):
+    keep("ours." + path.name, sae_lens.SAE.load_from_disk(path))
+torch.manual_seed(0)
+for name, (kind, settings) in theirs.items():
+    config = getattr(sae_lens, kind + "Config")(d_in=16, d_sae=64, **settings)
+    sae = getattr(sae_lens, kind)(config)
+    for weight in sae.parameters():
+        torch.nn.init.normal_(weight)
+    sae.save_model(folder / "theirs" / name)
+    keep("theirs." + name, sae)
+save_file(results, folder / "results.safetensors")
+(folder / "about.json").write_text(json.dumps(about))
+"""
+
+SPARSIFY_SIDE = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from sparsify import SparseCoder, SparseCoderConfig
+
+folder, theirs = Path(sys.argv[1]), json.loads(sys.argv[2])
+x, results = load_file(folder / "x.safetensors")["16"], {}
+torch.manual_seed(0)
+for name, settings in theirs.items():
+    sae = SparseCoder(16, SparseCoderConfig(num_latents=64, k=4, **settings))
+    for weight in sae.parameters():
+        torch.nn.init.normal_(weight)
+    sae.save_to_disk(folder / "theirs" / name)
+    with torch.no_grad():
+        values, indices, _ = sae.encode(x)
+        results["theirs." + name + ".z"] = torch.zeros(len(x), 64).scatter(1, indices, values)
+        results["theirs." + name + ".y"] = sae.decode(values, indices)
+save_file(results, folder / "results.safetensors")
+"""
+
+
+def in_its_environment(peer: str, code: str, folder: Path, theirs: Any) -> dict[str, torch.Tensor]:
+    python = Path(__file__).parents[1] / ".bench" / peer / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment of {peer}: `make bench` sets up .bench/{peer}")
+    draw = torch.Generator().manual_seed(1)
+    save_file({str(d): torch.randn(50, d, generator=draw) for d in (16, 24)}, folder / "x.safetensors")
+    # Our own package is not to be seen there, and nothing is to be looked up on the net or kept at home.
+    hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "SPARSIFY_DISABLE_TRITON": "1"}
+    command = [str(python), "-c", code, str(folder), json.dumps(theirs)]
+    done = subprocess.run(command, cwd=folder, env=hidden | quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "results.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("sae-lens")
+    draw = torch.Generator().manual_seed(0)
+    for name, (_, d_in) in OURS.items():
+        weights = [torch.randn(*shape, generator=draw) for shape in ((64, d_in), (64, 16), (64,), (16,))]
+        b_in = torch.randn(d_in, generator=draw) if "transcoder" in name else None
+        threshold = {"jumprelu": torch.rand(64, generator=draw), "batchtopk": torch.full((64,), 1.5)}
+        if name.startswith("topk"):
+            sae = SAE(*weights, 4, b_in=b_in)
+        else:
+            sae = SAE(*weights, threshold=threshold.get(name.split("-")[0], torch.zeros(64)), b_in=b_in)
+        save(sae, folder / "ours" / name, META)
+    return folder, in_its_environment("sae-lens", SAELENS_SIDE, folder, SAELENS)
+
+
+@pytest.fixture(scope="module")
+def sparsify(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("sparsify")
+    return folder, in_its_environment("eai-sparsify", SPARSIFY_SIDE, folder, SPARSIFY)
+
+
+def assert_alike(folder: Path, whose: str, name: str, results: dict[str, torch.Tensor]) -> None:
+    """Loaded from the same files by us, it encodes and decodes to what the peer found, to 1e-5 of the largest value."""
+    sae = load(folder / whose / name)
+    values, indices = sae.encode(load_file(folder / "x.safetensors")[str(sae.d_in)])
+    z, y = (results[f"{whose}.{name}.{what}"] for what in ("z", "y"))
+    assert int((z > 0).sum()) > 50
+    ours = torch.zeros_like(z).scatter_add(1, indices, values), sae.decode(values, indices)
+    for mine, found in zip(ours, (z, y), strict=True):
+        torch.testing.assert_close(mine, found, rtol=0.0, atol=1e-5 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_saelens_loads_what_we_save(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = saelens
+    assert_alike(folder, "ours", name, results)
+    found = json.loads((folder / "about.json").read_text())[f"ours.{name}"]
+    assert found == [OURS[name][0], META["model_name"], META["hook_name"]]
+
+
+@pytest.mark.parametrize("name", SAELENS)
+def test_we_load_what_saelens_saves(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = saelens
+    assert_alike(folder, "theirs", name, results)
+    assert (load(folder / "theirs" / name).b_in is not None) == ("transcoder" in name)
+
+
+@pytest.mark.parametrize("name", SPARSIFY)
+def test_we_load_what_sparsify_saves(sparsify: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = sparsify
+    assert_alike(folder, "theirs", name, results)
+    assert (load(folder / "theirs" / name).b_in is not None) == ("transcoder" in name)
