@@ -3,10 +3,12 @@
 import logging
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
 from babelscope import config, hardware, sae, stage
+from babelscope.activations import streamed
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.store import ActivationStore
 from babelscope.files import write_atomically, write_json
@@ -19,36 +21,50 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     hookpoint = config.hookpoint_argument(sys.argv, params)
+    counts, totals = (Path("data/counts") / f"{hookpoint}.{end}" for end in ("parquet", "totals.parquet"))
+    if streamed.is_streaming():
+        streamed.publish(hookpoint, {"counts.parquet": counts, "totals.parquet": totals})
+    else:
+        found = encode(hookpoint, params)
+        write_atomically(counts, found.counts.write_parquet)
+        write_atomically(totals, found.totals.write_parquet)
+    firings, tokens = pl.read_parquet(counts), int(pl.read_parquet(totals)["tokens"].sum())
+    fired, l0 = firings["unit"].n_unique(), int(firings["tokens"].sum()) / tokens
+    numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
+    write_json(Path(f"metrics/encode.{hookpoint}.json"), numbers)
+    log.info("encode %s: %d tokens, %d latents fired, L0 %.1f", hookpoint, tokens, fired, l0)
+
+
+class Tables(NamedTuple):
+    """Counts per language and latent, and totals per language."""
+
+    counts: pl.DataFrame
+    totals: pl.DataFrame
+
+
+def encode(hookpoint: str, params: config.Config) -> Tables:
+    """Encode the stored activations of the training split."""
     device = hardware.prepare(params.hardware)
     dictionary = sae.load(Path("data/sae"), hookpoint).to(device)
-    activations = ActivationStore(Path("data/activations") / hookpoint)
+    source = Path("data/activations") / hookpoint
+    activations = ActivationStore(source / "input" if dictionary.b_in is not None else source)
     table = pl.read_parquet("data/activations/tokens.parquet").filter(pl.col("split") == "train")
     language = table["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     text = table["text_id"].rle_id().cast(pl.Int64).to_torch()
     rows = table["row"].to_torch()
 
-    counter = Counter(params.languages, dictionary.W_dec.shape[0])
-    active = 0
+    counter = Counter(params.languages, dictionary.latents)
     with Progress(f"encode {hookpoint}", len(rows), "tokens") as progress:
         for start, end in whole_texts(text, params.encode.chunk_tokens):
             values, indices = dictionary.encode(activations.gather(rows[start:end]).to(device))
             counter.add(values.cpu(), indices.cpu(), language[start:end], text[start:end])
-            active += int((values > 0).sum())
             progress.update(end - start)
-
-    counts = counter.frame(layer_of(hookpoint))
     totals = (
         table.group_by("language")
         .agg(tokens=pl.len().cast(pl.Int64), texts=pl.col("text_id").n_unique().cast(pl.Int64))
         .sort(pl.col("language").cast(pl.Enum(params.languages)))
     )
-    folder = Path("data/counts")
-    write_atomically(folder / f"{hookpoint}.parquet", counts.write_parquet)
-    write_atomically(folder / f"{hookpoint}.totals.parquet", totals.write_parquet)
-    fired = counts["unit"].n_unique()
-    numbers = {"tokens": len(rows), "l0": active / len(rows), "latents_fired": fired, "layer": layer_of(hookpoint)}
-    write_json(Path(f"metrics/encode.{hookpoint}.json"), numbers)
-    log.info("encode %s: %d tokens, %d latents fired, L0 %.1f", hookpoint, len(rows), fired, numbers["l0"])
+    return Tables(counter.frame(layer_of(hookpoint)), totals)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Stage `extract`: activations at every hookpoint, from one forward pass over the sampled texts."""
+"""Stage `extract`: activations at every hookpoint, from one forward pass over the sampled texts.
+
+Where `train.source` is `stream` no activations are kept: the token table and empty stores with the widths are written.
+"""
 
 import logging
 import shutil
@@ -31,33 +34,36 @@ def main() -> None:
     table = extraction.token_table(shards, corpus)
     model = loading.load_model(params.model, params.extract.dtype)
     hookpoints.resolve(model, params.hookpoints)
+    names = extraction.names_to_read(params.hookpoints, params.train.transcode)
+    widths = extraction.widths(model, names)
 
     knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
+    knobs["transcode"] = params.train.transcode
     resume = scratch(fingerprint("extract", knobs, {str(CORPUS): dvc_md5(CORPUS)}))
-    is_first = extraction.extract(model, shards, params.hookpoints, resume, params.extract.store_dtype, params.hardware)
+    stored = shards if params.train.source == "stored" else []
+    is_first = extraction.extract(model, stored, names, resume, params.extract.store_dtype, params.hardware)
     if not is_first:
         return
-    widths: dict[str, int] = {}
-    for name in params.hookpoints:
-        (OUT / name).mkdir(parents=True, exist_ok=True)
-        for shard in shards:
-            (resume / name / store.shard_name(shard.number)).replace(OUT / name / store.shard_name(shard.number))
-        rows = [shard.rows for shard in shards]
-        widths[name] = store.width(OUT / name)
+    for name in names:
+        source, target = store.place(resume, name), store.place(OUT, name)
+        target.mkdir(parents=True, exist_ok=True)
+        for shard in stored:
+            (source / store.shard_name(shard.number)).replace(target / store.shard_name(shard.number))
+        rows = [shard.rows for shard in stored]
         store.write_index(
-            OUT / name, rows, widths[name], params.extract.store_dtype, loading.name_of(params.model), name
-        )
+            target, rows, widths[name], params.extract.store_dtype, loading.name_of(params.model), name
+        )  # fmt: skip
     write_atomically(OUT / "tokens.parquet", table.write_parquet)
-    shutil.rmtree(resume)
+    shutil.rmtree(resume, ignore_errors=True)
     numbers = {
         "tokens": len(table),
         "texts": len(texts),
         "padding_share": round(extraction.padding_share(shards), 4),
         "hookpoints": len(params.hookpoints),
     }
-    write_json(METRICS, numbers | {f"d/{name}": d for name, d in widths.items()})
+    write_json(METRICS, numbers | {f"d/{name}": widths[name] for name in params.hookpoints})
     log.info("extract: %d tokens of %d texts at %d hookpoints, %.1f %% padding",
-             len(table), len(texts), len(widths), 100 * numbers["padding_share"])  # fmt: skip
+             len(table), len(texts), len(params.hookpoints), 100 * numbers["padding_share"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `train <hookpoint>`: one TopK SAE on the activations of one hookpoint."""
+"""Stage `train <hookpoint>`: one SAE on the activations of one hookpoint (or the one that `stream` has trained)."""
 
 import logging
 import shutil
@@ -9,9 +9,10 @@ from pathlib import Path
 import polars as pl
 
 from babelscope import config, hardware, stage
+from babelscope.activations import streamed
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_json, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import checkpoint
@@ -25,16 +26,36 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     hookpoint = config.hookpoint_argument(sys.argv, params)
+    figures = published(hookpoint) if params.train.source == "stream" else trained(hookpoint, params)
+    if figures is None:
+        return
+    steps = -(-params.train.tokens // params.train.batch)
+    numbers = figures | {"tokens": steps * params.train.batch, "layer": layer_of(hookpoint)}
+    write_json(Path(f"metrics/train.{hookpoint}.json"), numbers)
+    log.info("train %s: FVU %.3f, L0 %.1f, %.1f %% dead",
+             hookpoint, figures["fvu"], figures["l0"], 100 * figures["dead_share"])  # fmt: skip
+
+
+def published(hookpoint: str) -> dict[str, float]:
+    """Publish the SAE that `stream` has trained; returns its figures. `track` logs its run from the history."""
+    out = Path("data/sae") / hookpoint
+    streamed.publish(hookpoint, {name: out / name for name in ("cfg.json", "sae_weights.safetensors", "history.csv")})
+    return read_json(streamed.OUT / hookpoint / "quality.json")
+
+
+def trained(hookpoint: str, params: config.Config) -> dict[str, float] | None:
+    """Train the SAE and return its figures (null on the other ranks of a distributed run)."""
     device = hardware.prepare(params.hardware)
     source, out = Path("data/activations") / hookpoint, Path("data/sae") / hookpoint
     store, table = ActivationStore(source), pl.read_parquet(TOKENS)
+    inputs = ActivationStore(source / "input") if params.train.transcode else None
     if len(table) != store.rows:
         raise UserError(f"{TOKENS}: {len(table)} rows, but {source} holds {store.rows}: dvc repro extract")
     train_rows, eval_rows = (table.filter(pl.col("split") == split) for split in ("train", "eval"))
     if train_rows.is_empty() or eval_rows.is_empty():
         raise UserError(f"{TOKENS}: no rows of split 'train' or none of split 'eval'")
     steps = -(-params.train.tokens // params.train.batch)
-    batches = Batches(store, train_rows["row"].to_torch(), params.train.batch, steps, params.seed)
+    batches = Batches(store, train_rows["row"].to_torch(), params.train.batch, steps, params.seed, inputs)
 
     from babelscope.sae import module
     from babelscope.tracking.training import training_run
@@ -46,31 +67,22 @@ def main() -> None:
         if module.is_first_process():
             run = training_run(params.track.experiment, stage=name, fingerprint=work, params=knobs)
             write = stack.enter_context(run).log
-        trained = module.train(
+        result = module.train(
             batches, params.train, params.hardware,
-            seed=params.seed, write=write, checkpoint=scratch(work) / "state.pt",
+            seed=params.seed, write=[write], checkpoint=scratch(work) / "state.pt",
         )  # fmt: skip
-        if trained is None:
-            return
-        sae, history = trained
+        if result is None:
+            return None
+        [(sae, history)] = result
         checkpoint.save(sae, out, {"model_name": store.index["model"], "hook_name": hookpoint})
         write_atomically(out / "history.csv", pl.DataFrame(history).write_csv)
         run.finish(dvc_md5(out))
 
-    sae = sae.to(device)
     code = eval_rows["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
-    held_out = quality(sae, store, eval_rows["row"].to_torch(), code, len(params.languages))
-    if held_out.fvu != held_out.fvu:
-        raise UserError(
-            f"params.yaml: train.learning_rate: training diverged at {params.train.learning_rate}; lower it"
-        )
-    figures = {"fvu": held_out.fvu, "l0": held_out.l0, "dead_share": held_out.dead_share}
-    by_language = {f"fvu/{language}": fvu for language, fvu in zip(params.languages, held_out.fvu_of, strict=True)}
-    measured = {key: fvu for key, fvu in by_language.items() if fvu == fvu}
-    numbers = figures | measured | {"tokens": steps * params.train.batch, "layer": layer_of(hookpoint)}
-    write_json(Path(f"metrics/train.{hookpoint}.json"), numbers)
+    held_out = quality(sae.to(device), store, eval_rows["row"].to_torch(), code, len(params.languages), inputs)
+    figures = held_out.figures(params.languages)
     shutil.rmtree(scratch(work), ignore_errors=True)
-    log.info("train %s: FVU %.3f, L0 %.1f, %.1f %% dead", hookpoint, *held_out[:2], 100 * held_out.dead_share)
+    return figures
 
 
 if __name__ == "__main__":

@@ -85,6 +85,50 @@ def token_table(shards: Sequence[Shard], corpus: polars.DataFrame) -> polars.Dat
     )
 
 
+def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
+    """The hookpoints, and where `transcode` the inputs of their modules, too, as `hookpoints.read` calls them."""
+    return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
+
+
+def own_activations(
+    model: Any, hookpoints: Sequence[str], batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """One forward pass over a batch.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    hookpoints: what to read, see `babelscope.models.hookpoints.read`.
+    batch: token ids, attention mask and own-token mask, each `[texts, longest]`, on the model's device (see `collate`).
+    dtype: of the result.
+
+    Returns
+    -------
+    `[own tokens, d]` by hookpoint, text after text, special tokens and padding left out.
+
+    Raises
+    ------
+    UserError: an activation is not finite in `dtype`.
+    """
+    ids, mask, own = batch
+    seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=mask)
+    rows = {name: seen[name][own].to(dtype) for name in hookpoints}
+    for name, activations in rows.items():
+        if not torch.isfinite(activations).all():
+            raise UserError(
+                f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
+                "(infinite or not a number); allowed: bfloat16 has the range of float32"
+            )
+    return rows
+
+
+def widths(model: Any, hookpoints: Sequence[str]) -> dict[str, int]:
+    """The d of what is read at each hookpoint, from a forward pass over a single token."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=hooks.device_of(model))
+    seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=torch.ones_like(ids))
+    return {name: seen[name].shape[-1] for name in hookpoints}
+
+
 class Extractor(pl.LightningModule):  # type: ignore[misc]
     """Reads the hookpoints of one batch: a prediction step returns `{hookpoint: [own tokens, d]}` in `dtype`."""
 
@@ -94,9 +138,8 @@ class Extractor(pl.LightningModule):  # type: ignore[misc]
 
     def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`batch` is (token ids, attention mask, own-token mask), each `[texts, longest]`."""
-        ids, mask, own = batch
-        seen = hooks.read(self.model, self.hookpoints, input_ids=ids, attention_mask=mask)
-        return {name: activations[own].to(self.store_dtype).cpu() for name, activations in seen.items()}
+        rows = own_activations(self.model, self.hookpoints, batch, self.store_dtype)
+        return {name: activations.cpu() for name, activations in rows.items()}
 
 
 class ShardWriter(pl.Callback):  # type: ignore[misc]
@@ -113,20 +156,16 @@ class ShardWriter(pl.Callback):  # type: ignore[misc]
         """Keep the batch; write the shard that it completes."""
         shard, is_last = self.ends[batch_idx]
         for name, activations in outputs.items():
-            if not torch.isfinite(activations).all():
-                raise UserError(
-                    f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
-                    "(infinite or not a number); allowed: bfloat16 has the range of float32"
-                )
             self.parts.setdefault(name, []).append(activations)
         self.progress.update(len(next(iter(outputs.values()))))
         if is_last:
             for name, parts in self.parts.items():
-                store.write_shard(self.folder / name, shard.number, torch.cat(parts))
+                store.write_shard(store.place(self.folder, name), shard.number, torch.cat(parts))
             self.parts = {}
 
 
-def _collate(batch: list[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
+def collate(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and own-token mask, each `[texts, longest]`."""
     ids, mask = pad(batch)
     own = mask.bool()
     for row, text in enumerate(batch):
@@ -137,13 +176,13 @@ def _collate(batch: list[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
 def extract(
     model: Any, shards: Sequence[Shard], hookpoints: Sequence[str], folder: Path, dtype: str, hardware: Hardware
 ) -> bool:
-    """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet.
+    """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet (inputs: see `store.place`).
 
     Parameters
     ----------
     model: a causal language model.
     shards: the plan of the whole run; each rank of a distributed run takes every n-th.
-    hookpoints: names.
+    hookpoints: what to read, see `names_to_read`.
     folder: where the shards go; shards that an interrupted run left there are kept.
     dtype: dtype of the stored activations, "float16" or "bfloat16".
     hardware: devices and strategy of the Lightning trainer.
@@ -163,7 +202,7 @@ def extract(
         progress.skip(total - sum(shard.rows for shard in mine))
         loop.callbacks.append(ShardWriter(mine, folder, progress))
         todo = [batch for shard in mine for batch in shard.batches]
-        loader: Any = DataLoader(todo, batch_size=None, collate_fn=_collate)  # type: ignore[arg-type]
+        loader: Any = DataLoader(todo, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
         # Every rank, also one with nothing left of its own: the others wait for it.
         if not all(_complete(folder, hookpoints, shard) for shard in shards):
             loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
@@ -173,4 +212,4 @@ def extract(
 
 
 def _complete(folder: Path, hookpoints: Sequence[str], shard: Shard) -> bool:
-    return all((folder / name / store.shard_name(shard.number)).is_file() for name in hookpoints)
+    return all((store.place(folder, name) / store.shard_name(shard.number)).is_file() for name in hookpoints)

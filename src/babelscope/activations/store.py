@@ -15,6 +15,12 @@ from babelscope.files import read_json, write_atomically, write_json
 _KEY = "activations"
 
 
+def place(folder: Path, hookpoint: str) -> Path:
+    """Where the activations of a hookpoint lie in `folder`: those of `<hookpoint>.input` in `<hookpoint>/input`."""
+    base = hookpoint.removesuffix(".input")
+    return folder / base if base == hookpoint else folder / base / "input"
+
+
 def shard_name(number: int) -> str:
     """File name of the shard with this number."""
     return f"shard-{number:05d}.safetensors"
@@ -37,12 +43,6 @@ def write_index(folder: Path, shard_rows: list[int], d: int, dtype: str, model: 
         "shards": shards,
     }
     write_json(folder / "index.json", content)
-
-
-def width(folder: Path) -> int:
-    """The d of the first shard in `folder`."""
-    with safe_open(folder / shard_name(0), framework="pt") as handle:
-        return int(handle.get_slice(_KEY).get_shape()[1])
 
 
 class ActivationStore:

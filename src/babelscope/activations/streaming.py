@@ -1,0 +1,181 @@
+"""Training batches from a running forward pass, for corpora whose activations do not fit on a disk."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from babelscope.activations.extraction import collate, names_to_read, own_activations
+from babelscope.activations.packed import PackedTexts
+from babelscope.models import hookpoints as hooks
+from babelscope.models.tokens import batches, by_length
+from babelscope.progress import Progress
+from babelscope.sae.batches import Pair, permutation
+from babelscope.sae.moments import Moments, moments
+
+# A block holds the rows of so many training batches, and at least so many rows: it is what rows are shuffled in.
+_BATCHES, _ROWS = 16, 16384
+# Rows whose moments are summed at once.
+_CHUNK = 8192
+
+
+class Stream:
+    """A `babelscope.sae.batches.Source` whose rows are computed when they are needed, at several hookpoints at once.
+
+    Every epoch takes the texts in another order, cut into blocks of about `block_rows` tokens. The activations of one
+    block at a time are held; its rows come in an order of their own. Order and cut are pure functions of (seed, epoch),
+    the order of the rows of (seed, block): batch number `step` is `size` rows of one endless sequence, in which every
+    token of the corpus stands once an epoch. So to resume costs the forward pass over one block (and over the first
+    one, for the moments).
+
+    Memory, with D the sum of the hookpoints' widths (and of their inputs' where transcoders are trained), in bytes:
+
+        2 D (block_rows + 4 size)  the block, and batches: one trained on, one fetched, one put together
+        + 12 D batch_tokens        one forward pass: what is read, in the model's dtype and in that of the block
+        + 4 tokens + 100 texts     the corpus
+        + the model and what its forward pass takes for batch_tokens tokens
+
+    The trainer adds 16 bytes for each of the SAEs' weights (gradients and Adam's moments included) and, at every
+    hookpoint, about 20 bytes for each of the d numbers in a batch's rows. Nothing grows with the number of steps.
+    Measured (VmHWM; SmolLM2-135M in bfloat16, D = 3 x 576, 4,608 latents, batches of 1,024, forward passes of 2,048
+    tokens, four blocks): 475 MiB above the loaded model, 243 of them the SAEs' weights; these terms give 476, with 40
+    for the forward pass and 51 for the caches that stage `stream` bounds (unbounded, they grew by 50 MiB a block).
+
+    On several devices each computes the whole of every block and takes its share of each batch: the time of the SAEs'
+    training is divided among them, that of the forward pass is not.
+
+    Parameters
+    ----------
+    model: a causal language model, on the device where the forward pass is to run and the block is to lie.
+    texts: of the training split, at least one.
+    hookpoints: names.
+    transcode: encode the inputs of the hookpoints' modules.
+    dtype: what activations are rounded to (`extract.store_dtype`: the same values as stored ones have).
+    batch_tokens: tokens in one forward pass, padding included.
+    size, steps: rows of a batch over all devices together, and number of batches.
+    seed: of all orders.
+    block_rows: null: those of 16 batches, and at least 16,384.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        texts: PackedTexts,
+        hookpoints: Sequence[str],
+        *,
+        transcode: bool,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        size: int,
+        steps: int,
+        seed: int,
+        block_rows: int | None = None,
+    ) -> None:
+        self.model, self.texts, self.hookpoints = model, texts, list(hookpoints)
+        self.transcode, self.dtype, self.batch_tokens = transcode, dtype, batch_tokens
+        self.size, self.steps, self.seed = size, steps, seed
+        self.block_rows = block_rows or max(_BATCHES * size, _ROWS)
+        self.rows = int(texts.own.sum())
+        self._held = -1  # where in the endless sequence the block begins that lies in the buffers
+        self._rows = 0
+        # The same for all blocks: memory that is freed and taken in pieces of other sizes would go to waste.
+        self._buffers: dict[str, Tensor] = {}
+
+    def moments(self) -> list[tuple[Moments, Moments | None]]:
+        """Of the first block: about `block_rows` tokens of texts drawn at random, which `read` does not compute again.
+
+        Those of the whole corpus would cost a forward pass over all of it.
+        """
+        block = self._block(0, self._blocks(0)[0])
+        parts = [(x, None) if y is None else (y, x) for x, y in block]
+        return [(_moments(target), None if source is None else _moments(source)) for target, source in parts]
+
+    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
+        """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint.
+
+        Raises
+        ------
+        UserError: an activation is not finite in `dtype`.
+        """
+        parts: list[list[Pair]] = []
+        step, pieces = first, self._pieces(first * self.size)
+        with Progress("stream", self.steps * self.size, "tokens") as progress:
+            progress.skip(first * self.size)
+            while step < self.steps:
+                parts.append(next(pieces))
+                if sum(len(part[0][0]) for part in parts) < self.size:
+                    continue
+                batch = [_joined([part[i] for part in parts]) for i in range(len(self.hookpoints))]
+                parts, step = [], step + 1
+                yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
+                if rank == 0:
+                    progress.update(self.size)
+
+    def _pieces(self, place: int) -> Iterator[list[Pair]]:
+        """From row `place` of the endless sequence on, pieces that end with their block or with their batch."""
+        while True:
+            epoch, offset = divmod(place, self.rows)
+            for numbers in self._blocks(epoch):
+                count, start = int(self.texts.own[numbers].sum()), place - offset
+                if offset >= count:
+                    offset -= count
+                    continue
+                order = permutation(self.seed, -1 - start, count)
+                while offset < count:
+                    block = self._block(start, numbers)
+                    rows = order[offset : min(count, offset + self.size - place % self.size)].to(block[0][0].device)
+                    yield [(x[rows], None if y is None else y[rows]) for x, y in block]
+                    offset, place = offset + len(rows), place + len(rows)
+                offset = 0
+
+    def _blocks(self, epoch: int) -> list[Tensor]:
+        """Numbers of the texts of every block, in the order of the epoch: a text is in the block that it begins in."""
+        order = permutation(self.seed, epoch, len(self.texts))
+        own = self.texts.own[order]
+        block = (own.cumsum(0) - own) // self.block_rows
+        return list(torch.split(order, torch.bincount(block).tolist()))
+
+    def _block(self, start: int, numbers: Tensor) -> list[Pair]:
+        """The activations of these texts at every hookpoint, [rows, d], views of the buffers; computed unless held."""
+        if self._held != start:
+            self._held = -1  # not while they are half-filled
+            self._compute(numbers)
+            self._held = start
+        block = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
+        return [
+            (block[name + hooks.INPUT], block[name]) if self.transcode else (block[name], None)
+            for name in self.hookpoints
+        ]
+
+    @torch.no_grad()
+    def _compute(self, numbers: Tensor) -> None:
+        """Fill the buffers with the activations of these texts, in `by_length` order."""
+        names, device = names_to_read(self.hookpoints, self.transcode), hooks.device_of(self.model)
+        most = min(self.rows, self.block_rows + int(self.texts.own.max()))
+        self._rows = 0
+        for batch in batches(by_length([self.texts[number] for number in numbers.tolist()]), self.batch_tokens):
+            ids, mask, own = (part.to(device) for part in collate(batch))
+            seen = own_activations(self.model, names, (ids, mask, own), self.dtype)
+            end = self._rows + sum(text.own for text in batch)
+            for name, x in seen.items():
+                if name not in self._buffers:
+                    self._buffers[name] = x.new_empty(most, x.shape[1])
+                self._buffers[name][self._rows : end] = x
+            self._rows = end
+
+
+def _joined(parts: list[Pair]) -> Pair:
+    if len(parts) == 1:
+        return parts[0]
+    targets = [y for _, y in parts if y is not None]
+    return torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None
+
+
+def _share(rows: Tensor, rank: int, world: int) -> Tensor:
+    return rows[rank::world].contiguous()
+
+
+def _moments(x: Tensor) -> Moments:
+    found = moments(torch.split(x, _CHUNK))
+    return Moments(found.mean.cpu(), found.covariance.cpu())

@@ -1,0 +1,121 @@
+"""Stage `stream`: all SAEs at once from a running forward pass, where `train.source` is `stream`; else nothing.
+
+`train` and `encode` publish what it leaves, so that every output is where stored activations would have put it.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from babelscope import config, stage
+from babelscope.activations.streamed import MODE, OUT
+from babelscope.errors import UserError
+from babelscope.files import scratch, write_atomically, write_json
+from babelscope.fingerprint import dvc_md5, fingerprint
+
+CORPUS = Path("data/corpus/texts.parquet")
+# Texts tokenized at once: the tokenizer's own records take far more memory than the tokens.
+CHUNK = 4096
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    params = config.load()
+    shutil.rmtree(OUT, ignore_errors=True)
+    if params.train.source == "stream":
+        stream(params)
+    else:
+        write_json(MODE, {"source": params.train.source})
+
+
+def stream(params: config.Config) -> None:
+    # PyTorch keeps what oneDNN prepares for a bfloat16 product of some shape, 0.4 MiB each, 1024 in each of two caches.
+    # Batches of texts have ever new shapes: a running pass would fill both, for nothing.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
+    import polars as pl
+    import torch
+
+    from babelscope import hardware, sae
+    from babelscope.activations.measuring import measure
+    from babelscope.activations.packed import PackedTexts
+    from babelscope.activations.streaming import Stream
+    from babelscope.models import hookpoints, loading, tokens
+    from babelscope.progress import Progress
+    from babelscope.sae import checkpoint, module
+
+    device = hardware.prepare(params.hardware)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    skeleton = loading.load_skeleton(params.model)
+    if skeleton is not None:
+        hookpoints.resolve(skeleton, params.hookpoints)
+    corpus = pl.read_parquet(CORPUS)
+    tokenizer = loading.load_tokenizer(params.model)
+
+    def pack(rows: pl.DataFrame) -> PackedTexts:
+        return PackedTexts(
+            text
+            for part in rows.iter_slices(CHUNK)
+            for text in tokens.tokenize(
+                tokenizer, part["text_id"].to_list(), part["text"].to_list(), params.corpus.max_tokens
+            )
+        )
+
+    training = pack(corpus.filter(split="train"))
+    if not len(training) or corpus.filter(split="eval").is_empty():
+        raise UserError(f"{CORPUS}: no texts of split 'train' or none of split 'eval'")
+    model = loading.load_model(params.model, params.extract.dtype).to(device)
+    hookpoints.resolve(model, params.hookpoints)
+    dtype, steps = loading.DTYPES[params.extract.store_dtype], -(-params.train.tokens // params.train.batch)
+    batches = Stream(
+        model, training, params.hookpoints,
+        transcode=params.train.transcode, dtype=dtype, batch_tokens=params.extract.batch_tokens,
+        size=params.train.batch, steps=steps, seed=params.seed,
+    )  # fmt: skip
+    knobs = params.model_dump(include={"extract", "hookpoints", "languages", "model", "seed", "train"})
+    work = fingerprint("stream", knobs | {"max_tokens": params.corpus.max_tokens}, {str(CORPUS): dvc_md5(CORPUS)})
+    silent: list[module.Write] = [lambda step, metrics: None for _ in params.hookpoints]
+    trained = module.train(
+        batches, params.train, params.hardware, seed=params.seed, write=silent, checkpoint=scratch(work) / "state.pt"
+    )
+    if trained is None:
+        return
+    for name, (dictionary, history) in zip(params.hookpoints, trained, strict=True):
+        checkpoint.save(dictionary, OUT / name, {"model_name": loading.name_of(params.model), "hook_name": name})
+        write_atomically(OUT / name / "history.csv", pl.DataFrame(history).write_csv)
+    del batches, training, trained, dictionary
+    # As `encode` reads them: what is counted is what the files say.
+    saes = {name: sae.load(OUT, name).to(device) for name in params.hookpoints}
+
+    texts = pack(corpus)
+    of = pl.DataFrame({"text_id": texts.text_ids, "tokens": texts.own.numpy()}).join(
+        corpus.select("text_id", "language", "split"), on="text_id", how="left", maintain_order="left"
+    )  # fmt: skip
+    language = of["language"].cast(pl.Enum(params.languages))
+    with Progress("count", int(texts.own.sum()), "tokens") as progress:
+        measured = measure(
+            model, texts, language.to_physical().cast(pl.Int64).to_torch(), (of["split"] == "eval").to_torch(), saes,
+            params.languages, dtype=dtype, batch_tokens=params.extract.batch_tokens,
+            chunk_tokens=params.encode.chunk_tokens, advance=progress.update,
+        )  # fmt: skip
+    totals = (
+        of.filter(split="train")
+        .group_by("language")
+        .agg(pl.col("tokens").sum(), texts=pl.len().cast(pl.Int64))
+        .sort(pl.col("language").cast(pl.Enum(params.languages)))
+    )
+    for name, found in measured.items():
+        figures = found.quality.figures(params.languages)
+        counts = found.counts.frame(hookpoints.layer_of(name))
+        write_atomically(OUT / name / "counts.parquet", counts.write_parquet)
+        write_atomically(OUT / name / "totals.parquet", totals.write_parquet)
+        write_json(OUT / name / "quality.json", figures)
+        log.info("stream %s: FVU %.3f, L0 %.1f, %.1f %% dead", name, *found.quality[:2], 100 * figures["dead_share"])
+    write_json(MODE, {"source": params.train.source})
+    shutil.rmtree(scratch(work), ignore_errors=True)
+
+
+if __name__ == "__main__":
+    stage.run(main)
