@@ -2,18 +2,20 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from babelscope import config, stage
+from babelscope.errors import UserError
 from babelscope.files import scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
 CORPUS, FEATURES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet")
-FOLDER = Path("data/ablation")
+COUNTS, SAES, OUT = Path("data/counts"), Path("data/sae"), Path("data/ablation")
 log = logging.getLogger(__name__)
 
 
@@ -22,93 +24,111 @@ def main() -> None:
     import torch
 
     from babelscope import hardware, matmul, sae
-    from babelscope.evaluation import ablation, selectivity
+    from babelscope.evaluation import ablation, results
+    from babelscope.evaluation.conditions import conditions
+    from babelscope.evaluation.interventions import interventions, neurons
     from babelscope.models import hookpoints, loading, tokens
 
+    knobs = params.ablate
+    methods = knobs.methods
     device = hardware.prepare(params.hardware)
-    features = pl.read_parquet(FEATURES).filter(kind="sae")
+    features = pl.read_parquet(FEATURES)
     corpus = pl.read_parquet(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
     texts = tokens.by_length(
         tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
     )
-    language = dict(zip(corpus["text_id"], corpus["language"], strict=True))
-    keys, conditions = plan(features, params)
-    saes = {name: sae.load(Path("data/sae"), name).to(device) for name in params.hookpoints}
-    model = loading.load_model(params.model, params.ablate.dtype).to(device)
+    of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
+    language = [of[text.text_id] for text in texts]
+    places = {method: hookpoints_of(method, features, params) for method in methods}
+    counts = {name: read_counts(name) for names in places.values() for name in names}
+    saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints if set(methods) != {"neuron"}}
+    model = loading.load_model(params.model, knobs.dtype).to(device)
     matmul.use_in(model)
-    hookpoints.resolve(model, params.hookpoints)
+    hookpoints.resolve(model, list(counts))
 
-    of = [language[text.text_id] for text in texts]
-    # One hookpoint alone is only asked what it does to its own language: that is what costs little.
-    alone, own = keys["hookpoint"].is_not_null(), [[name == here for here in of] for name in keys["ablated"]]
-    asked = torch.tensor(own) | ~torch.tensor(alone.to_list()).unsqueeze(1)
-    knobs = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
-    inputs = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, Path("data/sae"))}
-    keep = scratch(fingerprint("ablate", knobs | {"max_tokens": params.corpus.max_tokens}, inputs))
-    with Progress("ablate", sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts), "tokens") as progress:
-        nll = ablation.ablate(
-            model, saes, texts, conditions, params.ablate.batch_tokens, asked=asked, keep=keep, advance=progress.update
-        )
-    cells = selectivity.cells(
-        nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy(), of, params.ablate.bootstrap, params.seed
-    )
-    write(cells, keys, params, passes=nll.passes, pairs=int(asked.sum()))
+    targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
+    depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
+    depends["max_tokens"] = params.corpus.max_tokens
+    hashes = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, SAES)}
+    keep = scratch(fingerprint("ablate", depends, hashes))
+    tables: list[pl.DataFrame] = []
+    numbers: dict[str, float] = {}
+    for method, names in places.items():
+        what = conditions(
+            features.filter(kind="neuron" if method == "neuron" else "sae"),
+            {name: counts[name] for name in names},
+            params.languages,
+            by_layer=knobs.by_layer, others=knobs.by_layer_others,
+            draws=knobs.control_draws, seed=params.seed,
+        )  # fmt: skip
+        if method == "neuron":
+            done = neurons(what.units, {name: hookpoints.width(model, name) for name in names}, device)
+        else:
+            largest = {name: largest_activation(counts[name], saes[name].latents) for name in names}
+            done = interventions(method, what.units, saes, largest, knobs.additive_factor)
+        with Progress(f"ablate {method}", targets, "tokens") as progress:
+            nll = ablation.ablate(
+                model, done, texts, knobs.batch_tokens,
+                asked=torch.from_numpy(what.asked(language)), keep=keep / method, advance=progress.update,
+            )  # fmt: skip
+        found = results.table(nll, what, method, language, params.languages, knobs.bootstrap, params.seed)
+        figures = results.figures(found, params.languages) | {"share_computed": nll.share}
+        numbers |= {key if method == methods[0] else f"{method}/{key}": value for key, value in figures.items()}
+        tables.append(found)
+        report(found, figures, params.languages)
+    write(pl.concat(tables), numbers)
     shutil.rmtree(keep, ignore_errors=True)
 
 
-def plan(features: pl.DataFrame, params: config.Config) -> tuple[pl.DataFrame, list[Any]]:
-    """The conditions and what each is: `condition`, `hookpoint` (null: all together), `ablated`."""
-    from babelscope.evaluation.ablation import Condition
-
-    keys: list[tuple[str | None, str]] = [(None, name) for name in params.languages]
-    if params.ablate.by_layer:
-        keys += [(hookpoint, name) for hookpoint in params.hookpoints for name in params.languages]
-    conditions = []
-    for hookpoint, name in keys:
-        mine = features.filter(pl.col("language") == name)
-        units = {h: mine.filter(pl.col("hookpoint") == h)["unit"].to_list() for h in params.hookpoints}
-        label = name if hookpoint is None else f"{name} at {hookpoint}"
-        conditions.append(Condition(label, units if hookpoint is None else {hookpoint: units[hookpoint]}))
-    frame = pl.DataFrame(keys, schema={"hookpoint": pl.String, "ablated": pl.String}, orient="row")
-    return frame.with_row_index("condition").with_columns(pl.col("condition").cast(pl.Int64)), conditions
+def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) -> list[str]:
+    """Where a method works: on the SAEs of params.yaml, or wherever the selected neurons are."""
+    if method != "neuron":
+        return params.hookpoints
+    names = features.filter(kind="neuron")["hookpoint"].unique(maintain_order=True).to_list()
+    if not names:
+        raise UserError(f"params.yaml: ablate.methods: 'neuron', but {FEATURES} holds no neurons")
+    return names
 
 
-def write(cells: pl.DataFrame, keys: pl.DataFrame, params: config.Config, passes: int, pairs: int) -> None:
+def read_counts(hookpoint: str) -> pl.DataFrame:
+    path = COUNTS / f"{hookpoint}.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `dvc repro encode@{hookpoint}`")
+    return pl.read_parquet(path, columns=["unit", "language", "tokens", "max"])
+
+
+def largest_activation(counts: pl.DataFrame, latents: int) -> Any:
+    """The largest activation of every latent on the training texts, float32 `[latents]`; 0 where it never fires."""
+    import torch
+
+    largest = torch.zeros(latents)
+    top = counts.group_by("unit").agg(pl.col("max").max())
+    largest[top["unit"].cast(pl.Int64).to_torch()] = top["max"].cast(pl.Float32).to_torch()
+    return largest
+
+
+def write(found: pl.DataFrame, numbers: Mapping[str, float]) -> None:
     """Write the matrix of all hookpoints together, the one of each alone, and the numbers that sum them up."""
-    from babelscope.evaluation.selectivity import selectivity
-    from babelscope.models.hookpoints import layer_of
+    from babelscope.evaluation.results import COLUMNS
 
-    order = pl.Enum(params.languages)
-    table = (
-        cells.join(keys, on="condition", how="left", maintain_order="left")
-        .with_columns(method=pl.lit("feature"), kind=pl.lit("sae"), control=pl.lit(None, dtype=pl.Int32))
-        .sort("condition", pl.col("evaluated").cast(order))
-    )
-    columns = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high"]
-    together = table.filter(pl.col("hookpoint").is_null())
-    write_atomically(FOLDER / "nll.parquet", together.select(columns).write_parquet)
-    alone = table.filter(pl.col("hookpoint").is_not_null()).with_columns(
-        layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32)
-    )
-    write_atomically(FOLDER / "by_layer.parquet", alone.select("hookpoint", "layer", *columns).write_parquet)
+    together, alone = found.filter(pl.col("hookpoint").is_null()), found.filter(pl.col("hookpoint").is_not_null())
+    write_atomically(OUT / "nll.parquet", together.select(COLUMNS).write_parquet)
+    write_atomically(OUT / "by_layer.parquet", alone.select("hookpoint", "layer", *COLUMNS).write_parquet)
+    write_json(Path("metrics/ablate.json"), dict(numbers))
 
-    matrix = together.filter(pl.col("ablated").is_not_null())
-    numbers: dict[str, float] = selectivity(matrix, params.languages)
-    clean = together.filter(pl.col("ablated").is_null())
-    numbers |= {f"nll_clean/{row['evaluated']}": row["nll"] for row in clean.iter_rows(named=True)}
-    numbers |= {"tokens": int(clean["tokens"].sum()), "share_computed": passes / pairs}
-    own_alone = alone.group_by("hookpoint", maintain_order=True).agg(pl.col("delta").mean())
-    numbers |= {f"own_alone/{hookpoint}": delta for hookpoint, delta in own_alone.iter_rows()}
-    write_json(Path("metrics/ablate.json"), numbers)
-    log.info("ablated   own dNLL   largest other dNLL (nats/token)")
-    for name in params.languages:
-        others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))
-        log.info("%-8s %+9.4f   %+9.4f", name, numbers[f"dnll_own/{name}"], others["delta"].max() or 0.0)
+
+def report(found: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
+    matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
+    log.info("ablated   own dNLL   largest other dNLL   control's upper end (nats/token)")
+    for name in languages:
+        others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))["delta"].max() or 0.0
+        upper = numbers.get(f"control_high/{name}", float("nan"))
+        log.info("%-8s %+9.4f   %+18.4f   %+9.4f", name, numbers[f"dnll_own/{name}"], others, upper)
     log.info(
-        "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; %.1f %% of pairs computed",
-        numbers["own"], numbers["others"], numbers["rows"], len(params.languages), numbers["columns"],
-        100 * passes / pairs,
+        "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; above the control in %s; "
+        "%.1f %% of whole passes computed", numbers["own"], numbers["others"], numbers["rows"], len(languages),
+        numbers["columns"], numbers.get("languages_above_control", "-"), 100 * numbers["share_computed"],
     )  # fmt: skip
 
 

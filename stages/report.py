@@ -33,7 +33,8 @@ PACKAGES = (
 
 def metric_files(hookpoints: list[str]) -> dict[str, Path]:
     """The metrics that the page shows, by name."""
-    names = ["sample", "extract", *(f"{s}.{h}" for s in ("train", "encode") for h in hookpoints), "score", "ablate"]
+    names = ["sample", "extract", *(f"{s}.{h}" for s in ("train", "encode") for h in hookpoints)]
+    names += ["quality", "score", "identify", "ablate", "steer"]
     return {name: Path(f"metrics/{name}.json") for name in names}
 
 

@@ -113,7 +113,10 @@ def metrics() -> dict[str, dict[str, Any]]:
     result = {
         "sample": sample,
         "extract": {"tokens": 202500, "texts": 9000, "padding_share": 0.031},
+        "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
         "score": {"features": features().height},
+        "identify": {"accuracy/sae-count/units": 0.97, "accuracy/fasttext": 0.98},
+        "steer": {"success": 0.1},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
                    "rows": 14, "columns": 13},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Feature ablation on a tiny model: exactness against the straightforward way, and the figures drawn from it."""
+"""Ablation on tiny models: exactness against the straightforward way, whatever the family, the method and the place."""
 
 import numpy as np
 import polars as pl
@@ -7,127 +7,369 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.evaluation import ablation, nll, selectivity
-from babelscope.models import hookpoints, tokens
+from babelscope.evaluation import ablation, conditions, controls, nll, results, selectivity
+from babelscope.evaluation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
+from babelscope.models import hookpoints, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
-D, LATENTS, K = 16, 48, 3
-NAMES = ["layers.1.mlp", "layers.1", "layers.3.mlp"]
+D, LATENTS, K, VOCABULARY = 16, 64, 3, 60
+TINY = {"vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": 5, "num_attention_heads": 4}
+LLAMA = {**TINY, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": D, "n_layer": 5, "n_head": 2}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, LLAMA),
+    "gpt2": (transformers.GPT2Config, GPT2),
+    "qwen2": (transformers.Qwen2Config, LLAMA),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**TINY, "intermediate_size": 24}),
+    "gemma2": (transformers.Gemma2Config, {**LLAMA, "head_dim": 8, "sliding_window": 4}),
+    "mistral": (transformers.MistralConfig, {**LLAMA, "sliding_window": 5}),
+    "bloom": (transformers.BloomConfig, {"vocab_size": VOCABULARY, "hidden_size": D, "n_layer": 5, "n_head": 2}),
+}
+PARTLY = {"llama": True, "gpt2": True, "qwen2": True, "gpt_neox": True, "gemma2": False, "mistral": False}
+
+
+def make(family):
+    kind, options = FAMILIES[family]
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**options)).eval().requires_grad_(False)
+    for parameter in model.parameters():  # the usual initialisation is so small that a change would not be seen
+        if parameter.dim() > 1:
+            parameter.mul_(6)
+    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=D, num_hidden_layers=5, num_attention_heads=2, intermediate_size=24
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return make("llama")
 
 
-@pytest.fixture(scope="module")
-def saes(model):
+def names(model):
+    root = "h" if model.config.model_type in ("gpt2", "bloom") else "layers"
+    return [f"{root}.1.mlp", f"{root}.1", f"{root}.2.mlp", f"{root}.4.mlp"]
+
+
+def make_saes(model):
     g = torch.Generator().manual_seed(2)
     made = {}
-    for name in NAMES:
+    for name in names(model):
         decoder = F.normalize(torch.randn(LATENTS, D, generator=g), dim=1)
         made[name] = SAE(decoder * 0.7, decoder, torch.zeros(LATENTS), torch.randn(D, generator=g) * 0.01, K)
     return made
 
 
 @pytest.fixture(scope="module")
-def texts():
+def saes(model):
+    return make_saes(model)
+
+
+def make_texts(special=1, count=24):
     g = torch.Generator().manual_seed(3)
-    return tokens.by_length(
-        [
-            tokens.TokenizedText(f"t{i}", (1, *torch.randint(2, 60, (2 + i % 9,), generator=g).tolist()), 1)
-            for i in range(30)
-        ]
-    )
+    ids = [(*(1,) * special, *torch.randint(2, VOCABULARY, (1 + i % 9,), generator=g).tolist()) for i in range(count)]
+    return tokens.by_length([tokens.TokenizedText(f"t{i:02d}", text, special) for i, text in enumerate(ids)])
 
 
-CONDITIONS = [
-    ablation.Condition("nothing", {}),
-    ablation.Condition("everything", {name: range(LATENTS) for name in NAMES}),
-    ablation.Condition("few", {"layers.1.mlp": [0, 1, 2], "layers.3.mlp": [5]}),
-    ablation.Condition("late", {"layers.3.mlp": list(range(8))}),
-    ablation.Condition("residual", {"layers.1": list(range(0, LATENTS, 5))}),
-]
+def make_conditions(model):
+    first, residual, second, last = names(model)
+    return [
+        {},
+        {name: range(LATENTS) for name in names(model)},
+        {first: [0, 1, 2], last: [5]},
+        {last: range(0, LATENTS, 6)},
+        {residual: range(0, LATENTS, 16), second: range(0, LATENTS, 9)},
+        {second: range(0, LATENTS, 12), last: range(4)},
+    ]
 
 
-def straightforward(model, saes, text, condition):
-    """One whole pass for one text and one condition, no batches, dense arithmetic."""
+def by_hookpoint(model, conditions, make_one):
+    return {name: make_one(name, [list(c.get(name, ())) for c in conditions]) for name in names(model)}
+
+
+def features(model, saes, conditions):
+    return by_hookpoint(model, conditions, lambda name, units: FeatureAblation(saes[name], units))
+
+
+def largest(name):
+    return torch.rand(LATENTS, generator=torch.Generator().manual_seed(len(name)))
+
+
+def by_feature(saes, name, units, x):
+    values, indices = saes[name].encode(x)
+    dense = torch.zeros(*x.shape[:-1], LATENTS).scatter(-1, indices, values)
+    return x - dense[..., units] @ saes[name].W_dec[units]
+
+
+def by_direction(saes, name, units, x):
+    rows = saes[name].W_dec[units]
+    return x - (x @ rows.T) @ torch.linalg.pinv(rows @ rows.T, rtol=1e-6) @ rows if units else x
+
+
+def by_addition(saes, name, units, x):
+    return x - 0.2 * (largest(name)[units].unsqueeze(1) * saes[name].W_dec[units]).sum(0)
+
+
+METHODS = {
+    "feature": (by_feature, lambda saes: lambda name, units: FeatureAblation(saes[name], units)),
+    "directional": (by_direction, lambda saes: lambda name, units: Directional(saes[name], units)),
+    "additive": (by_addition, lambda saes: lambda name, units: Additive(saes[name], units, largest(name), -0.2)),
+}
+
+
+def straightforward(model, change, text, condition):
+    """One whole pass for one text and one condition, no batches, no skipping."""
     ids = torch.tensor([text.ids])
 
     def edit(name):
-        def change(x):
-            values, indices = saes[name].encode(x)
-            dense = torch.zeros(*x.shape[:-1], LATENTS).scatter(-1, indices, values)
-            mask = torch.zeros(LATENTS)
-            mask[list(condition.units.get(name, []))] = 1
-            part = (dense * mask) @ saes[name].W_dec
-            part[:, : text.special] = 0  # the tokenizer's own tokens stay as they are
-            return x - part
+        def apply(x):
+            changed = change(name, list(condition.get(name, ())), x)
+            return torch.cat([x[:, : text.special], changed[:, text.special :]], 1)
 
-        return change
+        return apply
 
-    with hookpoints.editing(model, {name: edit(name) for name in saes}):
+    with hookpoints.editing(model, {name: edit(name) for name in condition}):
         logits = model(input_ids=ids, use_cache=False).logits
     losses = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    return losses[max(text.special - 1, 0) :].sum().item()
+    return losses[max(text.special - 1, 0) :].double().sum().item()
 
 
-def test_same_numbers_as_one_whole_pass_per_text_and_condition(model, saes, texts):
-    result = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64)
+def assert_same(model, interventions, change, texts, conditions, batch_tokens=40):
+    result = ablation.ablate(model, interventions, texts, batch_tokens)
     with torch.inference_mode():
-        for row, condition in enumerate(CONDITIONS):
-            slow = torch.tensor([straightforward(model, saes, text, condition) for text in texts])
-            assert torch.allclose(result.ablated[row].float(), slow, atol=1e-4), condition.name
-    assert torch.equal(result.tokens, torch.tensor([text.own for text in texts]))
+        for row, condition in enumerate(conditions):
+            slow = torch.tensor([straightforward(model, change, text, condition) for text in texts])
+            assert torch.allclose(result.ablated[row].float(), slow, atol=1e-4, rtol=0), condition
+    assert torch.equal(result.tokens, torch.tensor([text.own - (text.special == 0) for text in texts]))
+    return result
 
 
-def test_what_cannot_change_is_not_computed_and_equals_the_clean_run_exactly(model, saes, texts):
-    result = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("family", "special"), [*((family, 1) for family in FAMILIES), ("llama", 0), ("llama", 2), ("bloom", 0)]
+)
+def test_same_numbers_as_one_whole_pass_per_text_and_condition(family, method, special):
+    model = make(family)
+    saes, conditions = make_saes(model), make_conditions(model)
+    if method == "directional":  # a few directions: without all of its dimensions an activation is rounding noise
+        conditions = [{name: list(units)[:4] for name, units in condition.items()} for condition in conditions]
+    change, make_one = METHODS[method]
+    interventions = by_hookpoint(model, conditions, make_one(saes))
+    texts = make_texts(special, 12)
+    result = assert_same(model, interventions, lambda *a: change(saes, *a), texts, conditions)
     assert torch.equal(result.ablated[0], result.clean)
-    assert (result.ablated[1] != result.clean).all()
-    computed = len(texts) * (len(CONDITIONS) - 1)
-    assert 0 < result.passes < computed
+    changed = (result.ablated[1] != result.clean)[torch.tensor([text.own > 1 for text in texts])]
+    assert changed.float().mean() > 0.9
+    assert partial.suits(model, max(len(text.ids) for text in texts)) == PARTLY.get(family, False)
+
+
+def test_neurons_are_set_to_zero_and_inner_hookpoints_are_exact(model):
+    places = ["layers.1.mlp.act_fn", "layers.3.self_attn.v_proj", "layers.4.mlp.act_fn"]
+    sets = [{}, {places[0]: [1, 5], places[2]: [3]}, {places[1]: [2]}, {places[1]: [0], places[2]: range(24)}]
+    width = {name: hookpoints.width(model, name) for name in places}
+    assert width == {places[0]: 24, places[1]: 8, places[2]: 24}
+    done = {name: NeuronAblation(width[name], [list(s.get(name, ())) for s in sets]) for name in places}
+
+    def zero(name, units, x):
+        changed = x.clone()
+        changed[..., units] = 0
+        return changed
+
+    result = assert_same(model, done, zero, make_texts(), sets)
+    assert torch.equal(result.ablated[0], result.clean)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_cannot_change_is_not_computed_and_equals_the_clean_run_exactly(family):
+    model = make(family)
+    saes, sets, texts = make_saes(model), make_conditions(model), make_texts()
+    result = ablation.ablate(model, features(model, saes, sets), texts, 40)
+    assert torch.equal(result.ablated[0], result.clean)
     changed = result.ablated != result.clean
-    assert int(changed.sum()) <= result.passes
+    assert int(changed.sum()) <= result.passes < len(texts) * (len(sets) - 1)
+    assert 0 < result.share < (0.4 if family == "llama" else 0.8)
 
 
-def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, texts, tmp_path):
-    whole = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64, keep=tmp_path)
+def test_a_change_late_in_a_text_leaves_what_stands_before_it(model, saes):
+    """One token of one text fires: the work is that token at the hookpoint's block, and the few behind it above."""
+    text = make_texts(special=1, count=9)[-1]
+    ids = torch.tensor([text.ids])
+    x = hookpoints.read(model, ["layers.2.mlp"], input_ids=ids)["layers.2.mlp"][0]
+    values, indices = saes["layers.2.mlp"].encode(x)
+    fires = [set(i[v > 0].tolist()) for v, i in zip(values, indices, strict=True)]
+    place = len(fires) - 3
+    unit = next(u for u in fires[place] if not any(u in other for n, other in enumerate(fires) if n and n != place))
+    one = {"layers.2.mlp": FeatureAblation(saes["layers.2.mlp"], [[unit]])}
+    result = ablation.ablate(model, one, [text], 40)
+    assert result.passes == 1 and result.clean != result.ablated[0]
+    assert result.share == pytest.approx((1 + 2 * 2) / (5 * len(text.ids)))  # the last token predicts nothing
+
+
+def test_the_size_of_the_passes_changes_nothing_but_rounding(model, saes):
+    sets, texts = make_conditions(model), make_texts()
+    found = [ablation.ablate(model, features(model, saes, sets), texts, size) for size in (10, 64, 5000)]
+    for other in found[1:]:
+        assert torch.allclose(found[0].ablated, other.ablated, atol=1e-5) and other.passes == found[0].passes
+        assert other.share == pytest.approx(found[0].share)
+
+
+def test_pairs_that_were_not_asked_for_are_not_computed(model, saes):
+    sets, texts = make_conditions(model), make_texts()
+    asked = torch.zeros(len(sets), len(texts), dtype=torch.bool)
+    asked[1, 3:9] = True
+    some = ablation.ablate(model, features(model, saes, sets), texts, 40, asked=asked)
+    every = ablation.ablate(model, features(model, saes, sets), texts, 40)
+    assert torch.equal(some.ablated.isnan(), ~asked) and some.passes <= 6
+    assert torch.allclose(some.ablated[asked], every.ablated[asked], atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, tmp_path):
+    done, texts = features(model, saes, make_conditions(model)), make_texts()
+    whole = ablation.ablate(model, done, texts, 40, keep=tmp_path)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) > 2
     kept[1].unlink()
-    done = []
-
-    def count(*_args):
-        done.append(1)
-
-    handle = model.lm_head.register_forward_hook(count)
-    again = ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64, keep=tmp_path)
-    some = len(done)
-    ablation.ablate(model, saes, texts, CONDITIONS, batch_tokens=64)
+    calls = []
+    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    again = ablation.ablate(model, done, texts, 40, keep=tmp_path)
+    some = len(calls)
+    ablation.ablate(model, done, texts, 40)
     handle.remove()
     assert torch.equal(whole.ablated, again.ablated) and torch.equal(whole.clean, again.clean)
-    assert whole.passes == again.passes and 0 < some < (len(done) - some) / 2
+    assert (whole.passes, whole.share) == (again.passes, again.share) and 0 < some < (len(calls) - some) / 2
 
 
-def test_removing_nothing_changes_no_logit_by_a_single_bit(model, saes, texts):
-    ids, mask = tokens.pad(texts)
-    clean = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    nothing = torch.zeros(len(texts), LATENTS, dtype=torch.bool)
-    own = mask.bool()
-    with hookpoints.editing(model, {name: ablation.remove(sae, nothing, own) for name, sae in saes.items()}):
-        same = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    assert torch.equal(clean, same)
-    one = nothing.clone()
-    one[3] = True
-    with hookpoints.editing(model, {"layers.1": ablation.remove(saes["layers.1"], one, own)}):
-        other = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    same_rows = (other == clean).flatten(1).all(1)
-    assert not same_rows[3] and same_rows.sum() == len(texts) - 1
+def test_the_model_is_left_as_it_was(model, saes):
+    before, attention = list(hookpoints.blocks(model)), model.config._attn_implementation
+    ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), 40)
+    assert all(a is b for a, b in zip(before, hookpoints.blocks(model), strict=True))
+    assert model.config._attn_implementation == attention
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_text_of_one_token_has_no_target(model, saes):
+    alone = [tokens.TokenizedText("a", (7,), 0), tokens.TokenizedText("b", (7, 8), 0)]
+    for texts in (alone, alone[:1]):
+        result = ablation.ablate(model, features(model, saes, make_conditions(model)), texts, 8)
+        assert result.tokens.tolist() == [0, 1][: len(texts)]
+        assert result.clean[0] == 0 and (result.ablated[:, 0] == 0).all()
+
+
+def test_directions_are_projected_out_by_hand(saes):
+    sae = SAE(torch.eye(3), torch.tensor([[2.0, 0, 0], [1.0, 1, 0], [3.0, 3, 0]]), torch.zeros(3), torch.ones(3), 1)
+    x = torch.tensor([[1.0, 2, 3], [4.0, 5, 6], [7.0, 8, 9], [1.0, 1, 1]])
+    done = Directional(sae, [[1], [0, 1], [1, 2], []])
+    found = done.change(x, torch.arange(4))
+    assert torch.allclose(found[0], torch.tensor([-0.5, 0.5, 3.0]), atol=1e-6)  # off (1, 1, 0) / sqrt 2
+    assert torch.allclose(found[1], torch.tensor([0.0, 0, 6.0]), atol=1e-6)
+    assert torch.allclose(found[2], torch.tensor([-0.5, 0.5, 9.0]), atol=1e-6)  # both rows: one direction
+    assert torch.equal(found[3], x[3]) and done.acts.tolist() == [True, True, True, False]
+    assert basis(sae.W_dec).shape == (3, 2)
+
+
+def test_the_additive_vector_by_hand():
+    sae = SAE(torch.eye(3), torch.tensor([[2.0, 0, 0], [1.0, 1, 0], [3.0, 3, 0]]), torch.zeros(3), torch.ones(3), 1)
+    done = Additive(sae, [[0, 1], []], torch.tensor([10.0, 5.0, 99.0]), -0.2)
+    assert torch.allclose(done.change(torch.ones(2, 3), torch.tensor([0, 1])), torch.tensor([[-4.0, 0, 1], [1, 1, 1]]))
+
+
+def test_removing_nothing_changes_no_bit(model, saes):
+    x = torch.randn(7, D)
+    one = FeatureAblation(saes["layers.1"], [[], list(range(LATENTS))])
+    found = one.change(x, torch.tensor([0, 1, 0, 1, 0, 0, 0]))
+    assert torch.equal(found[[0, 2, 4, 5, 6]], x[[0, 2, 4, 5, 6]]) and (found[[1, 3]] != x[[1, 3]]).any(1).all()
+
+
+COUNTED = pl.DataFrame(
+    [(u, name, 1 + (u * 37 + 11 * at) % 400) for u in range(300) for at, name in enumerate(["en", "fi"]) if u != at],
+    schema={"unit": pl.Int32, "language": pl.String, "tokens": pl.Int64}, orient="row",
+)  # fmt: skip
+OWNED = pl.DataFrame(
+    [("layers.1", u, name) for u, name in [(3, "en"), (9, "en"), (40, "en"), (77, "en"), (5, "fi"), (8, "fi")]]
+    + [("layers.2", 6, "en")],
+    schema={"hookpoint": pl.String, "unit": pl.Int32, "language": pl.String}, orient="row",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "units"), [("en", [3, 9, 40, 77]), ("fi", [5, 8])])
+def test_controls_fire_as_often_and_belong_to_no_language(language, units):
+    draws = controls.matched(COUNTED, OWNED, "layers.1", language, 6, seed=0)
+    rate = dict(COUNTED.filter(language=language).select("unit", "tokens").iter_rows())
+    assert len(draws) == 6 and len({tuple(draw) for draw in draws}) > 1
+    for draw in draws:
+        assert len(set(draw)) == len(draw) == len(units) and not set(draw) & {3, 9, 40, 77, 5, 8}
+        logs = [sorted(np.log(rate[u]) for u in some) for some in (draw, units)]
+        # The pool is dense: the `NEAR` nearest of about 300 units lie within some 10 % of all ranks.
+        ranks = [np.searchsorted(sorted(np.log(v) for v in rate.values()), some) for some in logs]
+        assert np.abs(ranks[0] - ranks[1]).max() <= controls.NEAR + 8
+    assert draws == controls.matched(
+        COUNTED.sample(fraction=1, shuffle=True, seed=1), OWNED, "layers.1", language, 6, 0
+    )
+    assert draws[:3] == controls.matched(COUNTED, OWNED, "layers.1", language, 3, seed=0)
+    assert draws != controls.matched(COUNTED, OWNED, "layers.1", language, 6, seed=1)
+
+
+def test_controls_where_there_are_few_units():
+    few = COUNTED.filter(pl.col("unit").is_in([3, 9, 40, 77, 100, 101]))
+    assert controls.matched(few, OWNED, "layers.1", "en", 2, seed=0) == [[100, 101]] * 2
+    assert controls.matched(few, OWNED, "layers.1", "sv", 2, seed=0) == [[], []]
+
+
+def test_conditions_are_each_language_its_controls_and_each_hookpoint_alone():
+    what = conditions.conditions(
+        OWNED, {"layers.1": COUNTED, "layers.2": COUNTED}, ["fi", "en", "sv"], by_layer=True, draws=2, seed=0
+    )
+    keys = what.keys
+    assert keys["condition"].to_list() == list(range(3 + 6 + 6))
+    assert keys["ablated"].to_list() == ["fi", "en", "sv", "fi", "fi", "en", "en", "sv", "sv", *["fi", "en", "sv"] * 2]
+    assert keys["control"].to_list() == [None] * 3 + [0, 1] * 3 + [None] * 6
+    assert keys["hookpoint"].to_list() == [None] * 9 + ["layers.1"] * 3 + ["layers.2"] * 3
+    assert what.units["layers.1"][:3] == [[5, 8], [3, 9, 40, 77], []]
+    assert what.units["layers.2"][:3] == [[], [6], []]
+    assert [len(units) for units in what.units["layers.1"]] == [2, 4, 0, 2, 2, 4, 4, 0, 0, 2, 4, 0, 0, 0, 0]
+    assert [len(units) for units in what.units["layers.2"]] == [0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    asked = what.asked(["en", "fi"])
+    assert asked[:3].all() and asked[9:].all()
+    own = conditions.conditions(
+        OWNED, {"layers.1": COUNTED}, ["fi", "en"], by_layer=True, others=False, draws=0, seed=0
+    )
+    assert own.asked(["en", "fi"]).tolist() == [[True, True]] * 2 + [[False, True], [True, False]]
+    assert asked[3:9].tolist() == [[False, True]] * 2 + [[True, False]] * 2 + [[False, False]] * 2
+
+
+def test_against_the_control_by_hand():
+    def row(name, control, delta, high):
+        return {"ablated": name, "evaluated": name, "control": control, "delta": delta, "high": high}
+
+    rows = [row("a", None, 0.30, 0.4), row("b", None, 0.10, 0.2), row("c", None, 0.2, 0.2)]
+    rows += [row("a", n, delta, delta + 0.01) for n, delta in enumerate([0.0, 0.1, 0.2])]
+    rows += [row("b", n, 0.01, 0.02) for n in range(3)]
+    found = selectivity.against_control(pl.DataFrame(rows), ["b", "a", "c"])
+    assert found["language"].to_list() == ["b", "a", "c"]
+    assert found["control"].to_list() == pytest.approx([0.01, 0.1, None])
+    # 3 draws: t(0.975, 2) = 4.302653, s = 0.1
+    assert found["control_high"].to_list() == pytest.approx([0.02, 0.1 + 4.302653 * 0.1 * (4 / 3) ** 0.5, None])
+    assert found["above"].to_list() == [True, False, None]
+
+
+def test_the_tables_of_a_run(model, saes):
+    texts = make_texts()
+    language = ["en" if i % 2 else "fi" for i in range(len(texts))]
+    counts = {name: COUNTED.filter(pl.col("unit") < LATENTS) for name in ("layers.1", "layers.2.mlp")}
+    owned = OWNED.filter(pl.col("unit") < 50).with_columns(
+        hookpoint=pl.col("hookpoint").replace("layers.2", "layers.2.mlp")
+    )
+    what = conditions.conditions(owned, counts, ["en", "fi"], by_layer=True, draws=2, seed=0)
+    done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
+    nll_of = ablation.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language)))
+    found = results.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    assert found.columns == [*results.COLUMNS, "hookpoint", "layer"]
+    assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]
+    assert len(found) == 2 + 4 + 2 * 2 + 2 * 4
+    assert found.filter(pl.col("control").is_not_null()).select((pl.col("ablated") == pl.col("evaluated")).all()).item()
+    numbers = results.figures(found, ["en", "fi"])
+    own = found.filter(ablated="fi", evaluated="fi").filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
+    assert numbers["dnll_own/fi"] == own["delta"].item()
+    assert {"own_alone/layers.1", "others_alone/layers.2.mlp", "control_high/en", "languages_above_control"} <= set(
+        numbers
+    )
 
 
 def test_nll_counts_every_own_token_that_has_something_before_it(model):
@@ -140,13 +382,6 @@ def test_nll_counts_every_own_token_that_has_something_before_it(model):
     logp = model(input_ids=ids[:1], use_cache=False).logits.log_softmax(-1)[0]
     assert found[0].item() == pytest.approx(-(logp[0, 5] + logp[1, 6] + logp[2, 7]).item(), rel=1e-5)
     assert found[1].item() == pytest.approx(-logp[0, 5].item(), rel=1e-5)
-
-
-def test_a_text_of_one_token_has_no_target(model, saes):
-    alone = [tokens.TokenizedText("a", (7,), 0), tokens.TokenizedText("b", (7, 8), 0)]
-    result = ablation.ablate(model, saes, alone, CONDITIONS, batch_tokens=8)
-    assert result.tokens.tolist() == [0, 1]
-    assert result.clean[0] == 0 and (result.ablated[:, 0] == 0).all()
 
 
 def test_cells_are_sums_over_tokens_with_an_interval_around_them():

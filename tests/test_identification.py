@@ -4,12 +4,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope.errors import UserError
-from babelscope.evaluation import identify
-from babelscope.evaluation.agreement import accuracy, confusion, macro_f1, mcnemar, per_language
+from babelscope.evaluation import identify, totals
+from babelscope.evaluation.agreement import accuracy, confusion, figures, macro_f1, mcnemar, per_language
+from babelscope.evaluation.lid import FastText
+from babelscope.sae.autoencoder import SAE
 
 # Units that the languages own in the paper (Andrylie et al. 2025, released results).
 FEATURES = dict(bul=50, zho=24, eng=7, fra=11, deu=13, hin=115, ita=18, jpn=33, kor=22, por=54, rus=26, spa=5, tha=64,
@@ -123,3 +126,58 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert test(2, 3) == test(3, 2)[1::-1] + (1.0,)
     assert mcnemar(pl.Series([True, False]), pl.Series([True, False])) == (0, 0, 1.0)
     assert test(62, 26)[2] == pytest.approx(0.00015714867, abs=1e-10)  # SciPy: binomtest(26, 88).pvalue
+
+
+def test_figures_of_every_classifier_and_the_comparison_on_the_texts_that_both_know() -> None:
+    truth = ["a", "a", "b", "c"]
+    ours = [(str(i), t, "ours", "units", p) for i, (t, p) in enumerate(zip(truth, ["a", "b", "b", "c"], strict=True))]
+    base = [(str(i), t, "base", "none", p) for i, (t, p) in enumerate(zip(truth[:3], ["a", "a", "a"], strict=True))]
+    names = ["text_id", "language", "method", "normalize", "predicted"]
+    numbers = figures(pl.DataFrame(ours + base, schema=names, orient="row"), ["a", "b", "c"], "base")
+    assert numbers["accuracy/ours/units"] == 3 / 4 and numbers["accuracy/base/none"] == 2 / 3
+    assert numbers["f1/ours/units/a"] == pytest.approx(2 / 3) and "f1/base/none/c" not in numbers
+    assert numbers["macro_f1/base/none"] == pytest.approx((4 / 5 + 0) / 2)
+    assert numbers["mcnemar_p/ours/units"] == 1.0 and "mcnemar_p/base/none" not in numbers
+
+
+def test_fasttext_is_restricted_to_the_languages_that_it_can_tell_apart() -> None:
+    lid = FastText()
+    assert len(lid.labels) == 176
+    known, refused = lid.match(["pt-BR", "nb", "zh-CN", "zh-TW", "tlh"])
+    assert known == {"pt": "pt-BR", "no": "nb"}
+    assert set(refused) == {"zh-CN", "zh-TW", "tlh"} and "does not tell it from zh-TW" in refused["zh-CN"]
+    texts = ["Die Datei konnte nicht\ngefunden werden.", "Não foi possível abrir o arquivo.", ""]
+    assert lid.predict(texts)["predicted"].to_list()[:2] == ["de", "pt"]
+    assert lid.predict(texts, known)["predicted"].to_list()[1] == "pt-BR"
+    assert set(lid.predict(texts, known)["predicted"]) <= {"pt-BR", "nb"}
+    with pytest.raises(UserError, match="none of the languages"):
+        lid.predict(texts, {})
+
+
+def test_totals_are_those_of_a_loop_over_tokens_and_units() -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(12, 6, generator=g)
+    dictionary = SAE(weights, weights, torch.zeros(12), torch.zeros(6), 3)
+    features = pl.DataFrame({"unit": [7, 2, 2, 9], "language": ["b", "a", "b", "a"]})
+    counts = features.with_columns(min_positive=pl.Series([0.1, 0.2, 0.3, 0.4]), max=pl.Series([2.0, 3.0, 4.0, 5.0]))
+    neurons = pl.DataFrame({"unit": [5, 0], "language": ["a", "b"]})
+    owners = {"m": totals.owned(features, counts, ["a", "b"]), "n": totals.owned(neurons, None, ["a", "b"])}
+    x, text = torch.randn(20, 6, generator=g), torch.randint(0, 3, (20,), generator=g)
+    found = totals.Totals(3, owners, {"m": dictionary})
+    for part in (slice(0, 7), slice(7, 20)):
+        found.add("m", x[part], text[part])
+        found.add("n", x[part], text[part])
+    expected = {name: torch.zeros(3, 2, dtype=torch.float64) for name in found.totals}
+    values, indices = dictionary.encode(x)
+    for token in range(20):
+        active = {int(u): float(v) for v, u in zip(values[token], indices[token], strict=True) if v > 0}
+        for unit, language, low, high in counts.iter_rows():
+            if unit in active:
+                expected["sae-count"][text[token], "ab".index(language)] += 1
+                expected["sae-min-max"][text[token], "ab".index(language)] += (active[unit] - low) / (high - low + 1e-6)
+        for unit, language in neurons.iter_rows():
+            expected["neuron-count"][text[token], "ab".index(language)] += float(x[token, unit] > 0)
+    assert set(found.totals) == {"sae-count", "sae-min-max", "neuron-count"}
+    assert all(torch.allclose(found.totals[name], expected[name], atol=1e-5) for name in expected)
+    with pytest.raises(UserError, match="dvc repro score"):
+        totals.owned(features, counts.head(2), ["a", "b"])

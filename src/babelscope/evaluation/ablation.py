@@ -1,17 +1,15 @@
-"""Feature ablation: remove a language's features from the forward pass and measure the NLL of every language.
+"""Take units out of the forward pass and measure the NLL of every text, under many conditions at once.
 
-`x <- x - sum_{u in S} z_u(x) W_dec[u]` at every position of the text, `z_u` being the SAE's own activation: the SAE's
-reconstruction error stays in place, so ablating nothing changes nothing, bit for bit. (Andrylie et al. 2025, section on
-interventions; the form with the SAE's own activations is ours, their additive form differs.)
-
-Only what can change is computed. The clean pass shows which features fire on which text; a condition none of whose
-features fires on a text leaves its logits as they are, and any other pass starts at the block of the first hookpoint
-at which one fires, from the residual stream that the clean pass left there.
+Only what can change is computed. One clean pass over a batch of texts shows which tokens each condition changes, and
+where first. Where it changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint
+at which a token changes, over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in
+the clean pass. The last token of a text predicts nothing and is left out. A model whose attention does not allow for
+this runs whole texts, from the first hookpoint at which a token changes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-from babelscope.evaluation.nll import targets, text_nll
+from babelscope.evaluation.interventions import Intervention
+from babelscope.evaluation.nll import targets, text_nll, token_nll
 from babelscope.files import write_atomically
 from babelscope.models import hookpoints as hooks
-from babelscope.models.tokens import TokenizedText, batches, pad
-from babelscope.sae.autoencoder import SAE
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A set of features to remove: unit numbers by hookpoint."""
-
-    name: str
-    units: Mapping[str, Sequence[int]]
+from babelscope.models import partial
+from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
 
 @dataclass
@@ -43,59 +33,24 @@ class TextNLL:
     Attributes
     ----------
     clean: nats, float64 `[texts]`.
-    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing that is removed fires, NaN where the
-        condition was not asked for.
+    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing changes, NaN where the condition was
+        not asked for.
     tokens: target tokens, int64 `[texts]`.
     passes: how many (condition, text) pairs had to be computed.
+    share: what was computed of the (condition, text, token, block) that whole passes would have run, clean ones aside.
     """
 
     clean: Tensor
     ablated: Tensor
     tokens: Tensor
     passes: int
-
-
-def removed_units(conditions: Sequence[Condition], hookpoint: str, latents: int) -> Tensor:
-    """Bool `[conditions, latents]`: which units of `hookpoint` each condition removes."""
-    removed = torch.zeros((len(conditions), latents), dtype=torch.bool)
-    for row, condition in enumerate(conditions):
-        removed[row, torch.tensor(list(condition.units.get(hookpoint, ())), dtype=torch.int64)] = True
-    return removed
-
-
-def remove(sae: SAE, removed: Tensor, own: Tensor) -> hooks.Edit:
-    """The edit that subtracts from `x[row]` the part of its reconstruction that the units in `removed[row]` make.
-
-    Parameters
-    ----------
-    sae: the dictionary of the hookpoint.
-    removed: bool `[rows, latents]`.
-    own: bool `[rows, tokens]`, the positions of the text's own tokens: the SAE has seen no others, and what it makes of
-        a BOS token, whose norm is far from any other's, says nothing about a language.
-    """
-    return lambda x: _without(sae, removed, own, x)
-
-
-def _without(sae: SAE, removed: Tensor, own: Tensor, x: Tensor) -> Tensor:
-    position = (own & removed.any(1, keepdim=True)).flatten().nonzero().squeeze(1)
-    if not len(position):
-        return x
-    values, indices = sae.encode(x.flatten(0, 1)[position].float())
-    row = position.div(x.shape[1], rounding_mode="floor").unsqueeze(1)
-    kept = torch.where(removed[row, indices], values, 0.0)
-    touched = (kept > 0).any(1)
-    part = F.embedding_bag(indices[touched], sae.W_dec, per_sample_weights=kept[touched], mode="sum")
-    flat = x.flatten(0, 1).clone()
-    changed = position[touched]
-    flat[changed] = (flat[changed].float() - part).to(x.dtype)
-    return flat.view_as(x)
+    share: float
 
 
 def ablate(
     model: Any,
-    saes: Mapping[str, SAE],
+    interventions: Mapping[str, Intervention],
     texts: Sequence[TokenizedText],
-    conditions: Sequence[Condition],
     batch_tokens: int,
     *,
     asked: Tensor | None = None,
@@ -107,96 +62,231 @@ def ablate(
     Parameters
     ----------
     model: a causal language model.
-    saes: by hookpoint.
-    texts: in `by_length` order, so that padding costs little.
-    conditions: what to remove.
-    batch_tokens: tokens in one forward pass, padding included.
+    interventions: by hookpoint, at least one, all with the same conditions.
+    texts: in `by_length` order.
+    batch_tokens: tokens in one forward pass.
     asked: bool `[conditions, texts]`, the pairs that are wanted; null: all.
     keep: folder for the result of every batch, from which an interrupted run goes on; the caller deletes it.
     advance: told the number of target tokens done after every batch.
     """
-    device = hooks.device_of(model)
-    order = sorted(saes, key=hooks.layer_of)
-    removed = {name: removed_units(conditions, name, sae.W_dec.shape[0]).to(device) for name, sae in saes.items()}
-    wanted = torch.ones((len(conditions), len(texts)), dtype=torch.bool) if asked is None else asked
+    conditions = len(next(iter(interventions.values())).acts)
+    wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
+    runner = _Partial if partial.suits(model, max((len(text.ids) for text in texts), default=0)) else _Whole
     parts: list[dict[str, Tensor]] = []
     first = 0
-    for batch in batches(texts, batch_tokens):
+    # Padding costs passes over whole texts only.
+    for batch in batches(texts, batch_tokens, math.inf if runner is _Partial else MOST_PADDING):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
         if file is not None and file.is_file():
             part = load_file(file)
         else:
-            here = wanted[:, first : first + len(batch)].to(device)
             with torch.inference_mode():
-                part = _batch(model, saes, order, removed, batch, here, batch_tokens, device)
+                run = runner(model, interventions, batch, batch_tokens)
+                part = _batch(run, wanted[:, first : first + len(batch)])
             if file is not None:
                 write_atomically(file, functools.partial(save_file, part))
         parts.append(part)
         first += len(batch)
         advance(int(part["tokens"].sum()))
     clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
-    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, sum(int(part["passes"]) for part in parts))
+    passes, computed, whole = (sum(int(part[key]) for part in parts) for key in ("passes", "computed", "whole"))
+    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed / max(whole, 1))
 
 
-def _batch(
-    model: Any,
-    saes: Mapping[str, SAE],
-    order: Sequence[str],
-    removed: Mapping[str, Tensor],
-    batch: Sequence[TokenizedText],
-    wanted: Tensor,
-    batch_tokens: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """`clean`, `tokens` `[texts]`, `ablated` `[conditions, texts]` and `passes` of one batch of texts, on the CPU."""
-    ids, mask = (t.to(device) for t in pad(batch))
-    special = torch.tensor([text.special for text in batch], device=device)
-    own = mask.bool() & (torch.arange(ids.shape[1], device=device) >= special.unsqueeze(1))
-    clean, start, hidden = _clean_pass(model, saes, order, removed, ids, mask, special, own)
-    ablated = clean.expand(len(wanted), -1).clone()
-    rows_at_once = max(1, batch_tokens // ids.shape[1])
-    passes = 0
-    for layer in hidden:
-        condition, text = (wanted & (start == layer)).nonzero(as_tuple=True)
-        passes += len(text)
-        later = [name for name in order if hooks.layer_of(name) >= layer]
-        for c, t in zip(torch.split(condition, rows_at_once), torch.split(text, rows_at_once), strict=True):
-            edits = {name: remove(saes[name], removed[name][c], own[t]) for name in later}
-            with hooks.starting_at(model, layer, hidden[layer][t]), hooks.editing(model, edits):
-                ablated[c, t] = text_nll(model, ids[t], mask[t], special[t])
-    tokens = targets(mask, special).sum(1)
-    part = {"clean": clean, "ablated": ablated, "tokens": tokens, "passes": torch.tensor(passes)}
+def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
+    """The result of one batch of texts, on the CPU, as `TextNLL` has it."""
+    wanted = wanted.to(run.ids.device)
+    ablated = run.clean.expand(len(wanted), -1).clone()
+    condition, text = (wanted & run.touched()).nonzero(as_tuple=True)
+    for some in run.split(condition, text):
+        ablated[condition[some], text[some]] = run.ablated(condition[some], text[some])
+    blocks = len(hooks.blocks(run.model))
+    part = {
+        "clean": run.clean,
+        "ablated": ablated,
+        "tokens": targets(run.mask, run.special).sum(1),
+        "passes": torch.tensor(len(text)),
+        "computed": torch.tensor(run.computed),
+        "whole": (wanted * run.mask.sum(1)).sum() * blocks,
+    }
     return {key: value.cpu().contiguous() for key, value in part.items()}
 
 
-def _clean_pass(
-    model: Any,
-    saes: Mapping[str, SAE],
-    order: Sequence[str],
-    removed: Mapping[str, Tensor],
-    ids: Tensor,
-    mask: Tensor,
-    special: Tensor,
-    own: Tensor,
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Clean NLL `[texts]`, the block at which each (condition, text) pair must start (-1: none), and its input."""
-    start = torch.full((len(next(iter(removed.values()))), len(ids)), -1, device=ids.device)
+class _Run:
+    """A batch of texts, and which of its tokens the conditions change in the clean run.
 
-    def look(name: str) -> hooks.Edit:
-        def edit(x: Tensor) -> Tensor:
-            values, indices = saes[name].encode(x[own].float())
-            text = own.nonzero()[:, 0].unsqueeze(1).expand_as(indices)[values > 0]
-            fires = torch.zeros((len(ids), removed[name].shape[1]), device=x.device)
-            fires[text, indices[values > 0]] = 1.0
-            hit = (removed[name].float() @ fires.T) > 0
-            start[hit & (start < 0)] = hooks.layer_of(name)
+    Attributes
+    ----------
+    layers: the blocks that hold hookpoints, ascending.
+    hits: by such block, bool `[conditions, texts, longest]`, the tokens that a condition changes there.
+    """
+
+    def __init__(
+        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+    ) -> None:
+        self.model, self.interventions, self.batch_tokens = model, interventions, batch_tokens
+        device = hooks.device_of(model)
+        self.ids, self.mask = (t.to(device) for t in pad(batch))
+        self.special = torch.tensor([text.special for text in batch], device=device)
+        self.position = torch.arange(self.ids.shape[1], device=device)
+        self.own = self.mask.bool() & (self.position >= self.special.unsqueeze(1))
+        self.layers = sorted({hooks.layer_of(name) for name in interventions})
+        conditions = len(next(iter(interventions.values())).acts)
+        self.hits = {
+            layer: torch.zeros((conditions, *self.ids.shape), dtype=torch.bool, device=device) for layer in self.layers
+        }
+        self.computed = 0
+
+    def touched(self) -> Tensor:
+        """Bool `[conditions, texts]`: the pairs of which some token changes."""
+        return torch.stack([hit.any(-1) for hit in self.hits.values()]).any(0)
+
+    def look(self, place: Tensor) -> dict[str, hooks.Edit]:
+        """Edits for a clean pass, which change nothing and fill `hits`.
+
+        Parameters
+        ----------
+        place: int64 `[tokens]`, which tokens of the batch (text * longest + position) the pass computes, in its order.
+        """
+        at = self.own.flatten()[place].nonzero().squeeze(1)
+
+        def edit(x: Tensor, name: str) -> Tensor:
+            hit = self.hits[hooks.layer_of(name)].flatten(1)
+            hit[:, place[at]] |= self.interventions[name].touches(x.flatten(0, 1)[at])
             return x
 
-        return edit
+        return {name: functools.partial(edit, name=name) for name in self.interventions}
 
-    layers = sorted({hooks.layer_of(name) for name in order})
-    with ExitStack() as stack:
-        hidden = stack.enter_context(hooks.block_inputs(model, layers))
-        stack.enter_context(hooks.editing(model, {name: look(name) for name in order}))
-        clean = text_nll(model, ids, mask, special)
-        return clean, start, dict(hidden)
+    def edits(self, layers: range, condition: Tensor, own: Tensor) -> dict[str, hooks.Edit]:
+        """The edits in `layers` for a pass over tokens of which the conditions (int64) are `condition`."""
+
+        def edit(x: Tensor, name: str) -> Tensor:
+            intervention = self.interventions[name]
+            at = (own & intervention.acts[condition]).nonzero().squeeze(1)
+            if not len(at):
+                return x
+            flat = x.flatten(0, 1).clone()
+            flat[at] = intervention.change(flat[at], condition[at])
+            return flat.view_as(x)
+
+        names = [name for name in self.interventions if hooks.layer_of(name) in layers]
+        return {name: functools.partial(edit, name=name) for name in names}
+
+    def first_hits(self, condition: Tensor, text: Tensor) -> Tensor:
+        """Position of the first token that changes, int64 `[layers, pairs]`; `longest` where none does."""
+        return torch.stack([_first(hit[condition, text]) for hit in self.hits.values()])
+
+
+def _first(hit: Tensor) -> Tensor:
+    """Index of the first true value of each row of `hit` `[rows, n]`; n where there is none."""
+    return torch.where(hit.any(1), hit.int().argmax(1), hit.shape[1])
+
+
+class _Partial(_Run):
+    """Passes over the tokens that can differ."""
+
+    def __init__(
+        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+    ) -> None:
+        super().__init__(model, interventions, batch, batch_tokens)
+        self.blocks = len(hooks.blocks(model))
+        self.in_place = {
+            layer: all(hooks.stays_in_place(name) for name in interventions if hooks.layer_of(name) == layer)
+            for layer in self.layers
+        }
+        self.here = torch.zeros_like(self.own)
+        self.here[:, :-1] = self.mask[:, 1:].bool()
+        self.target = torch.zeros_like(self.own)
+        self.target[:, :-1] = targets(self.mask, self.special)
+        self.token = torch.zeros(self.ids.shape, device=self.ids.device)
+        if self.here.any():
+            kept = sorted({layer + more for layer in self.layers for more in (0, 1)})
+            looks = self.look(self.here.flatten().nonzero().squeeze(1))
+            self.memory, last = partial.clean_pass(model, self.ids, self.here, kept, looks)
+            wanted = self.ids.roll(-1, 1)[self.target]
+            self.token[self.target] = token_nll(model, last[self.target[self.here]], wanted)
+        self.clean = self.token.double().sum(1)
+
+    def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
+        """Cut the pairs into passes: those that start alike together, with about `batch_tokens` tokens in the end."""
+        first = self.first_hits(condition, text)
+        longest = self.ids.shape[1]
+        start, least = _first((first < longest).T), first.amin(0)
+        order = torch.argsort(start * longest + least, stable=True)
+        size = (self.here.sum(1)[text] - least)[order]
+        number = (size.cumsum(0) - size).div(self.batch_tokens, rounding_mode="floor")
+        return list(torch.split(order, [n for n in torch.bincount(number).tolist() if n])) if len(order) else []
+
+    def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
+        """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
+        here = self.here[text]
+        state = _State(torch.zeros_like(here), torch.zeros(0, device=here.device))
+        since = torch.full((len(text),), here.shape[1], device=here.device)
+        for layer, then in zip(self.layers, [*self.layers[1:], self.blocks], strict=True):
+            hit = self.hits[layer][condition, text]
+            before, since = since, torch.minimum(since, _first(hit))
+            behind = here & (self.position >= since.unsqueeze(1))
+            # In this block a change is seen by no other token; from the next one on, by all behind it.
+            now = hit | (here & (self.position >= before.unsqueeze(1))) if self.in_place[layer] else behind
+            if then == layer + 1 or not torch.equal(now, behind):
+                state = self._run(state, range(layer, layer + 1), now, condition, text)
+                layer += 1
+            if layer < then:
+                state = self._run(state, range(layer, then), behind, condition, text)
+        nll = self.token[text]
+        wanted = state.tokens & self.target[text]
+        nll[wanted] = token_nll(
+            self.model, state.hidden[wanted[state.tokens]], self.ids.roll(-1, 1)[text][wanted]
+        )  # fmt: skip
+        return nll.double().sum(1)
+
+    def _run(self, state: "_State", layers: range, tokens: Tensor, condition: Tensor, text: Tensor) -> "_State":
+        """Run `layers` over `tokens`, of which those that `state` lacks are as in the clean pass."""
+        row, position = tokens.nonzero(as_tuple=True)
+        if not len(row):
+            return state
+        hidden = self.memory.hidden[layers[0]][text[row], position]
+        if len(state.hidden):
+            hidden[state.tokens[tokens]] = state.hidden
+        edits = self.edits(layers, condition[row], self.own[text[row], position])
+        packed = partial.Tokens(row, position, text)
+        self.computed += len(row) * len(layers)
+        return _State(tokens, partial.partial_pass(self.model, self.memory, packed, hidden, layers, edits))
+
+
+@dataclass(frozen=True)
+class _State:
+    """The residual stream `[tokens, d]` of the tokens `tokens` (bool `[rows, longest]`) that differ from the clean."""
+
+    tokens: Tensor
+    hidden: Tensor
+
+
+class _Whole(_Run):
+    """Passes over whole texts, from the first hookpoint at which a token changes."""
+
+    def __init__(
+        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+    ) -> None:
+        super().__init__(model, interventions, batch, batch_tokens)
+        looks = self.look(torch.arange(self.ids.numel(), device=self.ids.device))
+        with hooks.block_inputs(model, self.layers) as hidden, hooks.editing(model, looks):
+            self.clean = text_nll(model, self.ids, self.mask, self.special)
+        self.hidden = dict(hidden)
+
+    def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
+        """Cut the pairs into passes, each of which starts at one block."""
+        start = _first((self.first_hits(condition, text) < self.ids.shape[1]).T)
+        rows = max(1, self.batch_tokens // self.ids.shape[1])
+        groups = [(start == number).nonzero().squeeze(1) for number in range(len(self.layers))]
+        return [some for group in groups for some in torch.split(group, rows) if len(some)]
+
+    def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
+        """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
+        first = self.layers[int(_first((self.first_hits(condition, text) < self.ids.shape[1]).T)[0])]
+        layers = range(first, len(hooks.blocks(self.model)))
+        own = self.own[text]
+        edits = self.edits(layers, condition.unsqueeze(1).expand_as(own).flatten(), own.flatten())
+        self.computed += int(self.mask[text].sum()) * len(layers)
+        with hooks.starting_at(self.model, first, self.hidden[first][text]), hooks.editing(self.model, edits):
+            return text_nll(self.model, self.ids[text], self.mask[text], self.special[text])

@@ -82,6 +82,42 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> McNemar:
     return McNemar(b, c, 1.0 if b == c else min(1.0, 2 * tail / 2 ** (b + c)))
 
 
+def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
+    """The numbers of every classifier, and McNemar's test of each against `baseline`.
+
+    A classifier may have no rows for the texts of some languages (those it does not know): its numbers are about the
+    others, and so is its comparison.
+
+    Parameters
+    ----------
+    predictions: `text_id`, `language` (true), `method`, `normalize`, `predicted`.
+    languages: order of the languages.
+    baseline: the `method` that the others are compared with; without rows of it there is no comparison.
+
+    Returns
+    -------
+    `accuracy/<method>/<normalize>`, `macro_f1/<method>/<normalize>`, `f1/<method>/<normalize>/<language>` and
+    `mcnemar_p/<method>/<normalize>`.
+    """
+    numbers: dict[str, float] = {}
+    reference = predictions.filter(method=baseline).select("text_id", reference=_hits())
+    for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True):
+        name = f"{method}/{normalize}"
+        asked = [language for language in languages if language in set(rows["language"])]
+        scores = per_language(rows["language"], rows["predicted"], asked)
+        numbers[f"accuracy/{name}"] = accuracy(rows["language"], rows["predicted"])
+        numbers[f"macro_f1/{name}"] = math.fsum(scores["f1"]) / len(asked)
+        numbers |= {f"f1/{name}/{language}": f1 for language, f1 in scores.select("language", "f1").iter_rows()}
+        both = rows.select("text_id", right=_hits()).join(reference, on="text_id")
+        if method != baseline and len(both):
+            numbers[f"mcnemar_p/{name}"] = mcnemar(both["right"], both["reference"]).p_value
+    return numbers
+
+
+def _hits() -> pl.Expr:
+    return (pl.col("language") == pl.col("predicted")).fill_null(False)
+
+
 def _right(truth: pl.Series, predicted: pl.Series) -> pl.Series:
     return (truth == predicted).fill_null(False)
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-# Rows of logits held at once: 49k entries of float32 each make a row 200 KiB.
-_ROWS = 512
+from babelscope.models import hookpoints as hooks
+
+# Rows of logits held at once: 49k entries of float32 each make a row 200 KiB, and a cache holds some 100 of them.
+_ROWS = 128
 
 
 def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
@@ -25,13 +27,26 @@ def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
     """
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     target = targets(mask, special)
-    flat, wanted = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).view(target.shape)
+    return torch.where(target, losses, 0.0).double().sum(1)
+
+
+def token_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """NLL of the token `wanted[i]` (int64) given the residual stream `hidden[i]` behind all blocks; float32 nats."""
     losses = [
-        F.cross_entropy(flat[i : i + _ROWS].float(), wanted[i : i + _ROWS], reduction="none")
+        cross_entropy(hooks.logits_of(model, hidden[i : i + _ROWS]), wanted[i : i + _ROWS])
         for i in range(0, len(wanted), _ROWS)
     ]
-    token_nll = torch.cat(losses).view(target.shape) if losses else torch.zeros(target.shape)
-    return torch.where(target, token_nll, 0.0).double().sum(1)
+    return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """NLL of the token `wanted[i]` under `logits[i]` `[tokens, vocabulary]`; float32 nats."""
+    losses = [
+        F.cross_entropy(logits[i : i + _ROWS].float(), wanted[i : i + _ROWS], reduction="none")
+        for i in range(0, len(wanted), _ROWS)
+    ]
+    return torch.cat(losses) if losses else torch.zeros(0, device=logits.device)
 
 
 def targets(mask: Tensor, special: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars
 from numpy.typing import NDArray
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
 
@@ -93,3 +94,38 @@ def selectivity(matrix: polars.DataFrame, languages: Sequence[str]) -> dict[str,
         "columns": int((own > below.max(axis=0)).sum()),
     }
     return result | {f"dnll_own/{name}": float(value) for name, value in zip(languages, own, strict=True)}
+
+
+def against_control(table: polars.DataFrame, languages: Sequence[str]) -> polars.DataFrame:
+    """Whether a language's own units cost it more than random ones with matched firing rates do.
+
+    The upper end of the control's interval is the larger of two: the largest upper end of a draw's bootstrap interval
+    (the texts might have been others), and `mean + t s sqrt(1 + 1/n)` over the n draws, the one-sided 97.5 % prediction
+    bound for one more draw (the units might have been others). A language is above where its own delta is larger.
+
+    Parameters
+    ----------
+    table: `ablated`, `evaluated`, `control` (draw, null: the own units), `delta`, `high` (nats/token).
+    languages: in the order wanted.
+
+    Returns
+    -------
+    `language`, `own` (delta), `control` (mean over the draws), `control_high`, `above` (null without draws).
+    """
+    rows: list[tuple[str, float, float | None, float | None, bool | None]] = []
+    mine = table.filter(polars.col("ablated") == polars.col("evaluated"))
+    for name in languages:
+        here = mine.filter(polars.col("ablated") == name)
+        own = here.filter(polars.col("control").is_null())["delta"].item()
+        draws = here.filter(polars.col("control").is_not_null())
+        delta, high = draws["delta"].to_numpy(), draws["high"].to_numpy()
+        n = len(delta)
+        if not n:
+            rows.append((name, own, None, None, None))
+            continue
+        spread = float(student_t.ppf(0.975, n - 1)) * delta.std(ddof=1) * np.sqrt(1 + 1 / n) if n > 1 else 0.0
+        upper = max(float(high.max()), float(delta.mean() + spread))
+        rows.append((name, own, float(delta.mean()), upper, bool(own > upper)))
+    names = {"language": polars.String, "own": polars.Float64, "control": polars.Float64}
+    schema = names | {"control_high": polars.Float64, "above": polars.Boolean}
+    return polars.DataFrame(rows, schema=schema, orient="row")

@@ -16,6 +16,9 @@ from babelscope.errors import UserError, nearest
 
 Edit = Callable[[Tensor], Tensor]
 
+# What `read` calls the input of a hookpoint's module: `layers.14.mlp.input`.
+INPUT = ".input"
+
 
 def layer_of(hookpoint: str) -> int:
     """The number of the block that `hookpoint` lies in (0 where its path holds no number)."""
@@ -78,7 +81,8 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
     Parameters
     ----------
     model: a causal language model.
-    hookpoints: names; the pass ends as soon as all of them have been read.
+    hookpoints: names; the pass ends as soon as all of them have been read. A name with the suffix `.input` is what goes
+        into the hookpoint's module (its first tensor) instead of what comes out (transcoders encode it).
     inputs: what the model's forward takes (`input_ids`, `attention_mask`).
 
     Returns
@@ -97,13 +101,20 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
         return edit
 
     body = getattr(model, "base_model", model)
-    with editing(model, {name: keep(name) for name in hookpoints}):
+    outputs = {name: keep(name) for name in hookpoints if not name.endswith(INPUT)}
+    with _watching_inputs(model, {n: keep(n) for n in hookpoints if n.endswith(INPUT)}), editing(model, outputs):
         try:
             body(**inputs, use_cache=False)
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
     raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}")
+
+
+def width(model: Any, hookpoint: str) -> int:
+    """The number of dimensions of the activations at `hookpoint`."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=device_of(model))
+    return read(model, [hookpoint], input_ids=ids)[hookpoint].shape[-1]
 
 
 def blocks(model: Any) -> nn.ModuleList:
@@ -164,7 +175,8 @@ def starting_at(model: Any, layer: int, hidden: Tensor) -> Iterator[None]:
     """While open, a forward pass starts before block `layer` with the residual stream `hidden` `[batch, tokens, d]`.
 
     The blocks below are skipped, not computed: only embedding, positions and mask are. The result is bit for bit that
-    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch.
+    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch. With `layer` the number of
+    blocks, all of them are skipped and only what follows them is computed.
     """
     stack_of_blocks = blocks(model)
     originals = list(stack_of_blocks[:layer])
@@ -174,18 +186,92 @@ def starting_at(model: Any, layer: int, hidden: Tensor) -> Iterator[None]:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    handle = stack_of_blocks[layer].register_forward_pre_hook(inject, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
         for number, block in enumerate(originals):
             stack_of_blocks[number] = _Skipped(block)
+            stack.callback(stack_of_blocks.__setitem__, number, block)
+        entry = stack_of_blocks[min(layer, len(stack_of_blocks) - 1)]
+        stack.callback(entry.register_forward_pre_hook(inject, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
-        for number, block in enumerate(originals):
-            stack_of_blocks[number] = block
+
+
+def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) -> Tensor:
+    """The residual stream `[batch, tokens, d]` after the blocks `layers`, which are the only ones computed.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    layers: consecutive, at least one.
+    hidden: the residual stream before them, `[batch, tokens, d]`; null: the embeddings (`layers` starts at 0).
+    inputs: what the model's forward takes (`input_ids`, `position_ids`); `input_ids` has the shape of `hidden`.
+    """
+    after: list[Tensor] = []
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        after.append(_first(output))
+        raise _DeepestReached
+
+    with ExitStack() as stack:
+        stack.callback(blocks(model)[layers[-1]].register_forward_hook(stop).remove)
+        if hidden is not None:
+            stack.enter_context(starting_at(model, layers[0], hidden))
+        try:
+            getattr(model, "base_model", model)(**inputs, use_cache=False)
+        except _DeepestReached:
+            return after[0]
+    raise UserError(f"params.yaml: model.name: {type(model).__name__} never runs its block {layers[-1]}")
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Logits `[tokens, vocabulary]` from the residual stream after the last block, `[tokens, d]`."""
+    ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+    with starting_at(model, len(blocks(model)), hidden.unsqueeze(0)):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+def stays_in_place(hookpoint: str) -> bool:
+    """Whether a change at one token's hookpoint reaches other tokens only in the blocks above.
+
+    It is so behind the block's attention: at the block's output, and in the feed-forward part under its usual name.
+    Where this is not known the answer is no, which costs time only.
+    """
+    found = re.search(r"(?:^|\.)\d+(?:\.(.*))?$", hookpoint)
+    return found is not None and (found.group(1) is None or found.group(1).split(".")[0] == "mlp")
 
 
 def device_of(model: Any) -> torch.device:
     """The device of the model's first parameter."""
     device: torch.device = next(model.parameters()).device
     return device
+
+
+@contextmanager
+def _watching_inputs(model: Any, watchers: Mapping[str, Edit]) -> Iterator[None]:
+    """While open, the first tensor that enters the module of each `<hookpoint>.input` is shown to its watcher."""
+    with ExitStack() as stack:
+        for name, module in resolve(model, [name.removesuffix(INPUT) for name in watchers]).items():
+
+            def hook(
+                _module: nn.Module, args: Any, kwargs: dict[str, Any], watch: Edit = watchers[name + INPUT]
+            ) -> None:
+                watch(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def inputs_of(model: Any, hookpoints: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass leaves what enters the module of each hookpoint here, `[batch, tokens, d_in]`."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Edit:
+        def edit(activations: Tensor) -> Tensor:
+            seen[name] = activations
+            return activations
+
+        return edit
+
+    with _watching_inputs(model, {name + INPUT: keep(name) for name in hookpoints}):
+        yield seen

@@ -50,14 +50,16 @@ def by_length(texts: Sequence[TokenizedText]) -> list[TokenizedText]:
     return sorted(texts, key=lambda text: (len(text.ids), text.text_id))
 
 
-def batches(texts: Sequence[TokenizedText], batch_tokens: int) -> list[list[TokenizedText]]:
+def batches(
+    texts: Sequence[TokenizedText], batch_tokens: int, most_padding: float = MOST_PADDING
+) -> list[list[TokenizedText]]:
     """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens, of which few are padding."""
     result: list[list[TokenizedText]] = []
     current: list[TokenizedText] = []
     real = 0
     for text in texts:
         padded = (len(current) + 1) * len(text.ids)
-        if current and (padded > batch_tokens or padded > (1 + MOST_PADDING) * (real + len(text.ids))):
+        if current and (padded > batch_tokens or padded > (1 + most_padding) * (real + len(text.ids))):
             result.append(current)
             current, real = [], 0
         current.append(text)

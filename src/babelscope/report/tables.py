@@ -116,10 +116,11 @@ def quality(inputs: ReportInputs) -> Table:
     rows = []
     for hookpoint in inputs.hookpoints:
         get = inputs.metrics.get(f"train.{hookpoint}", {}).get
-        rows.append(
-            [hookpoint, plain(get("fvu"), 3), plain(get("l0"), 1), percent(get("dead_share")), plain(get("tokens"))]
-        )
-    return Table("One SAE per hookpoint", ["hookpoint", "FVU", "L0", "dead latents", "tokens trained on"], rows)
+        recovered = inputs.figure("quality", f"loss_recovered/{hookpoint}")
+        dead, tokens = percent(get("dead_share")), plain(get("tokens"))
+        rows.append([hookpoint, plain(get("fvu"), 3), plain(get("l0"), 1), dead, percent(recovered), tokens])
+    head = ["hookpoint", "FVU", "L0", "dead latents", "loss recovered", "tokens trained on"]
+    return Table("One SAE per hookpoint", head, rows)
 
 
 def corpus(inputs: ReportInputs) -> Table:

@@ -1,0 +1,217 @@
+"""Forward passes over the tokens that a change can reach; all others are taken from one clean pass.
+
+In a causal model a change at one token reaches that token and those behind it, from the block where it happens upwards.
+Rows (a text under some change) lie packed, one after the other and without padding, so that every product is over
+changed tokens only; just attention sees rows, and adds the clean keys and values of the tokens before the change.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from babelscope.models import hookpoints as hooks
+
+_NAME = "babelscope_partial"
+# What attention may be asked for beyond a scaled dot product. Who asks is served by passes over whole texts.
+_FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+class Unsuited(Exception):
+    """The model computes attention in a way that a partial pass does not reproduce."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of some rows, in the order of rows and positions.
+
+    Attributes
+    ----------
+    row, position: int64 `[tokens]`; a row's positions may have gaps.
+    text: int64 `[rows]`: the text of the clean pass that each row stands on.
+    """
+
+    row: Tensor
+    position: Tensor
+    text: Tensor
+
+
+@dataclass
+class Memory:
+    """What a clean pass over a batch of texts leaves behind, for partial passes to stand on.
+
+    Attributes
+    ----------
+    ids: int64 `[texts, longest]`, padded on the right.
+    keys, values: by block, `[texts, longest, heads, width]`.
+    hidden: the residual stream before some blocks, `[texts, longest, d]`.
+    """
+
+    ids: Tensor
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Attention:
+    """Attention of packed tokens, each to the tokens of its row up to itself."""
+
+    def __init__(self, tokens: Tokens, memory: Memory, *, record: bool) -> None:
+        self.tokens, self.memory, self.record = tokens, memory, record
+        count = torch.bincount(tokens.row, minlength=len(tokens.text))
+        first = count.cumsum(0) - count
+        self.slot = torch.arange(len(tokens.row), device=tokens.row.device) - first[tokens.row]
+        self.shape = (len(tokens.text), int(count.max()))
+        self.reach = int(tokens.position.max()) + 1
+        last = torch.zeros(self.shape, dtype=torch.int64, device=tokens.row.device)
+        last[tokens.row, self.slot] = tokens.position
+        self.mask = (torch.arange(self.reach, device=last.device) <= last.unsqueeze(-1)).unsqueeze(1)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`."""
+        keys = self._complete(self.memory.keys, layer, key.transpose(0, 1))
+        values = self._complete(self.memory.values, layer, value.transpose(0, 1))
+        own = query.transpose(0, 1)
+        padded = own.new_zeros((*self.shape, *own.shape[1:]))
+        padded[self.tokens.row, self.slot] = own
+        out = F.scaled_dot_product_attention(
+            padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scale=scale,
+            enable_gqa=own.shape[1] != keys.shape[2],
+        )  # fmt: skip
+        return out.transpose(1, 2)[self.tokens.row, self.slot]
+
+    def _complete(self, clean: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        """The clean tensor of every row with `new` at the tokens that are computed, `[rows, reach, heads, width]`."""
+        if self.record:
+            full = new.new_zeros((*self.memory.ids.shape, *new.shape[1:]))
+            clean[layer] = full
+        else:
+            full = clean[layer][:, : self.reach].index_select(0, self.tokens.text)
+        full[self.tokens.row, self.tokens.position] = new
+        return full[:, : self.reach]
+
+
+_active: list[_Attention] = []
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls while `_attending` is open; shapes `[1, heads, tokens, width]`."""
+    foreign = [name for name in _FOREIGN if options.get(name) is not None]
+    if (options.get("sliding_window") or _active[-1].reach) < _active[-1].reach:
+        foreign.append("sliding_window")
+    layer = getattr(module, "layer_idx", None)
+    if foreign or layer is None or len(query) != 1 or not getattr(module, "is_causal", True):
+        raise Unsuited(", ".join(foreign) or "attention that is not causal, or has no number")
+    return _active[-1](layer, query[0], key[0], value[0], scaling).unsqueeze(0), None
+
+
+@contextmanager
+def _attending(model: Any, attention: _Attention) -> Iterator[None]:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    with ExitStack() as stack:
+        stack.callback(setattr, config, "_attn_implementation", before)
+        stack.callback(_active.remove, attention)
+        config._attn_implementation = _NAME
+        _active.append(attention)
+        yield
+
+
+def clean_pass(
+    model: Any, ids: Tensor, here: Tensor, layers: Sequence[int], edits: Mapping[str, hooks.Edit]
+) -> tuple[Memory, Tensor]:
+    """One pass over whole texts.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    ids: int64 `[texts, longest]`.
+    here: bool `[texts, longest]`, the tokens of each text, from the first on without a gap.
+    layers: blocks before which the residual stream is kept.
+    edits: by hookpoint; they see `[1, tokens, d]`, the tokens in the order of `here.nonzero()`.
+
+    Returns
+    -------
+    What later passes stand on, and the residual stream after the last block, `[tokens, d]`.
+
+    Raises
+    ------
+    Unsuited: the model's attention is not a plain causal one, or not run by transformers' attention interface.
+    """
+    row, position = here.nonzero(as_tuple=True)
+    tokens, memory = Tokens(row, position, torch.arange(len(ids), device=ids.device)), Memory(ids)
+    every = range(len(hooks.blocks(model)))
+    with ExitStack() as stack:
+        inputs = stack.enter_context(hooks.block_inputs(model, [layer for layer in layers if layer in every]))
+        stack.enter_context(hooks.editing(model, edits))
+        stack.enter_context(_attending(model, _Attention(tokens, memory, record=True)))
+        last = hooks.run_blocks(model, every, None, input_ids=ids[here][None], position_ids=position[None])[0]
+    if set(memory.keys) != set(every):
+        raise Unsuited("not every block asks transformers' attention interface")
+    for layer, packed in inputs.items():
+        memory.hidden[layer] = packed.new_zeros((*ids.shape, packed.shape[-1]))
+        memory.hidden[layer][here] = packed[0]
+    return memory, last
+
+
+def partial_pass(
+    model: Any, memory: Memory, tokens: Tokens, hidden: Tensor, layers: range, edits: Mapping[str, hooks.Edit]
+) -> Tensor:
+    """Run some blocks over some tokens.
+
+    Parameters
+    ----------
+    model: the one of the clean pass.
+    memory: what that pass left.
+    tokens: those to compute. Exact if all others are as in the clean pass, where an attention of `layers` sees them.
+    hidden: `[tokens, d]`, the residual stream before `layers`.
+    layers: consecutive blocks.
+    edits: by hookpoint; they see `[1, tokens, d]`.
+
+    Returns
+    -------
+    `[tokens, d]`, the residual stream after `layers`.
+    """
+    ids = memory.ids[tokens.text[tokens.row], tokens.position]
+    with hooks.editing(model, edits), _attending(model, _Attention(tokens, memory, record=False)):
+        return hooks.run_blocks(
+            model, layers, hidden[None], input_ids=ids[None], position_ids=tokens.position[None]
+        )[0]  # fmt: skip
+
+
+@torch.inference_mode()
+def suits(model: Any, longest: int) -> bool:
+    """Whether partial passes of texts of up to `longest` tokens give what whole passes give: tried on two texts."""
+    device = hooks.device_of(model)
+    longest = max(longest, 2)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = ((torch.arange(2 * longest, device=device) * 7919 + 1) % vocabulary).view(2, longest)
+    here = torch.ones_like(ids, dtype=torch.bool)
+    here[1, (longest + 1) // 2 :] = False
+    whole = torch.cat(
+        [model(input_ids=row[real][None], use_cache=False).logits[0] for row, real in zip(ids, here, strict=True)]
+    )
+    middle = len(hooks.blocks(model)) // 2
+    try:
+        memory, last = clean_pass(model, ids, here, [middle], {})
+        row, position = (here & (torch.arange(longest, device=device) >= longest // 3)).nonzero(as_tuple=True)
+        tokens = Tokens(row, position, torch.arange(2, device=device))
+        part = partial_pass(
+            model, memory, tokens, memory.hidden[middle][row, position], range(middle, len(hooks.blocks(model))), {}
+        )
+        found = torch.zeros((*ids.shape, last.shape[-1]), dtype=last.dtype, device=device)
+        found[here], found[row, position] = last, part
+        packed = hooks.logits_of(model, found[here])
+    except (Unsuited, TypeError):
+        return False
+    tolerance = 64 * torch.finfo(whole.dtype).eps * whole.abs().max()
+    return bool(((packed - whole).abs() <= tolerance).all())

@@ -1,0 +1,194 @@
+"""Stage `identify`: which language a text is in, told from the features that fire, against fastText's identifier.
+
+On the held-out split, and on the texts of another domain where `identify.also` names a folder.
+"""
+
+import functools
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from babelscope import config, stage
+from babelscope.errors import UserError
+from babelscope.files import scratch, write_atomically, write_json
+from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.progress import Progress
+
+CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
+ACTIVATIONS, COUNTS, OUT = Path("data/activations"), Path("data/counts"), Path("data/identify")
+BASELINE = "fasttext"
+# Tokens encoded at once: bounds the memory.
+CHUNK = 8192
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    params = config.load()
+    from babelscope import hardware, sae
+    from babelscope.evaluation import totals
+    from babelscope.evaluation.lid import FastText
+
+    device = hardware.prepare(params.hardware)
+    also = read_also(params)
+    lid = FastText()
+    features = pl.read_parquet(FEATURES)
+    saes, owners = {}, {}
+    for (kind, hookpoint), rows in features.group_by("kind", "hookpoint", maintain_order=True):
+        counts = None
+        if kind == "sae":
+            saes[hookpoint] = sae.load(SAES, str(hookpoint)).to(device)
+            counts = pl.read_parquet(
+                COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"]
+            )
+        owners[str(hookpoint)] = totals.owned(rows, counts, params.languages)
+    if not owners:
+        log.warning("%s: no features, so only fastText identifies anything", FEATURES)
+
+    corpus = pl.read_parquet(CORPUS).filter(split="eval")
+    held_out = totals.Totals(len(corpus), owners, saes, device)
+    if params.train.source == "stream":  # no activations are stored
+        shutil.rmtree(add_texts(held_out, corpus, params), ignore_errors=True)
+    else:
+        add_held_out(held_out, corpus)
+    numbers = write("", corpus, held_out.totals, features, lid, params)
+    for name in ("also", "also_confusion"):
+        (OUT / f"{name}.parquet").unlink(missing_ok=True)
+    if also is not None:
+        there = totals.Totals(len(also), owners, saes, device)
+        keep = add_texts(there, also, params)
+        numbers |= write("also", also, there.totals, features, lid, params)
+        shutil.rmtree(keep, ignore_errors=True)
+    write_json(Path("metrics/identify.json"), numbers)
+
+
+def read_also(params: config.Config) -> pl.DataFrame | None:
+    """The texts of `identify.also`: of each language the first `also_texts` by text_id, which is a hash of the text."""
+    from babelscope.corpus import sampling, text_files
+
+    folder = params.identify.also
+    if folder is None:
+        return None
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"params.yaml: identify.also: no folder {folder!r}")
+    section = params.corpus.model_copy(update={"source": "files", "path": folder, "package": None})
+    texts = sampling.clean(text_files.read(section, params.languages), min_characters=1)
+    chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)
+    lacking = [name for name in params.languages if name not in set(chosen["language"])]
+    if lacking:
+        raise UserError(f"params.yaml: identify.also: {folder!r} has no text in {', '.join(lacking)}")
+    return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
+
+
+def add_held_out(held_out: Any, corpus: pl.DataFrame) -> None:
+    """Read the stored activations of the split: no forward pass is needed."""
+    from babelscope.activations.store import ActivationStore, place
+
+    number = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
+    table = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval").join(
+        number, on="text_id", how="left", maintain_order="left"
+    )  # fmt: skip
+    if table["text"].null_count():
+        raise UserError(f"{ACTIVATIONS / 'tokens.parquet'}: holds texts that {CORPUS} lacks; dvc repro extract")
+    row, text = table["row"].to_torch(), table["text"].to_torch()
+    with Progress("identify", len(row) * len(held_out.owners), "tokens") as progress:
+        for hookpoint in held_out.owners:
+            store = ActivationStore(place(ACTIVATIONS, held_out.encodes(hookpoint)))
+            for first in range(0, len(row), CHUNK):
+                part = slice(first, first + CHUNK)
+                held_out.add(hookpoint, store.gather(row[part]), text[part])
+                progress.update(len(row[part]))
+
+
+def add_texts(there: Any, texts: pl.DataFrame, params: config.Config) -> Path:
+    """One forward pass over `texts`; returns the folder of what each batch gave, from which a killed run goes on."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from babelscope.models import hookpoints, loading, tokens
+
+    ids = [str(number) for number in range(len(texts))]
+    tokenizer = loading.load_tokenizer(params.model)
+    tokenized = tokens.tokenize(tokenizer, ids, texts["text"].to_list(), params.corpus.max_tokens)
+    model = loading.load_model(params.model, params.extract.dtype).to(there.device)
+    store_dtype = loading.DTYPES[params.extract.store_dtype]
+    knobs = params.model_dump(include={"extract", "languages", "model"}) | {"max_tokens": params.corpus.max_tokens}
+    inputs = {str(path): dvc_md5(path) for path in (FEATURES, SAES, COUNTS)}
+    keep = scratch(fingerprint("identify", knobs | {"texts": texts["text_id"].to_list()}, inputs))
+    ordered = tokens.by_length([text for text in tokenized if text.own])
+    with Progress("identify", sum(text.own for text in ordered), "tokens") as progress:
+        for number, batch in enumerate(tokens.batches(ordered, params.extract.batch_tokens)):
+            text = torch.tensor([int(one.text_id) for one in batch])
+            file = keep / f"batch-{number:06d}.safetensors"
+            if file.is_file():
+                for method, rows in load_file(file).items():
+                    there.totals[method][text] = rows
+                progress.skip(sum(one.own for one in batch))
+                continue
+            padded, mask = tokens.pad(batch)
+            special = torch.tensor([one.special for one in batch]).unsqueeze(1)
+            own = mask.bool() & (torch.arange(mask.shape[1]) >= special)
+            names = {there.encodes(name): name for name in there.owners}
+            with torch.inference_mode():
+                seen = hookpoints.read(model, list(names), input_ids=padded.to(there.device),
+                                       attention_mask=mask.to(there.device)) if names else {}  # fmt: skip
+                for name, activations in seen.items():
+                    # Rounded as `extract` stores them: the SAEs and the counts know no others.
+                    there.add(names[name], activations[own.to(there.device)].to(store_dtype), text[own.nonzero()[:, 0]])
+            rows = {method: table[text] for method, table in there.totals.items()}
+            write_atomically(file, functools.partial(save_file, rows))
+            progress.update(sum(one.own for one in batch))
+    return keep
+
+
+def write(
+    name: str, texts: pl.DataFrame, totals: dict[str, Any], features: pl.DataFrame, lid: Any, params: config.Config
+) -> dict[str, float]:
+    """Predict, write predictions and confusion matrices, and return the numbers (their keys begin with `name`)."""
+    from babelscope.evaluation import agreement, identify
+    from babelscope.evaluation.totals import METHODS
+
+    base = texts.select("text_id", "language")
+    parts = []
+    for kind, methods in METHODS.items():
+        mine = features.filter(kind=kind)
+        units = {language: mine.filter(pl.col("language") == language).height for language in params.languages}
+        for method in (method for method in methods if method in totals and any(units.values())):
+            table = pl.DataFrame(totals[method].numpy(), schema=params.languages)
+            for normalize in ("units", "none"):
+                found = identify(table.with_row_index("text"), units, normalize=normalize)
+                labels = {"method": pl.lit(method), "normalize": pl.lit(normalize)}
+                parts.append(base.with_columns(**labels).hstack(found.select("predicted", "score")))
+    among, refused = lid.match(params.languages)
+    for language, reason in refused.items():
+        log.warning("%s: no baseline on its texts: %s", language, reason)
+    known = texts.filter(pl.col("language").is_in(list(among.values())))
+    if len(known):
+        found = lid.predict(known["text"].to_list(), among)
+        labels = {"method": pl.lit(BASELINE), "normalize": pl.lit("none")}
+        parts.append(known.select("text_id", "language").with_columns(**labels).hstack(found))
+    if not parts:
+        raise UserError(f"{FEATURES}: no features, and fastText knows none of params.yaml's languages")
+    predictions = pl.concat(parts)
+    write_atomically(OUT / f"{name or 'predictions'}.parquet", predictions.write_parquet)
+    matrices = [
+        agreement.confusion(rows["language"], rows["predicted"], params.languages).select(
+            pl.lit(method).alias("method"), pl.lit(normalize).alias("normalize"), "language", "predicted", "texts"
+        )
+        for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True)
+    ]
+    write_atomically(OUT / f"{name}_confusion.parquet".lstrip("_"), pl.concat(matrices).write_parquet)
+    numbers = agreement.figures(predictions, params.languages, BASELINE) | {"texts": len(texts)}
+    for key, value in numbers.items():
+        if key.startswith("accuracy/"):
+            rest = key.removeprefix("accuracy/")
+            p = numbers.get(f"mcnemar_p/{rest}")
+            log.info("%-9s %-18s accuracy %.2f %%, macro F1 %.2f %%%s", name or "held out", rest, 100 * value,
+                     100 * numbers[f"macro_f1/{rest}"], "" if p is None else f", McNemar p {p:.2g}")  # fmt: skip
+    return {f"{name}/{key}".lstrip("/"): value for key, value in numbers.items()}
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,75 @@
+"""Stage `quality`: how much of the model's loss on held-out text each SAE's reconstruction recovers, per language."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import polars as pl
+
+from babelscope import config, stage
+from babelscope.files import scratch, write_atomically, write_json
+from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.progress import Progress
+
+CORPUS, SAES, OUT = Path("data/corpus/texts.parquet"), Path("data/sae"), Path("data/quality/loss_recovered.parquet")
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    params = config.load()
+    from babelscope import hardware, matmul, sae
+    from babelscope.evaluation.splicing import loss_recovered
+    from babelscope.models import hookpoints, loading, tokens
+
+    device = hardware.prepare(params.hardware)
+    corpus = pl.read_parquet(CORPUS).filter(split="eval")
+    tokenizer = loading.load_tokenizer(params.model)
+    texts = tokens.by_length(
+        tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
+    )
+    of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
+    saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints}
+    model = loading.load_model(params.model, params.ablate.dtype).to(device)
+    matmul.use_in(model)
+    hookpoints.resolve(model, params.hookpoints)
+
+    targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
+    knobs = params.model_dump(include={"ablate": {"dtype", "batch_tokens"}, "hookpoints": True, "model": True})
+    knobs["max_tokens"] = params.corpus.max_tokens
+    keep = scratch(fingerprint("quality", knobs, {str(path): dvc_md5(path) for path in (CORPUS, SAES)}))
+    with Progress("quality", targets, "tokens") as progress:
+        found = loss_recovered(
+            model, saes, texts, [of[text.text_id] for text in texts], params.languages, params.ablate.batch_tokens,
+            keep=keep, advance=progress.update,
+        )  # fmt: skip
+    write_atomically(OUT, found.write_parquet)
+    write_json(Path("metrics/quality.json"), figures(found))
+    report(found)
+    shutil.rmtree(keep, ignore_errors=True)
+
+
+def figures(found: pl.DataFrame) -> dict[str, float]:
+    """`loss_recovered/<hookpoint>`, `loss_recovered/<hookpoint>/<language>` where defined, and `nll_clean`."""
+    defined = found.drop_nulls("loss_recovered").select("hookpoint", "language", "loss_recovered")
+    numbers: dict[str, float] = {
+        f"loss_recovered/{name}" + (f"/{language}" if language else ""): share
+        for name, language, share in defined.iter_rows()
+    }
+    return numbers | {"nll_clean": found.filter(pl.col("language").is_null())["nll_clean"][0]}
+
+
+def report(found: pl.DataFrame) -> None:
+    for name in found["hookpoint"].unique(maintain_order=True):
+        mine = found.filter(hookpoint=name)
+        whole = mine.row(0, named=True)
+        line = f"NLL {whole['nll_clean']:.4f} clean, {whole['nll_sae']:.4f} spliced, {whole['nll_zero']:.4f} zero"
+        each = mine.drop_nulls().sort("loss_recovered")
+        if whole["loss_recovered"] is not None and len(each):
+            worst = each.row(0, named=True)
+            line += f"; {100 * whole['loss_recovered']:.2f} % recovered"
+            line += f" (least: {worst['language']}, {100 * worst['loss_recovered']:.2f} %)"
+        log.info("%s: %s", name, line)
+
+
+if __name__ == "__main__":
+    stage.run(main)
