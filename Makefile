@@ -8,7 +8,9 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: setup repro test check format ui verify bench clean
+PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
+
+.PHONY: setup repro test check format ui verify bench sweeps clean
 
 setup: $(VENV)/.ready
 
@@ -45,10 +47,18 @@ ui: setup
 verify: setup
 	$(BIN)/python -m babelscope.verify
 
-# Race the SAE's training step against its peers, each in an environment of its own. torchvision, which one of them asks
-# for, is built for one build of torch only, and breaks the import of transformers beside another.
-bench: setup .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
+# Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
+# takes. torchvision, which one peer asks for, is built for one build of torch only, and breaks the import of transformers
+# beside another.
+bench: setup $(PEERS)
 	python benchmarks/sae_step.py
+	python benchmarks/sae_loop.py
+	python benchmarks/sae_memory.py
+
+# FVU at equal tokens against the peers at their best learning rates, and our own rate at other widths and lengths: hours.
+sweeps: setup $(PEERS)
+	python benchmarks/sae_quality.py
+	python benchmarks/learning_rate.py
 
 # Our own package is not to be seen there.
 .bench/%/.ready: export PYTHONPATH :=

@@ -8,97 +8,89 @@ machine disturbs all. Weights stay float32. The race is too short for latents to
 
 import argparse
 import gc
-import json
-import os
 import statistics
-import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import race
 import torch
+from peers.process import Peer
 from peers.worker import Case, timed
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.sae.autoencoder import SAE, initialise
-from babelscope.sae.module import _project, _renormalise
-from babelscope.sae.step import sparse_step
+from babelscope import config
+from babelscope.config import Train
+from babelscope.sae.autoencoder import initialise
+from babelscope.sae.learner import Learner
+from babelscope.sae.moments import Moments
+from babelscope.sae.schedule import BETAS
 
 # How many rounds each case is raced for, after one that does not count.
-ROUNDS = {Case(576, 4608, 4096): 5, Case(576, 4608, 2048): 5, Case(576, 9216, 4096): 5, Case(2048, 32768, 2048): 3}
+ROUNDS = {
+    Case(576, 4608, 4096): 7,
+    Case(576, 4608, 2048): 5,
+    Case(576, 9216, 4096): 5,
+    Case(576, 32768, 4096): 3,
+    Case(2048, 4608, 4096): 3,
+    Case(2048, 32768, 2048): 3,
+}
 PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
-OURS, DENSE, FLOOR, FLOOR_16 = "babelscope", "dense PyTorch", "floor float32", "floor bfloat16"
+OURS, OURS_32 = "babelscope", "babelscope float32"
+DENSE, FLOOR, FLOOR_16 = "dense PyTorch", "floor float32", "floor bfloat16"
 
 
-class Peer:
-    """A worker process in a peer's environment."""
-
-    def __init__(self, name: str) -> None:
-        root = Path(__file__).parent.parent
-        python = root / ".bench" / name / "bin" / "python"
-        if not python.exists():
-            raise SystemExit(f"{python}: no such file; `make bench` makes it")
-        self.name, self.log, self.versions = name, root / ".bench" / name / "log", {}
-        command = [python, root / "benchmarks" / "peers" / f"{name}.py"]
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-        pipe = subprocess.PIPE
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=env, text=True)
-
-    def turn(self, case: Case, steps: int) -> float:
-        """Let the peer train so many steps; seconds a step."""
-        try:
-            print(json.dumps({"case": case, "steps": steps}), file=self.process.stdin, flush=True)
-            answer = json.loads(next(line for line in self.process.stdout if line.startswith("{")))
-        except (BrokenPipeError, StopIteration):
-            raise SystemExit(f"{self.name} has failed: {self.log}") from None
-        self.versions = answer["versions"]
-        return answer["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
+def settings(case: Case) -> Train:
+    """The default's `train` section, at the widths of the case; no latent counts as dead."""
+    train = config.load(Path("params.yaml")).train
+    return train.model_copy(update={"latents": case.latents, "k": case.k, "batch": case.batch, "dead_after": 10**12})
 
 
-def training(case: Case, loss: Callable[[SAE, Tensor], Tensor]) -> Callable[[Tensor], None]:
-    """Return the step of `babelscope.sae.module`, for any way to compute the loss."""
+def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], None]:
+    """`SAETraining.training_step` without Lightning and the log; `screen` replaces the device's screening precision."""
+    learner = Learner(
+        settings(case), Moments(torch.zeros(case.d), torch.eye(case.d).double()), None, steps=10**6, seed=0
+    )
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3, betas=BETAS, fused=True)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        with override(screen):
+            result = learner.loss(x, None, 1)
+        result.loss.backward()
+        learner.before_update(1)
+        optimizer.step()
+        learner.after_update(result, 0.0)
+
+    return step
+
+
+def override(screen: torch.dtype | None) -> AbstractContextManager[object]:
+    """Let the step screen in this precision."""
+    return nullcontext() if screen is None else patch("babelscope.sae.step.screening_dtype", lambda _: screen)
+
+
+def dense(case: Case) -> Callable[[Tensor], None]:
+    """The same by plain autograd through a dense [batch, latents] matrix."""
     sae = initialise(torch.zeros(case.d), case.latents, case.k, encoder_scale=0.5, seed=0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        loss(sae, x).backward()
-        _project(sae)
-        optimizer.step()
-        _renormalise(sae)
+        scores = F.linear(x - sae.b_dec, sae.encoder, sae.b_enc)
+        values, indices = scores.topk(case.k, sorted=False)
+        z = torch.zeros_like(scores).scatter(1, indices, values.relu())
+        ((z @ sae.W_dec + sae.b_dec - x).square().sum() / len(x)).backward()
+        with torch.no_grad():
+            gradient, weight = sae.W_dec.grad, sae.W_dec
+            gradient.addcmul_((gradient * weight).sum(1, keepdim=True), weight, value=-1)
+            optimizer.step()
+            weight.div_(weight.norm(dim=1, keepdim=True))
 
     return step
-
-
-def ours(case: Case) -> Callable[[Tensor], None]:
-    """`SAETraining.training_step`, without Lightning and the log."""
-    idle = torch.zeros(case.latents, dtype=torch.int64)
-
-    def loss(sae: SAE, x: Tensor) -> Tensor:
-        result = sparse_step(sae, x)
-        idle.add_(len(x)).masked_fill_(result.activity > 0, 0)
-        return result.loss
-
-    return training(case, loss)
-
-
-def dense(case: Case) -> Callable[[Tensor], None]:
-    """The same by plain autograd through a dense [batch, latents] matrix."""
-
-    def loss(sae: SAE, x: Tensor) -> Tensor:
-        scores = F.linear(x - sae.b_dec, sae.encoder, sae.b_enc)
-        values, indices = scores.topk(sae.k, sorted=False)
-        z = torch.zeros_like(scores).scatter(1, indices, values.relu())
-        return (z @ sae.W_dec + sae.b_dec - x).square().sum() / len(x)
-
-    return training(case, loss)
 
 
 def floor(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
@@ -116,12 +108,13 @@ def seconds(case: Case, peers: list[Peer], rounds: int) -> dict[str, float]:
     """Median seconds a step of every racer."""
     steps = {
         OURS: ours(case),
+        OURS_32: ours(case, torch.float32),
         DENSE: dense(case),
         FLOOR: floor(case, torch.float32),
         FLOOR_16: floor(case, torch.bfloat16),
     }
     turns = {name: timed(step, case) for name, step in steps.items()}
-    turns |= {peer.name: lambda steps, peer=peer: peer.turn(case, steps) for peer in peers}
+    turns |= {peer.name: lambda steps, peer=peer: peer.ask({"case": case, "steps": steps})["seconds"] for peer in peers}
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(1 + rounds):
         for name, turn in turns.items():
@@ -139,8 +132,9 @@ def report(case: Case, rates: dict[str, float], versions: dict[str, str]) -> lis
     for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
         print(f"{name:22}{rate:10.0f}{ratio[name]:14.2f} x", flush=True)
     own = {"ratio_to_best_peer": best, "ratio_to_floor": ratio[FLOOR], "ratio_to_floor_bfloat16": ratio[FLOOR_16]}
+    plain = {"ratio_to_floor": rates[OURS_32] / rates[FLOOR]}
     records = [
-        race.record(str(case), name, round(rate), "tokens/s", **(own if name == OURS else {}))
+        race.record(str(case), name, round(rate), "tokens/s", **{OURS: own, OURS_32: plain}.get(name, {}))
         for name, rate in rates.items()
     ]
     return [record | {"versions": versions} for record in records]

@@ -1,36 +1,61 @@
-"""EleutherAI's sparsify: what the hook and the loop of `Trainer.fit` do in a step, with Adam, without the model."""
+"""EleutherAI's sparsify: what the hook and the loop of `Trainer.fit` do in a step, without the model.
+
+Variants: "signum", the optimizer of its defaults, schedule-free; in all others Adam, with its linear warm-up and decay.
+`b_dec` starts at the first batch's mean, as in `fit`. The auxiliary loss, off by default, has Gao et al.'s weight.
+"""
 
 import torch
 import worker
+from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
+from sparsify.sign_sgd import SignSGD
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
+_AUX_K = 1 / 32
 
-def prepare(case):
+
+def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
     torch.set_float32_matmul_precision("high")
     sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.latents, k=case.k), dtype=torch.float32)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (case.latents / 2**14) ** 0.5)
-    schedule = get_linear_schedule_with_warmup(optimizer, 1000, 10**6)
+    if run.variant == "signum":
+        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=run.learning_rate), momentum=0.95)
+        optimizer.train()
+        schedules = []
+    else:
+        optimizer = torch.optim.Adam(sae.parameters(), lr=run.learning_rate)
+        schedules = [get_linear_schedule_with_warmup(optimizer, run.steps // 20, run.steps)]
     did_fire = torch.zeros(case.latents, dtype=torch.bool)
     since_fired = torch.zeros(case.latents, dtype=torch.long)
+    started = False
 
     def step(x: Tensor) -> None:
+        nonlocal started
+        if not started:
+            sae.b_dec.data = x.mean(0)
+            started = True
         sae.set_decoder_norm_to_unit_norm()
         total_variance = (x - x.mean(0)).pow(2).sum()
-        out = sae(x=x, y=x, total_variance=total_variance)
+        out = sae(x=x, y=x, dead_mask=since_fired > run.dead_after, total_variance=total_variance)
         did_fire[out.latent_indices.flatten()] = True
         float(out.fvu.detach())
-        (out.fvu + out.multi_topk_fvu / 8).backward()
+        float(out.auxk_loss.detach())
+        (out.fvu + _AUX_K * out.auxk_loss + out.multi_topk_fvu / 8).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        for schedule in schedules:
+            schedule.step()
         since_fired.add_(len(x))
         since_fired[did_fire] = 0
         did_fire.zero_()
 
-    return step
+    def weights() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if isinstance(optimizer, ScheduleFreeWrapper):
+            optimizer.eval()  # from where gradients are taken to the averaged weights, which it saves
+        return sae.encoder.weight, sae.W_dec, sae.encoder.bias, sae.b_dec
+
+    return worker.Training(step, weights)
 
 
 if __name__ == "__main__":

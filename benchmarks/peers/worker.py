@@ -1,7 +1,12 @@
-"""What all who race share: the batches, the clock, and a worker's talk with `benchmarks/sae_step.py`.
+"""What all who race share: the batches, the clock, and a worker's talk with the benchmarks.
 
-A worker is one process in its peer's own environment. It reads JSON objects, one a line, `{"case": [...], "steps": n}`,
-trains n steps and answers `{"seconds": seconds a step, "versions": {...}}`. It sleeps between its turns.
+A worker is one process in its peer's own environment. It reads JSON objects, one a line, and sleeps between them:
+
+- `{"case": [...], "steps": n}`: train n steps on seeded noise; the answer is `{"seconds": seconds a step}`.
+- `{"case": [...], "train": [...], "data": file, "scale": s, "weights": file}`: train a whole run (the fields of `Run`)
+  on the rows of a safetensors file, in their order and times s, and write the weights to another.
+
+Every answer also says `"versions": {...}`.
 """
 
 import gc
@@ -14,6 +19,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # Batches that are trained on in turn.
@@ -30,6 +36,29 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"d={self.d} latents={self.latents} batch={self.batch} k={self.k}"
+
+
+class Run(NamedTuple):
+    """What a peer is told of the run: steps in all, peak learning rate, and tokens after which a latent is dead.
+
+    Where the peer has warm-up and decay of its own, they are scaled to the run: 5 % and 20 % of the steps. `variant`
+    picks among the peer's own settings; each script lists its variants.
+    """
+
+    steps: int
+    learning_rate: float
+    dead_after: int
+    variant: str
+
+
+class Training(NamedTuple):
+    """A peer's training step, and its weights as an SAE of ours has them: encoder, W_dec, b_enc, b_dec."""
+
+    step: Callable[[Tensor], object]
+    weights: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+Prepare = Callable[[Case, Run], Training]
 
 
 def batches(case: Case) -> list[Tensor]:
@@ -55,16 +84,33 @@ def timed(step: Callable[[Tensor], object], case: Case) -> Callable[[int], float
     return turn
 
 
-def serve(prepare: Callable[[Case], Callable[[Tensor], object]], package: str) -> None:
+def train(training: Training, case: Case, run: Run, data: str, scale: float, weights: str) -> None:
+    """Train a whole run and write the weights."""
+    for x in load_file(data)["activations"].split(case.batch)[: run.steps]:
+        training.step(x.float() * scale)
+    names = ("encoder", "W_dec", "b_enc", "b_dec")
+    tensors = zip(names, training.weights(), strict=True)
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors}, weights)
+
+
+def serve(prepare: Prepare, package: str) -> None:
     """Answer requests until there are no more; `prepare` makes a case's training step, with optimizer."""
     versions = {name: version(name) for name in ("torch", package)}
     case, turn = None, None
     for line in sys.stdin:
         request = json.loads(line)
-        if case != Case(*request["case"]):
-            turn = None  # the last case's weights go before the next case's come
-            gc.collect()
+        answer = {"versions": versions}
+        if "train" in request:
             torch.manual_seed(0)
-            case = Case(*request["case"])
-            turn = timed(prepare(case), case)
-        print(json.dumps({"seconds": turn(request["steps"]), "versions": versions}), flush=True)
+            wanted, run = Case(*request["case"]), Run(*request["train"])
+            train(prepare(wanted, run), wanted, run, request["data"], request["scale"], request["weights"])
+        else:
+            if case != Case(*request["case"]):
+                turn = None  # the last case's weights go before the next case's come
+                gc.collect()
+                torch.manual_seed(0)
+                case = Case(*request["case"])
+                endless = Run(10**6, 2e-4 / (case.latents / 2**14) ** 0.5, 10**7, "fastest")
+                turn = timed(prepare(case, endless).step, case)
+            answer["seconds"] = turn(request["steps"])
+        print(json.dumps(answer), flush=True)

@@ -1,0 +1,80 @@
+"""`python benchmarks/sae_loop.py`: what Lightning, reading, logging and checkpoints add to the bare training step.
+
+The default's SAE on its activations (`dvc repro extract` makes them): `babelscope.sae.module.train`, as the stage
+`train` calls it, and the same steps without Lightning on batches that already lie in memory. They take turns.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+import race
+import torch
+
+from babelscope import config
+from babelscope.activations.store import ActivationStore
+from babelscope.sae.batches import Batches, Pair
+from babelscope.sae.learner import Learner
+from babelscope.sae.module import train
+from babelscope.sae.schedule import BETAS, rate_share
+
+ROUNDS, HOOKPOINT = 5, "layers.14.mlp"
+
+
+def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: config.Train) -> float:
+    """Seconds for all steps."""
+    optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=BETAS, fused=True)
+    start = time.perf_counter()
+    for number, [(x, y)] in enumerate(pairs):
+        optimizer.zero_grad()
+        share = rate_share(number, len(pairs), settings.warmup, settings.decay)
+        optimizer.param_groups[0]["lr"] = rate * share
+        result = learner.loss(x, y, 1)
+        result.loss.backward()
+        learner.before_update(1)
+        optimizer.step()
+        learner.after_update(result, (number + 1) / len(pairs))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    params = config.load()
+    settings = params.train
+    store = ActivationStore(Path("data/activations") / HOOKPOINT)
+    rows = pl.read_parquet("data/activations/tokens.parquet").filter(split="train")["row"].to_torch()
+    steps = -(-settings.tokens // settings.batch)
+    batches = Batches(store, rows, settings.batch, steps, params.seed)
+    pairs = list(batches.read())
+    [(target, source)] = batches.moments()
+    times: dict[str, list[float]] = {"bare step": [], "Lightning loop": []}
+    started: list[float] = []
+    for _ in range(ROUNDS):
+        learner = Learner(settings, target, source, steps=steps, seed=params.seed)
+        times["bare step"].append(bare(learner, pairs, 2e-3, settings))
+        with tempfile.TemporaryDirectory() as folder:
+            started.clear()
+
+            def write(step: int, metrics: object) -> None:
+                started.append(time.perf_counter())
+
+            train(batches, settings, params.hardware, seed=params.seed, write=[write], checkpoint=Path(folder) / "s.pt")
+        # From the first logged step to the last: start-up and the pass for the mean are paid once, not per step.
+        times["Lightning loop"].append((started[-1] - started[0]) * steps / (steps - settings.log_every))
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    tax = statistics.median(b / a for a, b in zip(times["bare step"], times["Lightning loop"], strict=True))
+    case = f"{HOOKPOINT} latents={settings.latents} batch={settings.batch}, {race.machine()}"
+    print(case)
+    records = []
+    for name, value in seconds.items():
+        rate = round(steps * settings.batch / value)
+        print(f"{name:16}{rate:9d} tokens/s")
+        extra = {"ratio_to_bare_step": round(tax, 3)} if name != "bare step" else {}
+        records.append(race.record(case, name, rate, "tokens/s", **extra))
+    print(f"the loop takes {tax:.3f} times as long as the bare step")
+    race.write("sae_loop", records)
+
+
+if __name__ == "__main__":
+    main()
