@@ -29,7 +29,12 @@ SMALL = {
     "train.log_every": 5,
     "train.checkpoint_every": 10,
     "ablate.bootstrap": 100,
+    "ablate.control_draws": 2,
+    "steer.strengths": [8.0],
+    "steer.prompts": 2,
+    "steer.new_tokens": 6,
 }
+AFTER_SCORE = ["identify", "ablate", "steer", "report", "track"]
 
 
 def set_params(repo: Path, changes: dict) -> None:
@@ -128,7 +133,14 @@ def test_every_contract_of_the_outputs(repo):
     assert nll.columns == [
         "method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high",
     ]  # fmt: skip
-    assert len(nll) == 3 + 9
+    assert len(nll) == 3 + 9 + 3 * 2  # clean, every language on every language, two draws of control on each
+    recovered = pl.read_parquet(repo / "data/quality/loss_recovered.parquet")
+    assert len(recovered) == 2 * (1 + 3) and recovered["nll_zero"].is_not_null().all()
+    predictions = pl.read_parquet(repo / "data/identify/predictions.parquet")
+    assert predictions.columns == ["text_id", "language", "method", "normalize", "predicted", "score"]
+    assert set(predictions["method"]) == {"sae-count", "sae-min-max", "fasttext"}
+    generated = pl.read_parquet(repo / "data/steer/generations.parquet")
+    assert set(generated["language"].drop_nulls()) == set(SMALL["languages"])
     assert {path.name for path in (repo / "reports").iterdir()} >= {"report.html"}
 
 
@@ -152,7 +164,7 @@ def test_a_second_repro_computes_nothing_and_makes_no_run(repo):
 def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
     first = hashes(repo)
     set_params(repo, {"score.ratio": 0.3})
-    assert ran(run(repo, "dvc", "repro")) == ["score", "ablate", "report", "track"]
+    assert sorted(ran(run(repo, "dvc", "repro"))) == sorted(["score", *AFTER_SCORE])
     assert "features" in run(repo, "dvc", "metrics", "diff")
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 2
     set_params(repo, {"score.ratio": 0.5})
@@ -164,8 +176,8 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
 def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
     set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
     done = ran(run(repo, "dvc", "repro"))
-    after = ["prune", "score", "ablate", "report", "track"]
-    assert sorted(done) == sorted(["extract", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
+    after = ["prune", "quality", "score", *AFTER_SCORE]
+    assert sorted(done) == sorted(["extract", "stream", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
     for path in repo.glob("mlflow.db*"):
         path.unlink()
     assert ran(run(repo, "dvc", "repro")) == ["track"]
@@ -176,11 +188,28 @@ def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 3
 
 
+def test_without_stored_activations_the_outputs_are_the_same_files(repo):
+    before = hashes(repo)
+    listed = {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"}
+    set_params(repo, {"train.source": "stream"})
+    done = ran(run(repo, "dvc", "repro", "identify"))
+    assert {"extract", "stream", "train@layers.26.mlp", "encode@layers.26.mlp", "identify"} <= set(done)
+    assert not list((repo / "data/activations").rglob("*.safetensors"))
+    for hookpoint in SMALL["hookpoints"]:
+        assert sae.load(repo / "data/sae", hookpoint).latents == 512
+        stored = json.loads((repo / f"metrics/train.{hookpoint}.json").read_text())
+        assert 0 < stored["fvu"] < 0.8
+    assert hashes(repo).keys() == before.keys()
+    set_params(repo, {"train.source": "stored"})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]  # DVC's run cache has all of it
+    assert {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"} == listed
+
+
 def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 7 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert len(set_up) == 11 + 2 * 2  # no cache in a fresh clone: every stage runs
     assert hashes(again).items() <= hashes(repo).items()
 
 
