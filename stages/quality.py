@@ -2,7 +2,10 @@
 
 import logging
 import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -24,17 +27,23 @@ def main() -> None:
     device = hardware.prepare(params.hardware)
     corpus = pl.read_parquet(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
-    texts = tokens.by_length(
-        tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
-    )
     of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
+    texts = tokens.by_length(
+        some(
+            tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens),
+            of,
+            params.quality.tokens,
+        )
+    )
     saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints}
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, params.hookpoints)
 
     targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
-    knobs = params.model_dump(include={"ablate": {"dtype", "batch_tokens"}, "hookpoints": True, "model": True})
+    knobs = params.model_dump(
+        include={"ablate": {"dtype", "batch_tokens"}, "hookpoints": True, "model": True, "quality": True}
+    )
     knobs["max_tokens"] = params.corpus.max_tokens
     keep = scratch(fingerprint("quality", knobs, {str(path): dvc_md5(path) for path in (CORPUS, SAES)}))
     with Progress("quality", targets, "tokens") as progress:
@@ -46,6 +55,18 @@ def main() -> None:
     write_json(Path("metrics/quality.json"), figures(found))
     report(found)
     shutil.rmtree(keep, ignore_errors=True)
+
+
+def some(texts: Sequence[Any], of: Mapping[str, str], limit: int | None) -> list[Any]:
+    """The texts of each language, in the order of their ids (hashes of the texts), until they have `limit` tokens."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for text in sorted(texts, key=lambda text: text.text_id):
+        language = of[text.text_id]
+        if limit is None or taken[language] < limit:
+            taken[language] += text.own
+            chosen.append(text)
+    return chosen
 
 
 def figures(found: pl.DataFrame) -> dict[str, float]:

@@ -28,6 +28,7 @@ SMALL = {
     "train.batch": 512,
     "train.log_every": 5,
     "train.checkpoint_every": 10,
+    "quality.tokens": 100,
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,
     "steer.strengths": [8.0],

@@ -102,6 +102,12 @@ class Encode(Section):
     chunk_tokens: Positive
 
 
+class Quality(Section):
+    """Loss recovered with the reconstructions spliced into the forward pass."""
+
+    tokens: Positive | None
+
+
 class Score(Section):
     """SAE-LAPE (METHODS: Andrylie et al. 2025)."""
 
@@ -189,6 +195,7 @@ class Config(Section):
     extract: Extract
     train: Train
     encode: Encode
+    quality: Quality
     score: Score
     identify: Identify
     ablate: Ablate
