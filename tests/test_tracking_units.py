@@ -44,7 +44,19 @@ def test_dvc_md5_by_hand(tmp_path: Path) -> None:
 def test_figures_and_series() -> None:
     metrics = {
         "sample": {"tokens": 7, "texts": 2, "name": "x", "flag": True},
-        "ablate": {"tokens": 3, "own": 0.5, "nan": float("nan"), "own_alone/layers.2": 1.0, "own_alone/layers.9": 2.0},
+        "ablate": {
+            "tokens": 3,
+            "own": 0.5,
+            "nan": float("nan"),
+            "own_alone/layers.2": 1.0,
+            "own_alone/layers.9": 2.0,
+            "additive/own_alone/layers.2": 4.0,
+        },
+        "quality": {
+            "loss_recovered/layers.2": 0.5,
+            "loss_recovered/layers.2/en": 0.25,
+            "loss_recovered/layers.9/en": 1,
+        },
         "train.layers.2": {"fvu": 0.25, "fvu/en": 0.5, "l0": 4, "layer": 2},
         "encode.layers.2": {"l0": 5},
         "train.layers.9": {"fvu": 0.75},  # a removed hookpoint
@@ -53,6 +65,9 @@ def test_figures_and_series() -> None:
     assert figures == {"tokens/sample": 7, "tokens/ablate": 3, "texts": 2, "own": 0.5}
     assert series == {
         ("own_alone_by_layer", 2): 1.0,
+        ("additive/own_alone_by_layer", 2): 4.0,
+        ("loss_recovered_by_layer", 2): 0.5,
+        ("loss_recovered_by_layer/en", 2): 0.25,
         ("fvu_by_layer", 2): 0.25,
         ("fvu_by_layer/en", 2): 0.5,
         ("l0_by_layer/train", 2): 4,

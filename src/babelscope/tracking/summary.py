@@ -25,7 +25,7 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str])
     -------
     The figures by name: the key, with the stage after it (`tokens/sample`) where several stages have the key.
     The series by name and layer: `fvu` of `train.<hookpoint>` is `fvu_by_layer`, `fvu/en` is `fvu_by_layer/en`, and
-    a key of a stage that ends in a hookpoint (`own_alone/<hookpoint>`) is a series as well.
+    a key of a stage that holds a hookpoint (`own_alone/<hookpoint>`, `loss_recovered/<hookpoint>/en`) is one as well.
     """
     single: dict[tuple[str, str], float] = {}
     by_layer: dict[tuple[str, str], Series] = {}
@@ -42,15 +42,14 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str])
                 or key == "layer"
             ):
                 continue
-            base, _, rest = key.rpartition("/")
-            if owner:
-                head, _, tail = key.partition("/")
-                layer, part = places[owner]
+            parts = key.split("/")
+            # Whose figure it is: the file's hookpoint, or one that the key names behind its first part.
+            at = next((i for i, part in enumerate(parts) if i and part in places), None)
+            if owner or at is not None:
+                layer, part = places[owner or parts[at or 0]]
+                head, tail = "/".join(parts[: at or 1]), "/".join(parts[at + 1 if at else 1 :])
                 by_layer.setdefault((stage, head), {})[_series(head, part, tail), layer] = value
-            elif base and rest in places:
-                layer, part = places[rest]
-                by_layer.setdefault((stage, base), {})[_series(base, part), layer] = value
-            elif not (base and _HOOKPOINT_LIKE.search(rest)):
+            elif not any(_HOOKPOINT_LIKE.search(part) for part in parts[1:]):
                 single[stage, key] = value
     shared = _shared(single), _shared(by_layer)
     return (
