@@ -16,6 +16,8 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    # It warns of packed GGUF weights also where it was told to unpack them.
+    "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
@@ -30,8 +32,6 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns of packed GGUF weights also where it was told to unpack them.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

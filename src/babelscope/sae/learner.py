@@ -158,16 +158,14 @@ class Learner(nn.Module):
         if self.settings.activation in ("relu", "jumprelu"):
             self.excess.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
             self.log_sparsity.add_(self.excess, alpha=_INTEGRAL / self.steps)
-        elif self.settings.activation == "batchtopk" and share > 1 - _SETTLED:
+        elif self.settings.activation == "batchtopk" and share > 1 - _SETTLED and bool(result.lowest.isfinite()):
             self.lowest.add_(torch.stack([result.lowest, torch.ones_like(result.lowest)]))
 
     @torch.no_grad()
     def finished(self) -> SAE:
         """The SAE for activations as they are stored: the normalisation folded into the weights, thresholds set."""
         sae, source = self.sae, self.source or self.target
-        unit = (
-            self.target.scale
-        )  # activations are given in the units of the store, where rows of the decoder keep norm 1
+        unit = self.target.scale  # activations in the units of the store: unless whitened, decoder rows keep norm 1
         encoder, W_dec = source.fold(sae.encoder) / unit, self.target.inverse(sae.W_dec) * unit
         b_enc, b_dec = sae.b_enc / unit, self.target.inverse(sae.b_dec)
         b_in = None if sae.b_in is None else source.inverse(sae.b_in)

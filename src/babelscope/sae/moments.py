@@ -41,8 +41,8 @@ class Moments(NamedTuple):
 
         Where a few directions hold most of the variance (a last layer, tokens with huge activations), a handful of
         latents would serve every token, and most of the dictionary would die: the map takes a direction of variance
-        lambda to one of `sqrt(lambda)`. It is folded into the weights after training. The choice was measured:
-        docs/training.md.
+        lambda to one of `sqrt(lambda)`. It is folded into the weights after training. `benchmarks/sae_choices.py`
+        measures what it is worth.
         """
         if self.effective_dimensions >= _FEW:
             return None

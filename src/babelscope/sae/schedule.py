@@ -21,6 +21,7 @@ def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
 def learning_rate(latents: int, steps: int) -> float:
     """Peak learning rate of Adam for a width and a length of the run (`train.learning_rate` null).
 
-    `benchmarks/learning_rate.py` measures it at other widths and lengths (figures: docs/training.md).
+    It fits the default; what is known of other widths and lengths stands in docs/training.md, and
+    `benchmarks/learning_rate.py` measures it there.
     """
     return float(0.0035 * (4608 / latents * 352 / steps) ** 0.125)
