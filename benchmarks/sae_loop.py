@@ -18,7 +18,7 @@ from babelscope.activations.store import ActivationStore
 from babelscope.sae.batches import Batches, Pair
 from babelscope.sae.learner import Learner
 from babelscope.sae.module import train
-from babelscope.sae.schedule import BETAS, rate_share
+from babelscope.sae.schedule import BETAS, learning_rate, rate_share
 
 ROUNDS, HOOKPOINT = 5, "layers.14.mlp"
 
@@ -47,12 +47,13 @@ def main() -> None:
     steps = -(-settings.tokens // settings.batch)
     batches = Batches(store, rows, settings.batch, steps, params.seed)
     pairs = list(batches.read())
+    rate = settings.learning_rate or learning_rate(settings.latents, steps)
     [(target, source)] = batches.moments()
     times: dict[str, list[float]] = {"bare step": [], "Lightning loop": []}
     started: list[float] = []
     for _ in range(ROUNDS):
         learner = Learner(settings, target, source, steps=steps, seed=params.seed)
-        times["bare step"].append(bare(learner, pairs, 2e-3, settings))
+        times["bare step"].append(bare(learner, pairs, rate, settings))
         with tempfile.TemporaryDirectory() as folder:
             started.clear()
 
@@ -68,10 +69,10 @@ def main() -> None:
     print(case)
     records = []
     for name, value in seconds.items():
-        rate = round(steps * settings.batch / value)
-        print(f"{name:16}{rate:9d} tokens/s")
+        speed = round(steps * settings.batch / value)
+        print(f"{name:16}{speed:9d} tokens/s")
         extra = {"ratio_to_bare_step": round(tax, 3)} if name != "bare step" else {}
-        records.append(race.record(case, name, rate, "tokens/s", **extra))
+        records.append(race.record(case, name, speed, "tokens/s", **extra))
     print(f"the loop takes {tax:.3f} times as long as the bare step")
     race.write("sae_loop", records)
 

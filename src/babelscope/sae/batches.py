@@ -1,7 +1,6 @@
 """Which rows make which training batch, and reading them from the activation store."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -83,21 +82,13 @@ class Batches:
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
 
-        The next batch is read while the last one is worked on.
+        In the calling thread: a reading thread beside the step takes more from two cores than it gives
+        (docs/training.md), and an accelerator works on by itself while the host reads.
         """
-
-        def gather(step: int) -> list[Pair]:
+        for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
             target = self.store.gather(rows)
-            return [(target, None) if self.inputs is None else (self.inputs.gather(rows), target)]
-
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(gather, first) if first < self.steps else None
-            for step in range(first, self.steps):
-                assert coming is not None
-                batch = coming.result()
-                coming = reader.submit(gather, step + 1) if step + 1 < self.steps else None
-                yield batch
+            yield [(target, None) if self.inputs is None else (self.inputs.gather(rows), target)]
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
         """Of all rows, or of a sample where there are many."""
