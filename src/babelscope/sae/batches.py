@@ -82,8 +82,8 @@ class Batches:
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
 
-        In the calling thread: a reading thread beside the step takes more from two cores than it gives
-        (docs/training.md), and an accelerator works on by itself while the host reads.
+        In the calling thread: on two cores a reading thread beside the step took more than it gave. What would be best
+        beside a GPU was not measured.
         """
         for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
