@@ -1,6 +1,7 @@
 """Activations on disk: safetensors shards `[rows, d]` and an `index.json` that lists them."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,18 @@ class ActivationStore:
 
     def gather(self, rows: Tensor) -> Tensor:
         """The given rows (int64 `[n]`, any order) as `[n, d]` in the stored dtype."""
-        if len(self._shards) == 1:
-            return self._shards[0].index_select(0, rows)
-        out = torch.empty((len(rows), self.d), dtype=self.dtype)
-        which = torch.bucketize(rows, self._starts[1:], right=True)
-        for number, shard in enumerate(self._shards):
-            mine = (which == number).nonzero().squeeze(1)
-            if len(mine):
-                out.index_copy_(0, mine, shard.index_select(0, rows[mine] - self._starts[number]))
-        return out
+        order = None
+        if not bool((rows[1:] >= rows[:-1]).all()):
+            rows, order = rows.sort()
+        # One copy per shard: batches are small, and what is done around the copies would cost more than they do.
+        ends = torch.searchsorted(rows, self._starts).tolist()
+        parts = [
+            shard.index_select(0, rows[first:end] - start)
+            for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False)
+            if first < end
+        ]
+        found = torch.cat(parts) if parts else torch.empty((0, self.d), dtype=self.dtype)
+        return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
     def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """All rows in order: pairs of the first row's number and `[at most size, d]` in the stored dtype."""
