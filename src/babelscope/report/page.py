@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from babelscope.report import charts, data, tables
 from babelscope.report.data import ReportInputs
@@ -25,14 +26,20 @@ def _source_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
+class _Representer(RoundTripRepresenter):
+    """A null as params.yaml writes it would be nothing at all, which reads like a mistake."""
+
+
+_Representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
 def _yaml(content: Any) -> str:
     stream = io.StringIO()
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.width = 1000
     yaml.representer.sort_base_mapping_type_on_output = False
-    # A null as params.yaml writes it would be nothing at all, which reads like a mistake.
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml.dump(content, stream)
     return stream.getvalue()
 
