@@ -13,7 +13,7 @@ import polars as pl
 import race
 import torch
 
-from babelscope import config
+from babelscope import config, hardware
 from babelscope.activations.store import ActivationStore
 from babelscope.sae.batches import Batches, Pair
 from babelscope.sae.learner import Learner
@@ -41,6 +41,7 @@ def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: confi
 
 def main() -> None:
     params = config.load()
+    hardware.keep_freed_memory()  # as `train` does: for the bare step, too
     settings = params.train
     store = ActivationStore(Path("data/activations") / HOOKPOINT)
     rows = pl.read_parquet("data/activations/tokens.parquet").filter(split="train")["row"].to_torch()

@@ -89,12 +89,10 @@ class ActivationStore:
             rows, order = rows.sort()
         # One copy per shard: batches are small, and what is done around the copies would cost more than they do.
         ends = torch.searchsorted(rows, self._starts).tolist()
-        parts = [
-            shard.index_select(0, rows[first:end] - start)
-            for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False)
-            if first < end
-        ]
-        found = torch.cat(parts) if parts else torch.empty((0, self.d), dtype=self.dtype)
+        found = torch.empty((len(rows), self.d), dtype=self.dtype)
+        for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False):
+            if first < end:
+                torch.index_select(shard, 0, rows[first:end] - start, out=found[first:end])
         return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
     def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:

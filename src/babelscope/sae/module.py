@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.files import write_atomically
-from babelscope.hardware import trainer
+from babelscope.hardware import keep_freed_memory, trainer
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.batches import Pair, Source
 from babelscope.sae.learner import Learner
@@ -161,6 +161,7 @@ def train(
     devices = hardware.devices * hardware.num_nodes
     if settings.batch % devices:
         raise UserError(f"params.yaml: train.batch: {settings.batch} does not divide among {devices} devices")
+    keep_freed_memory()
     training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
     loop = trainer(hardware, max_epochs=1)
     loop.fit(training)
