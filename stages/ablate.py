@@ -53,6 +53,7 @@ def main() -> None:
     hashes = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, SAES)}
     keep = scratch(fingerprint("ablate", depends, hashes))
     tables: list[pl.DataFrame] = []
+    controls: list[pl.DataFrame] = []
     numbers: dict[str, float] = {}
     for method, names in places.items():
         what = conditions(
@@ -72,12 +73,14 @@ def main() -> None:
                 model, done, texts, knobs.batch_tokens,
                 asked=torch.from_numpy(what.asked(language)), keep=keep / method, advance=progress.update,
             )  # fmt: skip
-        found = results.table(nll, what, method, language, params.languages, knobs.bootstrap, params.seed)
-        figures = results.figures(found, params.languages) | {"share_computed": nll.share}
+        context = nll, what, method, language, params.languages, knobs.bootstrap, params.seed
+        found, control = results.table(*context), results.control(*context)
+        figures = results.figures(found, control, params.languages) | {"share_computed": nll.share}
         numbers |= {key if method == methods[0] else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)
-        report(found, figures, params.languages)
-    write(pl.concat(tables), numbers)
+        controls.append(control)
+        report(found, control, figures, params.languages)
+    write(pl.concat(tables), pl.concat(controls), numbers)
     shutil.rmtree(keep, ignore_errors=True)
 
 
@@ -108,27 +111,32 @@ def largest_activation(counts: pl.DataFrame, latents: int) -> Any:
     return largest
 
 
-def write(found: pl.DataFrame, numbers: Mapping[str, float]) -> None:
-    """Write the matrix of all hookpoints together, the one of each alone, and the numbers that sum them up."""
+def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, float]) -> None:
+    """Write the matrix of all hookpoints together, that of each alone, the controls, and the numbers that sum up."""
     from babelscope.evaluation.results import COLUMNS
 
     together, alone = found.filter(pl.col("hookpoint").is_null()), found.filter(pl.col("hookpoint").is_not_null())
     write_atomically(OUT / "nll.parquet", together.select(COLUMNS).write_parquet)
     write_atomically(OUT / "by_layer.parquet", alone.select("hookpoint", "layer", *COLUMNS).write_parquet)
+    write_atomically(OUT / "control.parquet", controls.write_parquet)
     write_json(Path("metrics/ablate.json"), dict(numbers))
 
 
-def report(found: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
+def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
     matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
-    log.info("ablated   own dNLL   largest other dNLL   control's upper end (nats/token)")
+    against = {row["language"]: row for row in control.iter_rows(named=True)}
+    log.info("ablated   own dNLL   largest other dNLL   own - control (95 %%)   own - others, less the control's")
     for name in languages:
         others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))["delta"].max() or 0.0
-        upper = numbers.get(f"control_high/{name}", float("nan"))
-        log.info("%-8s %+9.4f   %+18.4f   %+9.4f", name, numbers[f"dnll_own/{name}"], others, upper)
+        row = against.get(name)
+        parts = [f"{row[f'{k}_low']:+.4f} to {row[f'{k}_high']:+.4f}" for k in ("excess", "contrast")] if row else []
+        log.info("%-8s %+9.4f   %+18.4f   %s", name, numbers[f"dnll_own/{name}"], others, "    ".join(parts))
     log.info(
-        "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; above the control in %s; "
-        "%.1f %% of whole passes computed", numbers["own"], numbers["others"], numbers["rows"], len(languages),
-        numbers["columns"], numbers.get("languages_above_control", "-"), 100 * numbers["share_computed"],
+        "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; above the control in %s, "
+        "selective beyond it in %s; %.1f %% of whole passes computed",
+        numbers["own"], numbers["others"], numbers["rows"], len(languages), numbers["columns"],
+        numbers.get("languages_above_control", "-"), numbers.get("languages_selective", "-"),
+        100 * numbers["share_computed"],
     )  # fmt: skip
 
 

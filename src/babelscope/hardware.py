@@ -11,8 +11,8 @@ import torch
 from babelscope.config import Hardware
 from babelscope.errors import UserError
 
-# Of glibc's malloc.h, with what training takes: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Larger
-# ones on the heap would leave gaps, and took up to half as much memory again.
+# Of glibc's malloc.h, for training: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Larger blocks on
+# the heap would leave gaps, and took up to half as much memory again.
 _MALLOPT = {-3: 2**25, -1: 2**28}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 

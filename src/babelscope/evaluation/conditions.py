@@ -16,7 +16,8 @@ class Conditions(NamedTuple):
     Attributes
     ----------
     keys: one row per condition: `condition` (its number), `ablated` (language), `hookpoint` (null: all together),
-        `control` (draw number; null: the language's own units), `own_only` (asked about `ablated` alone).
+        `control` (draw number; null: the language's own units), `share` (of the texts in other languages than
+        `ablated` about which the condition is asked).
     units: by hookpoint, the unit numbers of every condition.
     """
 
@@ -24,9 +25,24 @@ class Conditions(NamedTuple):
     units: dict[str, list[list[int]]]
 
     def asked(self, language: Sequence[str]) -> NDArray[np.bool_]:
-        """Bool `[conditions, texts]`: which pairs are wanted, `language` being that of each text."""
-        ablated, own_only = self.keys["ablated"].to_numpy(), self.keys["own_only"].to_numpy()
-        wanted: NDArray[np.bool_] = ~own_only[:, None] | (ablated[:, None] == np.array(language, dtype=object)[None])
+        """Which pairs are wanted.
+
+        Of the texts in other languages, a share at even distances.
+
+        Parameters
+        ----------
+        language: of each text; the texts in an order by which even distances give a fair sample (`by_length`).
+
+        Returns
+        -------
+        Bool `[conditions, texts]`.
+        """
+        ablated, share = self.keys["ablated"].to_numpy(), self.keys["share"].to_numpy()[:, None]
+        other = ablated[:, None] != np.array(language, dtype=object)[None]
+        rank = other.cumsum(1)
+        # The small term keeps 14 * (1 / 14) from falling short of 1.
+        steps = np.floor(np.stack([rank - 1, rank]) * share + 1e-9)
+        wanted: NDArray[np.bool_] = ~other | (steps[1] > steps[0])
         return wanted
 
 
@@ -42,8 +58,8 @@ def conditions(
 ) -> Conditions:
     """Every condition of a run.
 
-    All languages are evaluated under what takes out a language's units at all hookpoints; under a control, which is
-    there to be compared with the diagonal, its own language alone.
+    All languages are evaluated under what takes out a language's units at all hookpoints; under a control, its own
+    language and about as many texts in others.
 
     Parameters
     ----------
@@ -62,7 +78,7 @@ def conditions(
         for hookpoint in counts
         for name in languages
     }
-    keys: list[tuple[str, str | None, int | None, bool]] = [(name, None, None, False) for name in languages]
+    keys: list[tuple[str, str | None, int | None, float]] = [(name, None, None, 1.0) for name in languages]
     units = {hookpoint: [own[hookpoint, name] for name in languages] for hookpoint in counts}
     random = {
         (hookpoint, name): matched(table, features, hookpoint, name, draws, seed)
@@ -71,14 +87,14 @@ def conditions(
     }
     for name in languages:
         for draw in range(draws):
-            keys.append((name, None, draw, True))
+            keys.append((name, None, draw, 1 / max(1, len(languages) - 1)))
             for hookpoint in counts:
                 units[hookpoint].append(random[hookpoint, name][draw])
     for alone in counts if by_layer else ():
         for name in languages:
-            keys.append((name, alone, None, not others))
+            keys.append((name, alone, None, float(others)))
             for hookpoint in counts:
                 units[hookpoint].append(own[hookpoint, name] if hookpoint == alone else [])
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "own_only": pl.Boolean}
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "share": pl.Float64}
     frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
     return Conditions(frame.with_columns(pl.col("condition").cast(pl.Int64)), units)

@@ -1,4 +1,4 @@
-"""Random units that fire as often on a language as its own do: what "more units, more damage" alone would cost."""
+"""Random units that fire as often on a language as its own do: what "more firings, more damage" alone would cost."""
 
 import zlib
 
@@ -13,12 +13,14 @@ NEAR = 20
 def matched(
     counts: pl.DataFrame, features: pl.DataFrame, hookpoint: str, language: str, draws: int, seed: int
 ) -> list[list[int]]:
-    """As many random units of `hookpoint` as `language` owns there, with matched firing rates on it.
+    """Random units of `hookpoint` that fire as often on `language` as those that it owns there.
 
     For every owned unit u, from the one that fires most down: one unit at random of the `NEAR` not yet drawn whose
     log c(l, u) is nearest to its own (METHODS: c(l, u) the tokens of l on which u fires; as all are counted on the same
-    tokens, counts are matched as rates). Units that are specific to any language, or never fire on this one,
-    are not drawn. A draw holds each unit once, and fewer than are owned only where there are no more.
+    tokens, counts are matched as rates). Among units that belong to no language few fire as often as the owned ones
+    that fire most; so more are drawn, each in the same way for what is lacking, until the draw fires at least as often
+    in all. Units that are specific to any language, or never fire on this one, are not drawn. A draw holds each unit
+    once, and fires less only where there are no more units.
 
     Parameters
     ----------
@@ -37,25 +39,28 @@ def matched(
     taken = here["unit"].unique().to_list()
     pool = rates.filter(~pl.col("unit").is_in(taken)).sort("tokens", "unit")
     mine = here.filter(pl.col("language") == language).select("unit").join(rates, on="unit", how="left")
-    wanted = np.log(mine.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy())
-    log_rate, units = np.log(pool["tokens"].to_numpy()), pool["unit"].to_list()
+    wanted = mine.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy()
+    rate, units = pool["tokens"].to_numpy(), pool["unit"].to_list()
     names = [zlib.crc32(name.encode()) for name in (hookpoint, language)]
     return [
-        sorted(units[i] for i in _draw(log_rate, wanted, np.random.default_rng([seed, *names, draw])))
+        sorted(units[i] for i in _draw(rate, wanted, np.random.default_rng([seed, *names, draw])))
         for draw in range(draws)
     ]
 
 
-def _draw(pool: NDArray[np.float64], wanted: NDArray[np.float64], random: np.random.Generator) -> list[int]:
-    """For every value wanted, an index of the ascending `pool` that is not drawn yet, near to it."""
-    free = np.ones(len(pool), dtype=bool)
+def _draw(pool: NDArray[np.int64], wanted: NDArray[np.int64], random: np.random.Generator) -> list[int]:
+    """Indices of the ascending `pool`: one near to every value wanted, and more until their sum is reached."""
+    free, log_pool = np.ones(len(pool), dtype=bool), np.log(pool)
     drawn: list[int] = []
-    for value in wanted[: len(pool)]:
-        at, reach = int(np.searchsorted(pool, value)), NEAR + len(drawn)
+    values, lacking = list(wanted), int(wanted.sum())
+    while free.any() and (values or lacking > 0):
+        value = np.log(values.pop(0) if values else lacking)
+        at, reach = int(np.searchsorted(log_pool, value)), NEAR + len(drawn)
         window = np.arange(max(0, at - reach), min(len(pool), at + reach))
         window = window[free[window]]
-        nearest = window[np.argsort(np.abs(pool[window] - value), kind="stable")[:NEAR]]
+        nearest = window[np.argsort(np.abs(log_pool[window] - value), kind="stable")[:NEAR]]
         chosen = int(random.choice(nearest))
         free[chosen] = False
         drawn.append(chosen)
+        lacking -= int(pool[chosen])
     return drawn

@@ -38,24 +38,47 @@ def table(
             kind=pl.lit("neuron" if method == "neuron" else "sae"),
             layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
         )
+        # What a control does to others is known from few of their texts: it makes no cell.
+        .filter(pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
         .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
         .select(*COLUMNS, "hookpoint", "layer")
     )
 
 
-def figures(found: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
-    """What `table` comes to, by flat key: see `selectivity` and `against_control`; and the clean NLL per language."""
+def control(
+    nll: TextNLL,
+    what: Conditions,
+    method: str,
+    language: Sequence[str],
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> pl.DataFrame:
+    """The own units of every language against its controls: `method` and what `against_control` returns.
+
+    Parameters
+    ----------
+    As of `table`.
+    """
+    change = (nll.ablated - nll.clean).numpy()
+    keys = what.keys.filter(pl.col("hookpoint").is_null())
+    found = against_control(change, nll.tokens.numpy(), language, keys, languages, resamples, seed)
+    return found.select(pl.lit(method).alias("method"), pl.all())
+
+
+def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
+    """What `table` and `control` come to, by flat key: see `selectivity`; and the clean NLL per language."""
     together = found.filter(pl.col("hookpoint").is_null())
     matrix = together.filter(pl.col("ablated").is_not_null(), pl.col("control").is_null())
     clean = together.filter(pl.col("ablated").is_null())
     numbers: dict[str, float] = selectivity(matrix, languages)
     numbers |= {f"nll_clean/{name}": value for name, value in clean.select("evaluated", "nll").iter_rows()}
     numbers["tokens"] = int(clean["tokens"].sum())
-    control = against_control(together.filter(pl.col("ablated").is_not_null()), languages).drop_nulls("control")
-    if len(control):
-        numbers["languages_above_control"] = int(control["above"].sum())
-        numbers["control"] = float(control["control"].mean())  # type: ignore[arg-type]
-        for name, mean, upper in control.select("language", "control", "control_high").iter_rows():
+    if len(controls):
+        numbers["languages_above_control"] = int(controls["above"].sum())
+        numbers["languages_selective"] = int(controls["selective"].sum())
+        numbers["control"] = float(controls["control"].mean())  # type: ignore[arg-type]
+        for name, mean, upper in controls.select("language", "control", "control_high").iter_rows():
             numbers |= {f"control/{name}": mean, f"control_high/{name}": upper}
     alone = found.filter(pl.col("hookpoint").is_not_null())
     own = alone.filter(pl.col("ablated") == pl.col("evaluated")).group_by("hookpoint", maintain_order=True)

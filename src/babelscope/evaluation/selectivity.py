@@ -5,9 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import polars
 from numpy.typing import NDArray
-from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
+
+_CONTROL = (
+    {"language": polars.String}
+    | dict.fromkeys(["own", "control", "control_high", "others", "control_others"], polars.Float64)
+    | dict.fromkeys(["excess", "excess_low", "excess_high"], polars.Float64)
+    | dict.fromkeys(["contrast", "contrast_low", "contrast_high"], polars.Float64)
+    | dict.fromkeys(["above", "selective"], polars.Boolean)
+)
 
 
 def cells(
@@ -38,12 +45,13 @@ def cells(
     rows: list[dict[str, object]] = []
     for code, name in enumerate(names):
         mine = of == code
-        count, total = tokens[mine].astype(np.float64), int(tokens[mine].sum())
+        total = int(tokens[mine].sum())
         base = clean[mine].sum() / total if total else float("nan")
         unchanged = {"delta": 0.0, "low": 0.0, "high": 0.0}
         rows.append({"condition": -1, "evaluated": name, "nll": base, "tokens": total, **unchanged})
         change = ablated[:, mine] - clean[mine]
-        low, high = _interval(change, count, resamples, np.random.default_rng([seed, code]))
+        _, resampled = _means(change, tokens[mine], resamples, np.random.default_rng([seed, code]))
+        low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
         for condition, text_change in enumerate(change):
             if np.isnan(text_change).any():  # not asked for
                 continue
@@ -51,18 +59,6 @@ def cells(
             row = {"condition": condition, "evaluated": name, "nll": base + delta, "tokens": total, "delta": delta}
             rows.append({**row, "low": low[condition], "high": high[condition]})
     return polars.DataFrame(rows, infer_schema_length=None).sort("condition", maintain_order=True)
-
-
-def _interval(change: Floats, count: Floats, resamples: int, random: np.random.Generator) -> tuple[Floats, Floats]:
-    """The 2.5 % and 97.5 % quantiles of `sum change / sum count` over resamples of the texts, `[conditions]` each."""
-    texts = len(count)
-    if not texts or not count.sum():
-        nothing = np.full(len(change), np.nan)
-        return nothing, nothing
-    weight = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples).astype(np.float64)
-    delta = (change @ weight.T) / np.maximum(weight @ count, 1.0)
-    low, high = np.quantile(delta, [0.025, 0.975], axis=1)
-    return low, high
 
 
 def selectivity(matrix: polars.DataFrame, languages: Sequence[str]) -> dict[str, float]:
@@ -96,36 +92,93 @@ def selectivity(matrix: polars.DataFrame, languages: Sequence[str]) -> dict[str,
     return result | {f"dnll_own/{name}": float(value) for name, value in zip(languages, own, strict=True)}
 
 
-def against_control(table: polars.DataFrame, languages: Sequence[str]) -> polars.DataFrame:
-    """Whether a language's own units cost it more than random ones with matched firing rates do.
+def against_control(
+    change: Floats,
+    tokens: NDArray[np.int64],
+    language: Sequence[str],
+    keys: polars.DataFrame,
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> polars.DataFrame:
+    """Whether a language's own units cost it more than random ones that fire as often, and more than they cost others.
 
-    The upper end of the control's interval is the larger of two: the largest upper end of a draw's bootstrap interval
-    (the texts might have been others), and `mean + t s sqrt(1 + 1/n)` over the n draws, the one-sided 97.5 % prediction
-    bound for one more draw (the units might have been others). A language is above where its own delta is larger.
+    Two differences, each with a 95 % interval: of the own units' delta to the control's, on the language's texts
+    (`above` where the interval lies above 0); and of own - others to the control's own - others (`selective`): random
+    units may hurt the language just as much, but then they hurt others, too. The intervals are over the texts, which
+    both share, and over the draws: every resample of the texts (Efron 1979) takes one draw, all as often.
 
     Parameters
     ----------
-    table: `ablated`, `evaluated`, `control` (draw, null: the own units), `delta`, `high` (nats/token).
+    change: ablated minus clean, nats, `[conditions, texts]`; NaN where a condition was not asked for.
+    tokens: target tokens, `[texts]`.
+    language: of each text.
+    keys: `condition` (row number in `change`), `ablated`, `control` (draw; null: the own units), of conditions that
+        were asked for the same other languages' texts in all draws.
     languages: in the order wanted.
+    resamples, seed: of the bootstrap.
 
     Returns
     -------
-    `language`, `own` (delta), `control` (mean over the draws), `control_high`, `above` (null without draws).
+    `language`; nats/token: `own`, `control` (mean over the draws), `control_high` (97.5 % quantile over texts and
+    draws), `others`, `control_others` (both on the texts in other languages that the control was asked for), `excess`,
+    `excess_low`, `excess_high` (own - control), `contrast`, `contrast_low`, `contrast_high` (of own - others to the
+    control's); `above`, `selective`. A language without draws has no row.
     """
-    rows: list[tuple[str, float, float | None, float | None, bool | None]] = []
-    mine = table.filter(polars.col("ablated") == polars.col("evaluated"))
-    for name in languages:
-        here = mine.filter(polars.col("ablated") == name)
-        own = here.filter(polars.col("control").is_null())["delta"].item()
-        draws = here.filter(polars.col("control").is_not_null())
-        delta, high = draws["delta"].to_numpy(), draws["high"].to_numpy()
-        n = len(delta)
-        if not n:
-            rows.append((name, own, None, None, None))
+    of = np.array(language, dtype=object)
+    rows: list[dict[str, object]] = []
+    for code, name in enumerate(languages):
+        mine = keys.filter(polars.col("ablated") == name)
+        draws = mine.filter(polars.col("control").is_not_null()).sort("control")["condition"].to_list()
+        if not draws:
             continue
-        spread = float(student_t.ppf(0.975, n - 1)) * delta.std(ddof=1) * np.sqrt(1 + 1 / n) if n > 1 else 0.0
-        upper = max(float(high.max()), float(delta.mean() + spread))
-        rows.append((name, own, float(delta.mean()), upper, bool(own > upper)))
-    names = {"language": polars.String, "own": polars.Float64, "control": polars.Float64}
-    schema = names | {"control_high": polars.Float64, "above": polars.Boolean}
-    return polars.DataFrame(rows, schema=schema, orient="row")
+        order = [mine.filter(polars.col("control").is_null())["condition"].item(), *draws]
+        turn = np.arange(resamples) % len(draws)
+        random = np.random.default_rng([seed, code])
+        inside = of == name
+        asked = ~np.isnan(change[order]).any(axis=0)
+        here, here_resampled = _means(change[order][:, inside & asked], tokens[inside & asked], resamples, random)
+        there, there_resampled = _means(change[order][:, ~inside & asked], tokens[~inside & asked], resamples, random)
+        excess = here_resampled[0] - _each(here_resampled[1:], turn)
+        contrast = excess - (there_resampled[0] - _each(there_resampled[1:], turn))
+        low, high = _quantiles(excess)
+        contrast_low, contrast_high = _quantiles(contrast)
+        rows.append({
+            "language": name,
+            "own": here[0],
+            "control": here[1:].mean(),
+            "control_high": _quantiles(_each(here_resampled[1:], turn))[1],
+            "others": there[0],
+            "control_others": there[1:].mean(),
+            "excess": here[0] - here[1:].mean(),
+            "excess_low": low,
+            "excess_high": high,
+            "contrast": here[0] - here[1:].mean() - (there[0] - there[1:].mean()),
+            "contrast_low": contrast_low,
+            "contrast_high": contrast_high,
+            "above": bool(low > 0),
+            "selective": bool(contrast_low > 0),
+        })  # fmt: skip
+    return polars.DataFrame(rows, schema=_CONTROL)
+
+
+def _each(resampled: Floats, turn: NDArray[np.int64]) -> Floats:
+    """Of every resample (`[draws, resamples]`) the value of the draw whose turn it is, `[resamples]`."""
+    chosen: Floats = resampled[turn, np.arange(len(turn))]
+    return chosen
+
+
+def _quantiles(values: Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _means(
+    change: Floats, tokens: NDArray[np.int64], resamples: int, random: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """`sum change / sum tokens` of the texts, `[conditions]`, and of resamples of them, `[conditions, resamples]`."""
+    count, texts = tokens.astype(np.float64), len(tokens)
+    if not count.sum():
+        return np.full(len(change), np.nan), np.full((len(change), resamples), np.nan)
+    weight = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples).astype(np.float64)
+    return change.sum(axis=1) / count.sum(), (change @ weight.T) / np.maximum(weight @ count, 1.0)
