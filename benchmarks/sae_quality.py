@@ -40,9 +40,9 @@ from babelscope.sae.schedule import learning_rate
 HOOKPOINTS = ("layers.14.mlp", "layers.26.mlp")
 # Which peers with which of their variants, and the learning rate to start the search from.
 RACERS = {
-    ("sae-lens", "default"): 0.002,
-    ("eai-sparsify", "adam"): 0.002,
-    ("eai-sparsify", "signum"): 0.002,
+    ("sae-lens", "default"): 0.004,
+    ("eai-sparsify", "adam"): 0.004,
+    ("eai-sparsify", "signum"): 0.004,
     ("dictionary-learning", "default"): 0.002,
     ("dictionary-learning", "unit norm"): 0.002,
 }
