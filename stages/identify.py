@@ -104,14 +104,14 @@ def add_held_out(held_out: Any, corpus: pl.DataFrame, hookpoints: list[str]) -> 
 
 
 def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: config.Config) -> None:
-    """One forward pass over `texts` for `hookpoints`; what each batch gave is kept, and a killed run goes on from it."""
+    """One forward pass over `texts` for `hookpoints`; from what each batch gave a killed run goes on."""
     if not hookpoints:
         return
     import torch
     from safetensors.torch import load_file, save_file
 
+    from babelscope.activations import reading
     from babelscope.models import loading, tokens
-    from babelscope.models.hookpoints import read
 
     ids = [str(number) for number in range(len(texts))]
     tokenizer = loading.load_tokenizer(params.model)
@@ -131,17 +131,13 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
                     there.totals[method][text] = rows
                 progress.skip(sum(one.own for one in batch))
                 continue
-            padded, mask = tokens.pad(batch)
-            special = torch.tensor([one.special for one in batch]).unsqueeze(1)
-            own = mask.bool() & (torch.arange(mask.shape[1]) >= special)
+            owner = text.repeat_interleave(torch.tensor([one.own for one in batch]))
             names = {there.encodes(name): name for name in hookpoints}
+            inputs = tuple(part.to(there.device) for part in reading.collate(batch))
             with torch.inference_mode():
-                seen = read(
-                    model, list(names), input_ids=padded.to(there.device), attention_mask=mask.to(there.device)
-                )
-                for name, activations in seen.items():
-                    # Rounded as `extract` stores them: the SAEs and the counts know no others.
-                    there.add(names[name], activations[own.to(there.device)].to(store_dtype), text[own.nonzero()[:, 0]])
+                # Rounded as `extract` stores them: the SAEs and the counts know no others.
+                for name, activations in reading.own_activations(model, list(names), inputs, store_dtype).items():
+                    there.add(names[name], activations, owner)
             rows = {method: table[text] for method, table in there.totals.items()}
             write_atomically(file, functools.partial(save_file, rows))
             progress.update(sum(one.own for one in batch))

@@ -40,9 +40,7 @@ def main() -> None:
     write_json(METRICS, content)
 
 
-def select_neurons(
-    section: config.Neurons, totals: pl.DataFrame
-) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
+def select_neurons(section: config.Neurons, totals: pl.DataFrame) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
     """The languages' neurons, of how many they were taken, and the counts of each hookpoint."""
     counts = [scan_counts(NEURONS, name, "neurons") for name in section.hookpoints]
     widths = read_json(NEURONS / "widths.json")

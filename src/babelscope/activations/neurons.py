@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from babelscope.activations.counting import Counter
-from babelscope.activations.extraction import collate, own_activations, widths
 from babelscope.activations.packed import PackedTexts
+from babelscope.activations.reading import collate, own_activations, widths
 from babelscope.files import write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.progress import Progress
