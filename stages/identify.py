@@ -133,10 +133,11 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
                 continue
             owner = text.repeat_interleave(torch.tensor([one.own for one in batch]))
             names = {there.encodes(name): name for name in hookpoints}
-            inputs = tuple(part.to(there.device) for part in reading.collate(batch))
+            padded, mask, own = (part.to(there.device) for part in reading.collate(batch))
             with torch.inference_mode():
                 # Rounded as `extract` stores them: the SAEs and the counts know no others.
-                for name, activations in reading.own_activations(model, list(names), inputs, store_dtype).items():
+                seen = reading.own_activations(model, list(names), (padded, mask, own), store_dtype)
+                for name, activations in seen.items():
                     there.add(names[name], activations, owner)
             rows = {method: table[text] for method, table in there.totals.items()}
             write_atomically(file, functools.partial(save_file, rows))

@@ -1,7 +1,6 @@
 """Firings of neurons: counted by hand on a tiny model, resumed after a kill; the stage that has nothing to count."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from closure import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from babelscope import config
 from babelscope.activations import neurons
 from babelscope.activations.counting import Counter
 from babelscope.activations.packed import PackedTexts, pack
@@ -44,11 +44,11 @@ def test_counts_of_every_unit_are_those_of_single_firings(seed: int, rows: int, 
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    llama = transformers.LlamaConfig(
         vocab_size=99, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=NEURONS,
         initializer_range=0.3,
     )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return transformers.AutoModelForCausalLM.from_config(llama).eval().requires_grad_(False)
 
 
 def tokenized(count: int = 20) -> list[tokens.TokenizedText]:
@@ -125,11 +125,11 @@ def test_unknown_hookpoints_name_the_key_that_they_stand_in(model: Any) -> None:
 
 
 def test_a_hookpoint_that_does_not_give_one_vector_per_token_is_refused(tmp_path: Path) -> None:
-    config = transformers.Qwen3Config(
+    qwen3 = transformers.Qwen3Config(
         vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         intermediate_size=NEURONS,
     )  # fmt: skip
-    qwen = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    qwen = transformers.AutoModelForCausalLM.from_config(qwen3).eval().requires_grad_(False)
     with pytest.raises(
         UserError, match=r"'layers.1.self_attn.q_norm' does not give one vector per token, but \[.*, 2, 8\]"
     ):
@@ -152,7 +152,9 @@ def test_texts_are_packed_as_they_are_tokenized(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_hookpoints_the_stage_writes_empty_tables_and_loads_nothing(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    content = config.read_yaml(ROOT / "params.yaml")
+    content["neurons"]["hookpoints"] = []
+    (tmp_path / "params.yaml").write_text(json.dumps(content))  # which is YAML, too
     stale = tmp_path / "data/neurons/layers.1.mlp.act_fn.parquet"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of other params")

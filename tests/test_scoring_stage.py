@@ -36,7 +36,9 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         TOTALS.write_parquet(folder / f"{hookpoint}.totals.parquet")
     monkeypatch.chdir(tmp_path)
     shipped = config.load(ROOT / "params.yaml")
-    params = shipped.model_copy(update={"languages": ["en", "de", "fi"], "hookpoints": [LOW, HIGH]})
+    none = shipped.neurons.model_copy(update={"hookpoints": []})
+    changes = {"languages": ["en", "de", "fi"], "hookpoints": [LOW, HIGH], "neurons": none}
+    params = shipped.model_copy(update=changes)
     monkeypatch.setattr(config, "load", lambda: params)
     spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages" / "score.py")
     assert spec is not None and spec.loader is not None
