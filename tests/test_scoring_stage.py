@@ -72,7 +72,7 @@ def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixtur
     assert (path.read_bytes(), Path("metrics/score.json").read_bytes()) == before
 
 
-def with_neurons(score: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hookpoints of 4 neurons each: 24 probabilities, of which 17 are 0."""
     folder = Path("data/neurons")
     folder.mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_neurons_stand_behind_the_features_and_change_none(
     score.main()
     path = Path("data/scores/features.parquet")
     alone, before = pl.read_parquet(path), json.loads(Path("metrics/score.json").read_text())
-    with_neurons(score, monkeypatch)
+    with_neurons(monkeypatch)
     with caplog.at_level("INFO"):
         score.main()
     features = pl.read_parquet(path)
@@ -120,10 +120,22 @@ def test_neurons_stand_behind_the_features_and_change_none(
     assert "no neurons: fi (a lower neurons.quantile" in caplog.text
 
 
+def test_no_neuron_at_all_is_a_result(score: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_neurons(monkeypatch)
+    section = config.load().neurons.model_copy(update={"quantile": 1.0})  # no probability is above the largest
+    params = config.load().model_copy(update={"neurons": section})
+    monkeypatch.setattr(config, "load", lambda: params)
+    score.main()
+    assert set(pl.read_parquet("data/scores/features.parquet")["kind"]) == {"sae"}
+    metrics = json.loads(Path("metrics/score.json").read_text())
+    assert metrics["neurons"] == 0 and metrics["languages_without_neurons"] == 3
+    assert "neurons_mean_entropy" not in metrics
+
+
 def test_counts_of_neurons_that_are_missing_or_stale_are_named(
     score: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_neurons(score, monkeypatch)
+    with_neurons(monkeypatch)
     totals = Path("data/neurons/totals.parquet")
     TOTALS.with_columns(pl.col("tokens") + 1).write_parquet(totals)
     with pytest.raises(UserError, match=f"data/neurons/totals.parquet: other totals than in .*{LOW}.totals.parquet"):
