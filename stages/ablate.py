@@ -15,7 +15,7 @@ from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
 CORPUS, FEATURES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet")
-COUNTS, SAES, OUT = Path("data/counts"), Path("data/sae"), Path("data/ablation")
+COUNTS, NEURONS, SAES, OUT = Path("data/counts"), Path("data/neurons"), Path("data/sae"), Path("data/ablation")
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
     language = [of[text.text_id] for text in texts]
     places = {method: hookpoints_of(method, features, params) for method in methods}
-    counts = {name: read_counts(name) for names in places.values() for name in names}
+    counts = {name: read_counts(method, name) for method, names in places.items() for name in names}
     saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints if set(methods) != {"neuron"}}
     model = loading.load_model(params.model, knobs.dtype).to(device)
     matmul.use_in(model)
@@ -49,8 +49,8 @@ def main() -> None:
 
     targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
     depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
-    depends["max_tokens"] = params.corpus.max_tokens
-    hashes = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, SAES)}
+    depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
+    hashes = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, NEURONS, SAES)}
     keep = scratch(fingerprint("ablate", depends, hashes))
     tables: list[pl.DataFrame] = []
     controls: list[pl.DataFrame] = []
@@ -85,19 +85,24 @@ def main() -> None:
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) -> list[str]:
-    """Where a method works: on the SAEs of params.yaml, or wherever the selected neurons are."""
+    """Where a method works: at the SAEs of params.yaml, or wherever there are selected neurons."""
     if method != "neuron":
         return params.hookpoints
-    names = features.filter(kind="neuron")["hookpoint"].unique(maintain_order=True).to_list()
+    found = set(features.filter(kind="neuron")["hookpoint"])
+    names = [name for name in params.neurons.hookpoints if name in found]
     if not names:
-        raise UserError(f"params.yaml: ablate.methods: 'neuron', but {FEATURES} holds no neurons")
+        raise UserError(
+            f"params.yaml: ablate.methods: 'neuron', but {FEATURES} holds no neurons; "
+            "a lower neurons.quantile or a higher neurons.top_rate finds some"
+        )
     return names
 
 
-def read_counts(hookpoint: str) -> pl.DataFrame:
-    path = COUNTS / f"{hookpoint}.parquet"
+def read_counts(method: str, hookpoint: str) -> pl.DataFrame:
+    folder, writer = (NEURONS, "neurons") if method == "neuron" else (COUNTS, f"encode@{hookpoint}")
+    path = folder / f"{hookpoint}.parquet"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro encode@{hookpoint}`")
+        raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
     return pl.read_parquet(path, columns=["unit", "language", "tokens", "max"])
 
 

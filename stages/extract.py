@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     from babelscope import hardware
-    from babelscope.activations import extraction, store
+    from babelscope.activations import extraction, reading, store
     from babelscope.models import hookpoints, loading, tokens
 
     hardware.prepare(params.hardware)
@@ -34,8 +34,8 @@ def main() -> None:
     table = extraction.token_table(shards, corpus)
     model = loading.load_model(params.model, params.extract.dtype)
     hookpoints.resolve(model, params.hookpoints)
-    names = extraction.names_to_read(params.hookpoints, params.train.transcode)
-    widths = extraction.widths(model, names)
+    names = reading.names_to_read(params.hookpoints, params.train.transcode)
+    widths = reading.widths(model, names)
 
     knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
     knobs["transcode"] = params.train.transcode

@@ -1,4 +1,4 @@
-"""Stage `identify`: which language a text is in, told from the features that fire, against fastText's identifier.
+"""Stage `identify`: which language a text is in, told from the units that fire, against fastText's identifier.
 
 On the held-out split, and on the texts of another domain where `identify.also` names a folder.
 """
@@ -49,18 +49,17 @@ def main() -> None:
 
     corpus = pl.read_parquet(CORPUS).filter(split="eval")
     held_out = totals.Totals(len(corpus), owners, saes, device)
-    if params.train.source == "stream":  # no activations are stored
-        shutil.rmtree(add_texts(held_out, corpus, params), ignore_errors=True)
-    else:
-        add_held_out(held_out, corpus)
+    # Neurons are stored nowhere, latents are not where `train.source` is `stream`.
+    stored = [name for name in saes if params.train.source == "stored"]
+    add_texts(held_out, corpus, [name for name in owners if name not in stored], params)
+    add_held_out(held_out, corpus, stored)
     numbers = write("", corpus, held_out.totals, features, lid, params)
     for name in ("also", "also_confusion"):
         (OUT / f"{name}.parquet").unlink(missing_ok=True)
     if also is not None:
         there = totals.Totals(len(also), owners, saes, device)
-        keep = add_texts(there, also, params)
+        add_texts(there, also, list(owners), params)
         numbers |= write("also", also, there.totals, features, lid, params)
-        shutil.rmtree(keep, ignore_errors=True)
     write_json(Path("metrics/identify.json"), numbers)
 
 
@@ -82,10 +81,12 @@ def read_also(params: config.Config) -> pl.DataFrame | None:
     return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
 
 
-def add_held_out(held_out: Any, corpus: pl.DataFrame) -> None:
-    """Read the stored activations of the split: no forward pass is needed."""
+def add_held_out(held_out: Any, corpus: pl.DataFrame, hookpoints: list[str]) -> None:
+    """Read the stored activations of the split at `hookpoints`: no forward pass is needed."""
     from babelscope.activations.store import ActivationStore, place
 
+    if not hookpoints:
+        return
     number = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
     table = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval").join(
         number, on="text_id", how="left", maintain_order="left"
@@ -93,8 +94,8 @@ def add_held_out(held_out: Any, corpus: pl.DataFrame) -> None:
     if table["text"].null_count():
         raise UserError(f"{ACTIVATIONS / 'tokens.parquet'}: holds texts that {CORPUS} lacks; dvc repro extract")
     row, text = table["row"].to_torch(), table["text"].to_torch()
-    with Progress("identify", len(row) * len(held_out.owners), "tokens") as progress:
-        for hookpoint in held_out.owners:
+    with Progress("identify", len(row) * len(hookpoints), "tokens") as progress:
+        for hookpoint in hookpoints:
             store = ActivationStore(place(ACTIVATIONS, held_out.encodes(hookpoint)))
             for first in range(0, len(row), CHUNK):
                 part = slice(first, first + CHUNK)
@@ -102,12 +103,15 @@ def add_held_out(held_out: Any, corpus: pl.DataFrame) -> None:
                 progress.update(len(row[part]))
 
 
-def add_texts(there: Any, texts: pl.DataFrame, params: config.Config) -> Path:
-    """One forward pass over `texts`; returns the folder of what each batch gave, from which a killed run goes on."""
+def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: config.Config) -> None:
+    """One forward pass over `texts` for `hookpoints`; from what each batch gave a killed run goes on."""
+    if not hookpoints:
+        return
     import torch
     from safetensors.torch import load_file, save_file
 
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope.activations import reading
+    from babelscope.models import loading, tokens
 
     ids = [str(number) for number in range(len(texts))]
     tokenizer = loading.load_tokenizer(params.model)
@@ -115,8 +119,8 @@ def add_texts(there: Any, texts: pl.DataFrame, params: config.Config) -> Path:
     model = loading.load_model(params.model, params.extract.dtype).to(there.device)
     store_dtype = loading.DTYPES[params.extract.store_dtype]
     knobs = params.model_dump(include={"extract", "languages", "model"}) | {"max_tokens": params.corpus.max_tokens}
-    inputs = {str(path): dvc_md5(path) for path in (FEATURES, SAES, COUNTS)}
-    keep = scratch(fingerprint("identify", knobs | {"texts": texts["text_id"].to_list()}, inputs))
+    knobs |= {"hookpoints": hookpoints, "texts": texts["text_id"].to_list()}
+    keep = scratch(fingerprint("identify", knobs, {str(path): dvc_md5(path) for path in (FEATURES, SAES, COUNTS)}))
     ordered = tokens.by_length([text for text in tokenized if text.own])
     with Progress("identify", sum(text.own for text in ordered), "tokens") as progress:
         for number, batch in enumerate(tokens.batches(ordered, params.extract.batch_tokens)):
@@ -127,20 +131,18 @@ def add_texts(there: Any, texts: pl.DataFrame, params: config.Config) -> Path:
                     there.totals[method][text] = rows
                 progress.skip(sum(one.own for one in batch))
                 continue
-            padded, mask = tokens.pad(batch)
-            special = torch.tensor([one.special for one in batch]).unsqueeze(1)
-            own = mask.bool() & (torch.arange(mask.shape[1]) >= special)
-            names = {there.encodes(name): name for name in there.owners}
+            owner = text.repeat_interleave(torch.tensor([one.own for one in batch]))
+            names = {there.encodes(name): name for name in hookpoints}
+            padded, mask, own = (part.to(there.device) for part in reading.collate(batch))
             with torch.inference_mode():
-                seen = hookpoints.read(model, list(names), input_ids=padded.to(there.device),
-                                       attention_mask=mask.to(there.device)) if names else {}  # fmt: skip
+                # Rounded as `extract` stores them: the SAEs and the counts know no others.
+                seen = reading.own_activations(model, list(names), (padded, mask, own), store_dtype)
                 for name, activations in seen.items():
-                    # Rounded as `extract` stores them: the SAEs and the counts know no others.
-                    there.add(names[name], activations[own.to(there.device)].to(store_dtype), text[own.nonzero()[:, 0]])
+                    there.add(names[name], activations, owner)
             rows = {method: table[text] for method, table in there.totals.items()}
             write_atomically(file, functools.partial(save_file, rows))
             progress.update(sum(one.own for one in batch))
-    return keep
+    shutil.rmtree(keep, ignore_errors=True)
 
 
 def write(

@@ -1,59 +1,81 @@
-"""Stage `score`: which features belong to which language."""
+"""Stage `score`: which features belong to which language, and which neurons where `neurons.hookpoints` names any."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import write_atomically, write_json
-from babelscope.scoring import monolinguality, sae_lape, summary
+from babelscope.files import read_json, write_atomically, write_json
+from babelscope.scoring import lape, monolinguality, sae_lape, summary
 
 log = logging.getLogger(__name__)
 
-COUNTS, FEATURES, METRICS = Path("data/counts"), Path("data/scores/features.parquet"), Path("metrics/score.json")
+COUNTS, NEURONS = Path("data/counts"), Path("data/neurons")
+FEATURES, METRICS = Path("data/scores/features.parquet"), Path("metrics/score.json")
 KEY = ["hookpoint", "layer", "unit"]
 COLUMNS = ["kind", *KEY, "language", "probability", "entropy", "members", "monolinguality", "rank"]
 
 
 def main() -> None:
     params = config.load()
-    totals = read_totals(params.hookpoints, params.languages)
-    counts = [scan_counts(hookpoint) for hookpoint in params.hookpoints]
+    places = {COUNTS / f"{name}.totals.parquet": f"encode@{name}" for name in params.hookpoints}
+    if params.neurons.hookpoints:
+        places[NEURONS / "totals.parquet"] = "neurons"
+    totals = read_totals(places, params.languages)
+    counts = [scan_counts(COUNTS, name, f"encode@{name}") for name in params.hookpoints]
     selected = sae_lape(pl.concat(counts), totals, **params.score.model_dump())
     features = with_monolinguality(selected, counts, totals).with_columns(kind=pl.lit("sae")).select(COLUMNS)
-    layers = pl.concat([frame.select(pl.col("layer").unique()) for frame in counts]).collect(engine="in-memory")
-    owned = summary(features, params.languages)
+    content = numbers(features, counts, params.languages, "features")
+    advice = "a lower score.example_rate or token_rate finds more"
+    report(features, params.languages, "features", advice)
+    if params.neurons.hookpoints:
+        neurons, units, there = select_neurons(params.neurons, totals)
+        content |= numbers(neurons, there, params.languages, "neurons") | {"neurons_counted": units}
+        report(neurons, params.languages, "neurons", "a lower neurons.quantile or a higher top_rate finds more")
+        features = pl.concat([features, neurons])
     write_atomically(FEATURES, features.write_parquet)
-    write_json(METRICS, numbers(features, owned, sorted(set(layers["layer"]))))
-    report(owned)
+    write_json(METRICS, content)
 
 
-def scan_counts(hookpoint: str) -> pl.LazyFrame:
-    path = COUNTS / f"{hookpoint}.parquet"
+def select_neurons(section: config.Neurons, totals: pl.DataFrame) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
+    """The languages' neurons, of how many they were taken, and the counts of each hookpoint."""
+    counts = [scan_counts(NEURONS, name, "neurons") for name in section.hookpoints]
+    widths = read_json(NEURONS / "widths.json")
+    units = sum(widths[name] for name in section.hookpoints)
+    selected = lape(pl.concat(counts), totals, units=units, quantile=section.quantile, top_rate=section.top_rate)
+    neurons = with_monolinguality(selected, counts, totals).with_columns(kind=pl.lit("neuron")).select(COLUMNS)
+    return neurons, units, counts
+
+
+def scan_counts(folder: Path, hookpoint: str, writer: str) -> pl.LazyFrame:
+    path = folder / f"{hookpoint}.parquet"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro encode@{hookpoint}`")
+        raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
     return pl.scan_parquet(path).select(
         pl.lit(hookpoint).alias("hookpoint"), "layer", "unit", "language", "tokens", "texts", "sum"
     )
 
 
-def read_totals(hookpoints: list[str], languages: list[str]) -> pl.DataFrame:
-    """Tokens and texts per language, in the order of `languages`: the same for every hookpoint, or some are stale."""
+def read_totals(places: Mapping[Path, str], languages: list[str]) -> pl.DataFrame:
+    """Tokens and texts per language, in the order of `languages`: the same in every file, or some are stale.
+
+    `places` are the files and the stages that write them.
+    """
     first: tuple[Path, pl.DataFrame] | None = None
-    for hookpoint in hookpoints:
-        path = COUNTS / f"{hookpoint}.totals.parquet"
+    for path, writer in places.items():
         if not path.is_file():
-            raise UserError(f"{path}: no such file; run `dvc repro encode@{hookpoint}`")
+            raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
         totals = pl.read_parquet(path, columns=["language", "tokens", "texts"])
         if sorted(totals["language"]) != sorted(languages):
-            raise UserError(f"{path}: its languages are not those of params.yaml; run `dvc repro encode@{hookpoint}`")
+            raise UserError(f"{path}: its languages are not those of params.yaml; run `dvc repro {writer}`")
         totals = totals.sort(pl.col("language").cast(pl.Enum(languages)))
         if first is None:
             first = path, totals
         elif not totals.equals(first[1]):
-            raise UserError(f"{path}: other totals than in {first[0]}: one of the two is stale; run `dvc repro encode`")
+            raise UserError(f"{path}: other totals than in {first[0]}: one of the two is stale; run `dvc repro`")
     assert first is not None  # config allows no empty list of hookpoints
     return first[1]
 
@@ -66,30 +88,32 @@ def with_monolinguality(features: pl.DataFrame, counts: list[pl.LazyFrame], tota
     return features.join(nu, on=[*KEY, "language"], how="left", maintain_order="left")
 
 
-def numbers(features: pl.DataFrame, owned: pl.DataFrame, layers: list[int]) -> dict[str, int | float]:
-    units = features.unique(KEY)
+def numbers(
+    features: pl.DataFrame, counts: list[pl.LazyFrame], languages: list[str], what: str
+) -> dict[str, int | float]:
+    """How many units the languages own; every key names `what` they are, but for the means over features."""
+    layers = pl.concat([frame.select(pl.col("layer").unique()) for frame in counts]).collect(engine="in-memory")
+    owned, units = summary(features, languages), features.unique(KEY)
     by_layer = dict(units.group_by("layer").len().iter_rows())
-    content: dict[str, int | float] = {
-        "features": len(units),
-        "languages_without_features": int((owned["units"] == 0).sum()),
-    }
-    content |= {f"features/{language}": count for language, count in owned.select("language", "units").iter_rows()}
-    content |= {f"features_in_layer/{layer}": by_layer.get(layer, 0) for layer in layers}
+    content: dict[str, int | float] = {what: len(units), f"languages_without_{what}": int((owned["units"] == 0).sum())}
+    content |= {f"{what}/{language}": count for language, count in owned.select("language", "units").iter_rows()}
+    content |= {f"{what}_in_layer/{layer}": by_layer.get(layer, 0) for layer in sorted(set(layers["layer"]))}
     for name in ("entropy", "probability", "monolinguality"):
         mean = features[name].mean()
         if isinstance(mean, float):  # without features there is no mean
-            content[f"mean_{name}"] = mean
+            content[f"mean_{name}" if what == "features" else f"{what}_mean_{name}"] = mean
     return content
 
 
-def report(owned: pl.DataFrame) -> None:
-    log.info("%-10s %8s %14s %17s", "language", "features", "mean entropy", "mean probability")
+def report(features: pl.DataFrame, languages: list[str], what: str, advice: str) -> None:
+    owned = summary(features, languages)
+    log.info("%-10s %8s %14s %17s", "language", what, "mean entropy", "mean probability")
     for language, units, entropy, probability in owned.iter_rows():
         means = f"{entropy:14.4f} {probability:17.4f}" if units else f"{'-':>14} {'-':>17}"
         log.info("%-10s %8d %s", language, units, means)
     without = owned.filter(units=0)["language"].to_list()
     if without:
-        log.warning("no features: %s (a lower score.example_rate or token_rate finds more)", ", ".join(without))
+        log.warning("no %s: %s (%s)", what, ", ".join(without), advice)
 
 
 if __name__ == "__main__":

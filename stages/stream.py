@@ -15,8 +15,6 @@ from babelscope.files import scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
 CORPUS = Path("data/corpus/texts.parquet")
-# Texts tokenized at once: the tokenizer's own records take far more memory than the tokens.
-CHUNK = 4096
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +37,9 @@ def stream(params: config.Config) -> None:
 
     from babelscope import hardware, sae
     from babelscope.activations.measuring import measure
-    from babelscope.activations.packed import PackedTexts
+    from babelscope.activations.packed import pack
     from babelscope.activations.streaming import Stream
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope.models import hookpoints, loading
     from babelscope.progress import Progress
     from babelscope.sae import checkpoint, module
 
@@ -54,16 +52,7 @@ def stream(params: config.Config) -> None:
     corpus = pl.read_parquet(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
 
-    def pack(rows: pl.DataFrame) -> PackedTexts:
-        return PackedTexts(
-            text
-            for part in rows.iter_slices(CHUNK)
-            for text in tokens.tokenize(
-                tokenizer, part["text_id"].to_list(), part["text"].to_list(), params.corpus.max_tokens
-            )
-        )
-
-    training = pack(corpus.filter(split="train"))
+    training = pack(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
     if not len(training) or corpus.filter(split="eval").is_empty():
         raise UserError(f"{CORPUS}: no texts of split 'train' or none of split 'eval'")
     model = loading.load_model(params.model, params.extract.dtype).to(device)
@@ -89,7 +78,7 @@ def stream(params: config.Config) -> None:
     # As `encode` reads them: what is counted is what the files say.
     saes = {name: sae.load(OUT, name).to(device) for name in params.hookpoints}
 
-    texts = pack(corpus)
+    texts = pack(tokenizer, corpus, params.corpus.max_tokens)
     of = pl.DataFrame({"text_id": texts.text_ids, "tokens": texts.own.numpy()}).join(
         corpus.select("text_id", "language", "split"), on="text_id", how="left", maintain_order="left"
     )  # fmt: skip

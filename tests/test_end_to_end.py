@@ -206,11 +206,43 @@ def test_without_stored_activations_the_outputs_are_the_same_files(repo):
     assert {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"} == listed
 
 
+def test_neurons_run_beside_the_features_and_change_none_of_them(repo):
+    def rows(name):
+        return pl.read_parquet(repo / f"data/{name}.parquet")
+
+    names = ["scores/features", "identify/predictions", "ablation/nll", "ablation/by_layer"]
+    before, alone = hashes(repo), {name: rows(name) for name in names}
+    places = ["layers.20.mlp.act_fn", "layers.26.mlp.act_fn"]
+    set_params(repo, {"neurons.hookpoints": places, "ablate.methods": ["feature", "neuron"]})
+    done = ran(run(repo, "dvc", "repro", "identify", "ablate"))
+    assert sorted(done) == ["ablate", "identify", "neurons", "score"]
+    totals = rows("neurons/totals")
+    assert totals.equals(rows(f"counts/{SMALL['hookpoints'][0]}.totals"))
+    for place in places:
+        counts = rows(f"neurons/{place}").join(totals, on="language", suffix="_all")
+        assert counts["unit"].max() == 1535 and counts.select((pl.col("tokens") <= pl.col("tokens_all")).all()).item()
+    neurons = rows("scores/features").filter(kind="neuron")
+    assert set(neurons["hookpoint"]) <= set(places) and set(neurons["language"]) <= set(SMALL["languages"])
+    assert neurons.select("hookpoint", "unit").n_unique() == round(0.01 * 2 * 1536)
+    assert rows("scores/features").filter(kind="sae").equals(alone["scores/features"])
+    predicted = rows("identify/predictions")
+    assert predicted.filter(pl.col("method") != "neuron-count").equals(alone["identify/predictions"])
+    assert predicted.filter(method="neuron-count", normalize="units").height == predicted["text_id"].n_unique()
+    for name in ("ablation/nll", "ablation/by_layer"):
+        assert rows(name).filter(method="feature").equals(alone[name])
+        assert rows(name).filter(method="neuron", kind="neuron").height == len(alone[name])
+    effect = json.loads((repo / "metrics/ablate.json").read_text())
+    assert effect["neuron/own"] != 0 and "neuron/languages_above_control" in effect
+    set_params(repo, {"neurons.hookpoints": [], "ablate.methods": ["feature"]})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert hashes(repo) == before
+
+
 def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 11 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert len(set_up) == 12 + 2 * 2  # no cache in a fresh clone: every stage runs
     assert hashes(again).items() <= hashes(repo).items()
 
 

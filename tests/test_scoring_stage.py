@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +36,9 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         TOTALS.write_parquet(folder / f"{hookpoint}.totals.parquet")
     monkeypatch.chdir(tmp_path)
     shipped = config.load(ROOT / "params.yaml")
-    params = shipped.model_copy(update={"languages": ["en", "de", "fi"], "hookpoints": [LOW, HIGH]})
+    none = shipped.neurons.model_copy(update={"hookpoints": []})
+    changes = {"languages": ["en", "de", "fi"], "hookpoints": [LOW, HIGH], "neurons": none}
+    params = shipped.model_copy(update=changes)
     monkeypatch.setattr(config, "load", lambda: params)
     spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages" / "score.py")
     assert spec is not None and spec.loader is not None
@@ -67,6 +70,80 @@ def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixtur
     before = path.read_bytes(), Path("metrics/score.json").read_bytes()
     score.main()
     assert (path.read_bytes(), Path("metrics/score.json").read_bytes()) == before
+
+
+def with_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hookpoints of 4 neurons each: 24 probabilities, of which 17 are 0."""
+    folder = Path("data/neurons")
+    folder.mkdir(parents=True)
+    low = [(0, "en", 90, 10, 100.0), (1, "en", 60, 9, 60.0), (1, "de", 60, 9, 120.0), (2, "de", 5, 2, 5.0)]
+    high = [(3, "de", 80, 10, 240.0), (3, "fi", 10, 3, 20.0), (0, "fi", 2, 1, 2.0)]
+    counts(2, *low).write_parquet(folder / f"{LOW}.act_fn.parquet")
+    counts(11, *high).write_parquet(folder / f"{HIGH}.act_fn.parquet")
+    TOTALS.write_parquet(folder / "totals.parquet")
+    (folder / "widths.json").write_text(json.dumps({f"{LOW}.act_fn": 4, f"{HIGH}.act_fn": 4}))
+    section = config.Neurons(hookpoints=[f"{LOW}.act_fn", f"{HIGH}.act_fn"], quantile=0.83, top_rate=0.375)
+    params = config.load().model_copy(update={"neurons": section})
+    monkeypatch.setattr(config, "load", lambda: params)
+
+
+def test_neurons_stand_behind_the_features_and_change_none(
+    score: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    score.main()
+    path = Path("data/scores/features.parquet")
+    alone, before = pl.read_parquet(path), json.loads(Path("metrics/score.json").read_text())
+    with_neurons(monkeypatch)
+    with caplog.at_level("INFO"):
+        score.main()
+    features = pl.read_parquet(path)
+    assert features.filter(kind="sae").equals(alone)
+    # The bar is the 20th of 24 values (0.83 * 24 = 19.9): 0.1. The round(0.375 * 8) = 3 neurons of lowest entropy: one
+    # of English, one of German and a little Finnish, one of both.
+    found = features.filter(kind="neuron")
+    assert found.drop("kind", "entropy", "monolinguality").rows() == [
+        (f"{LOW}.act_fn", 2, 0, "en", 0.9, 1, 1),
+        (f"{LOW}.act_fn", 2, 1, "en", 0.6, 2, 2),
+        (f"{HIGH}.act_fn", 11, 3, "de", 0.8, 1, 1),
+        (f"{LOW}.act_fn", 2, 1, "de", 0.6, 2, 2),
+    ]
+    mixed = -(8 / 9 * math.log(8 / 9) + 1 / 9 * math.log(1 / 9))
+    assert found["entropy"].to_list() == pytest.approx([0.0, math.log(2), mixed, math.log(2)])
+    assert found["monolinguality"].to_list() == pytest.approx([1.0, 0.6 - 1.2 / 2, 2.4 - 0.2 / 2, 1.2 - 0.6 / 2])
+    metrics = json.loads(Path("metrics/score.json").read_text())
+    assert {key: metrics[key] for key in before} == before
+    assert {key: value for key, value in metrics.items() if key not in before and "mean" not in key} == {
+        "neurons": 3, "neurons_counted": 8, "neurons/en": 2, "neurons/de": 2, "neurons/fi": 0,
+        "neurons_in_layer/2": 2, "neurons_in_layer/11": 1, "languages_without_neurons": 1,
+    }  # fmt: skip
+    assert metrics["neurons_mean_probability"] == pytest.approx((0.9 + 0.6 + 0.8 + 0.6) / 4)
+    assert "no neurons: fi (a lower neurons.quantile" in caplog.text
+
+
+def test_no_neuron_at_all_is_a_result(score: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_neurons(monkeypatch)
+    section = config.load().neurons.model_copy(update={"quantile": 1.0})  # no probability is above the largest
+    params = config.load().model_copy(update={"neurons": section})
+    monkeypatch.setattr(config, "load", lambda: params)
+    score.main()
+    assert set(pl.read_parquet("data/scores/features.parquet")["kind"]) == {"sae"}
+    metrics = json.loads(Path("metrics/score.json").read_text())
+    assert metrics["neurons"] == 0 and metrics["languages_without_neurons"] == 3
+    assert "neurons_mean_entropy" not in metrics
+
+
+def test_counts_of_neurons_that_are_missing_or_stale_are_named(
+    score: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_neurons(monkeypatch)
+    totals = Path("data/neurons/totals.parquet")
+    TOTALS.with_columns(pl.col("tokens") + 1).write_parquet(totals)
+    with pytest.raises(UserError, match=f"data/neurons/totals.parquet: other totals than in .*{LOW}.totals.parquet"):
+        score.main()
+    TOTALS.write_parquet(totals)
+    Path(f"data/neurons/{HIGH}.act_fn.parquet").unlink()
+    with pytest.raises(UserError, match=f"{HIGH}.act_fn.parquet: no such file; run `dvc repro neurons`"):
+        score.main()
 
 
 def test_no_feature_at_all_is_a_result(score: ModuleType) -> None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from closure import ROOT
 
-from babelscope.activations import extraction, store, streamed
+from babelscope.activations import extraction, reading, store, streamed
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.measuring import measure
 from babelscope.activations.packed import PackedTexts
@@ -93,7 +93,7 @@ def test_packed_texts_are_the_texts_and_their_batches_those_of_the_list(monkeypa
 def test_every_token_is_seen_once_per_epoch_in_another_order(model: Any, block_rows: int) -> None:
     texts = tokenized()
     alone = [
-        extraction.own_activations(model, NAMES, extraction.collate([text]), torch.float16) for text in texts
+        reading.own_activations(model, NAMES, reading.collate([text]), torch.float16) for text in texts
     ]  # fmt: skip
     expected = torch.cat([torch.cat(list(rows.values()), 1) for rows in alone])
     size = len(expected) // 8
@@ -191,7 +191,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
 def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
     """The token table and the stores that `extract` would leave of the same texts."""
     texts = tokens.by_length(tokenized())
-    shards, names = extraction.plan(texts, 64, 50), extraction.names_to_read(NAMES, transcode)
+    shards, names = extraction.plan(texts, 64, 50), reading.names_to_read(NAMES, transcode)
     assert extraction.extract(model, shards, names, folder, "float16", HARDWARE)
     for name in names:
         place = store.place(folder, name)
@@ -307,7 +307,7 @@ def test_what_was_streamed_is_published_as_it_is(tmp_path: Path, monkeypatch: py
 
 
 def test_widths_are_those_of_what_is_read(model: Any) -> None:
-    names = extraction.names_to_read(["layers.1.mlp", "layers.1.mlp.act_fn"], transcode=True)
-    assert extraction.widths(model, names) == {
+    names = reading.names_to_read(["layers.1.mlp", "layers.1.mlp.act_fn"], transcode=True)
+    assert reading.widths(model, names) == {
         "layers.1.mlp": 16, "layers.1.mlp.act_fn": 24, "layers.1.mlp.input": 16, "layers.1.mlp.act_fn.input": 24,
     }  # fmt: skip

@@ -16,6 +16,19 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(min_length=1)]
 
 
+_HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+
+
+def _checked(names: list[str], form: re.Pattern[str]) -> list[str]:
+    for name in names:
+        if not form.fullmatch(name):
+            raise ValueError(f"{name!r} does not have the form {form.pattern}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} stands twice")
+    return names
+
+
 class Section(pydantic.BaseModel):
     """A section of params.yaml: no unknown keys, no silent conversions, immutable."""
 
@@ -121,6 +134,19 @@ class Score(Section):
     per_layer: bool
 
 
+class Neurons(Section):
+    """LAPE for the model's own neurons (METHODS: Tang et al. 2024)."""
+
+    hookpoints: list[Name]
+    quantile: Share
+    top_rate: Share
+
+    @field_validator("hookpoints")
+    @classmethod
+    def _a_set(cls, names: list[str]) -> list[str]:
+        return _checked(names, _HOOKPOINT)
+
+
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
@@ -180,10 +206,6 @@ class Hardware(Section):
     threads: Annotated[int, Field(ge=0)]
 
 
-_HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
-
-
 class Config(Section):
     """The whole of params.yaml."""
 
@@ -197,6 +219,7 @@ class Config(Section):
     encode: Encode
     quality: Quality
     score: Score
+    neurons: Neurons
     identify: Identify
     ablate: Ablate
     steer: Steer
@@ -206,15 +229,25 @@ class Config(Section):
     @field_validator("languages", "hookpoints")
     @classmethod
     def _a_set(cls, names: list[str], info: pydantic.ValidationInfo) -> list[str]:
-        form = _LANGUAGE if info.field_name == "languages" else _HOOKPOINT
         if not names:
             raise ValueError("the list is empty; at least one is needed")
-        for name in names:
-            if not form.fullmatch(name):
-                raise ValueError(f"{name!r} does not have the form {form.pattern}")
-            if names.count(name) > 1:
-                raise ValueError(f"{name!r} stands twice")
-        return names
+        return _checked(names, _LANGUAGE if info.field_name == "languages" else _HOOKPOINT)
+
+    @model_validator(mode="after")
+    def _neurons_fit(self) -> "Config":
+        names = self.neurons.hookpoints
+        both = [name for name in names if name in self.hookpoints]
+        if both:
+            raise ValueError(
+                f"neurons.hookpoints: {both[0]!r} is among hookpoints, too: there the units are an SAE's latents; "
+                "allowed: any other, such as layers.6.mlp.act_fn"
+            )
+        if "neuron" in self.ablate.methods and not names:
+            raise ValueError(
+                "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none; "
+                "allowed without them: feature, directional, additive"
+            )
+        return self
 
     @model_validator(mode="after")
     def _transcoders_fit(self) -> "Config":

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from babelscope.activations import store
+from babelscope.activations.reading import collate, own_activations
 from babelscope.config import Hardware
-from babelscope.errors import UserError
 from babelscope.hardware import trainer
-from babelscope.models import hookpoints as hooks
 from babelscope.models.loading import DTYPES
-from babelscope.models.tokens import TokenizedText, batches, pad
+from babelscope.models.tokens import TokenizedText, batches
 from babelscope.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -85,50 +84,6 @@ def token_table(shards: Sequence[Shard], corpus: polars.DataFrame) -> polars.Dat
     )
 
 
-def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
-    """The hookpoints, and where `transcode` the inputs of their modules, too, as `hookpoints.read` calls them."""
-    return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
-
-
-def own_activations(
-    model: Any, hookpoints: Sequence[str], batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """One forward pass over a batch.
-
-    Parameters
-    ----------
-    model: a causal language model.
-    hookpoints: what to read, see `babelscope.models.hookpoints.read`.
-    batch: token ids, attention mask and own-token mask, each `[texts, longest]`, on the model's device (see `collate`).
-    dtype: of the result.
-
-    Returns
-    -------
-    `[own tokens, d]` by hookpoint, text after text, special tokens and padding left out.
-
-    Raises
-    ------
-    UserError: an activation is not finite in `dtype`.
-    """
-    ids, mask, own = batch
-    seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=mask)
-    rows = {name: seen[name][own].to(dtype) for name in hookpoints}
-    for name, activations in rows.items():
-        if not torch.isfinite(activations).all():
-            raise UserError(
-                f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
-                "(infinite or not a number); allowed: bfloat16 has the range of float32"
-            )
-    return rows
-
-
-def widths(model: Any, hookpoints: Sequence[str]) -> dict[str, int]:
-    """The d of what is read at each hookpoint, from a forward pass over a single token."""
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=hooks.device_of(model))
-    seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=torch.ones_like(ids))
-    return {name: seen[name].shape[-1] for name in hookpoints}
-
-
 class Extractor(pl.LightningModule):  # type: ignore[misc]
     """Reads the hookpoints of one batch: a prediction step returns `{hookpoint: [own tokens, d]}` in `dtype`."""
 
@@ -164,15 +119,6 @@ class ShardWriter(pl.Callback):  # type: ignore[misc]
             self.parts = {}
 
 
-def collate(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and own-token mask, each `[texts, longest]`."""
-    ids, mask = pad(batch)
-    own = mask.bool()
-    for row, text in enumerate(batch):
-        own[row, : text.special] = False
-    return ids, mask, own
-
-
 def extract(
     model: Any, shards: Sequence[Shard], hookpoints: Sequence[str], folder: Path, dtype: str, hardware: Hardware
 ) -> bool:
@@ -182,7 +128,7 @@ def extract(
     ----------
     model: a causal language model.
     shards: the plan of the whole run; each rank of a distributed run takes every n-th.
-    hookpoints: what to read, see `names_to_read`.
+    hookpoints: what to read, see `babelscope.activations.reading.names_to_read`.
     folder: where the shards go; shards that an interrupted run left there are kept.
     dtype: dtype of the stored activations, "float16" or "bfloat16".
     hardware: devices and strategy of the Lightning trainer.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from babelscope.activations.counting import Counter
-from babelscope.activations.extraction import collate, names_to_read, own_activations
 from babelscope.activations.packed import PackedTexts
+from babelscope.activations.reading import collate, names_to_read, own_activations
 from babelscope.models import hookpoints as hooks
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.quality import Quality, QualitySums

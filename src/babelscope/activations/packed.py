@@ -2,13 +2,17 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import polars
 import torch
 
-from babelscope.models.tokens import TokenizedText, batches
+from babelscope.models.tokens import TokenizedText, batches, tokenize
 
 # Texts that are cut into batches at once.
 _WINDOW = 16384
+# Texts tokenized at once: the tokenizer's own records take far more memory than the tokens.
+_CHUNK = 4096
 
 
 class PackedTexts:
@@ -74,3 +78,12 @@ class PackedTexts:
             for batch in found:
                 yield list(numbers[first : first + len(batch)]), batch
                 first += len(batch)
+
+
+def pack(tokenizer: Any, corpus: polars.DataFrame, max_tokens: int) -> PackedTexts:
+    """The texts of `corpus` (`text_id`, `text`), tokenized as by `babelscope.models.tokens.tokenize`."""
+    return PackedTexts(
+        text
+        for part in corpus.iter_slices(_CHUNK)
+        for text in tokenize(tokenizer, part["text_id"].to_list(), part["text"].to_list(), max_tokens)
+    )

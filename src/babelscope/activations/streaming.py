@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from babelscope.activations.extraction import collate, names_to_read, own_activations
 from babelscope.activations.packed import PackedTexts
+from babelscope.activations.reading import collate, names_to_read, own_activations
 from babelscope.models import hookpoints as hooks
 from babelscope.models.tokens import batches, by_length
 from babelscope.progress import Progress

@@ -26,8 +26,8 @@ def layer_of(hookpoint: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
-    """The module behind each hookpoint.
+def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, nn.Module]:
+    """The module behind each hookpoint; `key` is where params.yaml names them.
 
     Raises
     ------
@@ -38,12 +38,12 @@ def resolve(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
     modules.pop("", None)
     for name in hookpoints:
         if name not in modules:
-            raise UserError(f"params.yaml: hookpoints: the model has no {name!r}; {nearest(name, modules)}")
+            raise UserError(f"params.yaml: {key}: the model has no {name!r}; {nearest(name, modules)}")
     inside = {id(module) for block in blocks(model) for module in block.modules()}
     for name in hookpoints:
         if id(modules[name]) not in inside:
             allowed = nearest(name, (key for key, module in modules.items() if id(module) in inside))
-            raise UserError(f"params.yaml: hookpoints: {name!r} lies outside the model's blocks; {allowed}")
+            raise UserError(f"params.yaml: {key}: {name!r} lies outside the model's blocks; {allowed}")
     return {name: modules[name] for name in hookpoints}
 
 
