@@ -51,7 +51,8 @@ def latents(hookpoint: str, params: config.Config) -> pl.DataFrame:
     source = ACTIVATIONS / hookpoint
     activations = ActivationStore(source / "input" if first.b_in is not None else source)
     overlap = Overlap(partner, second.latents)
-    for rows in pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch().split(CHUNK):
+    held_out = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch()
+    for rows in torch.split(held_out, CHUNK):
         x = activations.gather(rows).to(device)
         overlap.add(first.encode(x), second.encode(x))
     found = pl.DataFrame(

@@ -171,13 +171,13 @@ def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     weights, bias = torch.randn(64, 16, generator=generator), torch.zeros(64)
-    first = SAE(weights, weights, bias, bias[:16], 4)
+    first = SAE(weights, weights, bias, torch.zeros(16), 4)
     # The second is the first reversed, but for latent 0, whose direction it does not have.
     turned = weights.flip(0).clone()
     turned[63] = turned[0]
     meta = {"model_name": "made-up", "hook_name": HOOKPOINT}
     checkpoint.save(first, folder / "data/sae" / HOOKPOINT, meta)
-    checkpoint.save(SAE(turned, turned, bias, bias[:16], 4), folder / "data/sae_again" / HOOKPOINT, meta)
+    checkpoint.save(SAE(turned, turned, bias, torch.zeros(16), 4), folder / "data/sae_again" / HOOKPOINT, meta)
     counts = [(unit, language, 100 - unit) for unit in range(64) for language in ("en", "tr")]
     for name in ("counts", "scores"):
         (folder / "data" / name).mkdir()

@@ -30,7 +30,7 @@ def partners(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     smallest = torch.finfo(decoder.dtype).tiny
     norm = other.norm(dim=1).clamp_min_(smallest)
     cosines, found = [], []
-    for rows in decoder.split(chunk_rows(len(other), decoder.device)):
+    for rows in torch.split(decoder, chunk_rows(len(other), decoder.device)):
         best = linear(rows, other).div_(norm).max(dim=1)
         cosines.append((best.values / rows.norm(dim=1).clamp_min_(smallest)).clamp_(-1, 1))
         found.append(best.indices)
