@@ -2,6 +2,8 @@
 
 `score`, `ablate` and `report` depend on whole folders, since DVC cannot list a matrix's outputs in `deps`: a stale file
 would make them run again. Its output is not cached, so that DVC runs it whenever the hookpoints change, also back.
+
+Such a folder must be there even where params.yaml lists no hookpoint to write into it.
 """
 
 import shutil
@@ -10,22 +12,35 @@ from pathlib import Path
 from babelscope import config, stage
 from babelscope.files import write_json
 
-LIST = Path("data/hookpoints.json")
+LIST, AGAIN = Path("data/hookpoints.json"), Path("data/sae_again")
 
 
-def stale(lock: Path, hookpoints: list[str]) -> list[Path]:
-    """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is not among `hookpoints`."""
+def stale(lock: Path, hookpoints: list[str], retrained: list[str]) -> list[Path]:
+    """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is not listed any more.
+
+    Parameters
+    ----------
+    lock: dvc.lock.
+    hookpoints: those of all stages but `retrain`.
+    retrained: those of `retrain`.
+    """
     stages = config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}
-    gone = [entry for name, entry in stages.items() if "@" in name and name.split("@", 1)[1] not in hookpoints]
+    gone = []
+    for name, entry in stages.items():
+        base, at, hookpoint = name.partition("@")
+        if at and hookpoint not in (retrained if base == "retrain" else hookpoints):
+            gone.append(entry)
     return [Path(out["path"]) for entry in gone for out in entry.get("outs", [])]
 
 
 def main() -> None:
     params = config.load()
-    for path in stale(Path("dvc.lock"), params.hookpoints):
+    for path in stale(Path("dvc.lock"), params.hookpoints, params.stability.hookpoints):
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
+    AGAIN.mkdir(parents=True, exist_ok=True)
+    # Without those of `retrain`: what depends on this list does not depend on them.
     write_json(LIST, {"hookpoints": params.hookpoints})
 
 

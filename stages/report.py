@@ -34,7 +34,7 @@ PACKAGES = (
 def metric_files(hookpoints: list[str]) -> dict[str, Path]:
     """The metrics that the page shows, by name."""
     names = ["sample", "extract", *(f"{s}.{h}" for s in ("train", "encode") for h in hookpoints)]
-    names += ["quality", "score", "identify", "ablate", "steer"]
+    names += ["quality", "score", "stability", "identify", "ablate", "steer"]
     return {name: Path(f"metrics/{name}.json") for name in names}
 
 

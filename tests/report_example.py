@@ -115,6 +115,7 @@ def metrics() -> dict[str, dict[str, Any]]:
         "extract": {"tokens": 202500, "texts": 9000, "padding_share": 0.031},
         "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
         "score": {"features": features().height},
+        "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5},
         "identify": {"accuracy/sae-count/units": 0.97, "accuracy/fasttext": 0.98},
         "steer": {"success": 0.1},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,

@@ -49,6 +49,19 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),
         ("extract.dtype", "int8", "extract.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
         ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
+        (
+            "stability.hookpoints",
+            ["layers.26.mlq"],
+            "stability.hookpoints: 'layers.26.mlq' is not one of hookpoints; .*did you",
+        ),
+        ("stability.hookpoints", ["layers.26.mlp"] * 2, "stability.hookpoints: a hookpoint stands twice"),
+        ("stability.seed", 0, "stability.seed: 0 is the seed of the first training, too; choose another"),
+        ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
+        (
+            "train.source",
+            "stream",
+            r"stability.hookpoints: .* train.source 'stream' stores none; .* an empty list, \[\]",
+        ),
         ("score.members", 99, "score.members: 99 of only 15 languages"),
         ("languages", [], "languages: the list is empty"),
         ("languages", ["en", "en"], "languages: 'en' stands twice"),
@@ -70,6 +83,13 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
 def test_every_mistake_names_its_key(key, value, message):
     with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
         config.parse(changed(key, value))
+
+
+def test_without_a_second_training_its_seed_and_the_source_are_free():
+    content = changed("stability.hookpoints", [])
+    content["stability"]["seed"] = content["seed"]
+    content["train"]["source"] = "stream"
+    assert config.parse(content).stability.hookpoints == []
 
 
 def test_several_mistakes_are_told_at_once():

@@ -29,13 +29,14 @@ SMALL = {
     "train.log_every": 5,
     "train.checkpoint_every": 10,
     "quality.tokens": 100,
+    "stability.hookpoints": ["layers.26.mlp"],
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,
     "steer.strengths": [8.0],
     "steer.prompts": 2,
     "steer.new_tokens": 6,
 }
-AFTER_SCORE = ["identify", "ablate", "steer", "report", "track"]
+AFTER_SCORE = ["stability", "identify", "ablate", "steer", "report", "track"]
 
 
 def set_params(repo: Path, changes: dict) -> None:
@@ -137,6 +138,11 @@ def test_every_contract_of_the_outputs(repo):
     assert len(nll) == 3 + 9 + 3 * 2  # clean, every language on every language, two draws of control on each
     recovered = pl.read_parquet(repo / "data/quality/loss_recovered.parquet")
     assert len(recovered) == 2 * (1 + 3) and recovered["nll_zero"].is_not_null().all()
+    found_again = pl.read_parquet(repo / "data/stability/features.parquet")
+    assert found_again.columns[:6] == ["hookpoint", "unit", "language", "partner", "cosine", "overlap"]
+    compared = features.filter(pl.col("hookpoint").is_in(SMALL["stability.hookpoints"]))
+    assert found_again.select("hookpoint", "unit", "language").equals(compared.select("hookpoint", "unit", "language"))
+    assert sae.load(repo / "data/sae_again", "layers.26.mlp").latents == 512
     predictions = pl.read_parquet(repo / "data/identify/predictions.parquet")
     assert predictions.columns == ["text_id", "language", "method", "normalize", "predicted", "score"]
     assert set(predictions["method"]) == {"sae-count", "sae-min-max", "fasttext"}
@@ -192,7 +198,7 @@ def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo
 def test_without_stored_activations_the_outputs_are_the_same_files(repo):
     before = hashes(repo)
     listed = {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"}
-    set_params(repo, {"train.source": "stream"})
+    set_params(repo, {"train.source": "stream", "stability.hookpoints": []})
     done = ran(run(repo, "dvc", "repro", "identify"))
     assert {"extract", "stream", "train@layers.26.mlp", "encode@layers.26.mlp", "identify"} <= set(done)
     assert not list((repo / "data/activations").rglob("*.safetensors"))
@@ -201,8 +207,8 @@ def test_without_stored_activations_the_outputs_are_the_same_files(repo):
         stored = json.loads((repo / f"metrics/train.{hookpoint}.json").read_text())
         assert 0 < stored["fvu"] < 0.8
     assert hashes(repo).keys() == before.keys()
-    set_params(repo, {"train.source": "stored"})
-    assert ran(run(repo, "dvc", "repro")) == ["track"]  # DVC's run cache has all of it
+    set_params(repo, {"train.source": "stored", "stability.hookpoints": SMALL["stability.hookpoints"]})
+    assert ran(run(repo, "dvc", "repro")) == ["prune", "track"]  # DVC's run cache has all of it
     assert {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"} == listed
 
 
@@ -242,15 +248,19 @@ def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 12 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert len(set_up) == 13 + 1 + 2 * 2  # no cache in a fresh clone: every stage runs
     assert hashes(again).items() <= hashes(repo).items()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hookpoints": ["layers.99.mlp"]}, "the model has no 'layers.99.mlp'; nearest: layers."),
+        (
+            {"hookpoints": ["layers.99.mlp"], "stability.hookpoints": []},
+            "the model has no 'layers.99.mlp'; nearest: layers.",
+        ),
         ({"languages": ["en", "xx"]}, "xx"),
+        ({"train.source": "stream"}, "params.yaml: stability.hookpoints: a second training reads stored activations"),
         ({"train.k": "many"}, "params.yaml: train.k: input should be a valid integer, got 'many'"),
     ],
 )

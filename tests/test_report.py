@@ -248,6 +248,12 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
 
+def test_features_found_again_stand_beside_other_latents() -> None:
+    table = tables.quality(inputs())
+    cells = [row[table.head.index("features found again")].replace("\u202f", " ") for row in table.rows]
+    assert cells == ["–"] * 6 + ["62.5 % (50 %)"]
+
+
 def test_top_features_are_the_first_by_rank_and_none_is_said() -> None:
     rows = tables.top_features(inputs()).rows
     assert [row[3] for row in rows if row[0] == "tr"] == [str(rank) for rank in range(1, 11)]

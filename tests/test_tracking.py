@@ -122,6 +122,7 @@ def repo(tmp_path: Path) -> Repo:
     params = YAML_.load((ROOT / "params.yaml").read_text())
     params["languages"], params["hookpoints"], params["track"]["experiment"] = LANGUAGES, HOOKPOINTS, "toy"
     params["train"]["k"] = 4
+    params["stability"]["hookpoints"] = []
     with (folder / "params.yaml").open("w") as handle:
         YAML_.dump(params, handle)
     text = DVC_YAML.format(toy=ROOT / "tests/toy_pipeline.py", track=ROOT / "stages/track.py")

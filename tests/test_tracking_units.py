@@ -138,16 +138,22 @@ stages:
     outs: [{path: metrics/m.json, hash: md5, md5: bb}, {path: data/sae/layers.2, hash: md5, md5: cc.dir}]
   train@layers.9:
     outs: [{path: data/sae/layers.9, hash: md5, md5: dd.dir}]
+  retrain@layers.2:
+    params: {params.yaml: {train.k: 2}}
+    outs: [{path: data/sae_again/layers.2, hash: md5, md5: "11.dir"}]
   gone: {outs: [{path: z, md5: ee}]}
   track: {deps: [{path: reports, hash: md5, md5: ff.dir}]}
 """
 
 
 def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
-    (tmp_path / "dvc.yaml").write_text("stages:\n  train:\n    matrix: {hookpoint: [x]}\n  track: {}\n")
+    (tmp_path / "dvc.yaml").write_text(
+        'stages:\n  train:\n    matrix: {hookpoint: "${hookpoints}"}\n'
+        '  retrain:\n    matrix: {hookpoint: "${stability.hookpoints}"}\n  track: {}\n'
+    )
     (tmp_path / "dvc.lock").write_text(LOCK)
-    params = {"train": {"k": 4}, "languages": ["en", "no"]}
-    found = state.read(tmp_path, params, ["layers.2"])
+    params = {"train": {"k": 4}, "languages": ["en", "no"], "hookpoints": ["layers.2"], "stability": {"hookpoints": []}}
+    found = state.read(tmp_path, params)
     expected = {"train.k": "4", "languages": "en, no"}
     assert found.trainings == [state.Training("train@layers.2", expected, "data/sae/layers.2", "cc.dir")]
     assert found.files == {"data/x": "aa", "metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
@@ -157,13 +163,13 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text(
         LOCK.replace("ee", "00").replace("dd", "00").replace("ff", "00").replace("one", "two")
     )
-    assert state.read(tmp_path, params, ["layers.2"]).hash == found.hash
+    assert state.read(tmp_path, params).hash == found.hash
     (tmp_path / "dvc.lock").write_text(LOCK.replace("aa", "00"))
-    assert state.read(tmp_path, params, ["layers.2"]).hash != found.hash
-    assert state.read(tmp_path, params | {"train": {"k": 8}}, ["layers.2"]).outdated == ["train@layers.2"]
+    assert state.read(tmp_path, params).hash != found.hash
+    assert state.read(tmp_path, params | {"train": {"k": 8}}).outdated == ["train@layers.2"]
     (tmp_path / "dvc.lock").unlink()
     with pytest.raises(UserError, match=r"dvc\.lock: no such file"):
-        state.read(tmp_path, params, ["layers.2"])
+        state.read(tmp_path, params)
 
 
 def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,19 @@ class Neurons(Section):
         return _checked(names, _HOOKPOINT)
 
 
+class Stability(Section):
+    """Second SAEs of some hookpoints, from another seed, to see which features come again."""
+
+    hookpoints: list[Name]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    cosine: Annotated[float, Field(gt=0.0, le=1.0)]
+
+    @field_validator("hookpoints")
+    @classmethod
+    def _a_set(cls, names: list[str]) -> list[str]:
+        return _checked(names, _HOOKPOINT)
+
+
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
@@ -220,6 +233,7 @@ class Config(Section):
     quality: Quality
     score: Score
     neurons: Neurons
+    stability: Stability
     identify: Identify
     ablate: Ablate
     steer: Steer
@@ -256,6 +270,23 @@ class Config(Section):
                 "ablate.methods: 'feature' subtracts what an SAE reads off the hookpoint itself, transcoders "
                 "(train.transcode) read its module's input; allowed with them: directional, additive, neuron"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stability_fits(self) -> "Config":
+        chosen = self.stability.hookpoints
+        if chosen and self.train.source == "stream":
+            raise ValueError(
+                "stability.hookpoints: a second training reads stored activations, and train.source 'stream' stores "
+                "none; allowed with it: an empty list, []"
+            )
+        for name in chosen:
+            if name not in self.hookpoints:
+                raise ValueError(
+                    f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, self.hookpoints)}"
+                )
+        if chosen and self.stability.seed == self.seed:
+            raise ValueError(f"stability.seed: {self.seed} is the seed of the first training, too; choose another")
         return self
 
     @model_validator(mode="after")

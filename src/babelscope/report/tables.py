@@ -118,8 +118,10 @@ def quality(inputs: ReportInputs) -> Table:
         get = inputs.metrics.get(f"train.{hookpoint}", {}).get
         recovered = inputs.figure("quality", f"loss_recovered/{hookpoint}")
         dead, tokens = percent(get("dead_share")), plain(get("tokens"))
-        rows.append([hookpoint, plain(get("fvu"), 3), plain(get("l0"), 1), dead, percent(recovered), tokens])
-    head = ["hookpoint", "FVU", "L0", "dead latents", "loss recovered", "tokens trained on"]
+        again = [inputs.figure("stability", f"stability_share{end}/{hookpoint}") for end in ("", "_others")]
+        found = f"{percent(again[0])} ({percent(again[1])})" if again[0] is not None else NONE
+        rows.append([hookpoint, plain(get("fvu"), 3), plain(get("l0"), 1), dead, percent(recovered), found, tokens])
+    head = ["hookpoint", "FVU", "L0", "dead latents", "loss recovered", "features found again", "tokens trained on"]
     return Table("One SAE per hookpoint", head, rows)
 
 

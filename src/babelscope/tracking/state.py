@@ -36,13 +36,12 @@ class State:
     outdated: list[str]
 
 
-def read(folder: Path, params: Mapping[str, Any], hookpoints: Iterable[str], without: str = "track") -> State:
+def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> State:
     """Read the state of the pipeline in `folder` from its dvc.yaml and dvc.lock.
 
     Parameters
     ----------
-    params: the content of params.yaml.
-    hookpoints: the current ones; dvc.lock also keeps the entries of those that were removed.
+    params: the content of params.yaml; of its lists are the current hookpoints, dvc.lock keeps removed ones as well.
     without: the stage that asks, which is not a part of the state.
 
     Raises
@@ -53,7 +52,7 @@ def read(folder: Path, params: Mapping[str, Any], hookpoints: Iterable[str], wit
         raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
     locked = _load(folder / "dvc.lock").get("stages", {})
     defined = _load(folder / "dvc.yaml")["stages"]
-    names = [name for name in sorted(locked) if name != without and _is_current(name, defined, set(hookpoints))]
+    names = [name for name in sorted(locked) if name != without and _is_current(name, defined, params)]
     stages = {name: locked[name] for name in names}
     content = {
         name: {
@@ -79,11 +78,12 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_current(name: str, defined: Mapping[str, Any], hookpoints: set[str]) -> bool:
+def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     base, at, item = name.partition("@")
-    if base not in defined:
+    if base not in defined or bool(at) != ("matrix" in defined[base]):
         return False
-    return bool(at) == ("matrix" in defined[base]) and (not at or item in hookpoints)
+    # `matrix: {hookpoint: ${hookpoints}}`: each matrix names the list in params.yaml that it is of.
+    return not at or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
 
 
 def _hashes(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:

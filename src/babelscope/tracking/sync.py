@@ -35,7 +35,7 @@ def sync(folder: Path, params: Mapping[str, Any]) -> None:
     UserError: dvc.lock is missing.
     """
     started = time.monotonic()
-    state = states.read(folder, params, params["hookpoints"])
+    state = states.read(folder, params)
     experiment = params["track"]["experiment"]
     if state.outdated:
         log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))

@@ -1,0 +1,248 @@
+"""Stability: partners and overlaps by hand, an SAE against itself, and the stages `retrain` and `stability`."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import polars as pl
+import pytest
+import torch
+from closure import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from babelscope import config
+from babelscope.activations import store
+from babelscope.sae import SAE, checkpoint, module, stability
+from babelscope.sae.stability import Overlap, beside_others, partners
+
+HOOKPOINT = "layers.2.mlp"
+SHIPPED = config.load(ROOT / "params.yaml")
+
+
+def test_partners_by_hand() -> None:
+    decoder = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 0.0]])
+    other = torch.tensor([[3.0, 4.0], [0.1, 0.0], [0.0, -1.0]])
+    cosine, partner = partners(decoder, other)
+    # Cosines with the three others: 0.6, 1, 0; 0.8, 0, -1; -0.6, -1, 0; the row of zeros has 0 with all.
+    torch.testing.assert_close(cosine, torch.tensor([1.0, 0.8, 0.0, 0.0]))
+    assert partner.tolist() == [1, 0, 2, 0]
+
+
+def test_partners_in_chunks_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, other = (torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (10, 7))
+    whole = torch.nn.functional.cosine_similarity(decoder[:, None], other[None], dim=-1).max(dim=1)
+    sizes: list[int] = []
+    monkeypatch.setattr(stability, "chunk_rows", lambda latents, device: sizes.append(latents) or 3)
+    cosine, partner = partners(decoder, other)
+    torch.testing.assert_close(cosine, whole.values)
+    assert torch.equal(partner, whole.indices)
+    assert sizes == [7]
+
+
+def test_overlap_by_hand_and_in_any_chunks() -> None:
+    # The first SAE fires {0}, {1, 0}, {1} on the three tokens, the second {3}, {2}, {3}.
+    first = torch.tensor([[1.0, 0.0], [2.0, 3.0], [1.0, 0.0]]), torch.tensor([[0, 1], [1, 0], [1, 2]])
+    second = torch.ones(3, 1), torch.tensor([[3], [2], [3]])
+    for chunk in (1, 2, 3):
+        overlap = Overlap(torch.tensor([3, 2, 0]), 4)
+        for start in range(0, 3, chunk):
+            here = slice(start, start + chunk)
+            overlap.add((first[0][here], first[1][here]), (second[0][here], second[1][here]))
+        assert overlap.result()[:2].tolist() == [1 / 3, 1 / 2]
+        assert overlap.result()[2].isnan()  # neither of the two fires
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.booleans())
+def test_an_sae_finds_itself_in_itself_with_permuted_latents(seed: int, jumprelu: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, d = 48, 12
+    encoder, decoder = (torch.randn(n, d, generator=generator) for _ in range(2))
+    bias, mean = 0.1 * torch.randn(n, generator=generator), torch.randn(d, generator=generator)
+    order = torch.randperm(n, generator=generator)
+    kind = {"threshold": torch.full((n,), 0.5)} if jumprelu else {"k": 5}
+    one = SAE(encoder, decoder, bias, mean, **kind)  # type: ignore[arg-type]
+    same = SAE(encoder[order], decoder[order] * 3.0, bias[order], mean, **kind)  # type: ignore[arg-type]
+    cosine, partner = partners(one.W_dec, same.W_dec)
+    torch.testing.assert_close(cosine, torch.ones(n))
+    assert torch.equal(order[partner], torch.arange(n))
+    x, overlap = torch.randn(200, d, generator=generator), Overlap(partner, n)
+    overlap.add(one.encode(x), same.encode(x))
+    found = overlap.result()
+    assert not found.isnan().all() and bool((found[~found.isnan()] == 1).all())
+
+
+def test_a_feature_stands_beside_the_others_that_fire_at_least_as_often() -> None:
+    latents = pl.DataFrame(
+        [
+            (0, 10, 5, 0.95, 0.5), (1, 20, 4, 0.9, 1.0), (2, 10, 3, 0.5, None), (3, 5, 2, 0.99, 0.25),
+            (4, 20, 1, 0.8, 0.5), (5, 30, 0, 1.0, 0.75), (6, 7, 6, 0.2, 0.0),
+        ],
+        schema=["unit", "tokens", "partner", "cosine", "overlap"], orient="row",
+    )  # fmt: skip
+    features = pl.DataFrame({"unit": [0, 5, 0, 6], "language": ["tr", "fi", "en", "en"]})
+    found = beside_others(features, latents, 0.9)
+    assert found.columns == [
+        "unit", "language", "partner", "cosine", "overlap", "others", "others_share", "others_cosine", "others_overlap",
+    ]  # fmt: skip
+    # Of the latents that are no features, 1 and 4 fire on 20 tokens, 2 on 10 and 3 on 5.
+    three = (3, 1 / 3, pytest.approx(2.2 / 3), 0.75)
+    assert found.rows() == [
+        (0, "tr", 5, 0.95, 0.5, *three),
+        (5, "fi", 0, 1.0, 0.75, None, None, None, None),
+        (0, "en", 5, 0.95, 0.5, *three),
+        (6, "en", 6, 0.2, 0.0, *three),
+    ]
+
+
+def load_stage(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / f"stages/{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1) -> None:
+    """Let the stages read the shipped params.yaml with a small SAE on the CPU, and these for `stability`."""
+    train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10, "checkpoint_every": 20}
+    params = SHIPPED.model_copy(
+        update={
+            "hookpoints": [HOOKPOINT],
+            "train": SHIPPED.train.model_copy(update=train),
+            "stability": SHIPPED.stability.model_copy(update={"hookpoints": hookpoints, "seed": seed}),
+            "hardware": SHIPPED.hardware.model_copy(update={"accelerator": "cpu"}),
+        }
+    )
+    monkeypatch.setattr(config, "load", lambda: params)
+    monkeypatch.setattr(sys, "argv", ["retrain.py", HOOKPOINT])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made-up activations: every row the sum of three of 24 directions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    rows, d, generator = 1200, 16, torch.Generator().manual_seed(0)
+    on = torch.rand(rows, 24, generator=generator).argsort(dim=1) < 3
+    x = (on * torch.rand(rows, 24, generator=generator)) @ torch.randn(24, d, generator=generator) + 1.0
+    place = store.place(tmp_path / "data/activations", HOOKPOINT)
+    store.write_shard(place, 0, x.half())
+    store.write_index(place, [rows], d, "float16", "made-up", HOOKPOINT)
+    pl.DataFrame({"row": range(rows), "split": ["train"] * 1000 + ["eval"] * 200}).write_parquet(
+        tmp_path / "data/activations/tokens.parquet"
+    )
+    return tmp_path
+
+
+def test_a_killed_retraining_resumes_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, hookpoints=[HOOKPOINT])
+    stage, out = load_stage("retrain"), folder / "data/sae_again" / HOOKPOINT
+    stage.main()
+    assert {path.name for path in out.iterdir()} == {"cfg.json", "history.csv", "sae_weights.safetensors"}
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not list((folder / ".scratch").iterdir())
+
+    save = module.SAETraining._save
+
+    def die(self: module.SAETraining) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.SAETraining, "_save", die)
+        for path in out.iterdir():
+            path.unlink()
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            stage.main()
+    assert not list(out.iterdir()) and len(list((folder / ".scratch").iterdir())) == 1
+    stage.main()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    use(monkeypatch, hookpoints=[HOOKPOINT], seed=2)
+    stage.main()
+    assert (out / "sae_weights.safetensors").read_bytes() != whole["sae_weights.safetensors"]
+
+
+def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights, bias = torch.randn(64, 16, generator=generator), torch.zeros(64)
+    first = SAE(weights, weights, bias, torch.zeros(16), 4)
+    # The second is the first reversed, but for latent 0, whose direction it does not have.
+    turned = weights.flip(0).clone()
+    turned[63] = turned[0]
+    meta = {"model_name": "made-up", "hook_name": HOOKPOINT}
+    checkpoint.save(first, folder / "data/sae" / HOOKPOINT, meta)
+    checkpoint.save(SAE(turned, turned, bias, torch.zeros(16), 4), folder / "data/sae_again" / HOOKPOINT, meta)
+    counts = [(unit, language, 100 - unit) for unit in range(64) for language in ("en", "tr")]
+    for name in ("counts", "scores"):
+        (folder / "data" / name).mkdir()
+    pl.DataFrame(
+        counts, schema={"unit": pl.Int32, "language": pl.String, "tokens": pl.Int64}, orient="row"
+    ).write_parquet(folder / f"data/counts/{HOOKPOINT}.parquet")
+    features = [("sae", HOOKPOINT, 0, "tr"), ("sae", HOOKPOINT, 9, "tr"), ("sae", HOOKPOINT, 5, "en"),
+                ("sae", "layers.9.mlp", 5, "en"), ("neuron", HOOKPOINT, 6, "en")]  # fmt: skip
+    pl.DataFrame(
+        features, schema={"kind": pl.String, "hookpoint": pl.String, "unit": pl.Int32, "language": pl.String},
+        orient="row",
+    ).write_parquet(folder / "data/scores/features.parquet")  # fmt: skip
+
+    use(monkeypatch, hookpoints=[HOOKPOINT])
+    stage = load_stage("stability")
+    with caplog.at_level("INFO"):
+        stage.main()
+    table = pl.read_parquet(folder / "data/stability/features.parquet")
+    assert table.schema == stage.SCHEMA
+    assert table.select("hookpoint", "unit", "language").rows() == [
+        (HOOKPOINT, 0, "tr"), (HOOKPOINT, 9, "tr"), (HOOKPOINT, 5, "en"),
+    ]  # fmt: skip
+    assert table["partner"].to_list()[1:] == [54, 58] and table["cosine"][0] < 0.9
+    assert table["cosine"].to_list()[1:] == [pytest.approx(1), pytest.approx(1)]
+    # More firings than latent 0 none has, than 9 (twice 91) those of lower number, features left out.
+    assert table["others"].to_list() == [None, 7, 4] and table["others_share"].to_list() == [None, 1.0, 1.0]
+    numbers = json.loads((folder / "metrics/stability.json").read_text())
+    assert numbers["stability_features"] == 3 and numbers["stability_features/tr"] == 2
+    assert numbers["stability_share"] == pytest.approx(2 / 3)
+    assert numbers["stability_share/tr"] == 0.5 and numbers["stability_share/en"] == 1.0
+    assert numbers[f"stability_share/{HOOKPOINT}"] == numbers["stability_share"]
+    assert numbers["stability_share_others"] == 1.0
+    assert 0 < numbers["stability_overlap"] <= 1
+    assert f"{HOOKPOINT}          3   0.667 ( 1.000)" in caplog.text
+
+    written = (folder / "data/stability/features.parquet").read_bytes()
+    stage.main()
+    assert (folder / "data/stability/features.parquet").read_bytes() == written
+
+
+def test_without_hookpoints_there_is_an_empty_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "data/scores").mkdir()
+    pl.DataFrame({"kind": ["sae"], "hookpoint": [HOOKPOINT], "unit": [1], "language": ["en"]}).write_parquet(
+        folder / "data/scores/features.parquet"
+    )
+    use(monkeypatch, hookpoints=[])
+    stage = load_stage("stability")
+    stage.main()
+    table = pl.read_parquet(folder / "data/stability/features.parquet")
+    assert table.is_empty() and table.schema == stage.SCHEMA
+    assert json.loads((folder / "metrics/stability.json").read_text()) == {"stability_features": 0}
+
+
+def test_what_params_no_longer_lists_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lock = "".join(
+        f"  {stage}@{name}:\n    outs:\n    - path: data/{folder}/{name}\n"
+        for stage, folder in (("train", "sae"), ("retrain", "sae_again"))
+        for name in (HOOKPOINT, "layers.9.mlp")
+    )
+    (tmp_path / "dvc.lock").write_text(f"stages:\n  score: {{}}\n{lock}")
+    kept = [tmp_path / "data/sae" / HOOKPOINT, tmp_path / "data/sae_again"]
+    gone = [tmp_path / "data/sae/layers.9.mlp", *(kept[1] / name for name in (HOOKPOINT, "layers.9.mlp"))]
+    for path in (*kept, *gone):
+        path.mkdir(parents=True, exist_ok=True)
+    use(monkeypatch, hookpoints=[])
+    load_stage("prune").main()
+    assert all(path.is_dir() for path in kept) and not any(path.exists() for path in gone)
