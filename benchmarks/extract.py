@@ -1,0 +1,102 @@
+"""`python benchmarks/extract.py`: the extraction of `extract` against bare forward passes to the same depth.
+
+`babelscope.activations.extraction.extract` as the stage calls it, shards written, on every so manieth of the default's
+batches (`dvc repro sample` makes the texts), and the same model on about as many tokens without hooks, masks, padding
+or files: batches of `extract.batch_tokens` tokens in rows of one length, the blocks above the last hookpoint cut off.
+The goal is 0.95 times the bare speed.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import race
+import torch
+from torch import Tensor
+
+from babelscope import config, hardware
+from babelscope.activations import extraction
+from babelscope.models import hookpoints, loading, tokens
+
+TOKENS, ROUNDS = 20_000, 7
+OURS, BARE = "babelscope", "bare forward pass"
+
+
+def sample(params: config.Config) -> list[extraction.Shard]:
+    """One shard of every so manieth batch of the whole corpus: of all lengths, and padded as all batches are."""
+    corpus, tokenizer = pl.read_parquet("data/corpus/texts.parquet"), loading.load_tokenizer(params.model)
+    texts = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
+    shards = extraction.plan(tokens.by_length(texts), params.extract.batch_tokens)
+    step = max(1, sum(shard.rows for shard in shards) // TOKENS)
+    return [extraction.Shard(0, [batch for shard in shards for batch in shard.batches][step // 2 :: step])]
+
+
+def packed(shards: list[extraction.Shard], batch_tokens: int) -> list[Tensor]:
+    """The same token ids end to end, as full batches [rows, length] with the mean length of the texts (rounded)."""
+    texts = [text.ids for shard in shards for batch in shard.batches for text in batch]
+    ids = torch.tensor([token for text in texts for token in text])
+    length = round(len(ids) / len(texts))
+    rows = batch_tokens // length
+    return list(ids[: len(ids) // (rows * length) * rows * length].view(-1, rows, length))
+
+
+def cut(model: Any, layers: int) -> torch.nn.Module:
+    """The body of the model (no head) with its first `layers` blocks."""
+    bare = copy.deepcopy(model)
+    del hookpoints.blocks(bare)[layers:]
+    body: torch.nn.Module = bare.base_model
+    return body
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    params = config.load()
+    hardware.prepare(params.hardware)
+    shards = sample(params)
+    full = packed(shards, params.extract.batch_tokens)
+    model = loading.load_model(params.model, params.extract.dtype)
+    body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints))
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            extraction.extract(
+                model, shards, params.hookpoints, Path(folder), params.extract.store_dtype, params.hardware
+            )
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for ids in full:
+            body(input_ids=ids, use_cache=False)
+
+    count = {OURS: sum(shard.rows for shard in shards), BARE: sum(ids.numel() for ids in full)}
+    rates: dict[str, list[float]] = {name: [] for name in count}
+    for number in range(1 + ROUNDS):
+        for name, run in ((OURS, ours), (BARE, bare)):
+            rate = count[name] / timed(run)
+            if number:
+                rates[name].append(rate)
+    ratio = statistics.median(a / b for a, b in zip(rates[OURS], rates[BARE], strict=True))
+    case = f"{params.model.name} {params.extract.dtype}, {len(params.hookpoints)} hookpoints, {count[OURS]} tokens"
+    print(f"{case}, {race.machine()}")
+    for name, values in rates.items():
+        print(f"{name:20}{statistics.median(values):9.0f} tokens/s")
+    print(f"median of the rounds' ratios: {ratio:.3f}, padding {extraction.padding_share(shards):.1%}")
+    race.write("extract", [
+        race.record(case, name, round(statistics.median(values)), "tokens/s",
+                    **({"ratio_to_floor": ratio} if name == OURS else {}))
+        for name, values in rates.items()
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
