@@ -10,7 +10,6 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,38 +52,37 @@ def cut(model: Any, layers: int) -> torch.nn.Module:
     return body
 
 
-def timed(run: Callable[[], object]) -> float:
+def extraction_seconds(model: Any, shards: list[extraction.Shard], params: config.Config) -> float:
+    """Seconds that the stage's call takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        extraction.extract(model, shards, params.hookpoints, Path(folder), params.extract.store_dtype, params.hardware)
+        return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def bare_seconds(body: torch.nn.Module, full: list[Tensor]) -> float:
+    """Seconds for all batches."""
     start = time.perf_counter()
-    run()
+    for ids in full:
+        last = body(input_ids=ids, use_cache=False).last_hidden_state
+    last[0, 0, 0].item()  # a GPU may still be at it
     return time.perf_counter() - start
 
 
 def main() -> None:
     params = config.load()
-    hardware.prepare(params.hardware)
+    device = hardware.prepare(params.hardware)
     shards = sample(params)
-    full = packed(shards, params.extract.batch_tokens)
+    full = [ids.to(device) for ids in packed(shards, params.extract.batch_tokens)]
     model = loading.load_model(params.model, params.extract.dtype)
-    body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints))
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            extraction.extract(
-                model, shards, params.hookpoints, Path(folder), params.extract.store_dtype, params.hardware
-            )
-
-    @torch.inference_mode()
-    def bare() -> None:
-        for ids in full:
-            body(input_ids=ids, use_cache=False)
-
+    body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints)).to(device)
     count = {OURS: sum(shard.rows for shard in shards), BARE: sum(ids.numel() for ids in full)}
     rates: dict[str, list[float]] = {name: [] for name in count}
-    for number in range(1 + ROUNDS):
-        for name, run in ((OURS, ours), (BARE, bare)):
-            rate = count[name] / timed(run)
-            if number:
-                rates[name].append(rate)
+    for number in range(1 + ROUNDS):  # the first does not count
+        seconds = {OURS: extraction_seconds(model, shards, params), BARE: bare_seconds(body, full)}
+        for name in rates if number else ():
+            rates[name].append(count[name] / seconds[name])
     ratio = statistics.median(a / b for a, b in zip(rates[OURS], rates[BARE], strict=True))
     case = f"{params.model.name} {params.extract.dtype}, {len(params.hookpoints)} hookpoints, {count[OURS]} tokens"
     print(f"{case}, {race.machine()}")
