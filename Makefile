@@ -48,12 +48,14 @@ verify: setup
 	$(BIN)/python -m babelscope.verify
 
 # Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
-# takes. torchvision, which one peer asks for, is built for one build of torch only, and breaks the import of transformers
-# beside another.
+# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/. torchvision, which one peer
+# asks for, is built for one build of torch only, and breaks the import of transformers beside another.
 bench: setup $(PEERS)
 	python benchmarks/sae_step.py
 	python benchmarks/sae_loop.py
 	python benchmarks/sae_memory.py
+	python benchmarks/extract.py
+	python benchmarks/encode.py
 
 # FVU at equal tokens against the peers at their best learning rates, and our own rate at other widths and lengths: hours.
 sweeps: setup $(PEERS)

@@ -1,0 +1,154 @@
+"""Language-specific directions planted in made-up activations: the real stages find them, and nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from closure import ROOT
+from ruamel.yaml import YAML
+from torch import Tensor
+from torch.nn import functional
+
+from babelscope import config, sae
+from babelscope.activations import store
+
+HOOKPOINT, D = "layers.0.mlp", 128
+OWN, EVERYONES, PAIRS = 4, 30, 10  # directions of each language, of all languages, and of two languages
+K = 4  # directions in each token: one of its language's own, the others shared
+TEXTS, HELD_OUT, LENGTH = 45, 5, 30  # texts of each language, how many of them are held out, and their tokens
+KNOBS = {"latents": 256, "k": K, "tokens": 200_000, "batch": 512, "learning_rate": None}
+FOUND = 0.9  # cosine from which on a decoder row has found a direction
+
+
+def shared_weights(languages: int, generator: torch.Generator) -> Tensor:
+    """How readily each shared direction is drawn for a token of each language, [languages, EVERYONES + PAIRS].
+
+    A third of everyone's are frequent enough to be candidates of the selection, and so are those of a pair.
+    """
+    everyones = torch.where(torch.arange(EVERYONES) % 3 == 0, 3.0, 1.0).expand(languages, -1)
+    pairs = torch.zeros(languages, PAIRS)
+    for column in range(PAIRS):
+        pairs[torch.randperm(languages, generator=generator)[:2], column] = 4.0
+    return torch.cat([everyones, pairs], dim=1)
+
+
+def active(language: Tensor, languages: int, generator: torch.Generator) -> Tensor:
+    """Which K directions are in each token, int64 [tokens, K]; the first OWN * languages are languages' own."""
+    own = language * OWN + torch.randint(OWN, language.shape, generator=generator)
+    weights = shared_weights(languages, generator)[language]
+    shared = torch.multinomial(weights, K - 1, generator=generator)
+    return torch.cat([own.unsqueeze(1), OWN * languages + shared], dim=1)
+
+
+class Repo:
+    """A folder with made-up activations in the place of what `extract` writes, in which stages are run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.languages = config.load(ROOT / "params.yaml").languages
+        yaml = YAML()
+        params = yaml.load((ROOT / "params.yaml").read_text())
+        params["hookpoints"] = [HOOKPOINT]
+        params["train"] |= KNOBS
+        params["hardware"]["threads"] = (
+            1  # a process for such small products would spend its time on waiting for threads
+        )
+        with (folder / "params.yaml").open("w") as handle:
+            yaml.dump(params, handle)
+        self.directions = self.plant()
+
+    def plant(self) -> Tensor:
+        """Write the activations and their token table; returns the directions, [directions, D]."""
+        generator = torch.Generator().manual_seed(0)
+        count = len(self.languages)
+        directions = functional.normalize(torch.randn(OWN * count + EVERYONES + PAIRS, D, generator=generator))
+        texts = torch.randperm(count * TEXTS, generator=generator)
+        language = texts.div(TEXTS, rounding_mode="floor").repeat_interleave(LENGTH)
+        chosen = directions[active(language, count, generator)]
+        coefficients = 1 + torch.rand(len(language), K, 1, generator=generator)
+        noise = 0.05 * torch.randn(len(language), D, generator=generator)
+        activations = (coefficients * chosen).sum(1) + noise + torch.randn(D, generator=generator)
+        place = self.folder / "data/activations"
+        store.write_shard(place / HOOKPOINT, 0, activations.half())
+        store.write_index(place / HOOKPOINT, [len(language)], D, "float16", "made-up", HOOKPOINT)
+        number = texts.repeat_interleave(LENGTH)
+        table = pl.DataFrame(
+            {
+                "row": range(len(language)),
+                "text_id": [f"{text:05d}" for text in number.tolist()],
+                "language": [self.languages[code] for code in language.tolist()],
+                "split": ["eval" if text % TEXTS < HELD_OUT else "train" for text in number.tolist()],
+                "position": list(range(LENGTH)) * len(texts),
+                "token_id": pl.zeros(len(language), dtype=pl.Int32, eager=True),
+            },
+            schema_overrides={"row": pl.Int64, "position": pl.Int32},
+        )
+        table.write_parquet(place / "tokens.parquet")
+        return directions
+
+    def run(self, stage: str, *arguments: str) -> None:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "stages" / f"{stage}.py"), *arguments],
+            cwd=self.folder, env=inherited | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def selected(self) -> pl.DataFrame:
+        """Count and score by the labels of the token table: what is selected, `language` and `unit` among the rest."""
+        self.run("encode", HOOKPOINT)
+        self.run("score")
+        return pl.read_parquet(self.folder / "data/scores/features.parquet")
+
+    def shuffle_labels(self, seed: int) -> None:
+        """Deal the languages out anew among the texts of the training split."""
+        path = self.folder / "data/activations/tokens.parquet"
+        table = pl.read_parquet(path)
+        texts = table.filter(split="train").select("text_id", "language").unique("text_id").sort("text_id")
+        dealt = texts.with_columns(shuffled=pl.col("language").shuffle(seed=seed)).drop("language")
+        table.join(dealt, on="text_id", how="left", maintain_order="left").with_columns(
+            language=pl.coalesce("shuffled", "language")
+        ).drop("shuffled").write_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Repo:
+    made = Repo(tmp_path_factory.mktemp("planted"))
+    made.run("train", HOOKPOINT)
+    return made
+
+
+def test_every_planted_direction_is_found_and_nothing_else(repo: Repo) -> None:
+    """Splitting, two latents of one language for one of its directions, is no false finding; it is printed."""
+    features = repo.selected()
+    rows = sae.load(repo.folder / "data/sae", HOOKPOINT).W_dec.detach()[features["unit"].to_torch().long()]
+    cosines, nearest = (functional.normalize(rows) @ repo.directions.T).max(dim=1)
+    code = features["language"].cast(pl.Enum(repo.languages)).to_physical().cast(pl.Int64).to_torch()
+    own = nearest.div(OWN, rounding_mode="floor") == code
+    true = own & (cosines >= FOUND)
+    false = [
+        f"{language} {unit}: cosine {cosine:.3f} with direction {direction}"
+        for language, unit, cosine, direction, fine in zip(
+            features["language"], features["unit"], cosines.tolist(), nearest.tolist(), true.tolist(), strict=True
+        )
+        if not fine
+    ]
+    assert not false
+    planted, found = OWN * len(repo.languages), set(nearest[true].tolist())
+    print(f"{len(found)} of {planted} directions found, {int(true.sum()) - len(found)} of them once more")
+    assert len(found) >= 0.99 * planted
+
+
+def test_shuffled_labels_give_nothing(repo: Repo, tmp_path: Path) -> None:
+    table = repo.folder / "data/activations/tokens.parquet"
+    shutil.copy(table, tmp_path / "tokens.parquet")
+    try:
+        repo.shuffle_labels(seed=0)
+        assert repo.selected().is_empty()
+    finally:
+        shutil.copy(tmp_path / "tokens.parquet", table)
