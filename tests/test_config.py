@@ -54,7 +54,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
             ["layers.26.mlq"],
             "stability.hookpoints: 'layers.26.mlq' is not one of hookpoints; .*did you",
         ),
-        ("stability.hookpoints", ["layers.26.mlp"] * 2, "stability.hookpoints: a hookpoint stands twice"),
+        ("stability.hookpoints", ["layers.26.mlp"] * 2, "stability.hookpoints: 'layers.26.mlp' stands twice"),
         ("stability.seed", 0, "stability.seed: 0 is the seed of the first training, too; choose another"),
         ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
         (
