@@ -54,6 +54,7 @@ def model() -> Any:
 def set_params(**changes: Any) -> None:
     content = config.read_yaml(ROOT / "params.yaml") | {"languages": LANGUAGES, "hookpoints": [SAE_AT]}
     content["neurons"] = {"hookpoints": [], "quantile": 0.8, "top_rate": 0.3}
+    content["stability"] |= {"hookpoints": []}
     content["extract"] |= {"dtype": "float32", "batch_tokens": 64}
     content["score"] |= {"example_rate": 0.2, "token_rate": 0.05, "members": 1}
     content["ablate"] |= {"methods": ["feature"], "control_draws": 1, "bootstrap": 20, "by_layer": True}

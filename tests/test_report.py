@@ -251,7 +251,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
 def test_features_found_again_stand_beside_other_latents() -> None:
     table = tables.quality(inputs())
     cells = [row[table.head.index("features found again")].replace("\u202f", " ") for row in table.rows]
-    assert cells == ["–"] * 6 + ["62.5 % (50 %)"]
+    assert cells == ["–"] * 6 + ["62.5 % (50.0 %)"]
 
 
 def test_top_features_are_the_first_by_rank_and_none_is_said() -> None:
