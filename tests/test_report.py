@@ -310,6 +310,15 @@ def test_the_control_is_drawn_only_where_there_is_one(html: str) -> None:
     assert [row["random"] for row in _rows(with_control)][0] == pytest.approx(0.002)
 
 
+def test_the_page_says_how_many_languages_are_above_the_control(html: str) -> None:
+    assert "Against such random latents" not in html
+    metrics = example.metrics()
+    metrics["ablate"] |= {"languages_above_control": 6, "languages_selective": 0}
+    text = " ".join(page.build(inputs(metrics=metrics)).split())
+    count = len(inputs().languages)
+    assert f"cost it more in 6 of {count} languages" in text and f"larger than theirs in 0 of {count} (" in text
+
+
 def test_shared_features_are_called_shared() -> None:
     params = example.params()
     params["score"]["members"] = 2

@@ -69,6 +69,11 @@ def pictures(inputs: ReportInputs) -> dict[str, Any]:
 def _headline(inputs: ReportInputs) -> dict[str, str]:
     """The figures at the top of the page, as text."""
     figure, count = inputs.figure, len(inputs.languages)
+
+    def of_all(key: str) -> str:
+        value = figure("ablate", key)
+        return "" if value is None else f"{plain(value)} of {count}"
+
     return {
         "features": plain(data.found(inputs)),
         "with_features": plain(data.features(inputs)["language"].n_unique()),
@@ -82,6 +87,8 @@ def _headline(inputs: ReportInputs) -> dict[str, str]:
         "ratio": significant(figure("ablate", "ratio")),
         "rows": f"{plain(figure('ablate', 'rows'))} of {count}",
         "columns": f"{plain(figure('ablate', 'columns'))} of {count}",
+        "above": of_all("languages_above_control"),
+        "selective": of_all("languages_selective"),
     }
 
 
