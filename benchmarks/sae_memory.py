@@ -34,7 +34,7 @@ def child(d: int, latents: int, batch: int) -> None:
 
     params = config.load()
     rows, steps = 16 * batch, 12
-    changes = {"latents": latents, "batch": batch, "tokens": steps * batch, "checkpoint_every": 5, "log_every": 2}
+    changes = {"latents": latents, "batch": batch, "tokens": steps * batch, "checkpoint_seconds": 0, "log_every": 2}
     settings = params.train.model_copy(update=changes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -108,7 +108,7 @@ def load_stage(name: str) -> ModuleType:
 
 def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1) -> None:
     """Let the stages read the shipped params.yaml with a small SAE on the CPU, and these for `stability`."""
-    train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10, "checkpoint_every": 20}
+    train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10, "checkpoint_seconds": 0}
     params = SHIPPED.model_copy(
         update={
             "hookpoints": [HOOKPOINT],

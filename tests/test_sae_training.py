@@ -9,6 +9,7 @@ import torch
 
 from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
+from babelscope.sae import module
 from babelscope.sae.batches import Batches, permutation
 from babelscope.sae.checkpoint import save
 from babelscope.sae.learner import Learner, auxiliary_loss
@@ -21,7 +22,7 @@ HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", 
 SETTINGS = Train(
     source="stored", activation="topk", matryoshka=None, transcode=False,
     latents=128, k=4, tokens=64 * 120, batch=64, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=640, log_every=7, checkpoint_every=25,
+    aux_k_coefficient=0.03125, dead_after=640, log_every=7, checkpoint_seconds=0,
 )  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def test_it_learns_and_its_result_is_in_the_units_of_the_store(tmp_path: Path) -
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(128))
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
     whole, history, _ = run(tmp_path / "whole")
 
     def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
@@ -82,9 +84,27 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         run(tmp_path / "killed", write=stop_at_63)
     again: list[int] = []
     resumed, resumed_history, _ = run(tmp_path / "killed", write=lambda step, metrics: again.append(step))
-    assert again[0] == 56  # the checkpoint of step 50 was used
+    assert again[0] == 63  # the checkpoint of step 62 was used
     assert resumed == whole
     assert resumed_history == history
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved = [0.0], []
+
+    def write(path: Path, _: object) -> None:
+        saved.append(now[0])
+        now[0] += 0.5  # what writing takes
+
+    def step(*_: object) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "write_atomically", write)
+    monkeypatch.setattr(module.Learner, "before_update", step)
+    settings = SETTINGS.model_copy(update={"checkpoint_seconds": 10})
+    train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[silent], checkpoint=tmp_path / "none")
+    assert saved == [10.0, 35.5, 61.0, 86.5, 112.0]  # after 10 s, then 50 times 0.5 s after each
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from babelscope.activations.streaming import Stream
 from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
+from babelscope.sae import module
 from babelscope.sae.batches import Batches, Pair
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.module import train
@@ -33,7 +34,7 @@ NAMES = ["layers.0.mlp", "layers.2"]
 SETTINGS = Train(
     source="stream", activation="topk", matryoshka=None, transcode=False,
     latents=64, k=4, tokens=32 * 40, batch=32, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=10**6, log_every=5, checkpoint_every=8,
+    aux_k_coefficient=0.03125, dead_after=10**6, log_every=5, checkpoint_seconds=0,
 )  # fmt: skip
 
 
@@ -171,8 +172,9 @@ def run(model: Any, folder: Path, settings: Train = SETTINGS, write: Any = silen
 
 @pytest.mark.parametrize("changes", [{}, {"transcode": True}, {"activation": "batchtopk"}], ids=str)
 def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
-    model: Any, tmp_path: Path, changes: dict[str, Any]
+    model: Any, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
     settings = SETTINGS.model_copy(update=changes)
     whole = run(model, tmp_path / "whole", settings)
 
@@ -184,7 +186,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
         run(model, tmp_path / "killed", settings, stop_at_30)
     again: list[int] = []
     resumed = run(model, tmp_path / "killed", settings, lambda step, metrics: again.append(step))
-    assert again == [25, 30, 35, 40]  # from the checkpoint of step 24
+    assert again == [30, 35, 40]  # from the checkpoint of step 29
     assert resumed == whole
 
 

@@ -93,7 +93,7 @@ class Train(Section):
     aux_k_coefficient: Annotated[float, Field(ge=0.0)]
     dead_after: Positive | None
     log_every: Positive
-    checkpoint_every: Positive
+    checkpoint_seconds: Annotated[float, Field(ge=0.0)]
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":

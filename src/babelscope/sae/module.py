@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 Write = Callable[[int, Mapping[str, float]], None]
 History = list[dict[str, float]]
 
+# Between two checkpoints lies at least so many times what the last one took to write: 2 % of the time at most.
+_APART = 50
+
 
 class SAETraining(LightningModule):  # type: ignore[misc]
     """SAEs in training on the same tokens, one per hookpoint.
@@ -36,7 +40,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
     settings: the `train` section.
     seed: of the initialisation.
     write: one per hookpoint; called as `write(step, metrics)` every `log_every` steps and at the last, on rank 0.
-    checkpoint: file of the state to resume from, written every `checkpoint_every` steps.
+    checkpoint: file of the state to resume from, written every `checkpoint_seconds`.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         self.done = 0
         self.histories: list[History] = [[] for _ in self.learners]
         self._moments: dict[str, Any] | None = None
+        self._due = time.monotonic() + settings.checkpoint_seconds
         if checkpoint.exists():
             self._load()
 
@@ -90,7 +95,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         if self.done % self.settings.log_every == 0 or self.done == self.batches.steps:
             for number, ((x, y), result) in enumerate(zip(batch, results, strict=True)):
                 self._record(number, self.each[number].figures(x if y is None else y, result), rate)
-        if self.done % self.settings.checkpoint_every == 0 and self.done < self.batches.steps:
+        if time.monotonic() >= self._due and self.done < self.batches.steps:
             self._save()
 
     def _mean(self, result: Step) -> Step:
@@ -113,6 +118,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
     def _save(self) -> None:
         if not self.trainer.is_global_zero:
             return
+        start = time.monotonic()
         state = {
             "done": self.done,
             "histories": self.histories,
@@ -120,6 +126,8 @@ class SAETraining(LightningModule):  # type: ignore[misc]
             "optimizer": self.optimizers().optimizer.state_dict(),
         }
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+        end = time.monotonic()
+        self._due = end + max(self.settings.checkpoint_seconds, _APART * (end - start))
 
     def _load(self) -> None:
         try:
