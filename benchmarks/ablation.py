@@ -96,7 +96,10 @@ def main() -> None:
     texts, language = sample(params, arguments.texts)
     features = pl.read_parquet("data/scores/features.parquet").filter(kind="sae")
     counts = {name: pl.read_parquet(f"data/counts/{name}.parquet") for name in params.hookpoints}
-    what = conditions(features, counts, params.languages, by_layer=True, draws=5, seed=params.seed)
+    totals = pl.read_parquet(f"data/counts/{params.hookpoints[0]}.totals.parquet")
+    what = conditions(
+        features, counts, totals, params.languages, ratio=params.score.ratio, by_layer=True, draws=5, seed=params.seed
+    )
     every = torch.from_numpy(what.asked(language))
     saes = {name: sae.load(Path("data/sae"), name) for name in params.hookpoints}
     fast, plain = (loading.load_model(params.model, "float32") for _ in range(2))

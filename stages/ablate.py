@@ -42,6 +42,7 @@ def main() -> None:
     language = [of[text.text_id] for text in texts]
     places = {method: hookpoints_of(method, features, params) for method in methods}
     counts = {name: read_counts(method, name) for method, names in places.items() for name in names}
+    totals = {method: read_totals(method, names[0]) for method, names in places.items()}
     saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints if set(methods) != {"neuron"}}
     model = loading.load_model(params.model, knobs.dtype).to(device)
     matmul.use_in(model)
@@ -50,6 +51,7 @@ def main() -> None:
     targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
     depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
+    depends |= {"ratio": params.score.ratio}
     hashes = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, NEURONS, SAES)}
     keep = scratch(fingerprint("ablate", depends, hashes))
     tables: list[pl.DataFrame] = []
@@ -59,8 +61,9 @@ def main() -> None:
         what = conditions(
             features.filter(kind="neuron" if method == "neuron" else "sae"),
             {name: counts[name] for name in names},
+            totals[method],
             params.languages,
-            by_layer=knobs.by_layer, others=knobs.by_layer_others,
+            ratio=params.score.ratio, by_layer=knobs.by_layer, others=knobs.by_layer_others,
             draws=knobs.control_draws, seed=params.seed,
         )  # fmt: skip
         if method == "neuron":
@@ -100,10 +103,19 @@ def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) ->
 
 def read_counts(method: str, hookpoint: str) -> pl.DataFrame:
     folder, writer = (NEURONS, "neurons") if method == "neuron" else (COUNTS, f"encode@{hookpoint}")
-    path = folder / f"{hookpoint}.parquet"
+    return read(folder / f"{hookpoint}.parquet", writer).select("unit", "language", "tokens", "max")
+
+
+def read_totals(method: str, hookpoint: str) -> pl.DataFrame:
+    if method == "neuron":
+        return read(NEURONS / "totals.parquet", "neurons")
+    return read(COUNTS / f"{hookpoint}.totals.parquet", f"encode@{hookpoint}")
+
+
+def read(path: Path, writer: str) -> pl.DataFrame:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
-    return pl.read_parquet(path, columns=["unit", "language", "tokens", "max"])
+    return pl.read_parquet(path)
 
 
 def largest_activation(counts: pl.DataFrame, latents: int) -> Any:

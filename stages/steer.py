@@ -126,7 +126,8 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
             continue
         dictionary = sae.load(SAES, hookpoint)
         counts = pl.read_parquet(COUNTS / f"{hookpoint}.parquet")
-        totals = dict(pl.read_parquet(COUNTS / f"{hookpoint}.totals.parquet").select("language", "tokens").iter_rows())
+        sizes = pl.read_parquet(COUNTS / f"{hookpoint}.totals.parquet")
+        totals = dict(sizes.select("language", "tokens").iter_rows())
         found[hookpoint] = {}
         for language in languages:
             units = mine.filter(pl.col("language") == language)["unit"].to_list()
@@ -134,7 +135,9 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
             mean = {unit: total / totals[language] for unit, total in there.select("unit", "sum").iter_rows()}
             sets: dict[int | None, list[int]] = {None: units}
             if params.steer.control and units:
-                sets[1] = controls.matched(counts, features, hookpoint, language, 1, params.seed)[0]
+                [sets[1]] = controls.matched(
+                    counts, sizes, features, hookpoint, language, ratio=params.score.ratio, draws=1, seed=params.seed
+                )
             for draw, members in sets.items():
                 if members:
                     means = [mean.get(unit, 0.0) for unit in members]

@@ -288,9 +288,17 @@ OWNED = pl.DataFrame(
 )  # fmt: skip
 
 
+TOTALS = pl.DataFrame({"language": ["en", "fi", "sv"], "tokens": [1000, 1000, 1000]})
+
+
+def drawn(counts, language, draws, *, owned=OWNED, totals=TOTALS, ratio=1e-9, seed=0):
+    """At so low a ratio every language is a member, and no unit has but one."""
+    return controls.matched(counts, totals, owned, "layers.1", language, ratio=ratio, draws=draws, seed=seed)
+
+
 @pytest.mark.parametrize(("language", "units"), [("en", [3, 9, 40, 77]), ("fi", [5, 8])])
 def test_controls_fire_as_often_and_belong_to_no_language(language, units):
-    draws = controls.matched(COUNTED, OWNED, "layers.1", language, 6, seed=0)
+    draws = drawn(COUNTED, language, 6)
     rate = dict(COUNTED.filter(language=language).select("unit", "tokens").iter_rows())
     assert len(draws) == 6 and len({tuple(draw) for draw in draws}) > 1
     fires = sum(rate[u] for u in units)
@@ -299,32 +307,52 @@ def test_controls_fire_as_often_and_belong_to_no_language(language, units):
         # The pool is dense: what few units lack is made up by one or two small ones.
         assert len(units) <= len(draw) <= len(units) + 2
         assert fires <= sum(rate[u] for u in draw) < 1.25 * fires
-    assert draws == controls.matched(
-        COUNTED.sample(fraction=1, shuffle=True, seed=1), OWNED, "layers.1", language, 6, 0
-    )
-    assert draws[:3] == controls.matched(COUNTED, OWNED, "layers.1", language, 3, seed=0)
-    assert draws != controls.matched(COUNTED, OWNED, "layers.1", language, 6, seed=1)
+    assert draws == drawn(COUNTED.sample(fraction=1, shuffle=True, seed=1), language, 6)
+    assert draws[:3] == drawn(COUNTED, language, 3)
+    assert draws != drawn(COUNTED, language, 6, seed=1)
 
 
 def test_more_units_are_drawn_where_none_fires_as_often():
     """The owned unit fires on 400 tokens, the others on 40 each: ten of these, and no more, fire as often."""
     counted = pl.DataFrame(
-        {"unit": range(61), "language": "en", "tokens": [400] + [40] * 60}, schema=COUNTED.schema
+        [(u, name, 40 if u else 400) for u in range(61) for name in ("en", "fi")],
+        schema=COUNTED.schema, orient="row",
     )  # fmt: skip
     owned = pl.DataFrame({"hookpoint": "layers.1", "unit": 0, "language": "en"}, schema=OWNED.schema)
-    for draw in controls.matched(counted, owned, "layers.1", "en", 3, seed=0):
+    for draw in drawn(counted, "en", 3, owned=owned):
         assert len(set(draw)) == len(draw) == 10 and 0 not in draw
+
+
+def test_units_that_would_be_the_languages_own_at_lower_thresholds_are_not_drawn():
+    """Unit 1 fires on 10 % of en and on 4 % of fi, 2 as often on both, 3 at half the rate, 4 on fi alone."""
+    counted = pl.DataFrame(
+        [(0, "en", 10), (1, "en", 10), (1, "fi", 8), (2, "en", 10), (2, "fi", 20), (3, "en", 10), (3, "fi", 10),
+         (4, "fi", 30), (4, "en", 0)],
+        schema=COUNTED.schema, orient="row",
+    )  # fmt: skip
+    totals = pl.DataFrame({"language": ["en", "fi"], "tokens": [100, 200]})
+    owned = pl.DataFrame({"hookpoint": "layers.1", "unit": 0, "language": "en"}, schema=OWNED.schema)
+    for ratio, pool in ((0.5, {2, 3}), (0.51, {2}), (0.3, {1, 2, 3})):
+        units = {u for [u] in drawn(counted, "en", 30, owned=owned, totals=totals, ratio=ratio)}
+        assert units == pool, ratio
 
 
 def test_controls_where_there_are_few_units():
     few = COUNTED.filter(pl.col("unit").is_in([3, 9, 40, 77, 100, 101]))
-    assert controls.matched(few, OWNED, "layers.1", "en", 2, seed=0) == [[100, 101]] * 2
-    assert controls.matched(few, OWNED, "layers.1", "sv", 2, seed=0) == [[], []]
+    assert drawn(few, "en", 2) == [[100, 101]] * 2
+    assert drawn(few, "sv", 2) == [[], []]
 
 
 def test_conditions_are_each_language_its_controls_and_each_hookpoint_alone():
     what = conditions.conditions(
-        OWNED, {"layers.1": COUNTED, "layers.2": COUNTED}, ["fi", "en", "sv"], by_layer=True, draws=2, seed=0
+        OWNED,
+        {"layers.1": COUNTED, "layers.2": COUNTED},
+        TOTALS,
+        ["fi", "en", "sv"],
+        ratio=1e-9,
+        by_layer=True,
+        draws=2,
+        seed=0,
     )
     keys = what.keys
     assert keys["condition"].to_list() == list(range(3 + 6 + 6))
@@ -340,7 +368,7 @@ def test_conditions_are_each_language_its_controls_and_each_hookpoint_alone():
     asked = what.asked(["en", "fi"])
     assert asked[:3].all() and asked[9:].all()
     own = conditions.conditions(
-        OWNED, {"layers.1": COUNTED}, ["fi", "en"], by_layer=True, others=False, draws=0, seed=0
+        OWNED, {"layers.1": COUNTED}, TOTALS, ["fi", "en"], ratio=0.5, by_layer=True, others=False, draws=0, seed=0
     )
     assert own.asked(["en", "fi"]).tolist() == [[True, True]] * 2 + [[False, True], [True, False]]
     # Half of the others' texts (1 / (3 - 1)), the second of two; all of one's own.

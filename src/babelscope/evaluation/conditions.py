@@ -49,8 +49,10 @@ class Conditions(NamedTuple):
 def conditions(
     features: pl.DataFrame,
     counts: Mapping[str, pl.DataFrame],
+    totals: pl.DataFrame,
     languages: Sequence[str],
     *,
+    ratio: float,
     by_layer: bool,
     others: bool = True,
     draws: int,
@@ -65,7 +67,9 @@ def conditions(
     ----------
     features: `hookpoint`, `unit`, `language`.
     counts: by hookpoint, `unit`, `language`, `tokens` (read for controls only).
+    totals: `language`, `tokens` (of the language, on which units were counted).
     languages: in the order wanted.
+    ratio: `score.ratio`, see `controls.matched`.
     by_layer: also each hookpoint alone (without controls).
     others: whether these are evaluated on all languages, or on their own only, which costs a fraction.
     draws: controls per language; 0 for none.
@@ -81,7 +85,7 @@ def conditions(
     keys: list[tuple[str, str | None, int | None, float]] = [(name, None, None, 1.0) for name in languages]
     units = {hookpoint: [own[hookpoint, name] for name in languages] for hookpoint in counts}
     random = {
-        (hookpoint, name): matched(table, features, hookpoint, name, draws, seed)
+        (hookpoint, name): matched(table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed)
         for hookpoint, table in counts.items()
         for name in languages
     }

@@ -11,7 +11,15 @@ NEAR = 20
 
 
 def matched(
-    counts: pl.DataFrame, features: pl.DataFrame, hookpoint: str, language: str, draws: int, seed: int
+    counts: pl.DataFrame,
+    totals: pl.DataFrame,
+    features: pl.DataFrame,
+    hookpoint: str,
+    language: str,
+    *,
+    ratio: float,
+    draws: int,
+    seed: int,
 ) -> list[list[int]]:
     """Random units of `hookpoint` that fire as often on `language` as those that it owns there.
 
@@ -19,14 +27,18 @@ def matched(
     log c(l, u) is nearest to its own (METHODS: c(l, u) the tokens of l on which u fires; as all are counted on the same
     tokens, counts are matched as rates). Among units that belong to no language few fire as often as the owned ones
     that fire most; so more are drawn, each in the same way for what is lacking, until the draw fires at least as often
-    in all. Units that are specific to any language, or never fire on this one, are not drawn. A draw holds each unit
-    once, and fires less only where there are no more units.
+    in all. Not drawn are units that never fire on this language, that are specific to any, and that would be specific
+    to this one if they fired often enough for the thresholds of `sae_lape`: P(l', u) < ratio * P(l, u) in every other
+    language l', P = c / T. They are no random units but more of its own. A draw holds each unit once, and fires less
+    only where there are no more units.
 
     Parameters
     ----------
     counts: `unit`, `language`, `tokens` of `hookpoint`.
+    totals: `language`, `tokens`: T(l).
     features: `hookpoint`, `unit`, `language`: the selection.
     hookpoint, language: where, and whose units are matched.
+    ratio: `score.ratio`, above 0, at most 1.
     draws: how many.
     seed: of the draws; those of one hookpoint and language depend on no other.
 
@@ -36,7 +48,7 @@ def matched(
     """
     here = features.filter(pl.col("hookpoint") == hookpoint)
     rates = counts.filter((pl.col("language") == language) & (pl.col("tokens") > 0)).select("unit", "tokens")
-    taken = here["unit"].unique().to_list()
+    taken = [*here["unit"].unique(), *_of_one(counts, totals, language, ratio)]
     pool = rates.filter(~pl.col("unit").is_in(taken)).sort("tokens", "unit")
     mine = here.filter(pl.col("language") == language).select("unit").join(rates, on="unit", how="left")
     wanted = mine.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy()
@@ -46,6 +58,14 @@ def matched(
         sorted(units[i] for i in _draw(rate, wanted, np.random.default_rng([seed, *names, draw])))
         for draw in range(draws)
     ]
+
+
+def _of_one(counts: pl.DataFrame, totals: pl.DataFrame, language: str, ratio: float) -> pl.Series:
+    """Units that have this language for their only member."""
+    fired = counts.filter(pl.col("tokens") > 0).join(totals.select("language", total="tokens"), on="language")
+    share = pl.col("tokens") / pl.col("total")
+    members = fired.filter(share >= ratio * share.max().over("unit"))
+    return members.filter(pl.len().over("unit") == 1, pl.col("language") == language)["unit"]
 
 
 def _draw(pool: NDArray[np.int64], wanted: NDArray[np.int64], random: np.random.Generator) -> list[int]:
