@@ -81,10 +81,8 @@ def read_totals(places: Mapping[Path, str], languages: list[str]) -> pl.DataFram
 
 
 def with_monolinguality(features: pl.DataFrame, counts: list[pl.LazyFrame], totals: pl.DataFrame) -> pl.DataFrame:
-    """`features` with `monolinguality`, in the same order; one hookpoint's counts are in memory at a time."""
-    units = features.select(KEY).unique().lazy()
-    rows = [frame.join(units, on=KEY, how="semi").collect(engine="in-memory") for frame in counts]
-    nu = monolinguality(pl.concat(rows), totals)
+    """`features` with `monolinguality`, in the same order."""
+    nu = monolinguality(pl.concat(counts), totals, features)
     return features.join(nu, on=[*KEY, "language"], how="left", maintain_order="left")
 
 

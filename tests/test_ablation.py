@@ -421,7 +421,7 @@ def test_the_tables_of_a_run(model, saes):
     owned = OWNED.filter(pl.col("unit") < 50).with_columns(
         hookpoint=pl.col("hookpoint").replace("layers.2", "layers.2.mlp")
     )
-    what = conditions.conditions(owned, counts, ["en", "fi"], by_layer=True, draws=2, seed=0)
+    what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
     nll_of = ablation.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language)))
     found = results.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)

@@ -80,7 +80,10 @@ def join_totals(rows: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
 
 def check_once(rows: pl.DataFrame, key: Sequence[str]) -> None:
     """Raise a `UserError` where a unit has two rows for one language (two hookpoints mixed, or counts not summed)."""
-    again = rows.select(*key, "language").filter(pl.struct(*key, "language").is_duplicated())
+    rows = rows.select(*key, "language")
+    languages = rows.group_by(key).agg(found=pl.len(), different=pl.col("language").n_unique())
+    again = rows.join(languages.filter(pl.col("found") > pl.col("different")), on=key, how="semi")
+    again = again.filter(pl.struct(again.columns).is_duplicated())
     if len(again):
         first = ", ".join(f"{name} {value}" for name, value in again.sort(again.columns).row(0, named=True).items())
         raise UserError(f"counts: more than one row for {first}")

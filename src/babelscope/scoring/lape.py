@@ -1,5 +1,7 @@
 """LAPE for neurons: the baseline that SAE-LAPE was derived from."""
 
+from collections.abc import Iterator
+
 import polars as pl
 
 from babelscope.errors import UserError
@@ -19,7 +21,7 @@ def lape(
     Parameters
     ----------
     counts: `layer`, `unit`, `language`, `tokens` (and `hookpoint`, which is then part of a unit's name); one row per
-        unit and language, rows without a firing may be missing.
+        unit and language, rows without a firing may be missing. A lazy frame is read one layer at a time, twice.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
     units: how many units there are, those that never fire included.
     quantile: which quantile of all probabilities the bar is.
@@ -37,11 +39,15 @@ def lape(
     """
     if not 0 <= top_rate <= 1:
         raise UserError(f"top_rate: {top_rate} is not between 0 and 1")
-    rows, totals, key = _rows(counts, totals)
-    bar = _bar(rows, totals, key, units, quantile)
-    above = rows.filter(pl.col("probability") > bar)
-    entropies = firing.entropies(rows.join(above.select(key), on=key, how="semi"), key).drop("peak")
-    kept = entropies.sort("entropy", *firing.tie_break(key)).head(round(top_rate * units))
+    bar = probability_bar(counts, totals, units=units, quantile=quantile)
+    totals, key = firing.check_totals(totals), firing.unit_key(counts)
+    parts, entropies = [], []
+    for rows in _layers(counts, totals, key):
+        high = rows.filter(pl.col("probability") > bar)
+        parts.append(high)
+        entropies.append(firing.entropies(rows.join(high.select(key), on=key, how="semi"), key).drop("peak"))
+    above = pl.concat(parts)
+    kept = pl.concat(entropies).sort("entropy", *firing.tie_break(key)).head(round(top_rate * units))
     return (
         above.join(kept, on=key)
         .join(totals.select("language").with_row_index("_place"), on="language", how="left")
@@ -60,31 +66,28 @@ def probability_bar(counts: Counts, totals: pl.DataFrame, *, units: int, quantil
     Units without a row count as 0. `round` is Python's (halves to even); the first is the lowest. Parameters and
     errors as in `lape`.
     """
-    rows, totals, key = _rows(counts, totals)
-    return _bar(rows, totals, key, units, quantile)
-
-
-def _rows(counts: Counts, totals: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
-    firing.require(counts, ["layer", "unit", "language", "tokens"], "counts")
-    totals = firing.check_totals(totals)
-    key = firing.unit_key(counts)
-    rows = (
-        counts.lazy()
-        .filter(pl.col("tokens") > 0)
-        .select(*key, pl.col("language").cast(pl.String), "tokens")
-        .collect(engine="in-memory")
-    )
-    firing.check_once(rows, key)
-    return firing.probabilities(rows, totals), totals, key
-
-
-def _bar(rows: pl.DataFrame, totals: pl.DataFrame, key: list[str], units: int, quantile: float) -> float:
     if not 0 <= quantile <= 1:
         raise UserError(f"quantile: {quantile} is not between 0 and 1")
-    firing_units = rows.select(pl.struct(key).n_unique()).item() if len(rows) else 0
-    if firing_units > units:
-        raise UserError(f"units: {units} units in all, but the counts hold {firing_units}")
+    firing.require(counts, ["layer", "unit", "language", "tokens"], "counts")
+    totals, key = firing.check_totals(totals), firing.unit_key(counts)
     size = units * len(totals)
     place = max(1, round(quantile * size))  # counted from 1
-    zeros = size - len(rows)
-    return 0.0 if place <= zeros else float(rows["probability"].sort()[place - zeros - 1])
+    largest, found, firing_units = pl.Series(dtype=pl.Float64), 0, 0
+    for rows in _layers(counts, totals, key):
+        firing.check_once(rows, key)
+        found += len(rows)
+        firing_units += rows.select(key).n_unique() if len(rows) else 0
+        # The value sought is the smallest of so many largest: no more are kept.
+        new = rows["probability"].rename("")
+        if len(largest) > size - place:
+            new = new.filter(new > largest.min())
+        largest = pl.concat([largest, new]).top_k(size - place + 1)
+    if firing_units > units:
+        raise UserError(f"units: {units} units in all, but the counts hold {firing_units}")
+    return 0.0 if place <= size - found else float(largest.min())  # type: ignore[arg-type]
+
+
+def _layers(counts: Counts, totals: pl.DataFrame, key: list[str]) -> Iterator[pl.DataFrame]:
+    """The rows with a firing and their `probability`, one layer at a time."""
+    for rows in firing.by_layer(counts, [*key, "language", "tokens"]):
+        yield firing.probabilities(rows, totals)

@@ -6,7 +6,7 @@ from babelscope.scoring import counts as firing
 from babelscope.scoring.counts import Counts
 
 
-def monolinguality(counts: Counts, totals: pl.DataFrame) -> pl.DataFrame:
+def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | None = None) -> pl.DataFrame:
     """Mean activation on a language minus the mean of its means on the others (Deng et al. 2025, arXiv 2505.05111).
 
     nu(l, u) = m(l, u) - mean over l' != l of m(l', u), where m(l, u) = sum of the activations / T(l), per token. A
@@ -16,7 +16,9 @@ def monolinguality(counts: Counts, totals: pl.DataFrame) -> pl.DataFrame:
     Parameters
     ----------
     counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` where there are several.
+        A lazy frame is read one layer at a time.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
+    units: the units wanted: `layer`, `unit` (and `hookpoint`), in any number of rows; None for all.
 
     Returns
     -------
@@ -34,6 +36,8 @@ def monolinguality(counts: Counts, totals: pl.DataFrame) -> pl.DataFrame:
     others = max(1, len(totals.filter(pl.col("tokens") > 0)) - 1)
     parts = []
     for rows in firing.by_layer(counts, [*key, "language", "tokens", "sum"]):
+        if units is not None:
+            rows = rows.join(units, on=key, how="semi")
         firing.check_once(rows, key)
         means = firing.join_totals(rows, size).with_columns(_mean=pl.col("sum").cast(pl.Float64) / pl.col("_tokens"))
         # Summed in ascending order, so that the order of the rows does not reach the last bit.
