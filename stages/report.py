@@ -16,7 +16,12 @@ log = logging.getLogger(__name__)
 
 FEATURES = Path("data/scores/features.parquet")
 NLL = Path("data/ablation/nll.parquet")
-BY_LAYER = Path("data/ablation/by_layer.parquet")
+OPTIONAL = {
+    "by_layer": Path("data/ablation/by_layer.parquet"),
+    "control": Path("data/ablation/control.parquet"),
+    "confusion": Path("data/identify/confusion.parquet"),
+    "generations": Path("data/steer/generations.parquet"),
+}
 OUT = Path("reports")
 PACKAGES = (
     "babelscope",
@@ -51,17 +56,19 @@ def read(params: config.Config) -> data.ReportInputs:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; the stages before `report` write it: dvc repro report")
-    if BY_LAYER.is_file():
-        files.append(BY_LAYER)
+    there = {name: path for name, path in OPTIONAL.items() if path.is_file()}
+    files += there.values()
+    frames = {name: pl.read_parquet(path) for name, path in there.items()}
     return data.ReportInputs(
         # Neither the hardware nor the tracking changes a result, so neither changes the page.
         params=params.model_dump(exclude={"hardware", "track"}),
         features=pl.read_parquet(FEATURES),
         nll=pl.read_parquet(NLL),
-        by_layer=pl.read_parquet(BY_LAYER) if BY_LAYER.is_file() else None,
+        by_layer=frames.pop("by_layer", None),
         metrics={name: read_json(path) for name, path in metrics.items()},
         files={path.as_posix(): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in files},
         versions={package: version(package) for package in PACKAGES},
+        **frames,
     )
 
 

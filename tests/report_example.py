@@ -102,6 +102,43 @@ def by_layer() -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None, schema_overrides={"control": pl.Int64})
 
 
+def control() -> pl.DataFrame:
+    rows = []
+    for place, name in enumerate(LANGUAGES):
+        excess, contrast = 0.1 - 0.02 * place, 0.12 - 0.01 * place
+        rows.append({
+            "method": "feature", "language": name, "excess": excess, "excess_low": excess - 0.05,
+            "excess_high": excess + 0.06, "contrast": contrast, "contrast_low": contrast - 0.05,
+            "contrast_high": contrast + 0.05,
+        })  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def confusion() -> pl.DataFrame:
+    """30 texts a language; sae-count takes two Russian ones for Bulgarian, fastText one."""
+    rows = []
+    for method, normalize, wrong in (("sae-count", "units", 2), ("sae-count", "none", 9), ("fasttext", "none", 1)):
+        for name in LANGUAGES:
+            for predicted in LANGUAGES:
+                lost = wrong if name == "ru" else 0
+                texts = 30 - lost if predicted == name else lost if predicted == "bg" else 0
+                rows.append((method, normalize, name, predicted, texts))
+    schema = {"method": pl.String, "normalize": pl.String, "language": pl.String, "predicted": pl.String,
+              "texts": pl.Int64}  # fmt: skip
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def generations() -> pl.DataFrame:
+    """Four texts a language and strength, and four without; German succeeds at 8."""
+    rows: list[tuple[Any, ...]] = [(None, None, None, 1.8, 0.95, None)] * 4
+    for name in LANGUAGES:
+        for strength in (4.0, 8.0, 16.0):
+            rows += [(name, strength, None, 2.0 + strength / 8, 0.9, name == "de" and strength == 8)] * 4
+    schema = {"language": pl.String, "strength": pl.Float64, "control": pl.Int32, "nll": pl.Float64,
+              "distinct_2": pl.Float64, "success": pl.Boolean}  # fmt: skip
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
 def metrics() -> dict[str, dict[str, Any]]:
     sample: dict[str, Any] = {"languages": 15, "texts": 9000, "tokens": 15 * 13500, "short_of_budget": 0}
     for place, name in enumerate(LANGUAGES):
@@ -116,8 +153,9 @@ def metrics() -> dict[str, dict[str, Any]]:
         "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
         "score": {"features": features().height},
         "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5},
-        "identify": {"accuracy/sae-count/units": 0.97, "accuracy/fasttext": 0.98},
-        "steer": {"success": 0.1},
+        "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
+                     "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
+        "steer": {"success": 0.1, "success_unsteered": 0.0} | {f"success_unsteered/{name}": 0.0 for name in LANGUAGES},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
                    "rows": 14, "columns": 13},
     }  # fmt: skip
@@ -131,10 +169,13 @@ def metrics() -> dict[str, dict[str, Any]]:
 
 def write(root: Path) -> None:
     """The example as the files that the stage reads (params.yaml is not among them)."""
-    for folder in ("data/scores", "data/ablation", "metrics"):
+    for folder in ("data/scores", "data/ablation", "data/identify", "data/steer", "metrics"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     features().write_parquet(root / "data/scores/features.parquet")
     nll().write_parquet(root / "data/ablation/nll.parquet")
     by_layer().write_parquet(root / "data/ablation/by_layer.parquet")
+    control().write_parquet(root / "data/ablation/control.parquet")
+    confusion().write_parquet(root / "data/identify/confusion.parquet")
+    generations().write_parquet(root / "data/steer/generations.parquet")
     for name, content in metrics().items():
         write_json(root / "metrics" / f"{name}.json", content)

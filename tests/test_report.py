@@ -32,6 +32,7 @@ def inputs(**changes: Any) -> ReportInputs:
     given_ = ReportInputs(
         params=example.params(), features=example.features(), nll=example.nll(), by_layer=example.by_layer(),
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
+        control=example.control(), confusion=example.confusion(), generations=example.generations(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -175,6 +176,42 @@ def test_own_by_layer() -> None:
     assert data.own_by_layer(inputs(by_layer=example.by_layer().clear())).is_empty()
 
 
+def test_against_control_has_both_questions_of_every_language() -> None:
+    frame = data.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
+    assert frame.select("language", "question").rows() == [
+        (name, question) for name in example.LANGUAGES for question in ("own", "selective")
+    ]
+    de = frame.filter(language="de").select("value", "low", "high").rows()
+    assert de == [pytest.approx((0.08, 0.03, 0.14)), pytest.approx((0.11, 0.06, 0.16))]
+    assert frame.filter(language="ja")["value"].to_list() == [None, None]
+    other = example.control().with_columns(method=pl.lit("neuron"))
+    assert data.against_control(inputs(control=other))["value"].null_count() == 30
+    assert data.against_control(inputs(control=None)).is_empty()
+
+
+def test_confusion_is_in_shares_of_a_languages_texts() -> None:
+    frame = data.confusion(inputs())
+    assert frame["method"].unique(maintain_order=True).to_list() == ["features", "fastText"]
+    assert frame.filter(method="features", language="ru", predicted="bg").select("texts", "value").row(0) == (2, 2 / 30)
+    assert frame.filter(method="fastText", language="ru", predicted="ru")["texts"].item() == 29
+    assert [row[:4] for row in tables.confusion(inputs()).rows] == [
+        ["features", "ru", "bg", "2"], ["fastText", "ru", "bg", "1"],
+    ]  # fmt: skip
+    assert data.confusion(inputs(confusion=None)).is_empty()
+    assert data.confusion(inputs(confusion=example.confusion().clear())).is_empty()
+
+
+def test_steering_begins_with_the_untouched_model() -> None:
+    frame = data.steering(inputs())
+    assert frame.filter(language="de").rows() == [
+        ("de", 0.0, 0.0, pytest.approx(1.8), pytest.approx(0.95)), ("de", 4.0, 0.0, 2.5, pytest.approx(0.9)),
+        ("de", 8.0, 1.0, 3.0, pytest.approx(0.9)), ("de", 16.0, 0.0, 4.0, pytest.approx(0.9)),
+    ]  # fmt: skip
+    only = data.steering(inputs(generations=example.generations().filter(pl.col("language").is_not_null())))
+    assert only["strength"].unique().sort().to_list() == [4.0, 8.0, 16.0]
+    assert data.steering(inputs(generations=None)).is_empty()
+
+
 def test_mean_fvu() -> None:
     assert data.mean_fvu(inputs()) == pytest.approx(0.23 + 0.015 * 3)
     assert data.mean_fvu(inputs(metrics={})) is None
@@ -237,13 +274,14 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
                 assert str(attributes[key]).removeprefix("#") in ids
     charts_ = {attributes["data-chart"] for _, attributes in parsed.tags if "data-chart" in attributes}
     specs = specs_of(html)
-    assert charts_ == set(specs) == {"features", "ablation", "own", "layers", "fvu"}
+    assert charts_ == set(specs) == {"features", "ablation", "own", "control", "layers", "confusion", "steering", "fvu"}
     assert all(spec["description"] for spec in specs.values())
 
 
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
-                 tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
+                 tables.against_control, tables.identified, tables.confusion, tables.steering, tables.fvu,
+                 tables.quality, tables.corpus, tables.metrics):  # fmt: skip
         table = make(inputs())
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -290,7 +328,7 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
 
 
 def test_missing_metrics_are_dashes() -> None:
-    html = page.build(inputs(metrics={}, by_layer=None))
+    html = page.build(inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None))
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert 'id="layers"' not in html and "<dt>own ΔNLL, nats/token</dt><dd>–</dd>" in html
 

@@ -33,6 +33,7 @@ def _theme(colours: dict[str, Any], font: str) -> dict[str, Any]:
         "view": {"stroke": None},
         "range": {"ramp": colours["ramp"], "heatmap": colours["ramp"], "diverging": colours["diverging"]},
         "text": {"color": colours["text"]},
+        "title": {"color": colours["text"], "fontSize": 12, "fontWeight": "normal"},
         "axis": {
             "labelColor": colours["text"], "titleColor": colours["muted"], "domain": False, "ticks": False,
             "gridColor": colours["line"], "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
@@ -82,30 +83,33 @@ def _written(frame: pl.DataFrame, decimals: int) -> pl.DataFrame:
 
 
 def heat_map(
-    frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, step: int = 42, zero: bool = True
-) -> alt.LayerChart:
-    """Languages x layers with the figures written into the cells.
+    frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, step: int = 42, zero: bool = True,
+    axis: str = "layer",
+) -> alt.LayerChart:  # fmt: skip
+    """Languages x layers (or another `axis`) with the figures written into the cells.
 
     Parameters
     ----------
-    frame: `language`, `layer` (label), `hookpoint`, `value` and, where known, `low` and `high`; a null value leaves
-        an empty cell.
+    frame: `language`, `layer` (label; or what `axis` names), `value` and, where known, `hookpoint`, `low` and `high`; a
+        null value leaves an empty cell.
     name: prefix of the chart's scales, unique within one picture.
     title: what the value is, with its unit.
     decimals: of the figures in the cells.
     description: the text alternative.
     step: width of a cell in pixels.
     zero: whether the colours start at zero, or at the least value.
+    axis: the column on the horizontal axis, and its title.
     """
     form = f",.{decimals + 2}f" if decimals else ","
     interval = [
         alt.Tooltip("low:Q", title="95 % from", format=form), alt.Tooltip("high:Q", title="95 % to", format=form),
     ] if {"low", "high"} <= set(frame.columns) else []  # fmt: skip
+    where = "hookpoint" if "hookpoint" in frame.columns else axis
     base = alt.Chart(_data(_written(frame, decimals))).encode(
-        x=alt.X("layer:O", sort=frame["layer"].unique(maintain_order=True).to_list(),
-                axis=alt.Axis(title="layer", orient="top", labelAngle=0)),
+        x=alt.X(f"{axis}:O", sort=frame[axis].unique(maintain_order=True).to_list(),
+                axis=alt.Axis(title=axis, orient="top", labelAngle=0)),
         y=alt.Y("language:N", sort=frame["language"].unique(maintain_order=True).to_list(), title=None),
-        tooltip=[alt.Tooltip("language:N"), alt.Tooltip("hookpoint:N"),
+        tooltip=[alt.Tooltip("language:N"), alt.Tooltip(f"{where}:N"),
                  alt.Tooltip("value:Q", title=title, format=form), *interval],
     )  # fmt: skip
     # Without this a grid of one single value would get an empty domain, and one colour that says nothing.
@@ -219,6 +223,91 @@ def own_and_others(frame: pl.DataFrame) -> alt.LayerChart:
         *(control if frame["random"].count() else []),
         description="Own and others' change of NLL per language; the table below holds the same figures.",
     ).properties(width=280, height=alt.Step(30))
+
+
+def against_control(frame: pl.DataFrame) -> alt.LayerChart:
+    """Two intervals per language about a line at 0: own - control, and the same beyond what it costs others.
+
+    Parameters
+    ----------
+    frame: as `babelscope.report.data.against_control` returns it.
+    """
+    base = alt.Chart(_data(frame)).encode(
+        y=alt.Y("language:N", sort=frame["language"].unique(maintain_order=True).to_list(), title=None),
+        tooltip=[alt.Tooltip("language:N"), alt.Tooltip("value:Q", title="difference", format="+.5f"),
+                 alt.Tooltip("low:Q", title="95 % from", format="+.5f"),
+                 alt.Tooltip("high:Q", title="95 % to", format="+.5f")],
+    )  # fmt: skip
+    axis = alt.Axis(title="more than random features, nats/token", grid=True, tickCount=5)
+    layers = [alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeWidth=1).encode(x="zero:Q")]
+    marks: list[tuple[str, str, Any, int]] = [("own", "own", "circle", -5), ("selective", "others", "diamond", 5)]
+    for question, style, shape, offset in marks:
+        mine = base.transform_filter(f"datum.question == '{question}'")
+        line = mine.mark_rule(style=style, strokeWidth=1.5, yOffset=offset)
+        point = mine.mark_point(style=style, shape=shape, filled=True, size=48, opacity=1, yOffset=offset)
+        layers += [line.encode(x=alt.X("low:Q", axis=axis), x2="high:Q"), point.encode(x="value:Q")]
+    return alt.layer(
+        *layers, description="Own features against random ones that fire as often; the table below holds the figures."
+    ).properties(width=320, height=alt.Step(30))
+
+
+def confusion(frame: pl.DataFrame) -> alt.HConcatChart:
+    """A matrix per method: what share of a language's texts was taken for which language, with the numbers of texts.
+
+    Parameters
+    ----------
+    frame: as `babelscope.report.data.confusion` returns it.
+    """
+    description = "Which language held-out texts were taken for; the table below holds the same figures."
+    panels = []
+    for number, method in enumerate(frame["method"].unique(maintain_order=True)):
+        mine = frame.filter(pl.col("method") == method)
+        languages = mine["language"].unique(maintain_order=True).to_list()
+        base = alt.Chart(_data(mine)).encode(
+            x=alt.X("predicted:N", scale=alt.Scale(domain=languages),
+                    axis=alt.Axis(title=f"taken for, by {method}", orient="top", labelAngle=-90, titleAnchor="start")),
+            y=alt.Y("language:N", scale=alt.Scale(domain=languages), title="text in"),
+            tooltip=[alt.Tooltip("language:N", title="text in"), alt.Tooltip("predicted:N", title="taken for"),
+                     alt.Tooltip("texts:Q"), alt.Tooltip("value:Q", title="share", format=".1%")],
+        )  # fmt: skip
+        scale = alt.Scale(range="ramp", domain=[0, 1])
+        cells = base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None))
+        texts = base.mark_text(style="value", aria=False).encode(text="texts:Q", color=_ink(f"confusion{number}_color"))
+        panels.append(
+            alt.layer(cells, texts.transform_filter("datum.texts > 0"), name=f"confusion{number}").properties(
+                width=alt.Step(24), height=alt.Step(22)
+            )
+        )
+    return alt.hconcat(*panels, spacing=28, description=description).resolve_scale(color="independent")
+
+
+def steering(frame: pl.DataFrame) -> alt.HConcatChart:
+    """Success and NLL per language and strength, and their means over the languages as curves.
+
+    Parameters
+    ----------
+    frame: as `babelscope.report.data.steering` returns it.
+    """
+    description = "Success and fluency of steered text by strength; the table below holds the same figures."
+    labelled = frame.with_columns(pl.Series("strength", [f"{value:g}" for value in frame["strength"]]))
+    kinds = (("success", "share in the language, not degenerate", 2), ("nll", "NLL, nats/token", 1))
+    means = labelled.group_by("strength", maintain_order=True).agg(pl.col("success", "nll").mean())
+    columns = []
+    for key, title, decimals in kinds:
+        cells = heat_map(
+            labelled.with_columns(value=pl.col(key)), name=f"steer_{key}", title=title, decimals=decimals,
+            description=title, axis="strength", step=46,
+        ).properties(title=title)  # fmt: skip
+        base = alt.Chart(_data(means)).encode(
+            x=alt.X("strength:O", sort=means["strength"].to_list(), axis=alt.Axis(labelAngle=0),
+                    scale=alt.Scale(type="band")),
+            y=alt.Y(f"{key}:Q", title="mean", axis=alt.Axis(tickCount=3), scale=alt.Scale(zero=True)),
+            tooltip=[alt.Tooltip("strength:O"), alt.Tooltip(f"{key}:Q", title=title, format=".3f")],
+        )  # fmt: skip
+        points = base.mark_point(style="own", filled=True, size=36, opacity=1)
+        curve = alt.layer(base.mark_line(style="own"), points).properties(width=alt.Step(46), height=90)
+        columns.append(alt.vconcat(cells, curve, spacing=14).resolve_scale(color="independent"))
+    return alt.hconcat(*columns, spacing=28, description=description).resolve_scale(color="independent")
 
 
 def spec(chart: Any) -> dict[str, Any]:

@@ -10,12 +10,17 @@ import polars as pl
 from babelscope.errors import UserError
 
 FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
+CONTROL_COLUMNS = ("method", "language", *(
+    f"{name}{end}" for name in ("excess", "contrast") for end in ("", "_low", "_high")
+))  # fmt: skip
+CONFUSION_COLUMNS = ("method", "normalize", "language", "predicted", "texts")
+GENERATION_COLUMNS = ("language", "strength", "control", "nll", "distinct_2", "success")
 NLL_COLUMNS = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything that the page shows. Frames follow the contracts of `data/scores` and `data/ablation`.
+    """Everything that the page shows. Frames follow the contracts of `data/scores`, `data/ablation` and so on.
 
     Parameters
     ----------
@@ -27,6 +32,9 @@ class ReportInputs:
     metrics: `metrics/<name>.json` by `<name>`; any key may be missing.
     files: MD5 of the input files by path.
     versions: version by package.
+    control: `data/ablation/control.parquet`, or None.
+    confusion: `data/identify/confusion.parquet`, or None.
+    generations: `data/steer/generations.parquet`, or None.
     """
 
     params: Mapping[str, Any]
@@ -36,12 +44,21 @@ class ReportInputs:
     metrics: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, str]
     versions: Mapping[str, str]
+    control: pl.DataFrame | None = None
+    confusion: pl.DataFrame | None = None
+    generations: pl.DataFrame | None = None
 
     def __post_init__(self) -> None:
         _require("features.parquet", self.features, FEATURE_COLUMNS)
         _require("nll.parquet", self.nll, NLL_COLUMNS)
         if self.by_layer is not None:
             _require("by_layer.parquet", self.by_layer, (*NLL_COLUMNS, "hookpoint"))
+        if self.control is not None:
+            _require("control.parquet", self.control, CONTROL_COLUMNS)
+        if self.confusion is not None:
+            _require("confusion.parquet", self.confusion, CONFUSION_COLUMNS)
+        if self.generations is not None:
+            _require("generations.parquet", self.generations, GENERATION_COLUMNS)
 
     @property
     def languages(self) -> list[str]:
@@ -198,6 +215,88 @@ def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
     own = own.join(others, on=["ablated", "hookpoint"], how="left", maintain_order="left")
     own = own.select("hookpoint", "low", "high", "others", language="ablated", value="delta")
     return _grid(inputs).join(own, on=["language", "hookpoint"], how="left", maintain_order="left")
+
+
+def against_control(inputs: ReportInputs) -> pl.DataFrame:
+    """Each language's own features against random ones that fire as often on it.
+
+    Returns
+    -------
+    One row per language in the order of params.yaml and `question`: `language`, `question` ("own" or "selective"),
+    `value`, `low`, `high` (95 %), nats/token; null where there is no control. Empty without any.
+    """
+    if inputs.control is None or inputs.control.is_empty():
+        return pl.DataFrame()
+    mine = inputs.control.filter(pl.col("method") == ablation_method(inputs))
+    parts = [
+        mine.select("language", pl.lit(question).alias("question"), value=name, low=f"{name}_low", high=f"{name}_high")
+        for question, name in (("own", "excess"), ("selective", "contrast"))
+    ]
+    grid = pl.DataFrame({"language": inputs.languages}).join(
+        pl.DataFrame({"question": ["own", "selective"]}), how="cross", maintain_order="left_right"
+    )
+    return grid.join(pl.concat(parts), on=["language", "question"], how="left", maintain_order="left")
+
+
+def confusion(inputs: ReportInputs) -> pl.DataFrame:
+    """Which language held-out texts were taken for, by the features' firings and by fastText.
+
+    Returns
+    -------
+    `method` ("features" or "fastText"), `language`, `predicted`, `texts`, `value` (share of the language's texts), in
+    the order of params.yaml. The features' method is the firings, normalised by the units owned, of the first kind
+    that there is. Empty without a confusion matrix.
+    """
+    if inputs.confusion is None:
+        return pl.DataFrame()
+    shown = {"features": [("sae-count", "units"), ("neuron-count", "units")], "fastText": [("fasttext", "none")]}
+    order = pl.Enum(inputs.languages)
+    parts = []
+    for label, candidates in shown.items():
+        found = [inputs.confusion.filter(method=method, normalize=normalize) for method, normalize in candidates]
+        parts += [rows.with_columns(method=pl.lit(label)) for rows in found if len(rows)][:1]
+    if not parts:
+        return pl.DataFrame()
+    return (
+        pl.concat(parts)
+        .filter(pl.col("language").is_in(inputs.languages), pl.col("predicted").is_in(inputs.languages))
+        .with_columns(pl.col("language", "predicted").cast(order), value=_share("texts", ["method", "language"]))
+        .sort(pl.col("method").cast(pl.Enum(list(shown))), "language", "predicted")
+        .with_columns(pl.col("language", "predicted").cast(pl.String))
+        .select("method", "language", "predicted", "texts", "value")
+    )
+
+
+def _share(column: str, within: list[str]) -> pl.Expr:
+    total = pl.col(column).sum().over(within)
+    return pl.when(total > 0).then(pl.col(column) / total)
+
+
+def steering(inputs: ReportInputs) -> pl.DataFrame:
+    """Success and fluency of steered text, per language and strength.
+
+    Returns
+    -------
+    `language`, `strength`, `success` (share of the texts that are in the language and not degenerate), `nll`
+    (nats/token under the unsteered model), `distinct_2`; strength 0 is the unsteered model, whose text is the same for
+    all languages. In the order of params.yaml and by strength; empty without generated text.
+    """
+    if inputs.generations is None or inputs.generations.is_empty():
+        return pl.DataFrame()
+    rows = inputs.generations.filter(pl.col("control").is_null())
+    means = [pl.col("success").mean(), pl.col("nll").mean(), pl.col("distinct_2").mean()]
+    steered = rows.filter(pl.col("language").is_in(inputs.languages)).group_by("language", "strength").agg(means)
+    plain = rows.filter(pl.col("language").is_null()).select(means[1:])
+    none = pl.DataFrame({
+        "language": inputs.languages,
+        "strength": 0.0,
+        "success": [inputs.figure("steer", f"success_unsteered/{name}") for name in inputs.languages],
+        "nll": plain["nll"].item(),
+        "distinct_2": plain["distinct_2"].item(),
+    }, schema=steered.schema)  # fmt: skip
+    languages = pl.Enum(inputs.languages)
+    both = pl.concat([none.filter(pl.lit(plain["nll"].item() is not None)), steered])
+    return both.sort(pl.col("language").cast(languages), "strength")
 
 
 def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:

@@ -57,6 +57,14 @@ def pictures(inputs: ReportInputs) -> dict[str, Any]:
             by_layer, name="layers", title="own ΔNLL (nats/token)", decimals=2,
             description="Own change of NLL with one layer's features removed alone; the table holds the same figures.",
         )  # fmt: skip
+    for name, find, draw in (
+        ("control", data.against_control, charts.against_control),
+        ("confusion", data.confusion, charts.confusion),
+        ("steering", data.steering, charts.steering),
+    ):
+        frame = find(inputs)
+        if not frame.is_empty():
+            result[name] = draw(frame)
     fvu = data.fvu_by_language(inputs)
     if not fvu.is_empty():
         result["fvu"] = charts.heat_map(
@@ -87,6 +95,11 @@ def _headline(inputs: ReportInputs) -> dict[str, str]:
         "ratio": significant(figure("ablate", "ratio")),
         "rows": f"{plain(figure('ablate', 'rows'))} of {count}",
         "columns": f"{plain(figure('ablate', 'columns'))} of {count}",
+        "accuracy": percent(figure("identify", "accuracy/sae-count/units")),
+        "accuracy_fasttext": percent(figure("identify", "accuracy/fasttext/none")),
+        "identified": plain(figure("identify", "texts")),
+        "success": percent(figure("steer", "success")),
+        "success_unsteered": percent(figure("steer", "success_unsteered")),
         "above": of_all("languages_above_control"),
         "selective": of_all("languages_selective"),
     }
@@ -112,6 +125,10 @@ def build(inputs: ReportInputs) -> str:
     }  # fmt: skip
     if "layers" in specs:
         behind["layers"] = tables.own_by_layer(inputs)
+    made = {"control": tables.against_control, "confusion": tables.confusion, "steering": tables.steering}
+    behind |= {name: table(inputs) for name, table in made.items() if name in specs}
+    if "confusion" in specs:
+        behind["identified"] = tables.identified(inputs)
     if "fvu" in specs:
         behind["fvu"] = tables.fvu(inputs)
     return environment.from_string(_asset("page.html.j2")).render(

@@ -104,6 +104,49 @@ def own_by_layer(inputs: ReportInputs) -> Table:
     return Table("Own ΔNLL with one hookpoint ablated alone, nats/token", ["language", *inputs.hookpoints], rows)
 
 
+def against_control(inputs: ReportInputs) -> Table:
+    """Own features against random ones: the two differences with their intervals."""
+    rows: dict[str, list[str]] = {}
+    for row in data.against_control(inputs).rows(named=True):
+        cells = rows.setdefault(row["language"], [row["language"]])
+        cells += [plain(row["value"], 4, sign=True), _interval(row["low"], row["high"])]
+    head = ["language", "own - random", "95 %", "own - others, less random's", "95 % "]
+    return Table("Against random features that fire as often, nats/token", head, list(rows.values()))
+
+
+def identified(inputs: ReportInputs) -> Table:
+    """Every method of language identification."""
+    rows = []
+    for key in sorted(inputs.metrics.get("identify", {})):
+        kind, _, rest = key.partition("/")
+        if kind == "accuracy":
+            method, _, normalize = rest.partition("/")
+            f1, p = (inputs.figure("identify", f"{name}/{rest}") for name in ("macro_f1", "mcnemar_p"))
+            name = f"{method}, by units owned" if normalize == "units" else method
+            rows.append([name, percent(inputs.figure("identify", key)), percent(f1), significant(p, digits=2)])
+    return Table("Language identification of held-out texts", ["method", "accuracy", "macro F1", "McNemar p"], rows)
+
+
+def confusion(inputs: ReportInputs) -> Table:
+    """Texts that were taken for another language."""
+    wrong = data.confusion(inputs).filter(pl.col("language") != pl.col("predicted"), pl.col("texts") > 0)
+    rows = [[m, a, b, plain(n), percent(v)] for m, a, b, n, v in wrong.rows()]
+    head = ["method", "text in", "taken for", "texts", "of that language's"]
+    return Table("Texts that were taken for another language", head, rows or [["none", *[NONE] * 4]], labels=3)
+
+
+def steering(inputs: ReportInputs) -> Table:
+    """Steered text per language and strength."""
+    rows = [
+        [language, significant(strength), percent(success), plain(nll, 2), plain(distinct, 2)]
+        for language, strength, success, nll, distinct in data.steering(inputs)
+        .select("language", "strength", "success", "nll", "distinct_2")
+        .rows()
+    ]
+    head = ["language", "strength", "success", "NLL (nats/token)", "distinct-2"]
+    return Table("Steered text; strength 0 is the unsteered model", head, rows)
+
+
 def fvu(inputs: ReportInputs) -> Table:
     """FVU per language and hookpoint."""
     return Table(
