@@ -1,0 +1,54 @@
+"""What README.md and docs/ name is there: modules, parameters, make targets, linked files, stages."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from closure import ROOT
+from ruamel.yaml import YAML
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", text_of(page)):
+        if not link.startswith(("http", "#")):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_functions_exist(page: Path) -> None:
+    for name in set(re.findall(r"`(babelscope(?:\.\w+)+)`", text_of(page))):
+        parent, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(parent), last) or importlib.import_module(name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_parameters_exist(page: Path) -> None:
+    sections = "|".join(name for name, content in PARAMS.items() if isinstance(content, dict))
+    for section, key in re.findall(rf"(?<![\w./])({sections})\.([a-z_]+)(?![\w./(])", text_of(page)):
+        assert key in PARAMS[section], f"{section}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_there_is(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for target in re.findall(r"(?:`|^)make ([a-z]+)", text_of(page), re.MULTILINE):
+        assert target in targets, target
+    for script in re.findall(r"python (benchmarks/\w+\.py|stages/\w+\.py)", text_of(page)):
+        assert (ROOT / script).is_file(), script
+    for test in re.findall(r"tests/test_\w+\.py", text_of(page)):
+        assert (ROOT / test).is_file(), test
+
+
+def test_the_readme_describes_every_stage() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "README.md"), re.MULTILINE))
+    assert rows == set(STAGES)
