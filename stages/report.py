@@ -1,4 +1,4 @@
-"""Stage `report`: every result so far as one self-contained HTML page and two pictures."""
+"""Stage `report`: every result so far as one self-contained HTML page, every feature as another, and two pictures."""
 
 import hashlib
 import importlib.metadata
@@ -10,7 +10,7 @@ import polars as pl
 from babelscope import config, stage
 from babelscope.errors import UserError
 from babelscope.files import read_json, write_atomically
-from babelscope.report import charts, data, page
+from babelscope.report import browser, charts, data, page
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ OPTIONAL = {
     "confusion": Path("data/identify/confusion.parquet"),
     "generations": Path("data/steer/generations.parquet"),
 }
-OUT = Path("reports")
+BROWSE, OUT = Path("data/browse"), Path("reports")
 PACKAGES = (
     "babelscope",
     "torch",
@@ -72,15 +72,26 @@ def read(params: config.Config) -> data.ReportInputs:
     )
 
 
+def read_features(params: config.Config) -> browser.BrowserInputs:
+    files = {name: BROWSE / f"{name}.parquet" for name in browser.COLUMNS}
+    missing = [str(path) for path in files.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no such file; stage `browse` writes it: dvc repro report")
+    frames = {name: pl.read_parquet(path) for name, path in files.items()}
+    return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
+
+
 def main() -> None:
-    inputs = read(config.load())
-    text = page.build(inputs)
-    write_atomically(OUT / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+    params = config.load()
+    inputs, features = read(params), read_features(params)
+    texts = {"report.html": page.build(inputs), "features.html": browser.build(features)}
+    for file, text in texts.items():
+        write_atomically(OUT / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        log.info("report: %s, %.1f MB", OUT / file, len(text.encode()) / 1e6)
     pictures = page.pictures(inputs)
     for file, name in (("features_by_layer.png", "features"), ("ablation.png", "ablation")):
         image = charts.png(pictures[name])
         write_atomically(OUT / file, lambda path, image=image: path.write_bytes(image))  # type: ignore[misc]
-    log.info("report: %s, %.1f MB", OUT / "report.html", len(text.encode()) / 1e6)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,12 @@ SMALL = {
     "steer.strengths": [8.0],
     "steer.prompts": 2,
     "steer.new_tokens": 6,
+    "browse.texts": 2,
+    "browse.tokens": 4,
+    "browse.ablation_texts": 1,
+    "browse.shared": 20,
 }
-AFTER_SCORE = ["stability", "identify", "ablate", "steer", "report", "track"]
+AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "report", "track"]
 
 
 def set_params(repo: Path, changes: dict) -> None:
@@ -148,7 +152,12 @@ def test_every_contract_of_the_outputs(repo):
     assert set(predictions["method"]) == {"sae-count", "sae-min-max", "fasttext"}
     generated = pl.read_parquet(repo / "data/steer/generations.parquet")
     assert set(generated["language"].drop_nulls()) == set(SMALL["languages"])
-    assert {path.name for path in (repo / "reports").iterdir()} >= {"report.html"}
+    browsed = pl.read_parquet(repo / "data/browse/features.parquet")
+    assert features.join(browsed, on=["hookpoint", "layer", "unit"], how="anti").is_empty()
+    assert browsed.filter(kind="shared").height <= 20 and browsed["delta"].is_not_null().any()
+    shown = pl.read_parquet(repo / "data/browse/texts.parquet").join(texts, on="text_id")
+    assert len(shown) and all(t.startswith("".join(p)) for p, t in shown.select("pieces", "text").iter_rows())
+    assert {path.name for path in (repo / "reports").iterdir()} >= {"report.html", "features.html"}
 
 
 def test_the_figures_make_sense(repo):
@@ -248,7 +257,7 @@ def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 13 + 1 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert len(set_up) == 14 + 1 + 2 * 2  # no cache in a fresh clone: every stage runs
     assert hashes(again).items() <= hashes(repo).items()
 
 

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browse_example
 import polars as pl
 import pytest
 import report_example as example
@@ -256,7 +257,7 @@ def test_page_is_one_small_file_that_names_no_other(html: str) -> None:
     assert len(html.encode()) < 10_000_000
     for tag, attributes in Page(html).tags:
         assert not {"src", "srcset"} & set(attributes), tag
-        assert (attributes.get("href") or "#").startswith("#"), tag
+        assert (attributes.get("href") or "#").startswith(("#", "features.html")), tag
         assert tag not in ("link", "iframe", "img", "object", "embed")
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
     assert style is not None and "url(" not in style.group(1) and "@import" not in style.group(1)
@@ -270,7 +271,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert len(ids) == len(set(ids))
     for _, attributes in parsed.tags:
         for key in ("href", "aria-labelledby"):
-            if attributes.get(key):
+            if attributes.get(key, "features.html") != "features.html":
                 assert str(attributes[key]).removeprefix("#") in ids
     charts_ = {attributes["data-chart"] for _, attributes in parsed.tags if "data-chart" in attributes}
     specs = specs_of(html)
@@ -390,6 +391,11 @@ def contrast(first: str, second: str) -> float:
 # --- stage
 
 
+def write(folder: Path) -> None:
+    example.write(folder)
+    browse_example.write(folder)
+
+
 def run_stage(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "stages/report.py")], cwd=folder, capture_output=True, text=True, timeout=120,
@@ -412,7 +418,7 @@ def params_file(folder: Path) -> None:
 
 def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path: Path) -> None:
     first, second = tmp_path / "one", tmp_path / "another"
-    example.write(first)
+    write(first)
     params_file(first)
     assert (done := run_stage(first)).returncode == 0, done.stderr
     shutil.copytree(first, second, ignore=shutil.ignore_patterns("reports"))
@@ -420,7 +426,7 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     (second / "params.yaml").write_text("# another comment\n" + text, encoding="utf-8")
     assert run_stage(second).returncode == 0
     assert digests(first) == digests(second)
-    assert set(digests(first)) == {"ablation.png", "features_by_layer.png", "report.html"}
+    assert set(digests(first)) == {"ablation.png", "features.html", "features_by_layer.png", "report.html"}
     html = (first / "reports/report.html").read_text(encoding="utf-8")
     assert hashlib.md5((first / "data/ablation/by_layer.parquet").read_bytes()).hexdigest() in html
     for name in ("ablation.png", "features_by_layer.png"):
@@ -428,7 +434,7 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
 
 
 def test_stage_names_a_missing_file(tmp_path: Path) -> None:
-    example.write(tmp_path)
+    write(tmp_path)
     params_file(tmp_path)
     (tmp_path / "metrics/ablate.json").unlink()
     done = run_stage(tmp_path)

@@ -85,6 +85,11 @@ def test_members_include_equality_and_shared_units_stand_once_per_member() -> No
     shared = sae_lape(frame, TOTALS, **PAPER, members=2)
     assert shared.select("language", "unit", "probability", "members").rows() == [("de", 1, 0.4, 2), ("en", 1, 0.2, 2)]
     assert sae_lape(frame, TOTALS, **PAPER, members=3).is_empty()
+    every = sae_lape(frame, TOTALS, **PAPER, members=None)
+    assert set(every["members"]) == {1, 2}
+    for count in (1, 2):
+        alone = sae_lape(frame, TOTALS, **PAPER, members=count)
+        assert every.filter(members=count).drop("rank").equals(alone.drop("rank"))
 
 
 RANKED = counts(

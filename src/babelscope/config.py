@@ -203,6 +203,15 @@ class Steer(Section):
     batch_rows: Positive
 
 
+class Browse(Section):
+    """The feature browser: what is shown of every feature."""
+
+    texts: Positive
+    tokens: Positive
+    ablation_texts: Annotated[int, Field(ge=0)]
+    shared: Annotated[int, Field(ge=0)] | None
+
+
 class Track(Section):
     """Where the runs go in MLflow."""
 
@@ -237,6 +246,7 @@ class Config(Section):
     identify: Identify
     ablate: Ablate
     steer: Steer
+    browse: Browse
     track: Track
     hardware: Hardware
 

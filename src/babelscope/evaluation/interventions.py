@@ -50,18 +50,23 @@ class FeatureAblation:
     """
 
     def __init__(self, sae: SAE, units: Units) -> None:
-        self.sae, self.removed = sae, members(units, sae.latents, sae.W_dec.device)
-        self.acts = self.removed.any(1)
+        device = sae.W_dec.device
+        # Of many conditions most may have their units at other hookpoints: the table has a row for those that act only.
+        self.sae, self.removed = sae, members([some for some in units if len(some)], sae.latents, device)
+        self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
+        self.row = self.acts.cumsum(0) - 1
 
     def touches(self, x: Tensor) -> Tensor:
         """Where one of a condition's units fires."""
         values, indices = self.sae.encode(x)
-        return (self.removed[:, indices] & (values > 0)).any(-1)
+        hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
+        hit[self.acts] = (self.removed[:, indices] & (values > 0)).any(-1)
+        return hit
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
         """Subtract the units' part of the reconstruction."""
         values, indices = self.sae.encode(x)
-        gone = torch.where(self.removed[condition.unsqueeze(1), indices], values, 0.0)
+        gone = torch.where(self.removed[self.row[condition].unsqueeze(1), indices], values, 0.0)
         hit = (gone > 0).any(1)
         part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
         changed = x.clone()

@@ -1,10 +1,6 @@
 """The page: pictures, tables and their explanations, as one HTML file that needs nothing else."""
 
-import base64
-import hashlib
 import io
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -12,18 +8,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from babelscope.report import charts, data, tables
+from babelscope.report.assets import asset, source_hash
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import percent, plain, significant
-
-
-@cache
-def _asset(name: str) -> str:
-    return resources.files("babelscope.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _source_hash(script: str) -> str:
-    """A script as Content-Security-Policy names it, so that the browser runs these scripts and no other."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 class _Representer(RoundTripRepresenter):
@@ -112,7 +99,7 @@ def build(inputs: ReportInputs) -> str:
     text from the inputs is escaped.
     """
     specs = {name: charts.spec(chart) for name, chart in pictures(inputs).items()}
-    scripts = [charts.javascript(), _asset("page.js")]
+    scripts = [charts.javascript(), asset("page.js")]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -131,10 +118,10 @@ def build(inputs: ReportInputs) -> str:
         behind["identified"] = tables.identified(inputs)
     if "fvu" in specs:
         behind["fvu"] = tables.fvu(inputs)
-    return environment.from_string(_asset("page.html.j2")).render(
-        policy=" ".join(_source_hash(script) for script in scripts),
+    return environment.from_string(asset("page.html.j2")).render(
+        policy=" ".join(source_hash(script) for script in scripts),
         scripts=scripts,
-        style=_asset("page.css"),
+        style=asset("page.css"),
         charts={"specs": specs, "themes": charts.THEMES},
         tables=behind,
         headline=_headline(inputs),

@@ -18,7 +18,7 @@ def sae_lape(
     example_rate: float,
     token_rate: float,
     ratio: float,
-    members: int = 1,
+    members: int | None = 1,
     same_language: bool = False,
     order: Order = "entropy",
     top: int | None = None,
@@ -33,7 +33,7 @@ def sae_lape(
        one where `same_language`). Both limits truncate, as in the paper's code. A limit of 0 texts is met by every
        unit. Without `texts`, the first condition is skipped.
     2. Members of u: the languages with P >= ratio * max_l P. Selected are the units with exactly `members` of them:
-       1 gives language-specific features, k those shared by k languages, once for each of the k.
+       1 gives language-specific features, k those shared by k languages, once for each of the k, None every candidate.
     3. Rank within a language: by entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), ascending, or
        by P(l, u), descending. Ties break by (layer, unit).
 
@@ -46,7 +46,7 @@ def sae_lape(
         is the order of the result.
     example_rate, token_rate: shares of texts and of tokens, 0 to 1. Paper: 0.98 and 0.1.
     ratio: share of the highest probability, above 0, at most 1. Paper: 0.5.
-    members: how many languages share a unit.
+    members: how many languages share a unit; None: any number.
     same_language: one language must meet both limits. Paper: False.
     order: what to rank by.
     top: how many units to keep per language (or per language and layer); None keeps all.
@@ -95,13 +95,15 @@ def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
     )
 
 
-def _check(example_rate: float, token_rate: float, ratio: float, members: int, order: str, top: int | None) -> None:
+def _check(
+    example_rate: float, token_rate: float, ratio: float, members: int | None, order: str, top: int | None
+) -> None:
     for name, share in (("example_rate", example_rate), ("token_rate", token_rate)):
         if not 0 <= share <= 1:
             raise UserError(f"{name}: {share} is not between 0 and 1")
     if not 0 < ratio <= 1:  # at 0 every language, firing or not, would be a member of every unit
         raise UserError(f"ratio: {ratio} is not above 0 and at most 1")
-    if members < 1:
+    if members is not None and members < 1:
         raise UserError(f"members: {members} is not at least 1")
     if order not in ("entropy", "probability"):
         raise UserError(f"order: {order!r}; allowed: entropy, probability")
@@ -135,13 +137,13 @@ def _candidates(rows: pl.DataFrame, limits: pl.DataFrame, key: list[str], same_l
     return rows.drop("_tokens", "_texts", strict=False)
 
 
-def _belonging(rows: pl.DataFrame, key: list[str], ratio: float, members: int) -> pl.DataFrame:
-    """The rows (unit, member language) of the units with exactly `members` member languages."""
+def _belonging(rows: pl.DataFrame, key: list[str], ratio: float, members: int | None) -> pl.DataFrame:
+    """The rows (unit, member language) of the units with exactly `members` member languages; None: with any number."""
     return (
         rows.join(firing.entropies(rows, key), on=key)
         .filter(pl.col("probability") >= ratio * pl.col("peak"))
         .with_columns(members=pl.len().over(key).cast(pl.Int64))
-        .filter(pl.col("members") == members)
+        .filter(True if members is None else pl.col("members") == members)
         .select("language", *key, "probability", "entropy", "members")
     )
 

@@ -190,9 +190,9 @@ def _dataset(opened: store.Store, run_id: str, folder: Path, state: states.State
 
 
 def _collect(folder: Path, target: Path) -> None:
-    """Copy what the run keeps: the page and its pictures, the features, and the two files that define the state."""
-    for path in [folder / "reports/report.html", *sorted((folder / "reports").glob("*.png"))]:
-        if path.is_file():
+    """Copy what the run keeps: the pages and their pictures, the features, and the two files that define the state."""
+    for ending in ("html", "png"):
+        for path in sorted((folder / "reports").glob(f"*.{ending}")):
             shutil.copy(path, target)
     if (path := folder / "data/scores/features.parquet").is_file():
         pl.read_parquet(path).write_csv(target / "features.csv")

@@ -1,0 +1,1 @@
+"""What the feature browser shows of every language-specific and shared feature."""

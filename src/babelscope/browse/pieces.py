@@ -1,0 +1,50 @@
+"""Texts cut where tokens end, but never inside of what is read as one character."""
+
+import unicodedata
+from collections.abc import Sequence
+
+_JOINER = "\u200d"
+
+
+def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], list[int]]:
+    """Cut a text at the borders of its tokens that a reader can see.
+
+    A byte-level tokenizer may cut one character into several tokens, and any tokenizer may part a letter from the vowel
+    signs or accents that are drawn with it (Unicode's marks). Such tokens share a piece. White space between two tokens
+    belongs to the later one.
+
+    Parameters
+    ----------
+    text: the whole text.
+    spans: of each token, where in the text its characters begin and end; what follows the last one is left out.
+
+    Returns
+    -------
+    The pieces, which together are the text as far as the last token, and the number of every token's piece.
+    """
+    starts: list[int] = []
+    piece: list[int] = []
+    end = 0
+    for first, last in spans:
+        if not starts or (first >= end and last > first and end and not _inside(text, end)):
+            starts.append(end)
+        piece.append(len(starts) - 1)
+        end = max(end, last)
+    ends = [*starts[1:], end][: len(starts)]
+    return [text[a:b] for a, b in zip(starts, ends, strict=True)], piece
+
+
+def _inside(text: str, place: int) -> bool:
+    """Whether the characters on both sides of `place` are drawn as one."""
+    if not 0 < place < len(text):
+        return False
+    after = text[place]
+    return unicodedata.category(after).startswith("M") or _JOINER in (after, text[place - 1])
+
+
+def by_piece(values: Sequence[float], piece: Sequence[int], count: int) -> list[float]:
+    """The largest of the `values` (one per token, >= 0) in each of `count` pieces."""
+    largest = [0.0] * count
+    for value, number in zip(values, piece, strict=True):
+        largest[number] = max(largest[number], value)
+    return largest

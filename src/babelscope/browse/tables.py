@@ -1,0 +1,115 @@
+"""What was collected of the features, as the tables of `data/browse`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from babelscope.browse.firings import BINS, Firings
+from babelscope.browse.lens import Extremes
+from babelscope.browse.pieces import by_piece, pieces
+from babelscope.browse.units import KEY
+
+
+def cut(texts: pl.DataFrame, spans: Sequence[Sequence[tuple[int, int]]]) -> pl.DataFrame:
+    """Texts in pieces.
+
+    Parameters
+    ----------
+    texts: `text_id`, `language`, `split`, `text`.
+    spans: of each text's tokens, see `pieces`.
+
+    Returns
+    -------
+    `text_id`, `language`, `split`, `pieces` (list of strings), `piece` (the number of every token's piece, list).
+    """
+    found = [pieces(text, some) for text, some in zip(texts["text"], spans, strict=True)]
+    return texts.select("text_id", "language", "split").with_columns(
+        pl.Series("pieces", [part[0] for part in found], dtype=pl.List(pl.String)),
+        pl.Series("piece", [part[1] for part in found], dtype=pl.List(pl.Int64)),
+    )
+
+
+def examples(
+    features: pl.DataFrame, firings: Mapping[str, Firings], text_ids: Sequence[str], texts: pl.DataFrame
+) -> pl.DataFrame:
+    """The texts in which each feature is most active.
+
+    Parameters
+    ----------
+    features: of `units`.
+    firings: by hookpoint, of its features in this order.
+    text_ids: of the texts by the numbers that `firings` has for them.
+    texts: of `cut`, at least all examples.
+
+    Returns
+    -------
+    `hookpoint`, `layer`, `unit`, `side` (`own`: of its languages, `other`), `place` (from 0), `text_id`, `activations`
+    (list, the largest on each piece of the text, to four significant digits).
+    """
+    of = {row[0]: row[1:] for row in texts.select("text_id", pl.col("pieces").list.len(), "piece").iter_rows()}
+    rows: list[tuple[Any, ...]] = []
+    for hookpoint, collector in firings.items():
+        keys = features.filter(hookpoint=hookpoint).select(KEY).rows()
+        for side in ("own", "other"):
+            for one in collector.examples(side):
+                count, piece = of[text_ids[one.text]]
+                activations = by_piece(one.activations[: len(piece)].tolist(), piece, count)
+                rows.append((*keys[one.feature], side, one.place, text_ids[one.text], activations))
+    schema = {"side": pl.String, "place": pl.Int32, "text_id": pl.String, "activations": pl.List(pl.Float32)}
+    frame = pl.DataFrame(rows, schema=_key_schema(features) | schema, orient="row")
+    return frame.with_columns(pl.col("activations").list.eval(pl.element().round_sig_figs(4)))
+
+
+def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.DataFrame:
+    """Tokens by activation: `hookpoint`, `layer`, `unit`, `bin`, `low`, `high` (its ends), `own`, `other` (tokens).
+
+    Parameters
+    ----------
+    features: of `units`, and `largest`, the top of the last bin.
+    firings: by hookpoint, of its features in this order.
+    """
+    sides = {
+        side: pl.Series(
+            [row for one in firings.values() for row in one.histogram[number].tolist()], dtype=pl.List(pl.Int64)
+        )
+        for number, side in enumerate(("own", "other"))
+    }
+    bins = pl.Series([list(range(BINS))] * len(features), dtype=pl.List(pl.Int32))
+    width = pl.col("largest") / BINS
+    return (
+        features.select(*KEY, "largest")
+        .with_columns(bin=bins, **sides)
+        .explode("bin", "own", "other")
+        .select(*KEY, "bin", (pl.col("bin") * width).alias("low"), ((pl.col("bin") + 1) * width).alias("high"),
+                "own", "other")
+    )  # fmt: skip
+
+
+def tokens(features: pl.DataFrame, found: Mapping[str, Extremes], text: Mapping[int, str]) -> pl.DataFrame:
+    """The tokens that each feature's direction promotes and suppresses.
+
+    Parameters
+    ----------
+    features: of `units`.
+    found: by hookpoint, of its features in this order; a hookpoint may be missing.
+    text: of every token by id.
+
+    Returns
+    -------
+    `hookpoint`, `layer`, `unit`, `side` (`promoted`, `suppressed`), `place` (from 0), `token_id`, `token`, `logit` (to
+    four significant digits).
+    """
+    rows: list[tuple[Any, ...]] = []
+    for hookpoint, ends in found.items():
+        for number, key in enumerate(features.filter(hookpoint=hookpoint).select(KEY).rows()):
+            for side, ids, logits in (("promoted", *ends[:2]), ("suppressed", *ends[2:])):
+                pairs = zip(ids[number].tolist(), logits[number].tolist(), strict=True)
+                rows += [(*key, side, place, token, text[token], logit) for place, (token, logit) in enumerate(pairs)]
+    schema = {"side": pl.String, "place": pl.Int32, "token_id": pl.Int32, "token": pl.String, "logit": pl.Float32}
+    frame = pl.DataFrame(rows, schema=_key_schema(features) | schema, orient="row")
+    return frame.with_columns(pl.col("logit").round_sig_figs(4))
+
+
+def _key_schema(features: pl.DataFrame) -> dict[str, Any]:
+    return dict(features.select(KEY).schema)

@@ -1,0 +1,36 @@
+"""What the pages are made of: the files beside this module, and how a page names and holds its scripts and data."""
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from markupsafe import Markup
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a file of this package."""
+    return resources.files("babelscope.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def source_hash(script: str) -> str:
+    """A script as Content-Security-Policy names it, so that the browser runs these scripts and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def embedded(content: Any) -> Markup:
+    """JSON for a `<script type="application/json">`: nothing in it can end the element or be read as markup.
+
+    `<`, `>`, `&`, U+2028 and U+2029 are written as JSON's own escapes; all other characters stand for themselves.
+
+    Raises
+    ------
+    ValueError: a number is not finite.
+    """
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704

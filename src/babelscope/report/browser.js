@@ -1,0 +1,305 @@
+// Lists, filters and shows the features. What comes from the data reaches the page as text (`textContent`) alone.
+"use strict";
+(() => {
+  const ROW = 30; // pixels; as in browser.css
+  const MARGIN = 12; // rows drawn above and below what is seen
+  const LEVELS = 5;
+
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const list = document.getElementById("list");
+  const body = list.querySelector("tbody");
+  const filters = document.getElementById("filters");
+  const detail = document.getElementById("feature");
+
+  for (const one of data.features) {
+    one.id = `${data.hookpoints[one.at]}/${one.unit}`;
+    one.rate = Math.max(0, ...one.of.map((code) => one.rates[code]));
+    one.names = one.of.map((code) => data.languages[code]);
+  }
+  const byId = new Map(data.features.map((one) => [one.id, one]));
+  const simple = (text) => text.normalize("NFC").toLowerCase();
+  const searched = {
+    texts: data.texts.map((text) => simple(text.pieces.join(""))),
+    tokens: data.tokens.map(simple),
+  };
+
+  let shown = []; // the features that pass the filters, in order
+  let current = null;
+  let sorting = { key: "entropy", down: false };
+
+  const make = (tag, attributes = {}, ...children) => {
+    const element = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    element.append(...children); // strings become text nodes
+    return element;
+  };
+  const drawn = (tag, attributes) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    return element;
+  };
+  const number = (value, digits, sign = false) =>
+    value === null ? "–" : (sign && value > 0 ? "+" : "") + value.toFixed(digits).replace("-", "−");
+  const percent = (share) => `${number(100 * share, share < 0.1 ? 2 : 1)} %`;
+  const thousands = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, "\u202f");
+  const plural = (count, one) => `${thousands(count)} ${one}${count === 1 ? "" : "s"}`;
+
+  // --- which features, in which order
+
+  const COMPARED = {
+    feature: (one) => one.at * 1e7 + one.unit,
+    languages: (one) => one.of.length * 1000 + one.of[0],
+    entropy: (one) => one.entropy,
+    rate: (one) => one.rate,
+    delta: (one) => one.delta,
+  };
+
+  function choose() {
+    const wanted = Object.fromEntries(new FormData(filters));
+    const words = simple(wanted.words.trim());
+    const texts = new Set(), tokens = new Set();
+    if (words) {
+      searched.texts.forEach((text, place) => text.includes(words) && texts.add(place));
+      searched.tokens.forEach((token, place) => token.includes(words) && tokens.add(place));
+    }
+    const matches = (one) =>
+      !words || one.id.includes(words) ||
+      one.own.some((text) => texts.has(text[0])) || one.other.some((text) => texts.has(text[0])) ||
+      one.promoted.some(([token]) => tokens.has(token)) || one.suppressed.some(([token]) => tokens.has(token));
+    const value = COMPARED[sorting.key], way = sorting.down ? -1 : 1;
+    shown = data.features
+      .filter((one) =>
+        (wanted.language === "" || one.of.includes(Number(wanted.language))) &&
+        (wanted.hookpoint === "" || one.at === Number(wanted.hookpoint)) &&
+        (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)) && matches(one))
+      .sort((a, b) => {
+        const x = value(a), y = value(b);
+        if (x === null || y === null) return (x === null) - (y === null); // what is not known comes last
+        return way * (x - y); // the sort is stable: ties stay in the order of hookpoint and unit
+      });
+    for (const head of list.querySelectorAll("[data-sort]")) {
+      if (head.dataset.sort === sorting.key) head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
+      else head.removeAttribute("aria-sort");
+    }
+    const all = data.features.length;
+    document.getElementById("count").textContent = shown.length === all
+      ? plural(all, "feature") : `${thousands(shown.length)} of ${plural(all, "feature")}`;
+    list.querySelector("table").setAttribute("aria-rowcount", shown.length + 1);
+    list.scrollTop = 0;
+    draw();
+    reveal();
+  }
+
+  // --- the list: only the rows that can be seen are in the page
+
+  function draw() {
+    const from = Math.max(0, Math.floor(list.scrollTop / ROW) - MARGIN);
+    const to = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + MARGIN);
+    const rows = [];
+    const space = (count) => {
+      if (!count) return;
+      const cell = make("td", { colspan: 5 });
+      cell.style.height = `${count * ROW}px`;
+      rows.push(make("tr", { class: "space", "aria-hidden": "true" }, cell));
+    };
+    space(from);
+    for (let place = from; place < to; place++) rows.push(row(shown[place], place));
+    space(shown.length - to);
+    if (!shown.length) rows.push(make("tr", {}, make("td", { colspan: 5, class: "label none" }, "No feature passes the filters.")));
+    body.replaceChildren(...rows);
+  }
+
+  function row(one, place) {
+    const languages = one.names.length > 3 ? `${one.names.length} languages` : one.names.join(" ");
+    const line = make("tr", { "aria-rowindex": place + 2, "data-id": one.id },
+      make("th", { scope: "row", class: "label" }, make("a", { href: `#${one.id}`, tabindex: "-1" }, one.id)),
+      make("td", { class: "label", title: one.names.join(" ") }, languages),
+      make("td", {}, number(one.entropy, 2)),
+      make("td", {}, percent(one.rate)),
+      make("td", {}, number(one.delta, 3, true)));
+    if (one === current) line.setAttribute("aria-current", "true");
+    return line;
+  }
+
+  function reveal() {
+    const place = shown.indexOf(current);
+    if (place < 0) return;
+    const head = list.querySelector("thead").offsetHeight;
+    const top = place * ROW, bottom = top + ROW - (list.clientHeight - head);
+    if (top < list.scrollTop) list.scrollTop = top;
+    else if (bottom > list.scrollTop) list.scrollTop = bottom;
+    draw();
+  }
+
+  // --- one feature
+
+  function show(one) {
+    current = one;
+    document.title = one ? `${one.id} · Babelscope` : document.title;
+    const parts = one
+      ? [title(one), figures(one), rates(one), texts(one), tokens(one)]
+      : [make("p", { class: "none" }, "No such feature.")];
+    detail.replaceChildren(...parts);
+    reveal();
+    draw();
+  }
+
+  function title(one) {
+    const step = (by, text) => {
+      const button = make("button", { type: "button" }, text);
+      button.addEventListener("click", () => move(by));
+      return button;
+    };
+    const what = one.of.length === 1
+      ? `Fires for one language: ${one.names[0]}` : `Shared by ${one.of.length} languages: ${one.names.join(", ")}`;
+    return make("div", {},
+      make("div", { class: "title" }, make("h2", {}, one.id), make("span"), step(-1, "← previous"), step(1, "next →")),
+      make("p", { class: "what", role: "status" }, what));
+  }
+
+  function figures(one) {
+    const [count, size] = one.on;
+    const figure = (value, ...text) => make("div", {}, make("dt", {}, ...text), make("dd", {}, value));
+    return make("dl", { class: "figures" },
+      figure(number(one.entropy, 3), `entropy over ${data.languages.length} languages, nats`),
+      figure(percent(one.rate), one.of.length === 1 ? "of its language’s tokens" : "of the tokens of the language where most"),
+      figure(number(one.largest, 2), "largest activation"),
+      figure(number(one.delta, 4, true), one.delta === null
+        ? "ΔNLL without it: not measured"
+        : `ΔNLL without it, nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
+  }
+
+  function rates(one) {
+    const most = Math.max(...one.rates, 1e-9);
+    const rows = data.languages.map((name, code) => {
+      const bar = make("span", { class: "bar" });
+      bar.style.width = `${(100 * one.rates[code]) / most}%`;
+      return make("tr", one.of.includes(code) ? { class: "own" } : {},
+        make("th", { scope: "row", class: "label" }, name), make("td", {}, one.rates[code] ? bar : ""),
+        make("td", {}, percent(one.rates[code])));
+    });
+    return make("div", { class: "pair" },
+      make("div", {}, make("h3", {}, "Tokens on which it fires"), make("table", { class: "rates" }, make("tbody", {}, ...rows))),
+      make("div", {}, make("h3", {}, "Activations"), ...histogram(one)));
+  }
+
+  function histogram(one) {
+    const [own, other] = one.histogram;
+    const most = Math.max(1, ...own.map((count, bin) => count + other[bin]));
+    const sums = one.histogram.map((counts) => counts.reduce((a, b) => a + b, 0));
+    const picture = drawn("svg", {
+      class: "histogram", viewBox: `0 0 ${own.length} 100`, preserveAspectRatio: "none", role: "img",
+      "aria-label": `Histogram of ${sums[0] + sums[1]} activations from 0 to ${number(one.largest, 2)}; at most ${most} tokens in a bin`,
+    });
+    own.forEach((count, bin) => {
+      const heights = [count, other[bin]].map((tokens) => (100 * tokens) / most);
+      const bar = (kind, y, height) => height &&
+        picture.append(drawn("rect", { class: kind, x: bin + 0.06, y, width: 0.88, height }));
+      bar("own", 100 - heights[0], heights[0]);
+      bar("other", 100 - heights[0] - heights[1], heights[1]);
+    });
+    return [
+      make("p", { class: "legend" }, make("i", { class: "own" }), `its own: ${plural(sums[0], "token")}`,
+        make("i", { class: "other" }), `others: ${plural(sums[1], "token")}`),
+      make("p", { class: "axis" }, make("span", {}, `${plural(most, "token")} ↑`)),
+      picture,
+      make("p", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation →"), make("span", {}, number(one.largest, 2))),
+    ];
+  }
+
+  const level = (value, one) => Math.min(LEVELS, Math.max(1, Math.ceil((LEVELS * value) / one.largest)));
+
+  function texts(one) {
+    const some = (entries, nothing) => entries.length
+      ? make("ol", { class: "texts" }, ...entries.map((entry) => text(one, entry)))
+      : make("p", { class: "none" }, nothing);
+    const own = one.of.length === 1 ? "its language" : "its languages";
+    const scale = make("p", { class: "scale" }, "Share of its largest activation: ");
+    for (let step = 1; step <= LEVELS; step++) scale.append(make("span", { class: `a${step}` }, `≤ ${(100 * step) / LEVELS} %`));
+    return make("div", {},
+      make("h3", {}, `Texts of ${own} in which it is most active`), scale, some(one.own, "It fires in none."),
+      make("h3", {}, "Texts of other languages in which it is most active"), some(one.other, "It fires in none."));
+  }
+
+  function text(one, [place, ...pairs]) {
+    const { language, pieces, rtl } = data.texts[place];
+    const active = new Map();
+    for (let i = 0; i < pairs.length; i += 2) active.set(pairs[i], pairs[i + 1]);
+    const line = make("p", { lang: data.languages[language], dir: rtl ? "rtl" : "ltr" });
+    let quiet = ""; // pieces that are not shaded stay one text, so that their letters join
+    pieces.forEach((piece, at) => {
+      const value = active.get(at);
+      if (value === undefined) { quiet += piece; return; }
+      line.append(quiet, make("span", { class: `a${level(value, one)}`, title: `activation ${number(value, 2)}` }, piece));
+      quiet = "";
+    });
+    line.append(quiet);
+    return make("li", {},
+      make("small", {}, make("b", {}, data.languages[language]), number(Math.max(...active.values()), 2)), line);
+  }
+
+  function tokens(one) {
+    const side = (heading, entries) => make("div", {}, make("h3", {}, heading),
+      make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(([token, logit]) => make("tr", {},
+        make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)))))));
+    if (!one.promoted.length)
+      return make("p", { class: "none" }, "No logit lens: its direction does not lie in the residual stream.");
+    return make("div", { class: "pair" },
+      side("Tokens that it promotes (logit)", one.promoted), side("Tokens that it suppresses (logit)", one.suppressed));
+  }
+
+  // White space and control characters would not be seen.
+  const visible = (token) => token.replace(/^ | $/g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥")
+    .replace(/\p{Cc}/gu, (control) => `\\x${control.codePointAt(0).toString(16).padStart(2, "0")}`);
+
+  // --- going from one to the next
+
+  function fromAddress() {
+    let id = location.hash.slice(1);
+    try { id = decodeURIComponent(id); } catch { /* as it stands */ }
+    show(id ? byId.get(id) ?? null : shown[0] ?? null);
+  }
+
+  function go(one) {
+    if (!one || one === current) return;
+    history.replaceState(null, "", `#${one.id}`); // every step in the list as an entry of its own would bury the rest
+    show(one);
+  }
+
+  function move(by) {
+    const place = shown.indexOf(current);
+    go(shown[place < 0 ? 0 : Math.min(shown.length - 1, Math.max(0, place + by))]);
+  }
+
+  list.addEventListener("keydown", (event) => {
+    const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 2);
+    const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+    if (!(event.key in steps) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    move(steps[event.key]);
+  });
+  body.addEventListener("click", (event) => {
+    const line = event.target.closest("tr[data-id]");
+    if (!line || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    location.hash = line.dataset.id; // an entry in the history
+    list.focus({ preventScroll: true });
+    if (getComputedStyle(document.querySelector("main")).gridTemplateColumns.split(" ").length === 1) detail.scrollIntoView();
+  });
+  list.querySelector("thead").addEventListener("click", (event) => {
+    const head = event.target.closest("[data-sort]");
+    if (!head) return;
+    const key = head.dataset.sort;
+    sorting = { key, down: key === sorting.key ? !sorting.down : key === "rate" || key === "delta" };
+    choose();
+  });
+  list.addEventListener("scroll", draw, { passive: true });
+  addEventListener("resize", draw);
+  filters.addEventListener("input", choose);
+  filters.addEventListener("submit", (event) => event.preventDefault());
+  addEventListener("hashchange", fromAddress);
+
+  choose();
+  fromAddress();
+  document.documentElement.dataset.ready = "yes";
+})();

@@ -1,0 +1,143 @@
+"""The feature browser: every feature with what is known of it, as one HTML file that needs nothing else."""
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from babelscope.errors import UserError
+from babelscope.report.assets import asset, embedded, source_hash
+from babelscope.report.numbers import plain
+
+_KEY = ("hookpoint", "unit")
+COLUMNS = {
+    "features": (*_KEY, "kind", "languages", "entropy", "largest", "delta", "delta_tokens", "delta_texts"),
+    "probabilities": (*_KEY, "language", "probability"),
+    "histograms": (*_KEY, "bin", "own", "other"),
+    "texts": ("text_id", "language", "pieces"),
+    "examples": (*_KEY, "side", "place", "text_id", "activations"),
+    "tokens": (*_KEY, "side", "place", "token", "logit"),
+}
+
+
+@dataclass(frozen=True)
+class BrowserInputs:
+    """Everything that the page shows.
+
+    Parameters
+    ----------
+    languages, hookpoints: their orders.
+    model: its name.
+    frames: `data/browse/<name>.parquet` by `<name>`, at least those of `COLUMNS`.
+    """
+
+    languages: Sequence[str]
+    hookpoints: Sequence[str]
+    model: str
+    frames: Mapping[str, pl.DataFrame]
+
+    def __post_init__(self) -> None:
+        for name, columns in COLUMNS.items():
+            missing = [column for column in columns if column not in self.frames[name].columns]
+            if missing:
+                raise UserError(f"data/browse/{name}.parquet: no column {', '.join(missing)}; dvc repro browse")
+
+
+def content(inputs: BrowserInputs) -> dict[str, Any]:
+    """What the page's script reads, as JSON can hold it.
+
+    Returns
+    -------
+    `languages`, `hookpoints`, `tokens`: names, to which numbers below refer. `texts`: `language`, `pieces`, `rtl`.
+    `features`, by hookpoint and unit: `at` (hookpoint), `unit`, `of` (its languages), `entropy` (nats), `rates` (one
+    per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
+    piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
+    (nats/token, or null), `on` (how many texts and tokens it was measured on).
+    """
+    frames = inputs.frames
+    code = {name: number for number, name in enumerate(inputs.languages)}
+    place = {name: number for number, name in enumerate(inputs.hookpoints)}
+    texts = frames["texts"].select("text_id", "language", "pieces").rows()
+    text_number = {row[0]: number for number, row in enumerate(texts)}
+    names = frames["tokens"]["token"].unique().sort().to_list()
+    token_number = {name: number for number, name in enumerate(names)}
+
+    features: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in (
+        frames["features"]
+        .sort(pl.col("hookpoint").cast(pl.Enum(list(inputs.hookpoints))), "unit")
+        .iter_rows(named=True)
+    ):
+        features[row["hookpoint"], row["unit"]] = {
+            "at": place[row["hookpoint"]], "unit": row["unit"], "of": [code[name] for name in row["languages"]],
+            "entropy": round(row["entropy"], 4), "largest": _digits(row["largest"]), "rates": [0.0] * len(code),
+            "histogram": [[], []], "own": [], "other": [], "promoted": [], "suppressed": [],
+            "delta": None if row["delta"] is None else _digits(row["delta"]),
+            "on": [row["delta_texts"], row["delta_tokens"]],
+        }  # fmt: skip
+    for hookpoint, unit, language, rate in _rows(frames, "probabilities"):
+        features[hookpoint, unit]["rates"][code[language]] = _digits(rate)
+    for hookpoint, unit, _, *sides in _rows(frames, "histograms", "bin"):
+        for bars, count in zip(features[hookpoint, unit]["histogram"], sides, strict=True):
+            bars.append(count)
+    for hookpoint, unit, side, _, text_id, activations in _rows(frames, "examples", "place"):
+        fires = [[number, _digits(value)] for number, value in enumerate(activations) if value > 0]
+        features[hookpoint, unit][side].append([text_number[text_id], *(part for pair in fires for part in pair)])
+    for hookpoint, unit, side, _, token, logit in _rows(frames, "tokens", "place"):
+        features[hookpoint, unit][side].append([token_number[token], _digits(logit)])
+    return {
+        "languages": list(inputs.languages),
+        "hookpoints": list(inputs.hookpoints),
+        "tokens": names,
+        "texts": [
+            {"language": code[language], "pieces": parts, "rtl": is_right_to_left("".join(parts))}
+            for _, language, parts in texts
+        ],
+        "features": list(features.values()),
+    }
+
+
+def _rows(frames: Mapping[str, pl.DataFrame], name: str, by: str | None = None) -> Iterable[tuple[Any, ...]]:
+    frame = frames[name].select(COLUMNS[name])
+    return (frame.sort(by, maintain_order=True) if by else frame).iter_rows()
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: the page shows no more."""
+    return float(f"{value:.4g}")
+
+
+def is_right_to_left(text: str) -> bool:
+    """Whether most letters of a text belong to a script that is written from right to left.
+
+    Not the first one (as `dir="auto"` has it): many a Hebrew sentence begins with a foreign name.
+    """
+    kinds = [unicodedata.bidirectional(character) for character in text]
+    return sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L")
+
+
+def build(inputs: BrowserInputs) -> str:
+    """The feature browser as one HTML page: the same inputs give the same text.
+
+    Scripts, styles and data are inside; nothing is fetched, and a Content-Security-Policy forbids it. The data are JSON
+    that the script puts into the page as text, never as markup.
+    """
+    script = asset("browser.js")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    kinds = inputs.frames["features"]["kind"]
+    return environment.from_string(asset("browser.html.j2")).render(
+        policy=source_hash(script),
+        script=script,
+        style=asset("page.css") + asset("browser.css"),
+        data=embedded(content(inputs)),
+        model=inputs.model,
+        specific=plain(int((kinds == "specific").sum())),
+        shared=plain(int((kinds == "shared").sum())),
+        languages=inputs.languages,
+        hookpoints=inputs.hookpoints,
+    )
