@@ -20,6 +20,7 @@ OPTIONAL = {
     "by_layer": Path("data/ablation/by_layer.parquet"),
     "control": Path("data/ablation/control.parquet"),
     "confusion": Path("data/identify/confusion.parquet"),
+    "similarity": Path("data/scores/similarity.parquet"),
     "generations": Path("data/steer/generations.parquet"),
 }
 BROWSE, OUT = Path("data/browse"), Path("reports")

@@ -9,12 +9,13 @@ import polars as pl
 from babelscope import config, stage
 from babelscope.errors import UserError
 from babelscope.files import read_json, write_atomically, write_json
-from babelscope.scoring import lape, monolinguality, sae_lape, summary
+from babelscope.scoring import lape, monolinguality, sae_lape, similarity, summary
 
 log = logging.getLogger(__name__)
 
 COUNTS, NEURONS = Path("data/counts"), Path("data/neurons")
 FEATURES, METRICS = Path("data/scores/features.parquet"), Path("metrics/score.json")
+SIMILARITY = Path("data/scores/similarity.parquet")
 KEY = ["hookpoint", "layer", "unit"]
 COLUMNS = ["kind", *KEY, "language", "probability", "entropy", "members", "monolinguality", "rank"]
 
@@ -28,7 +29,10 @@ def main() -> None:
     counts = [scan_counts(COUNTS, name, f"encode@{name}") for name in params.hookpoints]
     selected = sae_lape(pl.concat(counts), totals, **params.score.model_dump())
     features = with_monolinguality(selected, counts, totals).with_columns(kind=pl.lit("sae")).select(COLUMNS)
+    every = sae_lape(pl.concat(counts), totals, **params.score.model_dump() | {"members": None, "top": None})
+    shared = dict(every.unique(KEY).group_by("members").len().iter_rows())
     content = numbers(features, counts, params.languages, "features")
+    content |= {f"shared_by/{k}": shared.get(k, 0) for k in range(1, len(params.languages) + 1)}
     advice = "a lower score.example_rate or token_rate finds more"
     report(features, params.languages, "features", advice)
     if params.neurons.hookpoints:
@@ -37,6 +41,7 @@ def main() -> None:
         report(neurons, params.languages, "neurons", "a lower neurons.quantile or a higher top_rate finds more")
         features = pl.concat([features, neurons])
     write_atomically(FEATURES, features.write_parquet)
+    write_atomically(SIMILARITY, similarity(every, params.languages).write_parquet)
     write_json(METRICS, content)
 
 

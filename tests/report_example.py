@@ -128,6 +128,17 @@ def confusion() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
+def similarity() -> pl.DataFrame:
+    """Spanish and Portuguese share 60 of 90 features, Russian and Bulgarian 50 of 100, all others 5 of 100."""
+    close = {frozenset(("es", "pt-BR")): (60, 60 / 90), frozenset(("ru", "bg")): (50, 0.5)}
+    rows = [
+        (a, b, *((50, 1.0) if a == b else close.get(frozenset((a, b)), (5, 0.05))))
+        for a in LANGUAGES
+        for b in LANGUAGES
+    ]
+    return pl.DataFrame(rows, schema=["language", "other", "units", "jaccard"], orient="row")
+
+
 def generations() -> pl.DataFrame:
     """Four texts a language and strength, and four without; German succeeds at 8."""
     rows: list[tuple[Any, ...]] = [(None, None, None, 1.8, 0.95, None)] * 4
@@ -151,7 +162,7 @@ def metrics() -> dict[str, dict[str, Any]]:
         "sample": sample,
         "extract": {"tokens": 202500, "texts": 9000, "padding_share": 0.031},
         "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
-        "score": {"features": features().height},
+        "score": {"features": features().height} | {f"shared_by/{k}": 100 - k for k in range(1, 16)},
         "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
@@ -176,6 +187,7 @@ def write(root: Path) -> None:
     by_layer().write_parquet(root / "data/ablation/by_layer.parquet")
     control().write_parquet(root / "data/ablation/control.parquet")
     confusion().write_parquet(root / "data/identify/confusion.parquet")
+    similarity().write_parquet(root / "data/scores/similarity.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
     for name, content in metrics().items():
         write_json(root / "metrics" / f"{name}.json", content)

@@ -24,6 +24,7 @@ from babelscope.errors import UserError
 from babelscope.report import charts, data, page, tables
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import percent, plain, significant
+from babelscope.report.relatives import relatives
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "<script>alert('x')</script>"
@@ -34,6 +35,7 @@ def inputs(**changes: Any) -> ReportInputs:
         params=example.params(), features=example.features(), nll=example.nll(), by_layer=example.by_layer(),
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
         control=example.control(), confusion=example.confusion(), generations=example.generations(),
+        similarity=example.similarity(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -202,6 +204,31 @@ def test_confusion_is_in_shares_of_a_languages_texts() -> None:
     assert data.confusion(inputs(confusion=example.confusion().clear())).is_empty()
 
 
+def test_languages_that_are_alike_stand_side_by_side() -> None:
+    frame = data.similarity(inputs())
+    order = frame["language"].unique(maintain_order=True).to_list()
+    assert sorted(order) == sorted(example.LANGUAGES) and order == frame["other"][:15].to_list()
+    assert abs(order.index("es") - order.index("pt-BR")) == 1 == abs(order.index("ru") - order.index("bg"))
+    cell = frame.filter(language="es", other="pt-BR")
+    assert cell.select("value", "units", "expected", "label", "other_label").row(0) == (
+        60 / 90, 60, "same branch", "es (Romance, Latin)", "pt-BR (Romance, Latin)",
+    )  # fmt: skip
+    assert frame.filter(language="es", other="es")["value"].item() is None
+    assert frame.filter(language="fi", other="tr")["expected"].item() == "same script"
+    assert frame.filter(language="he", other="ta")["expected"].item() == "neither"
+    assert tables.similarity(inputs()).rows[0][:3] == ["pt-BR", "es", "0.667"]
+    assert data.likeness(inputs())["neither"] == pytest.approx(0.05)
+    unknown = inputs(params=example.params() | {"languages": ["xx", "en", "de"]})
+    assert data.similarity(unknown).filter(language="en", other="de")["expected"].item() == "same branch"
+    assert data.similarity(inputs(params=example.params() | {"languages": ["en", "de"]})).is_empty()
+    assert data.similarity(inputs(similarity=None)).is_empty() and data.likeness(inputs(similarity=None)) == {}
+
+
+def test_relatives() -> None:
+    assert relatives("pt-BR") == ("Romance", "Latin") and relatives("sr-Latn") == ("Slavic", "Latin")
+    assert relatives("zh-CN") == ("Sinitic", "Han") and relatives("xx") is None
+
+
 def test_steering_begins_with_the_untouched_model() -> None:
     frame = data.steering(inputs())
     assert frame.filter(language="de").rows() == [
@@ -275,14 +302,18 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
                 assert str(attributes[key]).removeprefix("#") in ids
     charts_ = {attributes["data-chart"] for _, attributes in parsed.tags if "data-chart" in attributes}
     specs = specs_of(html)
-    assert charts_ == set(specs) == {"features", "ablation", "own", "control", "layers", "confusion", "steering", "fvu"}
+    assert (
+        charts_
+        == set(specs)
+        == {"features", "ablation", "own", "control", "layers", "similarity", "confusion", "steering", "fvu"}
+    )
     assert all(spec["description"] for spec in specs.values())
 
 
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
-                 tables.against_control, tables.identified, tables.confusion, tables.steering, tables.fvu,
-                 tables.quality, tables.corpus, tables.metrics):  # fmt: skip
+                 tables.against_control, tables.similarity, tables.shared, tables.identified, tables.confusion,
+                 tables.steering, tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
         table = make(inputs())
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -329,7 +360,9 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
 
 
 def test_missing_metrics_are_dashes() -> None:
-    html = page.build(inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None))
+    html = page.build(
+        inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None)
+    )
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert 'id="layers"' not in html and "<dt>own ΔNLL, nats/token</dt><dd>–</dd>" in html
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from babelscope.errors import UserError
-from babelscope.scoring import lape, monolinguality, probability_bar, sae_lape, summary
+from babelscope.scoring import lape, monolinguality, probability_bar, sae_lape, similarity, summary
 
 PAPER = {"example_rate": 0.98, "token_rate": 0.1, "ratio": 0.5}
 LOOSE = {"example_rate": 0.0, "token_rate": 0.0, "ratio": 0.5}
@@ -243,3 +243,17 @@ def test_scoring_imports_no_torch() -> None:
     code = "import sys, babelscope.scoring, babelscope.evaluation; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_similarity_is_the_jaccard_index_of_two_languages_units():
+    candidates = pl.DataFrame(
+        [("a", 1), ("b", 1), ("a", 2), ("a", 3), ("b", 3), ("b", 4), ("b", 5)],
+        schema={"language": pl.String, "unit": pl.Int32}, orient="row",
+    ).with_columns(layer=pl.lit(0, pl.Int32))  # fmt: skip
+    found = similarity(candidates, ["b", "a", "c", "d"])
+    assert found.columns == ["language", "other", "units", "jaccard"]
+    assert found.select("language", "other").rows() == [(x, y) for x in "bacd" for y in "bacd"]
+    cells = {(x, y): (units, jaccard) for x, y, units, jaccard in found.rows()}
+    assert cells["a", "b"] == cells["b", "a"] == (2, 2 / 5)
+    assert cells["a", "a"] == (3, 1.0) and cells["b", "b"] == (4, 1.0)
+    assert cells["a", "c"] == (0, 0.0) and cells["c", "d"] == (0, None)

@@ -64,6 +64,7 @@ def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixtur
     assert {key: value for key, value in metrics.items() if not key.startswith("mean_")} == {
         "features": 3, "features/en": 2, "features/de": 1, "features/fi": 0,
         "features_in_layer/2": 2, "features_in_layer/11": 1, "languages_without_features": 1,
+            "shared_by/1": 3, "shared_by/2": 0, "shared_by/3": 0,
     }  # fmt: skip
     assert metrics["mean_probability"] == pytest.approx((0.6 + 0.5 + 0.8) / 3)
     assert "no features: fi" in caplog.text

@@ -251,6 +251,34 @@ def against_control(frame: pl.DataFrame) -> alt.LayerChart:
     ).properties(width=320, height=alt.Step(30))
 
 
+def similarity(frame: pl.DataFrame) -> alt.LayerChart:
+    """Language x language: the Jaccard index of their features, in percent.
+
+    Parameters
+    ----------
+    frame: as `babelscope.report.data.similarity` returns it; its order is that of rows and columns.
+    """
+    labels, languages = (frame[name].unique(maintain_order=True).to_list() for name in ("label", "language"))
+    written = frame.with_columns(
+        pl.Series("text", [plain(None if v is None else 100 * v) if v is not None else "" for v in frame["value"]])
+    )
+    base = alt.Chart(_data(written)).encode(
+        x=alt.X("other:N", scale=alt.Scale(domain=languages),
+                axis=alt.Axis(title=None, orient="top", labelAngle=0)),
+        y=alt.Y("label:N", scale=alt.Scale(domain=labels), axis=alt.Axis(title=None, labelLimit=260)),
+        tooltip=[alt.Tooltip("label:N", title="language"), alt.Tooltip("other_label:N", title="and"),
+                 alt.Tooltip("value:Q", title="Jaccard index", format=".3f"),
+                 alt.Tooltip("units:Q", title="features of both"), alt.Tooltip("expected:N", title="relatives")],
+    )  # fmt: skip
+    scale = alt.Scale(range="ramp", zero=True) if frame["value"].max() else alt.Scale(range="ramp", domain=[0, 1])
+    cells = base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None))
+    texts = base.mark_text(style="value", aria=False).encode(text="text:N", color=_ink("similarity_color"))
+    return alt.layer(
+        cells, texts, name="similarity",
+        description="Share of features that two languages have in common; the table below holds the same figures.",
+    ).properties(width=alt.Step(40), height=alt.Step(24))  # fmt: skip
+
+
 def confusion(frame: pl.DataFrame) -> alt.HConcatChart:
     """A matrix per method: what share of a language's texts was taken for which language, with the numbers of texts.
 

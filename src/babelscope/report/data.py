@@ -8,12 +8,14 @@ from typing import Any
 import polars as pl
 
 from babelscope.errors import UserError
+from babelscope.report.relatives import relatives
 
 FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
 CONTROL_COLUMNS = ("method", "language", *(
     f"{name}{end}" for name in ("excess", "contrast") for end in ("", "_low", "_high")
 ))  # fmt: skip
 CONFUSION_COLUMNS = ("method", "normalize", "language", "predicted", "texts")
+SIMILARITY_COLUMNS = ("language", "other", "units", "jaccard")
 GENERATION_COLUMNS = ("language", "strength", "control", "nll", "distinct_2", "success")
 NLL_COLUMNS = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
 
@@ -35,6 +37,7 @@ class ReportInputs:
     control: `data/ablation/control.parquet`, or None.
     confusion: `data/identify/confusion.parquet`, or None.
     generations: `data/steer/generations.parquet`, or None.
+    similarity: `data/scores/similarity.parquet`, or None.
     """
 
     params: Mapping[str, Any]
@@ -47,6 +50,7 @@ class ReportInputs:
     control: pl.DataFrame | None = None
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
+    similarity: pl.DataFrame | None = None
 
     def __post_init__(self) -> None:
         _require("features.parquet", self.features, FEATURE_COLUMNS)
@@ -59,6 +63,8 @@ class ReportInputs:
             _require("confusion.parquet", self.confusion, CONFUSION_COLUMNS)
         if self.generations is not None:
             _require("generations.parquet", self.generations, GENERATION_COLUMNS)
+        if self.similarity is not None:
+            _require("similarity.parquet", self.similarity, SIMILARITY_COLUMNS)
 
     @property
     def languages(self) -> list[str]:
@@ -265,6 +271,62 @@ def confusion(inputs: ReportInputs) -> pl.DataFrame:
         .with_columns(pl.col("language", "predicted").cast(pl.String))
         .select("method", "language", "predicted", "texts", "value")
     )
+
+
+def similarity(inputs: ReportInputs) -> pl.DataFrame:
+    """How alike the languages' features are, those that are most alike side by side.
+
+    Returns
+    -------
+    `language`, `other`, `units`, `value` (Jaccard index; null on the diagonal), `label`, `other_label` (with branch and
+    script where known), `expected` ("same branch", "same script", "neither", null where not known) in the order of the
+    leaves of an average-linkage tree over 1 - Jaccard (optimal leaf order; Bar-Joseph et al. 2001). Empty with fewer
+    than three languages.
+    """
+    if inputs.similarity is None or len(inputs.languages) < 3:
+        return pl.DataFrame()
+    languages = inputs.languages
+    pairs = inputs.similarity.filter(pl.col("language").is_in(languages), pl.col("other").is_in(languages))
+    order = _side_by_side(pairs, languages)
+    known = {name: relatives(name) for name in languages}
+    label = {name: f"{name} ({', '.join(kin)})" if (kin := known[name]) else name for name in languages}
+
+    def expected(row: tuple[str, str]) -> str | None:
+        first, second = (known[name] for name in row)
+        if first is None or second is None:
+            return None
+        return "same branch" if first[0] == second[0] else "same script" if first[1] == second[1] else "neither"
+
+    ranked = pairs.with_columns(pl.col("language", "other").cast(pl.Enum(order))).sort("language", "other")
+    ranked = ranked.with_columns(pl.col("language", "other").cast(pl.String))
+    kin = [expected(row) for row in ranked.select("language", "other").rows()]
+    return ranked.with_columns(
+        value=pl.when(pl.col("language") != pl.col("other")).then(pl.col("jaccard")),
+        label=pl.col("language").replace_strict(label, return_dtype=pl.String),
+        other_label=pl.col("other").replace_strict(label, return_dtype=pl.String),
+        expected=pl.Series(kin, dtype=pl.String),
+    ).drop("jaccard")
+
+
+def _side_by_side(pairs: pl.DataFrame, languages: list[str]) -> list[str]:
+    """The languages in the order of the leaves of a tree over their distances."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    known = {(a, b): value for a, b, value in pairs.select("language", "other", "jaccard").rows()}
+    distance = [[0.0 if a == b else 1.0 - (known.get((a, b)) or 0.0) for b in languages] for a in languages]
+    tree = linkage(squareform(distance), method="average", optimal_ordering=True)
+    return [languages[leaf] for leaf in leaves_list(tree)]
+
+
+def likeness(inputs: ReportInputs) -> dict[str, float]:
+    """Mean Jaccard index of the pairs of languages of the same branch, of the same script only, and of neither."""
+    frame = similarity(inputs)
+    if frame.is_empty():
+        return {}
+    means = frame.filter(pl.col("value").is_not_null()).group_by("expected").agg(pl.col("value").mean())
+    found = {key: value for key, value in means.iter_rows() if key is not None}
+    return {key: found[key] for key in ("same branch", "same script", "neither") if key in found}
 
 
 def _share(column: str, within: list[str]) -> pl.Expr:

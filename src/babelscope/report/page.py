@@ -46,6 +46,7 @@ def pictures(inputs: ReportInputs) -> dict[str, Any]:
         )  # fmt: skip
     for name, find, draw in (
         ("control", data.against_control, charts.against_control),
+        ("similarity", data.similarity, charts.similarity),
         ("confusion", data.confusion, charts.confusion),
         ("steering", data.steering, charts.steering),
     ):
@@ -112,8 +113,15 @@ def build(inputs: ReportInputs) -> str:
     }  # fmt: skip
     if "layers" in specs:
         behind["layers"] = tables.own_by_layer(inputs)
-    made = {"control": tables.against_control, "confusion": tables.confusion, "steering": tables.steering}
+    made = {
+        "control": tables.against_control,
+        "similarity": tables.similarity,
+        "confusion": tables.confusion,
+        "steering": tables.steering,
+    }
     behind |= {name: table(inputs) for name, table in made.items() if name in specs}
+    if "similarity" in specs:
+        behind["shared"] = tables.shared(inputs)
     if "confusion" in specs:
         behind["identified"] = tables.identified(inputs)
     if "fvu" in specs:
@@ -125,6 +133,7 @@ def build(inputs: ReportInputs) -> str:
         charts={"specs": specs, "themes": charts.THEMES},
         tables=behind,
         headline=_headline(inputs),
+        likeness={kind: plain(value, 2) for kind, value in data.likeness(inputs).items()},
         inputs=inputs,
         method=data.ablation_method(inputs),
         params=_yaml(dict(inputs.params)),

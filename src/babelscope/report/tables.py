@@ -114,6 +114,27 @@ def against_control(inputs: ReportInputs) -> Table:
     return Table("Against random features that fire as often, nats/token", head, list(rows.values()))
 
 
+def similarity(inputs: ReportInputs) -> Table:
+    """The pairs of languages that have most features in common."""
+    frame = data.similarity(inputs).filter(pl.col("value").is_not_null())
+    place = {name: number for number, name in enumerate(inputs.languages)}
+    rows = [
+        [first, second, plain(value, 3), plain(units), kin or NONE]
+        for first, second, value, units, kin in frame.select("language", "other", "value", "units", "expected").rows()
+        if place[first] < place[second]
+    ]
+    rows.sort(key=lambda row: (-float(row[2]), place[row[0]], place[row[1]]))
+    head = ["language", "and", "Jaccard index", "features of both", "relatives"]
+    return Table("Features that two languages have in common", head, rows, labels=2)
+
+
+def shared(inputs: ReportInputs) -> Table:
+    """How many features belong to how many languages."""
+    found = {k: inputs.figure("score", f"shared_by/{k}") for k in range(1, len(inputs.languages) + 1)}
+    rows = [[str(k), plain(count)] for k, count in found.items()]
+    return Table("Features by the number of languages that share them", ["languages", "features"], rows)
+
+
 def identified(inputs: ReportInputs) -> Table:
     """Every method of language identification."""
     rows = []

@@ -1,0 +1,34 @@
+"""Which languages share units: a map of the languages as the model's features draw it."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+
+def similarity(candidates: pl.DataFrame, languages: Sequence[str]) -> pl.DataFrame:
+    """The Jaccard index of the units of every two languages: |A & B| / |A | B|, A the units of which one is a member.
+
+    Parameters
+    ----------
+    candidates: `layer`, `unit` (and `hookpoint`), `language`: one row per unit and member language, as
+        `sae_lape(..., members=None)` returns them.
+    languages: the order of the result.
+
+    Returns
+    -------
+    `language`, `other`, `units` (of both), `jaccard` (0 to 1; null where neither has a unit), one row per ordered pair,
+    those of a language with itself included.
+    """
+    key = [name for name in ("hookpoint", "layer", "unit") if name in candidates.columns]
+    mine = candidates.select(*key, "language").unique()
+    both = mine.join(mine.rename({"language": "other"}), on=key).group_by("language", "other").len("units")
+    owned = {name: 0 for name in languages} | dict(mine.group_by("language").len().iter_rows())
+    sizes = pl.DataFrame({"language": list(languages), "_mine": [owned[name] for name in languages]})
+    grid = sizes.join(sizes.rename({"language": "other", "_mine": "_theirs"}), how="cross", maintain_order="left_right")
+    either = pl.col("_mine") + pl.col("_theirs") - pl.col("units")
+    return (
+        grid.join(both, on=["language", "other"], how="left", maintain_order="left")
+        .with_columns(pl.col("units").cast(pl.Int64).fill_null(0))
+        .with_columns(jaccard=pl.when(either > 0).then(pl.col("units") / either))
+        .select("language", "other", "units", "jaccard")
+    )
