@@ -51,16 +51,16 @@ class FeatureAblation:
 
     def __init__(self, sae: SAE, units: Units) -> None:
         device = sae.W_dec.device
-        # Of many conditions most may have their units at other hookpoints: the table has a row for those that act only.
-        self.sae, self.removed = sae, members([some for some in units if len(some)], sae.latents, device)
+        # Of many conditions most may have their units at other hookpoints: they share the last row, which is empty.
+        self.sae, self.removed = sae, members([*(some for some in units if len(some)), ()], sae.latents, device)
         self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
-        self.row = self.acts.cumsum(0) - 1
+        self.row = (self.acts.cumsum(0) - 1).where(self.acts, len(self.removed) - 1)
 
     def touches(self, x: Tensor) -> Tensor:
         """Where one of a condition's units fires."""
         values, indices = self.sae.encode(x)
         hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
-        hit[self.acts] = (self.removed[:, indices] & (values > 0)).any(-1)
+        hit[self.acts] = (self.removed[:-1, indices] & (values > 0)).any(-1)
         return hit
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -38,10 +38,20 @@
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     return element;
   };
-  const number = (value, digits, sign = false) =>
-    value === null ? "–" : (sign && value > 0 ? "+" : "") + value.toFixed(digits).replace("-", "−");
+  const number = (value, digits, sign = false) => {
+    if (value === null) return "–";
+    const text = value.toFixed(digits);
+    if (Number(text) === 0) return text.replace("-", "");
+    return (sign && value > 0 ? "+" : "") + text.replace("-", "−");
+  };
   const percent = (share) => `${number(100 * share, share < 0.1 ? 2 : 1)} %`;
   const thousands = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, "\u202f");
+  const english = new Intl.DisplayNames(["en"], { type: "language" });
+  const called = (tag) => {
+    let name = tag;
+    try { name = english.of(tag); } catch { /* no such tag: as params.yaml has it */ }
+    return name === tag ? tag : `${name} (${tag})`;
+  };
   const plural = (count, one) => `${thousands(count)} ${one}${count === 1 ? "" : "s"}`;
 
   // --- which features, in which order
@@ -87,7 +97,6 @@
     list.querySelector("table").setAttribute("aria-rowcount", shown.length + 1);
     list.scrollTop = 0;
     draw();
-    reveal();
   }
 
   // --- the list: only the rows that can be seen are in the page
@@ -151,9 +160,9 @@
       return button;
     };
     const what = one.of.length === 1
-      ? `Fires for one language: ${one.names[0]}` : `Shared by ${one.of.length} languages: ${one.names.join(", ")}`;
+      ? `Fires for one language: ${called(one.names[0])}` : `Shared by ${one.of.length} languages: ${one.names.map(called).join(", ")}`;
     return make("div", {},
-      make("div", { class: "title" }, make("h2", {}, one.id), make("span"), step(-1, "← previous"), step(1, "next →")),
+      make("div", { class: "title" }, make("h2", {}, one.id), make("div", {}, step(-1, "← previous"), " ", step(1, "next →"))),
       make("p", { class: "what", role: "status" }, what));
   }
 
