@@ -299,12 +299,12 @@ def similarity(inputs: ReportInputs) -> pl.DataFrame:
 
     ranked = pairs.with_columns(pl.col("language", "other").cast(pl.Enum(order))).sort("language", "other")
     ranked = ranked.with_columns(pl.col("language", "other").cast(pl.String))
-    kin = [expected(row) for row in ranked.select("language", "other").rows()]
+    relation = [expected(row) for row in ranked.select("language", "other").rows()]
     return ranked.with_columns(
         value=pl.when(pl.col("language") != pl.col("other")).then(pl.col("jaccard")),
         label=pl.col("language").replace_strict(label, return_dtype=pl.String),
         other_label=pl.col("other").replace_strict(label, return_dtype=pl.String),
-        expected=pl.Series(kin, dtype=pl.String),
+        expected=pl.Series(relation, dtype=pl.String),
     ).drop("jaccard")
 
 
