@@ -1,4 +1,4 @@
-"""Stage `report`: every result so far as one self-contained HTML page, every feature as another, and two pictures."""
+"""Stage `report`: all results as one self-contained HTML page, the features as another, pictures, and DVC's plots."""
 
 import hashlib
 import importlib.metadata
@@ -23,7 +23,7 @@ OPTIONAL = {
     "similarity": Path("data/scores/similarity.parquet"),
     "generations": Path("data/steer/generations.parquet"),
 }
-BROWSE, OUT = Path("data/browse"), Path("reports")
+BROWSE, SAES, OUT = Path("data/browse"), Path("data/sae"), Path("reports")
 PACKAGES = (
     "babelscope",
     "torch",
@@ -82,6 +82,14 @@ def read_features(params: config.Config) -> browser.BrowserInputs:
     return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
 
 
+def training_curves(hookpoints: list[str]) -> pl.DataFrame:
+    paths = {name: SAES / name / "history.csv" for name in hookpoints}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no such file; stage `train` writes it: dvc repro report")
+    return pl.concat([pl.read_csv(path).with_columns(hookpoint=pl.lit(name)) for name, path in paths.items()])
+
+
 def main() -> None:
     params = config.load()
     inputs, features = read(params), read_features(params)
@@ -89,6 +97,13 @@ def main() -> None:
     for file, text in texts.items():
         write_atomically(OUT / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         log.info("report: %s, %.1f MB", OUT / file, len(text.encode()) / 1e6)
+    plots = {
+        "training": training_curves(params.hookpoints),
+        "features_by_layer": data.counts(inputs).rename({"value": "features"}),
+        "ablation": data.matrix(inputs).rename({"value": "delta"}).drop("own", "largest"),
+    }
+    for name, frame in plots.items():
+        write_atomically(OUT / f"plots/{name}.csv", frame.write_csv)
     pictures = page.pictures(inputs)
     for file, name in (("features_by_layer.png", "features"), ("ablation.png", "ablation")):
         image = charts.png(pictures[name])

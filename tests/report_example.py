@@ -189,5 +189,9 @@ def write(root: Path) -> None:
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
+    for hookpoint in HOOKPOINTS:
+        (root / "data/sae" / hookpoint).mkdir(parents=True)
+        history = {"step": [10, 20], "tokens": [10240, 20480], "loss": [1.0, 0.5], "fvu": [0.9, 0.4]}
+        pl.DataFrame(history).write_csv(root / "data/sae" / hookpoint / "history.csv")
     for name, content in metrics().items():
         write_json(root / "metrics" / f"{name}.json", content)

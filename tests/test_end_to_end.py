@@ -182,6 +182,12 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
     set_params(repo, {"score.ratio": 0.3})
     assert sorted(ran(run(repo, "dvc", "repro"))) == sorted(["score", *AFTER_SCORE])
     assert "features" in run(repo, "dvc", "metrics", "diff")
+    assert "score.ratio" in run(repo, "dvc", "params", "diff")
+    page = run(repo, "dvc", "plots", "diff", "--out", "plots").strip().removeprefix("file://")
+    drawn = Path(page).read_text()
+    for shown in ("features_by_layer.csv", "ablation.csv", "training.csv"):
+        assert shown in drawn, shown
+    shutil.rmtree(repo / "plots")
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 2
     set_params(repo, {"score.ratio": 0.5})
     assert ran(run(repo, "dvc", "repro")) == ["track"]

@@ -437,7 +437,9 @@ def run_stage(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "reports").iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "reports").rglob("*.*"))
+    }
 
 
 def params_file(folder: Path) -> None:
@@ -459,7 +461,14 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     (second / "params.yaml").write_text("# another comment\n" + text, encoding="utf-8")
     assert run_stage(second).returncode == 0
     assert digests(first) == digests(second)
-    assert set(digests(first)) == {"ablation.png", "features.html", "features_by_layer.png", "report.html"}
+    assert set(digests(first)) == {
+        "ablation.csv", "ablation.png", "features.html", "features_by_layer.csv", "features_by_layer.png",
+        "report.html", "training.csv",
+    }  # fmt: skip
+    curves = pl.read_csv(first / "reports/plots/training.csv")
+    assert curves["hookpoint"].unique(maintain_order=True).to_list() == example.HOOKPOINTS and len(curves) == 14
+    cells = pl.read_csv(first / "reports/plots/ablation.csv")
+    assert len(cells) == 15 * 15 and cells["delta"].is_not_null().all()
     html = (first / "reports/report.html").read_text(encoding="utf-8")
     assert hashlib.md5((first / "data/ablation/by_layer.parquet").read_bytes()).hexdigest() in html
     for name in ("ablation.png", "features_by_layer.png"):
