@@ -1,6 +1,7 @@
 """Tracking against a real toy DVC repository: whatever is done to it, MLflow holds exactly the right runs."""
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -136,6 +137,19 @@ def repo(tmp_path: Path) -> Repo:
     found.dvc("init", "-q")
     found.commit()
     return found
+
+
+def test_the_experiments_of_the_readme(repo: Repo) -> None:
+    repo.dvc("repro")
+    repo.commit()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = [part for part in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "dvc exp run" in part]
+    commands = [line.partition("#")[0].split() for line in block.splitlines()]
+    assert [command[:3] for command in commands].count(["dvc", "exp", "run"]) == 3
+    shown = {" ".join(command[:3]): repo.dvc(*command[1:]) for command in commands}
+    assert all(name in shown["dvc exp show"] for name in ("wide", "sparse", "train.k"))
+    assert YAML_.load((repo.folder / "params.yaml").read_text())["train"]["k"] == 16
+    assert repo.names() == expected(4, 16, 64)
 
 
 def test_every_way_of_reaching_a_state_gives_its_runs_once(repo: Repo) -> None:
