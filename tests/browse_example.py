@@ -53,7 +53,9 @@ def frames(features: int = 60, hookpoints: list[str] = example.HOOKPOINTS) -> di
                 tables["examples"].append({**key, **row})
         for side, sign in (("promoted", 1), ("suppressed", -1)):
             for place in range(4):
-                token = [" tree", "\\xe0\\xae", " שלום", f"word{number}", SCRIPT, "\n", "木"][(number + place) % 7]
+                token = [" tree", "\\xe0\\xae", " שלום", f"word{number}", SCRIPT, "\n \u00a0\u200b", "木"][
+                    (number + place) % 7
+                ]
                 row = {"side": side, "place": place, "token_id": place, "token": token, "logit": sign * (4.0 - place)}
                 tables["tokens"].append({**key, **row})
     rows = [{"text_id": f"text-{k}", "language": k, "split": "train", "pieces": v} for k, v in TEXTS.items()]

@@ -157,6 +157,33 @@ def test_a_second_run_gives_the_same_bytes_and_a_running_pass_the_same_tables(fo
     assert digests() == before
 
 
+def test_transcoders_are_read_at_their_input_and_none_is_removed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/corpus").mkdir(parents=True)
+    corpus().write_parquet("data/corpus/texts.parquet")
+    g = torch.Generator().manual_seed(2)
+    encoder, decoder = (F.normalize(torch.randn(64, 16, generator=g), dim=1) for _ in range(2))
+    dictionary = SAE(encoder, decoder, torch.zeros(64), torch.zeros(16), 3, b_in=torch.zeros(16))
+    checkpoint.save(dictionary, Path("data/sae") / SAE_AT, {"model_name": "tiny", "hook_name": SAE_AT})
+    found = []
+    for source in ("stored", "stream"):
+        set_params(
+            train={"source": source, "transcode": True}, ablate={"methods": ["directional"]}, browse={"texts": 2}
+        )
+        for name in ("extract", f"encode {SAE_AT}", "score", "browse") if source == "stored" else ("browse",):
+            stage(*name.split())
+        found.append(tables())
+    for name, frame in found[1].items():
+        assert_frame_equal(frame, found[0][name], rel_tol=5e-3, abs_tol=5e-3)
+    features = found[0]["features"]
+    assert len(features) and features["delta"].null_count() == len(features)
+    peaks = found[0]["examples"].group_by("unit").agg(pl.col("activations").list.max().max())
+    largest = features.join(peaks, on="unit")
+    assert largest["activations"].to_list() == pytest.approx(largest["largest"].to_list(), rel=1e-3)
+
+
 def test_no_feature_at_all_is_a_result(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     for path in (folder / "data").iterdir():

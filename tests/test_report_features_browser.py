@@ -197,6 +197,8 @@ def test_markup_in_texts_and_tokens_is_text_and_runs_nowhere(chromium: Any, file
     page = visit(chromium, file, f"#{FEATURES['id'][17]}")  # Finnish
     assert page.locator(".texts p").first.inner_text().startswith(SCRIPT)
     assert page.locator(".tokens bdi").nth(1).inner_text() == SCRIPT
+    # White space and characters without a form of their own are written out.
+    assert page.locator(".tokens bdi").nth(2).inner_text() == "↵ \\u00a0\\u200b"
     page.fill("#filters [name=words]", SCRIPT)
     page.focus("#list")
     page.keyboard.press("ArrowDown")

@@ -171,7 +171,7 @@
     const figure = (value, ...text) => make("div", {}, make("dt", {}, ...text), make("dd", {}, value));
     return make("dl", { class: "figures" },
       figure(number(one.entropy, 3), `entropy over ${data.languages.length} languages, nats`),
-      figure(percent(one.rate), one.of.length === 1 ? "of its language’s tokens" : "of the tokens of the language where most"),
+      figure(percent(one.rate), one.of.length === 1 ? "of its language’s tokens" : "of the tokens of the language in which it fires most"),
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
         ? "ΔNLL without it: not measured"
@@ -257,9 +257,10 @@
       side("Tokens that it promotes (logit)", one.promoted), side("Tokens that it suppresses (logit)", one.suppressed));
   }
 
-  // White space and control characters would not be seen.
-  const visible = (token) => token.replace(/^ | $/g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥")
-    .replace(/\p{Cc}/gu, (control) => `\\x${control.codePointAt(0).toString(16).padStart(2, "0")}`);
+  // White space at the ends, control and format characters would not be seen.
+  const visible = (token) => token
+    .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥")
+    .replace(/[\p{Cc}\p{Cf}]|[^\S ]/gu, (hidden) => `\\u${hidden.codePointAt(0).toString(16).padStart(4, "0")}`);
 
   // --- going from one to the next
 
