@@ -8,6 +8,8 @@ import pytest
 from closure import ROOT
 from ruamel.yaml import YAML
 
+from babelscope import config
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -52,3 +54,21 @@ def test_commands_name_what_there_is(page: Path) -> None:
 def test_the_readme_describes_every_stage() -> None:
     rows = set(re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "README.md"), re.MULTILINE))
     assert rows == set(STAGES)
+
+
+BLOCKS = [
+    (page.name, number, block)
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text_of(page), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{number}" for page, number, _ in BLOCKS])
+def test_changes_of_params_are_valid(page: str, number: int, block: str, tmp_path: Path) -> None:
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in PARAMS.items()}
+    changes = YAML(typ="safe").load(block)
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) else value
+    file = tmp_path / "params.yaml"
+    YAML().dump(content, file)
+    config.load(file)
