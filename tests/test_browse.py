@@ -291,7 +291,7 @@ def test_effects_are_those_of_one_pass_with_and_one_without_the_feature() -> Non
         ids = torch.tensor([text.ids])
         with hookpoints.editing(model, edits):
             logits = model(input_ids=ids, use_cache=False).logits[0]
-        return float(F.cross_entropy(logits[:-1].double(), ids[0, 1:], reduction="sum"))
+        return float(F.cross_entropy(logits[:-1].detach().double(), ids[0, 1:], reduction="sum"))
 
     changed = 0
     for (name, unit), ids, row in zip(features, wanted, found.iter_rows(named=True), strict=True):
