@@ -35,6 +35,12 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def memory(name: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def record(case: str, name: str, value: float, unit: str, **ratios: float) -> dict[str, Any]:
     """One record of a results file; `ratios` are `ratio_to_best_peer` and `ratio_to_floor`."""
     versions = {"torch": version("torch")}

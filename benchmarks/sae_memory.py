@@ -16,12 +16,6 @@ CASES = [(576, 4608, 1024), (576, 32768, 1024), (2048, 16384, 2048), (2048, 3276
 MIB = 2**20
 
 
-def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def child(d: int, latents: int, batch: int) -> None:
     import torch
     from safetensors.torch import save_file
@@ -40,7 +34,7 @@ def child(d: int, latents: int, batch: int) -> None:
         folder = Path(name)
         save_file({"activations": torch.randn(rows, d).half()}, folder / store.shard_name(0))
         store.write_index(folder, [rows], d, "float16", "made-up", "layers.0")
-        before = memory("VmRSS")
+        before = race.memory("VmRSS")
         batches = Batches(store.ActivationStore(folder), torch.arange(rows), batch, steps, 0)
         trained = train(
             batches, settings, params.hardware,
@@ -48,7 +42,7 @@ def child(d: int, latents: int, batch: int) -> None:
         )  # fmt: skip
         assert trained is not None
         checkpoint.save(trained[0][0], folder / "out", {"model_name": "made-up", "hook_name": "layers.0"})
-        print(memory("VmHWM") - before)
+        print(race.memory("VmHWM") - before)
 
 
 def main() -> None:

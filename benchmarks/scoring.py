@@ -22,12 +22,6 @@ LAYERS, UNITS, LANGUAGES, TOKENS, TEXTS = 16, 131_072, 45, 1_000_000, 20_000
 PAPER = {"example_rate": 0.98, "token_rate": 0.1, "ratio": 0.5}
 
 
-def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def names() -> list[str]:
     return [f"l{number:02}" for number in range(LANGUAGES)]
 
@@ -69,9 +63,9 @@ def score(name: str, folder: Path) -> pl.DataFrame:
 
 def main() -> None:
     if len(sys.argv) == 3:
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start = race.memory("VmRSS"), time.perf_counter()
         rows = len(score(sys.argv[1], Path(sys.argv[2])))
-        print(time.perf_counter() - start, memory("VmHWM") - before, rows)
+        print(time.perf_counter() - start, race.memory("VmHWM") - before, rows)
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
