@@ -25,14 +25,15 @@ def race(runners: Mapping[str, Callable[[], object]], rounds: int, warmup: int =
 
 
 def machine() -> str:
-    """The processor and the number of threads, in words."""
+    """The GPU, where there is one, the processor and the number of threads, in words."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = info.read_text().splitlines()
         fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
         model = f"{fields.get('model name', model)} (family {fields.get('cpu family')}, model {fields.get('model')})"
-    return f"{model}, {torch.get_num_threads()} threads"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{model}, {torch.get_num_threads()} threads"
 
 
 def memory(name: str) -> int:

@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,13 +19,14 @@ from unittest.mock import patch
 import race
 import torch
 from peers.process import Peer
-from peers.worker import Case, timed
+from peers.worker import DEVICE, Case, timed
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
 from babelscope.config import Train
 from babelscope.sae.autoencoder import initialise
+from babelscope.sae.graph import Graph
 from babelscope.sae.learner import Learner
 from babelscope.sae.moments import Moments
 from babelscope.sae.schedule import BETAS
@@ -38,9 +40,15 @@ ROUNDS = {
     Case(2048, 4608, 4096): 3,
     Case(2048, 32768, 2048): 3,
 }
-PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
+PEERS = [("sae-lens", "fastest"), ("eai-sparsify", "fastest"), ("dictionary-learning", "fastest")]
 OURS, OURS_32 = "babelscope", "babelscope float32"
-DENSE, FLOOR, FLOOR_16 = "dense PyTorch", "floor float32", "floor bfloat16"
+DENSE, DENSE_16 = "dense PyTorch", "dense PyTorch bfloat16"
+FLOOR, FLOOR_16 = "floor float32", "floor bfloat16"
+# Steps of a turn: a GPU's are short, and queue up.
+STEPS = 1
+if DEVICE.type == "cuda":
+    PEERS.append(("sae-lens", "defaults"))
+    STEPS = 20
 
 
 def settings(case: Case) -> Train:
@@ -53,14 +61,22 @@ def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], No
     """`SAETraining.training_step` without Lightning and the log; `screen` replaces the device's screening precision."""
     learner = Learner(
         settings(case), Moments(torch.zeros(case.d), torch.eye(case.d).double()), None, steps=10**6, seed=0
-    )
+    ).to(DEVICE)
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3, betas=BETAS, fused=True)
+
+    graphs: list[Graph] = []
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        with override(screen):
-            result = learner.loss(x, None, 1)
-        result.loss.backward()
+        if Graph.suits(learner, x):
+            with override(screen):
+                graphs.extend([] if graphs else [Graph(learner, x, None)])
+            normal, result = graphs[0](x, None)
+            learner.remember(normal, result, 1)
+        else:
+            with override(screen):
+                result = learner.loss(x, None, 1)
+            result.loss.backward()
         learner.before_update(1)
         optimizer.step()
         learner.after_update(result, 0.0)
@@ -73,17 +89,19 @@ def override(screen: torch.dtype | None) -> AbstractContextManager[object]:
     return nullcontext() if screen is None else patch("babelscope.sae.step.screening_dtype", lambda _: screen)
 
 
-def dense(case: Case) -> Callable[[Tensor], None]:
-    """The same by plain autograd through a dense [batch, latents] matrix."""
-    sae = initialise(torch.zeros(case.d), case.latents, case.k, encoder_scale=0.5, seed=0)
+def dense(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """The same by plain autograd through a dense [batch, latents] matrix, products in `dtype`."""
+    sae = initialise(torch.zeros(case.d), case.latents, case.k, encoder_scale=0.5, seed=0).to(DEVICE)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        scores = F.linear(x - sae.b_dec, sae.encoder, sae.b_enc)
-        values, indices = scores.topk(case.k, sorted=False)
-        z = torch.zeros_like(scores).scatter(1, indices, values.relu())
-        ((z @ sae.W_dec + sae.b_dec - x).square().sum() / len(x)).backward()
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            scores = F.linear(x - sae.b_dec, sae.encoder, sae.b_enc)
+            values, indices = scores.topk(case.k, sorted=False)
+            z = torch.zeros_like(scores).scatter(1, indices, values.relu())
+            loss = (z @ sae.W_dec + sae.b_dec - x).square().sum() / len(x)
+        loss.backward()
         with torch.no_grad():
             gradient, weight = sae.W_dec.grad, sae.W_dec
             gradient.addcmul_((gradient * weight).sum(1, keepdim=True), weight, value=-1)
@@ -95,7 +113,8 @@ def dense(case: Case) -> Callable[[Tensor], None]:
 
 def floor(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
     """What no exact step is spared: the scores of all latents, and the k best."""
-    weight, bias = torch.randn(case.latents, case.d).to(dtype), torch.zeros(case.latents, dtype=dtype)
+    weight = torch.randn(case.latents, case.d).to(DEVICE, dtype)
+    bias = torch.zeros(case.latents, dtype=dtype, device=DEVICE)
 
     @torch.inference_mode()
     def step(x: Tensor) -> None:
@@ -109,16 +128,20 @@ def seconds(case: Case, peers: list[Peer], rounds: int) -> dict[str, float]:
     steps = {
         OURS: ours(case),
         OURS_32: ours(case, torch.float32),
-        DENSE: dense(case),
+        DENSE: dense(case, torch.float32),
         FLOOR: floor(case, torch.float32),
         FLOOR_16: floor(case, torch.bfloat16),
     }
+    if DEVICE.type == "cuda":
+        steps[DENSE_16] = dense(case, torch.bfloat16)
     turns = {name: timed(step, case) for name, step in steps.items()}
-    turns |= {peer.name: lambda steps, peer=peer: peer.ask({"case": case, "steps": steps})["seconds"] for peer in peers}
+    for peer in peers:
+        request = {"case": case, "variant": peer.variant}
+        turns[peer.name] = lambda steps, peer=peer, request=request: peer.ask(request | {"steps": steps})["seconds"]
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(1 + rounds):
         for name, turn in turns.items():
-            time = turn(1)
+            time = turn(STEPS)
             if number:
                 times[name].append(time)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -127,7 +150,8 @@ def seconds(case: Case, peers: list[Peer], rounds: int) -> dict[str, float]:
 def report(case: Case, rates: dict[str, float], versions: dict[str, str]) -> list[dict[str, Any]]:
     """Print a case's table and return its records."""
     ratio = {name: rates[OURS] / rate for name, rate in rates.items()}
-    best = min(ratio[name] for name in (*PEERS, DENSE))
+    ours_and_floors = {OURS, OURS_32, FLOOR, FLOOR_16}
+    best = min(value for name, value in ratio.items() if name not in ours_and_floors)
     print(f"\n{case}\n{'':22}{'tokens/s':>10}{'babelscope is':>16}")
     for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
         print(f"{name:22}{rate:10.0f}{ratio[name]:14.2f} x", flush=True)
@@ -146,19 +170,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     arguments = parser.parse_args()
     cases = {Case(*map(int, case.split("x"))): 3 for case in arguments.cases} or ROUNDS
-    peers, records = [Peer(name) for name in PEERS], []
+    torch.set_float32_matmul_precision("high")  # as in the peers' processes; of no effect on a CPU
+    peers, records = [Peer(*peer) for peer in PEERS], []
     print(race.machine())
     for case, rounds in cases.items():
         rates = {name: case.batch / s for name, s in seconds(case, peers, arguments.rounds or rounds).items()}
         versions = {name: version for peer in peers for name, version in peer.versions.items()}
-        if {peer.versions["torch"] for peer in peers} != {torch.__version__}:
-            raise SystemExit(f"every peer is to run torch {torch.__version__}")
+        if {peer.versions["torch"] for peer in peers} != {version("torch")}:
+            raise SystemExit(f"every peer is to run torch {version('torch')}")
         records += report(case, rates, versions)
         gc.collect()
     for peer in peers:
         peer.close()
     if cases is ROUNDS:
-        race.write("sae_step", records)
+        race.write("sae_step" if DEVICE.type == "cpu" else "sae_step.cuda", records)
 
 
 if __name__ == "__main__":

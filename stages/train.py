@@ -55,7 +55,8 @@ def trained(hookpoint: str, params: config.Config) -> dict[str, float] | None:
     if train_rows.is_empty() or eval_rows.is_empty():
         raise UserError(f"{TOKENS}: no rows of split 'train' or none of split 'eval'")
     steps = -(-params.train.tokens // params.train.batch)
-    batches = Batches(store, train_rows["row"].to_torch(), params.train.batch, steps, params.seed, inputs)
+    rows, pin = train_rows["row"].to_torch(), device.type == "cuda"
+    batches = Batches(store, rows, params.train.batch, steps, params.seed, inputs, pin=pin)
 
     from babelscope.sae import module
     from babelscope.tracking.training import training_run

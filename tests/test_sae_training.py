@@ -36,8 +36,8 @@ class FakeStore:
         self.data = (on * torch.rand(rows, 64, generator=generator) @ directions + 2.0).half()
         self.rows, self.d, self.dtype, self.index = rows, d, torch.float16, {"model": "made-up"}
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.data[rows]
+    def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.data[rows] if out is None else torch.index_select(self.data, 0, rows, out=out)
 
 
 def batches_of(store: Any, settings: Train = SETTINGS) -> Batches:

@@ -38,8 +38,7 @@ SETTINGS = Train(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def make_model() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=99,
@@ -50,6 +49,11 @@ def model() -> Any:
         initializer_range=0.3,
     )
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model()
 
 
 def tokenized(count: int = 60) -> list[tokens.TokenizedText]:

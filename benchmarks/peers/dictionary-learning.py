@@ -12,7 +12,7 @@ from torch import Tensor
 
 def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
     schedule = {"warmup_steps": run.steps // 20, "decay_start": run.steps - run.steps // 5}
-    names = {"layer": 0, "lm_name": "none", "seed": 0, "device": "cpu"}
+    names = {"layer": 0, "lm_name": "none", "seed": 0, "device": str(worker.DEVICE)}
     trainer = TopKTrainer(run.steps, case.d, case.latents, case.k, lr=run.learning_rate, **schedule, **names)
     trainer.dead_feature_threshold = run.dead_after
     factor = case.d**0.5 if run.variant == "unit norm" else 1.0

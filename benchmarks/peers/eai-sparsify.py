@@ -16,8 +16,9 @@ _AUX_K = 1 / 32
 
 
 def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
-    torch.set_float32_matmul_precision("high")
-    sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.latents, k=case.k), dtype=torch.float32)
+    sae = SparseCoder(
+        case.d, SparseCoderConfig(num_latents=case.latents, k=case.k), device=worker.DEVICE, dtype=torch.float32
+    )
     if run.variant == "signum":
         optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=run.learning_rate), momentum=0.95)
         optimizer.train()
@@ -25,8 +26,8 @@ def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
     else:
         optimizer = torch.optim.Adam(sae.parameters(), lr=run.learning_rate)
         schedules = [get_linear_schedule_with_warmup(optimizer, run.steps // 20, run.steps)]
-    did_fire = torch.zeros(case.latents, dtype=torch.bool)
-    since_fired = torch.zeros(case.latents, dtype=torch.long)
+    did_fire = torch.zeros(case.latents, dtype=torch.bool, device=worker.DEVICE)
+    since_fired = torch.zeros(case.latents, dtype=torch.long, device=worker.DEVICE)
     started = False
 
     def step(x: Tensor) -> None:

@@ -10,13 +10,14 @@ _ROOT = Path(__file__).parent.parent.parent
 
 
 class Peer:
-    """A worker process in a peer's environment."""
+    """A worker process in a peer's environment, for one of its variants."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, variant: str = "fastest") -> None:
         python = _ROOT / ".bench" / name / "bin" / "python"
         if not python.exists():
             raise SystemExit(f"{python}: no such file; `make bench` makes it")
-        self.name, self.log, self.versions = name, _ROOT / ".bench" / name / "log", {}
+        self.name = name if variant == "fastest" else f"{name} {variant}"
+        self.variant, self.log, self.versions = variant, _ROOT / ".bench" / name / f"{variant}.log", {}
         command = [python, Path(__file__).parent / f"{name}.py"]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
         pipe = subprocess.PIPE

@@ -15,8 +15,9 @@ from torch import Tensor
 def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
     fast = run.variant == "fastest"
     sparse = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False} if fast else {}
-    config = TopKTrainingSAEConfig(d_in=case.d, d_sae=case.latents, k=case.k, **sparse)
+    config = TopKTrainingSAEConfig(device=str(worker.DEVICE), d_in=case.d, d_sae=case.latents, k=case.k, **sparse)
     settings = SAETrainerConfig(
+        device=str(worker.DEVICE),
         total_training_samples=run.steps * case.batch,
         train_batch_size_samples=case.batch,
         lr=run.learning_rate,

@@ -2,7 +2,8 @@
 
 A worker is one process in its peer's own environment. It reads JSON objects, one a line, and sleeps between them:
 
-- `{"case": [...], "steps": n}`: train n steps on seeded noise; the answer is `{"seconds": seconds a step}`.
+- `{"case": [...], "steps": n, "variant": name}`: train n steps on seeded noise; the answer is `{"seconds": seconds a
+  step}`. Where there is a CUDA device, it is there, with the batches in its memory.
 - `{"case": [...], "train": [...], "data": file, "scale": s, "weights": file}`: train a whole run (the fields of `Run`)
   on the rows of a safetensors file, in their order and times s, and write the weights to another.
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 # Batches that are trained on in turn.
 _POOL = 4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Case(NamedTuple):
@@ -73,12 +75,14 @@ def batches(case: Case) -> list[Tensor]:
 
 def timed(step: Callable[[Tensor], object], case: Case) -> Callable[[int], float]:
     """Return what makes so many steps and says how many seconds each took."""
-    data = itertools.cycle(batches(case))
+    data = itertools.cycle([batch.to(DEVICE) for batch in batches(case)])
 
     def turn(steps: int) -> float:
         start = time.perf_counter()
         for x in itertools.islice(data, steps):
             step(x)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         return (time.perf_counter() - start) / steps
 
     return turn
@@ -87,15 +91,16 @@ def timed(step: Callable[[Tensor], object], case: Case) -> Callable[[int], float
 def train(training: Training, case: Case, run: Run, data: str, scale: float, weights: str) -> None:
     """Train a whole run and write the weights."""
     for x in load_file(data)["activations"].split(case.batch)[: run.steps]:
-        training.step(x.float() * scale)
+        training.step(x.to(DEVICE).float() * scale)
     names = ("encoder", "W_dec", "b_enc", "b_dec")
     tensors = zip(names, training.weights(), strict=True)
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors}, weights)
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors}, weights)
 
 
 def serve(prepare: Prepare, package: str) -> None:
     """Answer requests until there are no more; `prepare` makes a case's training step, with optimizer."""
     versions = {name: version(name) for name in ("torch", package)}
+    torch.set_float32_matmul_precision("high")  # as sparsify asks for; of no effect on a CPU
     case, turn = None, None
     for line in sys.stdin:
         request = json.loads(line)
@@ -110,7 +115,7 @@ def serve(prepare: Prepare, package: str) -> None:
                 gc.collect()
                 torch.manual_seed(0)
                 case = Case(*request["case"])
-                endless = Run(10**6, 2e-4 / (case.latents / 2**14) ** 0.5, 10**7, "fastest")
+                endless = Run(10**6, 2e-4 / (case.latents / 2**14) ** 0.5, 10**7, request["variant"])
                 turn = timed(prepare(case, endless).step, case)
             answer["seconds"] = turn(request["steps"])
         print(json.dumps(answer), flush=True)

@@ -82,14 +82,14 @@ class ActivationStore:
         if int(self._starts[-1]) != self.rows:
             raise UserError(f"{folder / 'index.json'}: shape says {self.rows} rows, the shards {int(self._starts[-1])}")
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The given rows (int64 `[n]`, any order) as `[n, d]` in the stored dtype."""
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The given rows (int64 `[n]`, any order) as `[n, d]` in the stored dtype; in `out`, if they ascend."""
         order = None
         if not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
         # One copy per shard: batches are small, and what is done around the copies would cost more than they do.
         ends = torch.searchsorted(rows, self._starts).tolist()
-        found = torch.empty((len(rows), self.d), dtype=self.dtype)
+        found = torch.empty((len(rows), self.d), dtype=self.dtype) if out is None else out
         for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False):
             if first < end:
                 torch.index_select(shard, 0, rows[first:end] - start, out=found[first:end])

@@ -55,6 +55,7 @@ class Batches:
     steps: number of batches; the rows are passed over as often as it takes, each time in another order.
     seed: of the order.
     inputs: where the activations to encode lie (transcoders), row for row; null: in `store`.
+    pin: read into page-locked memory, from which a GPU copies while it computes.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Batches:
         steps: int,
         seed: int,
         inputs: ActivationStore | None = None,
+        *,
+        pin: bool = False,
     ) -> None:
         self.store, self.rows, self.size, self.steps, self.seed = store, rows, size, steps, seed
-        self.inputs = inputs
+        self.inputs, self.pin = inputs, pin
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._block, self._rows = -1, torch.empty(0, dtype=torch.int64)
 
@@ -91,13 +94,18 @@ class Batches:
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
 
-        In the calling thread: on two cores a reading thread beside the step took more than it gave. What would be best
-        beside a GPU was not measured.
+        In the calling thread: on two cores a reading thread beside the step took more than it gave, and a GPU is busy
+        with the step before while this one is read.
         """
         for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
-            target = self.store.gather(rows)
-            yield [(target, None) if self.inputs is None else (self.inputs.gather(rows), target)]
+            target = self._gather(self.store, rows)
+            yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
+
+    def _gather(self, store: ActivationStore, rows: Tensor) -> Tensor:
+        if not self.pin:
+            return store.gather(rows)
+        return store.gather(rows, torch.empty((len(rows), store.d), dtype=store.dtype, pin_memory=True))
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
         """Of all rows, or of a sample where there are many."""

@@ -7,6 +7,7 @@ from babelscope.config import Train
 from babelscope.matmul import linear
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.dense import dense_step
+from babelscope.sae.kernels import fused
 from babelscope.sae.moments import Moments
 from babelscope.sae.step import Step, sparse_step
 
@@ -67,7 +68,13 @@ class Learner(nn.Module):
         self.register_buffer("lowest", torch.zeros(2))  # sum and number
 
     def loss(self, x: Tensor, y: Tensor | None, world: int) -> Step:
-        """Loss of one batch, differentiable, in the units of the normalised activations.
+        """Loss of one batch, differentiable, in the units of the normalised activations: `passes`, then `remember`."""
+        normal, result = self.passes(x, y)
+        self.remember(normal, result, world)
+        return result
+
+    def passes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
+        """Normalised inputs [rows, d_in] and the step on them, its loss differentiable; changes no state.
 
         The gradient by which dead latents learn is not in it: `before_update` adds it where it is not 0, for by way of
         autograd it would be as large as the weights.
@@ -76,17 +83,24 @@ class Learner(nn.Module):
         ----------
         x: [rows, d_in], activations to encode as they are stored.
         y: [rows, d], those to reconstruct; null: x.
+        """
+        normal: Tensor = (self.source or self.target)(x)
+        return normal, self._step(normal, None if y is None else self.target(y))
+
+    def remember(self, x: Tensor, result: Step, world: int) -> None:
+        """Note which latents fired, and what dead ones are to learn from the batch.
+
+        Parameters
+        ----------
+        x: normalised inputs [rows, d_in].
         world: number of devices that share the batch.
         """
-        x = (self.source or self.target)(x)
-        result = self._step(x, None if y is None else self.target(y))
         self.idle.add_(len(x) * world).masked_fill_(result.activity > 0, 0)
         if world > 1:
             torch.distributed.all_reduce(self.idle, torch.distributed.ReduceOp.MIN)
         dead = self.dead().nonzero().squeeze(1)
         wanted = len(dead) and self.settings.aux_k_coefficient
         self._revival = self._revive(x, result.error, dead, world) if wanted else None
-        return result
 
     def _revive(self, x: Tensor, error: Tensor, dead: Tensor, world: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Some of the dead latents, and the gradients of their encoder rows, decoder rows and encoder biases."""
@@ -141,6 +155,9 @@ class Learner(nn.Module):
                 weight.grad.index_add_(0, dead, gradient)
         whole = sae.W_dec.grad
         assert whole is not None
+        if kernels := fused(whole):
+            kernels.take_off_parallel_(whole, sae.W_dec)
+            return
         for first in range(0, len(whole), _CHUNK):
             g, w = whole[first : first + _CHUNK], sae.W_dec[first : first + _CHUNK]
             g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
@@ -154,7 +171,10 @@ class Learner(nn.Module):
         result: of this step, averaged over the devices.
         share: of the steps that are done.
         """
-        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+        if kernels := fused(self.sae.W_dec):
+            kernels.normalise_(self.sae.W_dec)
+        else:
+            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
         if self.settings.activation in ("relu", "jumprelu"):
             self.excess.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
             self.log_sparsity.add_(self.excess, alpha=_INTEGRAL / self.steps)

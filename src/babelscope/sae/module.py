@@ -18,6 +18,7 @@ from babelscope.files import write_atomically
 from babelscope.hardware import keep_freed_memory, trainer
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.batches import Pair, Source
+from babelscope.sae.graph import Graph
 from babelscope.sae.learner import Learner
 from babelscope.sae.schedule import BETAS, learning_rate, rate_share
 from babelscope.sae.step import Step
@@ -56,6 +57,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         self.done = 0
         self.histories: list[History] = [[] for _ in self.learners]
         self._moments: dict[str, Any] | None = None
+        self._graphs: dict[int, Graph] = {}
         self._due = time.monotonic() + settings.checkpoint_seconds
         if checkpoint.exists():
             self._load()
@@ -84,8 +86,10 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         rate = self.rate * rate_share(self.done, self.batches.steps, self.settings.warmup, self.settings.decay)
         optimizer.param_groups[0]["lr"] = rate
         world = self.trainer.world_size
-        results = [learner.loss(x, y, world) for learner, (x, y) in zip(self.each, batch, strict=True)]
-        self.manual_backward(torch.stack([result.loss for result in results]).sum())
+        results = self._replayed(batch)
+        if results is None:
+            results = [learner.loss(x, y, world) for learner, (x, y) in zip(self.each, batch, strict=True)]
+            self.manual_backward(torch.stack([result.loss for result in results]).sum())
         for learner in self.each:
             learner.before_update(world)
         optimizer.step()
@@ -97,6 +101,21 @@ class SAETraining(LightningModule):  # type: ignore[misc]
                 self._record(number, self.each[number].figures(x if y is None else y, result), rate)
         if time.monotonic() >= self._due and self.done < self.batches.steps:
             self._save()
+
+    def _replayed(self, batch: list[Pair]) -> list[Step] | None:
+        """Losses and gradients by CUDA graphs, where there is one device that has them; null elsewhere."""
+        if self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
+            return None
+        results = []
+        for number, (learner, (x, y)) in enumerate(zip(self.each, batch, strict=True)):
+            if number not in self._graphs:
+                self._graphs[number] = Graph(learner, x, y)
+            if not self._graphs[number].fits(x):
+                return None
+            normal, result = self._graphs[number](x, y)
+            learner.remember(normal, result, 1)
+            results.append(result)
+        return results
 
     def _mean(self, result: Step) -> Step:
         """The scalars that steer later steps, averaged over the devices."""

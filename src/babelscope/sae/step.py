@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from babelscope.matmul import linear
 from babelscope.sae.autoencoder import SAE, chunk_rows
+from babelscope.sae.kernels import fused
 from babelscope.sae.topk import top_k
 
 # Candidates beyond k that bfloat16 screening hands on to the exact re-ranking: with 8 the overlap with the exact top k
@@ -75,7 +76,7 @@ def sparse_step(
         raise ValueError("the sparse step needs an SAE with k active latents")
     dtype = screen or screening_dtype(x.device)
     apply: Any = _Sparse.apply
-    ends = torch.tensor([*widths, sae.latents], device=x.device)
+    ends = torch.tensor([*widths, sae.latents], device=x.device) if widths else None
     weights = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
     return Step(*apply(x, y, *weights, sae.b_in, sae.k, select, ends, dtype))
 
@@ -102,7 +103,7 @@ class _Sparse(torch.autograd.Function):
         b_in: Tensor | None,
         k: int,
         select: Selection,
-        ends: Tensor,
+        ends: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         encoder, W_dec = encoder.detach(), W_dec.detach()  # embedding_bag keeps books for weights that need gradients
@@ -111,8 +112,8 @@ class _Sparse(torch.autograd.Function):
         choose = _encode if select == "topk" else _batch_top_k
         active = _Active(*choose(centred, encoder, b_enc, k, dtype), ends)
         error = active.decode(W_dec).sub_(target.unsqueeze(1))
-        hits = _Hits(active, len(encoder))
-        activity = torch.bincount(hits.latent, weights=hits.value, minlength=len(encoder))
+        hits = _Hits(active)
+        activity = x.new_zeros(len(encoder)).index_add_(0, hits.latent, hits.value)
         ctx.save_for_backward(centred, encoder, W_dec, error)
         ctx.hits, ctx.tied = hits, b_in is None
         fires = active.value > 0
@@ -121,7 +122,7 @@ class _Sparse(torch.autograd.Function):
         last = error[:, -1]
         ctx.mark_non_differentiable(last, activity, l0, lowest)
         ctx.set_materialize_grads(False)
-        return error.square().sum() / (len(x) * len(ends)), last, activity, l0, lowest
+        return error.square().sum() / (len(x) * error.shape[1]), last, activity, l0, lowest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -132,12 +133,9 @@ class _Sparse(torch.autograd.Function):
         if widths > 1:  # a latent takes part in the reconstruction of its own width and of every larger one
             g = g.flip(1).cumsum(1).flip(1)
         g_b_dec = g[:, 0].sum(0)
-        g = g.flatten(0, 1)
-        g_value = hits.dot(W_dec, g).mul_(hits.value > 0)
-        g_b_enc = hits.total(g_value)
+        g_encoder, g_W_dec, g_b_enc = hits.gradients(W_dec, g.flatten(0, 1), centred)
         if ctx.tied:
             g_b_dec -= g_b_enc @ encoder  # b_dec is added to the output and taken off the input
-        g_encoder, g_W_dec = hits.sum(g_value, centred, hits.row), hits.sum(hits.value, g, hits.bag)
         return None, None, g_encoder, g_W_dec, g_b_enc, g_b_dec, None, None, None, None, None
 
 
@@ -158,18 +156,22 @@ def _encode(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torc
         value, index = top_k(scores, k + spare)
         if dtype != torch.float32:
             exact = centred[first : first + size]
-            # Where too few scores are positive, one that rounding has made negative may belong to the top k.
-            thin = (value.amin(1) <= 0).nonzero().squeeze(1)
+            # On a CPU, where too few scores are positive, one that rounding has made negative may belong to the top k.
+            thin = None if centred.is_cuda else (value.amin(1) <= 0).nonzero().squeeze(1)
             value, index = _rerank(exact, encoder, b_enc, index, k)
-            if len(thin):
+            if thin is not None and len(thin):
                 value[thin], index[thin] = top_k(torch.addmm(b_enc, exact[thin], encoder.T), k)
         values.append(value)
         indices.append(index)
-    return torch.cat(values), torch.cat(indices)
+    return (torch.cat(values), torch.cat(indices)) if len(values) > 1 else (values[0], indices[0])
 
 
 def _rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of the candidate latents [rows, q] by their exact float32 scores."""
+    kernels = fused(centred)
+    if kernels and kernels.suits_rerank(candidates):
+        best: tuple[Tensor, Tensor] = kernels.rerank(centred, encoder, b_enc, candidates, k)
+        return best
     rows = torch.arange(len(centred), device=centred.device).repeat_interleave(candidates.shape[1])
     latents = candidates.view(-1)
     scores = _dots(centred, encoder, rows, latents).add_(b_enc[latents]).view(candidates.shape)
@@ -206,17 +208,20 @@ class _Active:
     latent, value, bag: [hits].
     """
 
-    def __init__(self, values: Tensor, indices: Tensor, ends: Tensor) -> None:
+    def __init__(self, values: Tensor, indices: Tensor, ends: Tensor | None) -> None:
         self.rows, q = indices.shape
-        self.widths = len(ends)
+        self.widths = 1 if ends is None else len(ends)
         self.latent, self.value = indices.view(-1), values.view(-1)
         row = torch.arange(self.rows, device=indices.device).repeat_interleave(q)
         self.bag = row * self.widths
         self.first = torch.arange(0, self.rows * q, q, device=indices.device)
-        if self.widths == 1 and bool((self.value > 0).all()):
+        # A GPU had to be waited for to see whether all are active; a few hits of value 0 cost it less.
+        if ends is None and (values.is_cuda or bool((self.value > 0).all())):
             return
         kept = (self.value > 0).nonzero().squeeze(1)
-        bag = self.bag[kept] + torch.bucketize(self.latent[kept], ends, right=True)
+        bag = self.bag[kept]
+        if ends is not None:
+            bag += torch.bucketize(self.latent[kept], ends, right=True)
         self.bag, order = bag.sort(stable=True)
         self.latent, self.value = self.latent[kept][order], self.value[kept][order]
         counts = torch.bincount(self.bag, minlength=self.rows * self.widths)
@@ -224,9 +229,11 @@ class _Active:
 
     def decode(self, W_dec: Tensor) -> Tensor:
         """Reconstructions by each nested width, [rows, widths, d]."""
-        parts = functional.embedding_bag(
-            self.latent, W_dec, self.first, mode="sum", per_sample_weights=self.value
-        ).view(self.rows, self.widths, -1)
+        if kernels := fused(W_dec):
+            flat = kernels.decode(W_dec, self.latent, self.value, self.first)
+        else:
+            flat = functional.embedding_bag(self.latent, W_dec, self.first, mode="sum", per_sample_weights=self.value)
+        parts: Tensor = flat.view(self.rows, self.widths, -1)
         return parts.cumsum(1) if self.widths > 1 else parts
 
 
@@ -238,26 +245,39 @@ class _Hits:
     latent, value, row, bag: [hits].
     """
 
-    def __init__(self, active: _Active, latents: int) -> None:
+    def __init__(self, active: _Active) -> None:
         self.latent, order = active.latent.sort(stable=True)
         self.value, self.bag = active.value[order], active.bag[order]
         self.row = self.bag.div(active.widths, rounding_mode="floor") if active.widths > 1 else self.bag
-        counts = torch.bincount(self.latent, minlength=latents)
-        self.first = counts.cumsum(0).sub_(counts)
 
-    def sum(self, weight: Tensor, vectors: Tensor, place: Tensor) -> Tensor:
-        """For every latent the weighted sum of `vectors[place]` over its hits: [n, d]."""
-        return functional.embedding_bag(place, vectors, self.first, mode="sum", per_sample_weights=weight)
+    def gradients(self, W_dec: Tensor, g: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the encoder [n, d_in], of W_dec [n, d], and of b_enc [n].
 
-    def total(self, weight: Tensor) -> Tensor:
+        Parameters
+        ----------
+        g: [bags, d], gradient of the reconstructions.
+        centred: [rows, d_in], what was encoded.
+        """
+        if kernels := fused(W_dec):
+            found: tuple[Tensor, Tensor, Tensor] = kernels.gradients(
+                W_dec, g, centred, self.latent, self.value, self.row, self.bag
+            )
+            return found
+        g_value = _dots(W_dec, g, self.latent, self.bag).mul_(self.value > 0)
+        counts = torch.bincount(self.latent, minlength=len(W_dec))
+        first = counts.cumsum(0).sub_(counts)
+        sums = [
+            functional.embedding_bag(place, vectors, first, mode="sum", per_sample_weights=weight)
+            for weight, vectors, place in ((g_value, centred, self.row), (self.value, g, self.bag))
+        ]
+        return sums[0], sums[1], self._total(g_value, first)
+
+    def _total(self, weight: Tensor, first: Tensor) -> Tensor:
         """For every latent the sum of its hits' weights: [n]."""
-        if weight.device.type == "cuda":  # bincount adds atomically there, in another order every time
-            return self.sum(weight, weight.new_ones(1, 1), torch.zeros_like(self.row)).squeeze(1)
-        return torch.bincount(self.latent, weights=weight, minlength=len(self.first)).float()
-
-    def dot(self, latents: Tensor, vectors: Tensor) -> Tensor:
-        """For every hit the product of its latent's vector and its bag's: [hits]."""
-        return _dots(latents, vectors, self.latent, self.bag)
+        if weight.is_cuda:  # bincount adds atomically there, in another order every time
+            one, nowhere = weight.new_ones(1, 1), torch.zeros_like(self.row)
+            return functional.embedding_bag(nowhere, one, first, mode="sum", per_sample_weights=weight).squeeze(1)
+        return torch.bincount(self.latent, weights=weight, minlength=len(first)).float()
 
 
 def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:

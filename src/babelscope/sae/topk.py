@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from babelscope.sae.kernels import fused
+
 _GROUP = 16
 # Per dtype of scores: the integer of the same width, the key of twice the width, and the bits below the score's.
 _KEYS = {torch.bfloat16: (torch.int16, torch.int32, 16), torch.float32: (torch.int32, torch.int64, 32)}
@@ -29,6 +31,10 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if _suits_groups(scores, k):
         indices = _by_groups(scores, k)
+        return scores.gather(1, indices).relu_(), indices
+    kernels = fused(scores)
+    if kernels and kernels.suits_top_k(scores, k):
+        indices = kernels.top_k(scores, k)
         return scores.gather(1, indices).relu_(), indices
     values, indices = scores.topk(k, dim=-1, sorted=False)
     return values.relu_(), indices
