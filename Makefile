@@ -8,6 +8,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
+TRITON := .bench/triton/.ready
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
 .PHONY: setup repro test check format ui verify bench sweeps clean
@@ -27,7 +28,7 @@ repro: setup
 	$(BIN)/dvc repro
 
 # Side by side, a file to each: the end-to-end tests take as long as all others. Threads that wait are not to hold a core.
-test: check
+test: check $(TRITON)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
 
 check: setup
@@ -63,6 +64,11 @@ bench: setup $(PEERS)
 sweeps: setup $(PEERS)
 	python benchmarks/sae_quality.py
 	python benchmarks/learning_rate.py
+
+# The kernels of the CUDA path are tested in Triton's interpreter where there is no GPU; only CUDA builds of torch bring it.
+$(TRITON): | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.7.1
+	touch $@
 
 # Our own package is not to be seen there.
 .bench/%/.ready: export PYTHONPATH :=

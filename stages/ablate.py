@@ -142,7 +142,7 @@ def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, flo
 def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
     matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
     against = {row["language"]: row for row in control.iter_rows(named=True)}
-    log.info("ablated   own dNLL   largest other dNLL   own - control (95 %%)   own - others, less the control's")
+    log.info("ablated   own dNLL   largest other dNLL   own - control (95 %)   own - others, less the control's")
     for name in languages:
         others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))["delta"].max() or 0.0
         row = against.get(name)

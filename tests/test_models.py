@@ -3,6 +3,9 @@
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
@@ -111,3 +114,11 @@ def test_batches_hold_every_text_once_and_pad_little():
     ids, mask = tokens.pad(cut[0], pad_id=9)
     assert ids.shape == mask.shape
     assert (ids[mask == 0] == 9).all() and mask.sum() == sum(len(t.ids) for t in cut[0])
+
+
+def test_texts_are_cut_and_no_text_gives_no_tokens():
+    words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokens.tokenize(tokenizer, ["t"], ["a b a"], 2) == [tokens.TokenizedText("t", (1, 2), 0)]
+    assert tokens.tokenize(tokenizer, [], [], 2) == []

@@ -30,6 +30,8 @@ def tokenize(tokenizer: Any, text_ids: Sequence[str], texts: Sequence[str], max_
 
     Closing special tokens (EOS) are left out: in a causal model they change nothing before them.
     """
+    if not texts:  # which tokenizers of `tokenizers` refuse
+        return []
     own = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     leading = _leading_special_tokens(tokenizer)
     return [

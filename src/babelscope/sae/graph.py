@@ -25,18 +25,18 @@ class Graph:
     def __init__(self, learner: Learner, x: Tensor, y: Tensor | None) -> None:
         self.weights = [weight for weight in learner.parameters() if weight.requires_grad]
         self.x, self.y = x.clone(), None if y is None else y.clone()
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARMUP):
-                learner.passes(self.x, self.y)[1].loss.backward()
+                learner.passes(self.x, self.y)[1].loss.backward()  # type: ignore[no-untyped-call]
         torch.cuda.current_stream().wait_stream(side)
         for weight in self.weights:
             weight.grad = None
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.normal, step = learner.passes(self.x, self.y)
-            step.loss.backward()
+            step.loss.backward()  # type: ignore[no-untyped-call]
         self.step = Step(*(part.detach() for part in step))
         self.gradients = [weight.grad for weight in self.weights]
 
