@@ -25,7 +25,8 @@ def _warps(block: int) -> int:
 
 def _group(n: int) -> int:
     """Scores in a group of `top_k`: about as many groups as there are members of the groups that are looked at."""
-    return min(128, max(8, triton.next_power_of_2(int((n / 32) ** 0.5))))
+    power: int = triton.next_power_of_2(int((n / 32) ** 0.5))
+    return min(128, max(8, power))
 
 
 def suits_top_k(scores: Tensor, k: int) -> bool:
