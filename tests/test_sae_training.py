@@ -72,6 +72,31 @@ def test_it_learns_and_its_result_is_in_the_units_of_the_store(tmp_path: Path) -
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(128))
 
 
+class Replay:
+    """What `sae.graph.Graph` promises, without a GPU: the passes of the learner, and its gradients."""
+
+    def __init__(self, learner: Learner, x: torch.Tensor, y: torch.Tensor | None) -> None:
+        self.learner, self.shape = learner, x.shape
+
+    @staticmethod
+    def suits(learner: Learner, x: torch.Tensor) -> bool:
+        return True
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return x.shape == self.shape
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor | None) -> Any:
+        normal, step = self.learner.passes(x, y)
+        step.loss.backward()
+        return normal, step
+
+
+def test_with_replayed_passes_a_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(tmp_path / "run")[:2]
+    monkeypatch.setattr(module, "Graph", Replay)
+    assert run(tmp_path / "replayed")[:2] == expected
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
     whole, history, _ = run(tmp_path / "whole")

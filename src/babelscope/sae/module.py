@@ -57,7 +57,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         self.done = 0
         self.histories: list[History] = [[] for _ in self.learners]
         self._moments: dict[str, Any] | None = None
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: list[Graph] = []
         self._due = time.monotonic() + settings.checkpoint_seconds
         if checkpoint.exists():
             self._load()
@@ -106,13 +106,13 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         """Losses and gradients by CUDA graphs, where there is one device that has them; null elsewhere."""
         if self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
             return None
+        if not self._graphs:
+            self._graphs = [Graph(learner, x, y) for learner, (x, y) in zip(self.each, batch, strict=True)]
+        if not all(graph.fits(x) for graph, (x, _) in zip(self._graphs, batch, strict=True)):
+            return None
         results = []
-        for number, (learner, (x, y)) in enumerate(zip(self.each, batch, strict=True)):
-            if number not in self._graphs:
-                self._graphs[number] = Graph(learner, x, y)
-            if not self._graphs[number].fits(x):
-                return None
-            normal, result = self._graphs[number](x, y)
+        for learner, graph, (x, y) in zip(self.each, self._graphs, batch, strict=True):
+            normal, result = graph(x, y)
             learner.remember(normal, result, 1)
             results.append(result)
         return results
