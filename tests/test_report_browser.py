@@ -1,8 +1,6 @@
 """The report in a browser: it draws, explains itself under the pointer, fits a phone, and asks nobody for anything."""
 
 import dataclasses
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,6 @@ from test_report import SCRIPT, inputs, small
 
 from babelscope.report import page as report
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]  # fmt: skip
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,9 +19,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def visit(browser: Any, file: Path, width: int = 1440, scheme: str = "light") -> Any:
+def visit(chromium: Any, file: Path, width: int = 1440, scheme: str = "light") -> Any:
     """The page, drawn; a word on the console, an error or a request other than for the file itself fails the test."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.noticed = []
     page.on("console", lambda message: page.noticed.append(message.text))
     page.on("pageerror", lambda error: page.noticed.append(str(error)))
@@ -54,9 +34,9 @@ def visit(browser: Any, file: Path, width: int = 1440, scheme: str = "light") ->
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")])
 def test_every_chart_is_drawn_and_the_body_never_scrolls_sideways(
-    browser: Any, file: Path, width: int, scheme: str
+    chromium: Any, file: Path, width: int, scheme: str
 ) -> None:
-    page = visit(browser, file, width, scheme)
+    page = visit(chromium, file, width, scheme)
     boxes = page.eval_on_selector_all(
         "[data-chart]", "all => all.map(one => one.querySelector('svg').getBoundingClientRect().toJSON())"
     )
@@ -76,8 +56,8 @@ def cell(page: Any, chart: str, *words: str) -> Any:
     return page.locator(f'[data-chart="{chart}"] path{selector}').first
 
 
-def test_pointer_on_a_cell_shows_its_figures(browser: Any, file: Path) -> None:
-    page = visit(browser, file)
+def test_pointer_on_a_cell_shows_its_figures(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file)
     cell(page, "ablation", "removed: tr;", "evaluated: tr;").hover(force=True)  # the figure in the cell lies above it
     page.wait_for_selector("#vg-tooltip-element.visible")
     shown = page.inner_text("#vg-tooltip-element")
@@ -90,8 +70,8 @@ def test_pointer_on_a_cell_shows_its_figures(browser: Any, file: Path) -> None:
     page.close()
 
 
-def test_counts_are_written_into_the_cells(browser: Any, file: Path) -> None:
-    page = visit(browser, file)
+def test_counts_are_written_into_the_cells(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file)
     written = page.eval_on_selector_all('[data-chart="features"] svg text', "all => all.map(one => one.textContent)")
     counts = example.features().group_by("language", "hookpoint").len()["len"].to_list()
     missing = [str(count) for count in counts if str(count) not in written]
@@ -99,8 +79,8 @@ def test_counts_are_written_into_the_cells(browser: Any, file: Path) -> None:
     page.close()
 
 
-def test_colours_follow_the_reader(browser: Any, file: Path) -> None:
-    page = visit(browser, file)
+def test_colours_follow_the_reader(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file)
     colour = 'document.querySelector(\'[data-chart="features"] svg .role-axis-label text\').getAttribute("fill")'
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
@@ -111,8 +91,8 @@ def test_colours_follow_the_reader(browser: Any, file: Path) -> None:
     page.close()
 
 
-def test_the_keyboard_reaches_what_scrolls(browser: Any, file: Path) -> None:
-    page = visit(browser, file, width=390)
+def test_the_keyboard_reaches_what_scrolls(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file, width=390)
     unreachable = page.evaluate(
         "[...document.querySelectorAll('body *')].filter(one => getComputedStyle(one).overflowX == 'auto'"
         " && one.tabIndex < 0).map(one => one.outerHTML.slice(0, 80))"
@@ -121,14 +101,14 @@ def test_the_keyboard_reaches_what_scrolls(browser: Any, file: Path) -> None:
     page.close()
 
 
-def test_markup_in_the_data_is_text(browser: Any, tmp_path: Path) -> None:
+def test_markup_in_the_data_is_text(chromium: Any, tmp_path: Path) -> None:
     params = example.params()
     params["model"]["name"] = SCRIPT
     params["languages"] = [SCRIPT, *params["languages"]]
     nll = pl.concat([example.nll(), small([(SCRIPT, SCRIPT, 0.2)])], how="diagonal_relaxed")
     file = tmp_path / "report.html"
     file.write_text(report.build(dataclasses.replace(inputs(), params=params, nll=nll)), encoding="utf-8")
-    page = browser.new_page()
+    page = chromium.new_page()
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.goto(file.as_uri())
@@ -143,8 +123,8 @@ def test_markup_in_the_data_is_text(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
-def test_the_policy_lets_no_other_script_run_and_nothing_be_fetched(browser: Any, file: Path) -> None:
-    page = visit(browser, file)
+def test_the_policy_lets_no_other_script_run_and_nothing_be_fetched(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file)
     blocked: list[str] = []
     page.on("requestfailed", lambda request: blocked.append(f"{request.url} {request.failure}"))
     page.evaluate(

@@ -9,24 +9,13 @@ import polars as pl
 import pytest
 import report_example as example
 from browse_example import SCRIPT
-from test_report_browser import ARGUMENTS, CHROMIUM
 from test_report_features import inputs
 
 from babelscope.report import browser as report
 
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 FEATURES = browse_example.frames()["features"].with_columns(
     id=pl.col("hookpoint") + "/" + pl.col("unit").cast(pl.String)
 )
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +25,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def visit(browser: Any, file: Path, fragment: str = "", width: int = 1440, scheme: str = "light") -> Any:
+def visit(chromium: Any, file: Path, fragment: str = "", width: int = 1440, scheme: str = "light") -> Any:
     """The page, ready; a word on the console, an error, a dialog or another request is noted in `noticed`."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.noticed = []
     page.on("console", lambda message: page.noticed.append(message.text))
     page.on("pageerror", lambda error: page.noticed.append(str(error)))

@@ -116,9 +116,8 @@ def expected(*ks: int, hookpoints: int = 2) -> dict[str, int]:
     return {name: 1 for k in ks for name in (f"summary {k}", *(f"training {k} {stage}" for stage in stages))}
 
 
-@pytest.fixture
-def repo(tmp_path: Path) -> Repo:
-    folder = tmp_path / "repo"
+def toy(folder: Path) -> Repo:
+    """A new toy repository in `folder`, with nothing run."""
     folder.mkdir()
     params = YAML_.load((ROOT / "params.yaml").read_text())
     params["languages"], params["hookpoints"], params["track"]["experiment"] = LANGUAGES, HOOKPOINTS, "toy"
@@ -137,6 +136,11 @@ def repo(tmp_path: Path) -> Repo:
     found.dvc("init", "-q")
     found.commit()
     return found
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repo:
+    return toy(tmp_path / "repo")
 
 
 def test_the_experiments_of_the_readme(repo: Repo) -> None:
