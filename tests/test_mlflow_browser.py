@@ -72,6 +72,7 @@ def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def page(chromium: Any, address: str) -> Iterator[Any]:
     """The page behind the link; a request to anyone but our server fails the test."""
     page = chromium.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
+    page.set_default_timeout(90_000)  # on a busy machine MLflow's pages come slowly
     asked: set[str] = set()
     page.context.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
     page.goto(address)
