@@ -8,7 +8,8 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-TRITON := .bench/triton/.ready
+# Where there are no wheels of Triton its tests are skipped.
+TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
 .PHONY: setup repro test check format ui verify bench sweeps clean
@@ -66,7 +67,7 @@ sweeps: setup $(PEERS)
 	python benchmarks/learning_rate.py
 
 # The kernels of the CUDA path are tested in Triton's interpreter where there is no GPU; only CUDA builds of torch bring it.
-$(TRITON): | setup
+.bench/triton/.ready: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.7.1
 	touch $@
 
