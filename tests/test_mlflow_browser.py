@@ -96,6 +96,10 @@ def test_link_opens_on_the_lines_of_both_settings_over_the_layers(page: Any, rep
         assert sorted(drawn) == sorted(2 * expected)
         for name in names.values():
             assert name in card.inner_text()
+        assert card.locator(".xtitle").text_content() == "layer"
+        title = card.get_by_text(f"features_by_layer/{language}", exact=True).first
+        assert title.evaluate("one => one.scrollWidth <= one.clientWidth"), "the title is cut off"
+    assert page.get_by_text("MLflow Assistant").count() == 0
     assert page.get_by_test_id(HEADER).first.inner_text().startswith("features_by_layer")
 
 

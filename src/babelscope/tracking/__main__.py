@@ -11,11 +11,13 @@ from babelscope.tracking import store, view
 def ui_url(experiment: str) -> str:
     """The address of the chart view of the experiment's summary runs.
 
-    On the server that `MLFLOW_TRACKING_URI` names, else where `mlflow ui` listens (`MLFLOW_HOST`, `MLFLOW_PORT`).
+    On the server that `MLFLOW_TRACKING_URI` names, else where `mlflow ui` listens (`MLFLOW_HOST`, `MLFLOW_PORT`). Its
+    own default, 127.0.0.1, is called by another name of this machine: on a page from there or from `localhost` MLflow
+    3.17 opens its Assistant, which covers a third of the charts.
     """
     base = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not base.startswith("http"):
-        base = f"http://{os.environ.get('MLFLOW_HOST', '127.0.0.1')}:{os.environ.get('MLFLOW_PORT', '5000')}"
+        base = f"http://{os.environ.get('MLFLOW_HOST', view.HOST)}:{os.environ.get('MLFLOW_PORT', '5000')}"
     return view.address(base, store.open_store(experiment).experiment_id)
 
 

@@ -105,8 +105,9 @@ def open_store(experiment: str) -> Store:
         return Store(client, _create(client, experiment))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    for key in _EXPERIMENT_TAGS.keys() - found.tags.keys():  # made by hand, or by an older version
-        client.set_experiment_tag(found.experiment_id, key, _EXPERIMENT_TAGS[key])
+    for key, value in _EXPERIMENT_TAGS.items():  # made by hand, or by an older version; the note may be the user's own
+        if key not in found.tags or (key in view.tag() and found.tags[key] != value):
+            client.set_experiment_tag(found.experiment_id, key, value)
     return Store(client, found.experiment_id)
 
 

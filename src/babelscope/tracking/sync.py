@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.tracking import state as states
-from babelscope.tracking import store, summary, training
+from babelscope.tracking import store, summary, training, view
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +110,14 @@ def _leftover(
 def _summary(opened: store.Store, folder: Path, params: Mapping[str, Any], state: states.State) -> bool:
     """Make sure that the state has its one summary run; returns whether it had to be written."""
     found = opened.search(dvc__state=state.hash, babelscope__kind="summary")
-    whole = [run for run in found if run.info.status == "FINISHED" and _has_artifacts(run)]
+    whole = [
+        run
+        for run in found
+        if run.info.status == "FINISHED" and view.X_AXIS in run.data.metrics and _has_artifacts(run)
+    ]
     for run in found:
         if not whole or run.info.run_id != whole[0].info.run_id:
-            opened.client.delete_run(run.info.run_id)  # half-written, or its artifacts are gone
+            opened.client.delete_run(run.info.run_id)  # half-written, by an older version, or its artifacts are gone
     if whole:
         return False
     figures, series = _numbers(folder, params)
@@ -149,6 +153,7 @@ def _numbers(folder: Path, params: Mapping[str, Any]) -> tuple[summary.Figures, 
     """The figures and the series over the layers of the files in `folder`."""
     languages, hookpoints = params["languages"], params["hookpoints"]
     figures, series = summary.figures(summary.read_metrics(folder / "metrics"), hookpoints)
+    series |= {(view.X_AXIS, layer): layer for layer, _ in summary.layers(hookpoints).values()}
     if (path := folder / "data/scores/features.parquet").is_file():
         features = pl.read_parquet(path)
         figures |= summary.feature_figures(features, languages, hookpoints)

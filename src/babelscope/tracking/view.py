@@ -8,6 +8,11 @@ from urllib.parse import urlencode
 KEY = "babelscope"
 FILTER = "tags.`babelscope.kind` = 'summary'"
 
+# Of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
+HOST = "babelscope.localhost"
+# The metric that holds the layer itself: an axis titled so, where MLflow's own would be titled "Step".
+X_AXIS = "layer"
+
 # Sections of charts in their order (MLflow's is the alphabet), open or closed. MLflow fills them by the metrics'
 # names, and puts those that are not named here at the end.
 _OPEN = ("features_by_layer", "dnll_own_by_layer", "fvu_by_layer", "Model metrics")
@@ -20,6 +25,8 @@ _CLOSED = (
 def tag() -> dict[str, str]:
     """The experiment tag that MLflow 3.17's menu "Views" reads: JSON around a deflated state of the page."""
     section = {"isReordered": False, "deleted": False, "isGenerated": True}
+    # MLflow's three columns cut the titles off, which end in what tells the charts apart: the language.
+    section |= {"columns": 2, "cardHeight": 320}
     state = {
         "searchFilter": FILTER,
         "compareRunCharts": [],
@@ -28,7 +35,7 @@ def tag() -> dict[str, str]:
         ],
         "isAccordionReordered": True,
         "hideEmptyCharts": True,
-        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "globalLineChartConfig": {"xAxisKey": "metric", "lineSmoothness": 0, "selectedXAxisMetricKey": X_AXIS},
     }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
     content = {"name": "Languages over the layers", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
