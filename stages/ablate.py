@@ -142,12 +142,22 @@ def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, flo
 def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
     matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
     against = {row["language"]: row for row in control.iter_rows(named=True)}
-    log.info("ablated   own dNLL   largest other dNLL   own - control (95 %)   own - others, less the control's")
+    rows = []
     for name in languages:
         others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))["delta"].max() or 0.0
         row = against.get(name)
-        parts = [f"{row[f'{k}_low']:+.4f} to {row[f'{k}_high']:+.4f}" for k in ("excess", "contrast")] if row else []
-        log.info("%-8s %+9.4f   %+18.4f   %s", name, numbers[f"dnll_own/{name}"], others, "    ".join(parts))
+        parts = [f"{row[f'{k}_low']:+.4f} to {row[f'{k}_high']:+.4f}" if row else "-" for k in ("excess", "contrast")]
+        rows.append([name, f"{numbers[f'dnll_own/{name}']:+.4f}", f"{others:+.4f}", *parts])
+    head = ["ablated", "own dNLL", "largest other dNLL", "own - control (95 %)", "own - others, less the control's"]
+    stage.table(head, rows)
+    alone = []
+    for key, own in numbers.items():
+        what, _, hookpoint = key.partition("/")
+        if what == "own_alone":
+            others = numbers.get(f"others_alone/{hookpoint}")
+            alone.append([hookpoint, f"{own:+.4f}", "-" if others is None else f"{others:+.5f}"])
+    if alone:
+        stage.table(["alone", "own dNLL", "others' dNLL"], alone)
     log.info(
         "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; above the control in %s, "
         "selective beyond it in %s; %.1f %% of whole passes computed",

@@ -59,9 +59,10 @@ def main() -> None:
     found["features"] = features.hstack(measure(model, tokenizer, saes, features, held_out, texts, params))
     for name, frame in found.items():
         write_atomically(OUT / f"{name}.parquet", frame.write_parquet)
-    specific, removed = int((features["kind"] == "specific").sum()), found["features"]["delta"].count()
-    log.info("browse: %d features of one language, %d of several; %d of them removed alone",
-             specific, len(features) - specific, removed)  # fmt: skip
+    is_specific = pl.col("kind") == "specific"
+    by_hookpoint = found["features"].group_by("hookpoint", maintain_order=True)
+    kinds = by_hookpoint.agg(is_specific.sum(), is_specific.not_().sum().alias("shared"), pl.col("delta").count())
+    stage.table(["hookpoint", "of one language", "of several", "removed alone"], kinds.rows())
 
 
 def existing(path: Path) -> Path:

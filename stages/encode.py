@@ -1,6 +1,5 @@
 """Stage `encode <hookpoint>`: how often every latent fires on every language of the training split."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +13,6 @@ from babelscope.activations.store import ActivationStore
 from babelscope.files import write_atomically, write_json
 from babelscope.models.hookpoints import layer_of
 from babelscope.progress import Progress
-
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def main() -> None:
     fired, l0 = firings["unit"].n_unique(), int(firings["tokens"].sum()) / tokens
     numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
     write_json(Path(f"metrics/encode.{hookpoint}.json"), numbers)
-    log.info("encode %s: %d tokens, %d latents fired, L0 %.1f", hookpoint, tokens, fired, l0)
+    stage.table(["hookpoint", "tokens", "latents that fired", "L0"], [[hookpoint, f"{tokens:,}", fired, f"{l0:.1f}"]])
 
 
 class Tables(NamedTuple):

@@ -62,8 +62,12 @@ def main() -> None:
         "hookpoints": len(params.hookpoints),
     }
     write_json(METRICS, numbers | {f"d/{name}": widths[name] for name in params.hookpoints})
-    log.info("extract: %d tokens of %d texts at %d hookpoints, %.1f %% padding",
-             len(table), len(texts), len(params.hookpoints), 100 * numbers["padding_share"])  # fmt: skip
+    log.info("extract: %s tokens of %s texts, %.1f %% padding",
+             f"{len(table):,}", f"{len(texts):,}", 100 * numbers["padding_share"])  # fmt: skip
+    kept = {name: sum(path.stat().st_size for path in store.place(OUT, name).glob("*.safetensors")) for name in names}
+    stage.table(
+        ["hookpoint", "width", "MB stored"], [[name, widths[name], f"{kept[name] / 1e6:,.1f}"] for name in names]
+    )
 
 
 if __name__ == "__main__":

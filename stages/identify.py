@@ -183,13 +183,23 @@ def write(
     ]
     write_atomically(OUT / f"{name}_confusion.parquet".lstrip("_"), pl.concat(matrices).write_parquet)
     numbers = agreement.figures(predictions, params.languages, BASELINE) | {"texts": len(texts)}
-    for key, value in numbers.items():
-        if key.startswith("accuracy/"):
-            rest = key.removeprefix("accuracy/")
-            p = numbers.get(f"mcnemar_p/{rest}")
-            log.info("%-9s %-18s accuracy %.2f %%, macro F1 %.2f %%%s", name or "held out", rest, 100 * value,
-                     100 * numbers[f"macro_f1/{rest}"], "" if p is None else f", McNemar p {p:.2g}")  # fmt: skip
+    report(name or "held out", numbers)
     return {f"{name}/{key}".lstrip("/"): value for key, value in numbers.items()}
+
+
+def report(texts: str, numbers: dict[str, float]) -> None:
+    rows = []
+    for key, value in numbers.items():
+        kind, _, method = key.partition("/")
+        if kind == "accuracy":
+            p = numbers.get(f"mcnemar_p/{method}")
+            shown = (
+                f"{100 * value:.2f} %",
+                f"{100 * numbers[f'macro_f1/{method}']:.2f} %",
+                "-" if p is None else f"{p:.2g}",
+            )
+            rows.append([texts, method, *shown])
+    stage.table(["texts", "method", "accuracy", "macro F1", "McNemar p"], rows, labels=2)
 
 
 if __name__ == "__main__":

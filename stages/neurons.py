@@ -24,6 +24,7 @@ def main() -> None:
         count(params)
     else:
         write({}, pl.DataFrame(schema=TOTALS))
+        log.info("neurons: none to count (params.yaml: neurons.hookpoints)")
 
 
 def count(params: config.Config) -> None:
@@ -65,13 +66,16 @@ def count(params: config.Config) -> None:
     )
     write({name: counter.units for name, counter in counters.items()}, totals)
     shutil.rmtree(keep, ignore_errors=True)
+    fired = {name: pl.scan_parquet(OUT / f"{name}.parquet").select(pl.col("unit").n_unique()) for name in names}
+    log.info("neurons: %s tokens", f"{totals['tokens'].sum():,}")
+    stage.table(["hookpoint", "neurons", "fired"],
+                [[name, counters[name].units, fired[name].collect().item()] for name in names])  # fmt: skip
 
 
 def write(widths: Mapping[str, int], totals: pl.DataFrame) -> None:
     """Write what holds for all hookpoints: how many neurons each has, fired or not, and the totals per language."""
     write_atomically(OUT / "totals.parquet", totals.write_parquet)
     write_json(OUT / "widths.json", widths)
-    log.info("neurons: %d at %d hookpoints, %d tokens", sum(widths.values()), len(widths), totals["tokens"].sum())
 
 
 if __name__ == "__main__":

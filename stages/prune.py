@@ -6,6 +6,7 @@ would make them run again. Its output is not cached, so that DVC runs it wheneve
 Such a folder must be there even where params.yaml lists no hookpoint to write into it.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from babelscope import config, stage
 from babelscope.files import write_json
 
 LIST, AGAIN = Path("data/hookpoints.json"), Path("data/sae_again")
+log = logging.getLogger(__name__)
 
 
 def stale(lock: Path, hookpoints: list[str], retrained: list[str]) -> list[Path]:
@@ -35,13 +37,18 @@ def stale(lock: Path, hookpoints: list[str], retrained: list[str]) -> list[Path]
 
 def main() -> None:
     params = config.load()
-    for path in stale(Path("dvc.lock"), params.hookpoints, params.stability.hookpoints):
+    gone = [path for path in stale(Path("dvc.lock"), params.hookpoints, params.stability.hookpoints) if path.exists()]
+    for path in gone:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
     AGAIN.mkdir(parents=True, exist_ok=True)
     # Without those of `retrain`: what depends on this list does not depend on them.
     write_json(LIST, {"hookpoints": params.hookpoints})
+    if gone:
+        stage.table(["taken away"], [[path] for path in gone])
+    else:
+        log.info("prune: nothing to take away")
 
 
 if __name__ == "__main__":

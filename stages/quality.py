@@ -1,6 +1,5 @@
 """Stage `quality`: how much of the model's loss on held-out text each SAE's reconstruction recovers, per language."""
 
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
 CORPUS, SAES, OUT = Path("data/corpus/texts.parquet"), Path("data/sae"), Path("data/quality/loss_recovered.parquet")
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -80,16 +78,14 @@ def figures(found: pl.DataFrame) -> dict[str, float]:
 
 
 def report(found: pl.DataFrame) -> None:
+    rows = []
     for name in found["hookpoint"].unique(maintain_order=True):
-        mine = found.filter(hookpoint=name)
-        whole = mine.row(0, named=True)
-        line = f"NLL {whole['nll_clean']:.4f} clean, {whole['nll_sae']:.4f} spliced, {whole['nll_zero']:.4f} zero"
-        each = mine.drop_nulls().sort("loss_recovered")
-        if whole["loss_recovered"] is not None and len(each):
-            worst = each.row(0, named=True)
-            line += f"; {100 * whole['loss_recovered']:.2f} % recovered"
-            line += f" (least: {worst['language']}, {100 * worst['loss_recovered']:.2f} %)"
-        log.info("%s: %s", name, line)
+        whole, *each = found.filter(hookpoint=name).rows(named=True)
+        shares = [(row["loss_recovered"], row["language"]) for row in each if row["loss_recovered"] is not None]
+        least = [f"{100 * share:.2f} % {language}" for share, language in sorted(shares)[:1]] or ["-"]
+        share = "-" if whole["loss_recovered"] is None else f"{100 * whole['loss_recovered']:.2f} %"
+        rows.append([name, *(f"{whole[f'nll_{key}']:.4f}" for key in ("clean", "sae", "zero")), share, *least])
+    stage.table(["hookpoint", "NLL", "with the SAE", "with zeros", "recovered", "least of a language"], rows)
 
 
 if __name__ == "__main__":

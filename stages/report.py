@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import logging
 from pathlib import Path
 
 import polars as pl
@@ -11,8 +10,6 @@ from babelscope import config, stage
 from babelscope.errors import UserError
 from babelscope.files import read_json, write_atomically
 from babelscope.report import browser, charts, data, page
-
-log = logging.getLogger(__name__)
 
 FEATURES = Path("data/scores/features.parquet")
 NLL = Path("data/ablation/nll.parquet")
@@ -96,7 +93,6 @@ def main() -> None:
     texts = {"report.html": page.build(inputs), "features.html": browser.build(features)}
     for file, text in texts.items():
         write_atomically(OUT / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-        log.info("report: %s, %.1f MB", OUT / file, len(text.encode()) / 1e6)
     plots = {
         "training": training_curves(params.hookpoints),
         "features_by_layer": data.counts(inputs).rename({"value": "features"}),
@@ -108,6 +104,8 @@ def main() -> None:
     for file, name in (("features_by_layer.png", "features"), ("ablation.png", "ablation")):
         image = charts.png(pictures[name])
         write_atomically(OUT / file, lambda path, image=image: path.write_bytes(image))  # type: ignore[misc]
+    written = [OUT / file for file in (*texts, "features_by_layer.png", "ablation.png")]
+    stage.table(["page or picture", "MB"], [[path, f"{path.stat().st_size / 1e6:.1f}"] for path in written])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 It is no training to look at in MLflow: the curve of the first one stands for both.
 """
 
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from babelscope.sae import checkpoint
 from babelscope.sae.batches import Batches
 
 TOKENS = Path("data/activations/tokens.parquet")
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -50,7 +48,7 @@ def main() -> None:
     checkpoint.save(sae, out, {"model_name": store.index["model"], "hook_name": hookpoint})
     write_atomically(out / "history.csv", pl.DataFrame(history).write_csv)
     shutil.rmtree(scratch(work), ignore_errors=True)
-    log.info("retrain %s: seed %d, FVU %.3f on the last batch", hookpoint, seed, fvu)
+    stage.table(["hookpoint", "seed", "FVU (last batch)"], [[hookpoint, seed, f"{fvu:.3f}"]])
 
 
 if __name__ == "__main__":

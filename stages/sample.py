@@ -3,7 +3,6 @@
 Writes data/corpus/texts.parquet and metrics/sample.json.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from babelscope import config, stage
 from babelscope.corpus import gettext_catalogs, sampling, text_files
 from babelscope.files import write_atomically, write_json
 from babelscope.models.loading import load_tokenizer
-
-log = logging.getLogger("sample")
+from babelscope.progress import Progress
 
 TEXTS = Path("data/corpus/texts.parquet")
 METRICS = Path("metrics/sample.json")
@@ -30,11 +28,13 @@ def main() -> None:
     def count_tokens(batch: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
 
-    chosen, totals = sampling.sample(texts, params.languages, section, params.seed, count_tokens)
+    with Progress("sample", len(params.languages), "languages") as progress:
+        chosen, totals = sampling.sample(
+            texts, params.languages, section, params.seed, count_tokens, advance=progress.update
+        )
     write_atomically(TEXTS, chosen.write_parquet)
     write_json(METRICS, metrics(totals, {"train": section.train_tokens, "eval": section.eval_tokens}))
-    for line in table(totals):
-        log.info("%s", line)
+    report(totals)
 
 
 def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:
@@ -52,14 +52,12 @@ def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:
     return content
 
 
-def table(totals: pl.DataFrame) -> list[str]:
-    """The lines of the closing table."""
-    lines = [f"{'language':<12}{'train tokens':>14}{'texts':>8}{'eval tokens':>14}{'texts':>8}"]
-    for (language,), rows in totals.group_by("language", maintain_order=True):
-        have = {split: (tokens, texts) for _, split, texts, tokens in rows.iter_rows()}
-        numbers = f"{have['train'][0]:>14,}{have['train'][1]:>8,}{have['eval'][0]:>14,}{have['eval'][1]:>8,}"
-        lines.append(f"{language!s:<12}{numbers}")
-    return lines
+def report(totals: pl.DataFrame) -> None:
+    rows = []
+    for (language,), mine in totals.group_by("language", maintain_order=True):
+        have = {split: (f"{tokens:,}", f"{texts:,}") for _, split, texts, tokens in mine.iter_rows()}
+        rows.append([language, *have["train"], *have["eval"]])
+    stage.table(["language", "train tokens", "texts", "eval tokens", "texts"], rows)
 
 
 if __name__ == "__main__":

@@ -110,10 +110,13 @@ def numbers(
 
 def report(features: pl.DataFrame, languages: list[str], what: str, advice: str) -> None:
     owned = summary(features, languages)
-    log.info("%-10s %8s %14s %17s", "language", what, "mean entropy", "mean probability")
-    for language, units, entropy, probability in owned.iter_rows():
-        means = f"{entropy:14.4f} {probability:17.4f}" if units else f"{'-':>14} {'-':>17}"
-        log.info("%-10s %8d %s", language, units, means)
+    stage.table(
+        ["language", what, "mean entropy", "mean probability"],
+        [
+            [language, units, *((f"{entropy:.4f}", f"{probability:.4f}") if units else "--")]
+            for language, units, entropy, probability in owned.iter_rows()
+        ],
+    )
     without = owned.filter(units=0)["language"].to_list()
     if without:
         log.warning("no %s: %s (%s)", what, ", ".join(without), advice)

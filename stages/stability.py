@@ -11,6 +11,7 @@ from babelscope import config, hardware, sae, stage
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
 from babelscope.files import write_atomically, write_json
+from babelscope.progress import Progress
 from babelscope.sae.stability import Overlap, beside_others, partners
 
 FEATURES, OUT = Path("data/scores/features.parquet"), Path("data/stability/features.parquet")
@@ -52,9 +53,11 @@ def latents(hookpoint: str, params: config.Config) -> pl.DataFrame:
     activations = ActivationStore(source / "input" if first.b_in is not None else source)
     overlap = Overlap(partner, second.latents)
     held_out = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch()
-    for rows in torch.split(held_out, CHUNK):
-        x = activations.gather(rows).to(device)
-        overlap.add(first.encode(x), second.encode(x))
+    with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
+        for rows in torch.split(held_out, CHUNK):
+            x = activations.gather(rows).to(device)
+            overlap.add(first.encode(x), second.encode(x))
+            progress.update(len(rows))
     found = pl.DataFrame(
         {
             "unit": pl.Series(torch.arange(first.latents).numpy()).cast(pl.Int32),
@@ -99,11 +102,12 @@ def report(table: pl.DataFrame, threshold: float) -> None:
         return
     numbers = figures(table, threshold)
     columns = ("share", "share_others", "cosine", "cosine_others", "overlap", "overlap_others")
-    log.info("%-14s %8s  %-15s  %-15s  %-15s", f"cosine >= {threshold:g}", "features", "found (others)",
-             "cosine (others)", "overlap (others)")  # fmt: skip
-    for group, rows in groups(table):
-        shown = [numbers.get(f"stability_{name}{group}", float("nan")) for name in columns]
-        log.info("%-14s %8d  %6.3f (%6.3f)  %6.3f (%6.3f)  %6.3f (%6.3f)", group[1:] or "all", len(rows), *shown)
+    head = [f"cosine >= {threshold:g}", "features", *(f"{what} (others)" for what in ("found", "cosine", "overlap"))]
+    rows = []
+    for group, mine in groups(table):
+        of = [f"{numbers.get(f'stability_{name}{group}', float('nan')):.3f}" for name in columns]
+        rows.append([group[1:] or "all", len(mine), *(f"{a} ({b})" for a, b in zip(of[::2], of[1::2], strict=True))])
+    stage.table(head, rows)
 
 
 if __name__ == "__main__":

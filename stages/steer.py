@@ -91,10 +91,14 @@ def main() -> None:
     numbers = steering.figures(judged, label, section.min_distinct, section.max_nll)
     write_json(Path("metrics/steer.json"), numbers)
     shutil.rmtree(keep, ignore_errors=True)
-    log.info("language  strength  success  called  nll (nats/token)  distinct-2")
-    for name in order:
-        shown = (numbers[f"{key}/{name}"] for key in ("strength", "success", "called", "nll", "distinct_2"))
-        log.info("%-9s %8g  %7.2f  %6.2f  %16.2f  %10.2f", name, *shown)
+    keys = ("success", "called", "nll", "distinct_2")
+    stage.table(
+        ["language", "strength", "success", "called", "NLL (nats/token)", "distinct-2"],
+        [
+            [name, f"{numbers[f'strength/{name}']:g}", *(f"{numbers[f'{key}/{name}']:.2f}" for key in keys)]
+            for name in order
+        ],
+    )
 
 
 def first_tokens(tokenizer: Any, params: config.Config) -> list[list[int]]:

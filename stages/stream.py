@@ -25,6 +25,7 @@ def main() -> None:
         stream(params)
     else:
         write_json(MODE, {"source": params.train.source})
+        log.info("stream: nothing to do (params.yaml: train.source is %r)", params.train.source)
 
 
 def stream(params: config.Config) -> None:
@@ -95,15 +96,18 @@ def stream(params: config.Config) -> None:
         .agg(pl.col("tokens").sum(), texts=pl.len().cast(pl.Int64))
         .sort(pl.col("language").cast(pl.Enum(params.languages)))
     )
+    rows = []
     for name, found in measured.items():
         figures = found.quality.figures(params.languages)
         counts = found.counts.frame(hookpoints.layer_of(name))
         write_atomically(OUT / name / "counts.parquet", counts.write_parquet)
         write_atomically(OUT / name / "totals.parquet", totals.write_parquet)
         write_json(OUT / name / "quality.json", figures)
-        log.info("stream %s: FVU %.3f, L0 %.1f, %.1f %% dead", name, *found.quality[:2], 100 * figures["dead_share"])
+        shown = f"{figures['fvu']:.3f}", f"{figures['l0']:.1f}", f"{100 * figures['dead_share']:.1f} %"
+        rows.append([name, *shown, counts["unit"].n_unique()])
     write_json(MODE, {"source": params.train.source})
     shutil.rmtree(scratch(work), ignore_errors=True)
+    stage.table(["hookpoint", "FVU", "L0", "dead latents", "fired"], rows)
 
 
 if __name__ == "__main__":

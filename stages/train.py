@@ -1,6 +1,5 @@
 """Stage `train <hookpoint>`: one SAE on the activations of one hookpoint (or the one that `stream` has trained)."""
 
-import logging
 import shutil
 import sys
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from babelscope.sae.batches import Batches
 from babelscope.sae.quality import quality
 
 TOKENS = Path("data/activations/tokens.parquet")
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -32,8 +30,15 @@ def main() -> None:
     steps = -(-params.train.tokens // params.train.batch)
     numbers = figures | {"tokens": steps * params.train.batch, "layer": layer_of(hookpoint)}
     write_json(Path(f"metrics/train.{hookpoint}.json"), numbers)
-    log.info("train %s: FVU %.3f, L0 %.1f, %.1f %% dead",
-             hookpoint, figures["fvu"], figures["l0"], 100 * figures["dead_share"])  # fmt: skip
+    report(hookpoint, numbers, params.languages)
+
+
+def report(hookpoint: str, numbers: dict[str, float], languages: list[str]) -> None:
+    of = sorted((numbers[f"fvu/{name}"], name) for name in languages if f"fvu/{name}" in numbers)
+    ends = [f"{fvu:.3f} {name}" for fvu, name in (of[0], of[-1])] if of else ["-", "-"]
+    shown = f"{numbers['fvu']:.3f}", *ends, f"{numbers['l0']:.1f}", f"{100 * numbers['dead_share']:.1f} %"
+    head = ["hookpoint", "tokens", "FVU (held out)", "lowest", "highest", "L0", "dead latents"]
+    stage.table(head, [[hookpoint, f"{numbers['tokens']:,}", *shown]])
 
 
 def published(hookpoint: str) -> dict[str, float]:

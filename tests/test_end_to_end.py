@@ -40,6 +40,26 @@ SMALL = {
     "browse.ablation_texts": 1,
     "browse.shared": 20,
 }
+# What a stage closes with: the head of its table, or, where there was nothing to find, a line that says so.
+CLOSING = {
+    "sample": "language train tokens texts eval tokens texts",
+    "extract": "hookpoint width MB stored",
+    "neurons": "neurons: none to count (params.yaml: neurons.hookpoints)",
+    "stream": "stream: nothing to do (params.yaml: train.source is 'stored')",
+    "train": "hookpoint tokens FVU (held out) lowest highest L0 dead latents",
+    "encode": "hookpoint tokens latents that fired L0",
+    "retrain": "hookpoint seed FVU (last batch)",
+    "prune": "prune: nothing to take away",
+    "quality": "hookpoint NLL with the SAE with zeros recovered least of a language",
+    "score": "language features mean entropy mean probability",
+    "stability": "cosine >= 0.9 features found (others) cosine (others) overlap (others)",
+    "identify": "texts method accuracy macro F1 McNemar p",
+    "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
+    "steer": "language strength success called NLL (nats/token) distinct-2",
+    "browse": "hookpoint of one language of several removed alone",
+    "report": "page or picture MB",
+    "track": "track: state",
+}
 AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "report", "track"]
 
 
@@ -105,7 +125,7 @@ def repo(tmp_path_factory):
         "git commit -q -m clone",
     ):  # fmt: skip
         run(clone, *command.split())
-    run(clone, "dvc", "repro")
+    clone.with_suffix(".log").write_text(run(clone, "dvc", "repro"))
     run(clone, "git", "add", "-A")
     run(clone, "git", "commit", "-q", "-m", "first run")
     return clone
@@ -158,6 +178,20 @@ def test_every_contract_of_the_outputs(repo):
     shown = pl.read_parquet(repo / "data/browse/texts.parquet").join(texts, on="text_id")
     assert len(shown) and all(t.startswith("".join(p)) for p, t in shown.select("pieces", "text").iter_rows())
     assert {path.name for path in (repo / "reports").iterdir()} >= {"report.html", "features.html"}
+
+
+def test_every_stage_closes_with_what_it_found_and_writes_no_control_sequences(repo):
+    log = repo.with_suffix(".log").read_text()
+    assert "\x1b" not in log and "\r" not in log
+    _, *parts = re.split(r"Running stage '(\w+)[^']*':\n", log)
+    stages = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert stages.keys() == CLOSING.keys()
+    for name, said in stages.items():
+        lines = said.splitlines()
+        head = next((i for i, line in enumerate(lines) if " ".join(line.split()).startswith(CLOSING[name])), None)
+        assert head is not None, f"{name}: {said}"
+        if not lines[head].startswith(name):
+            assert len(lines[head + 1]) == len(lines[head]), f"{name}: {said}"  # aligned on the right
 
 
 def test_the_figures_make_sense(repo):

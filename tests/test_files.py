@@ -11,7 +11,7 @@ import sys
 import pytest
 from closure import ROOT
 
-from babelscope import files, verify
+from babelscope import files, stage, verify
 from babelscope.errors import UserError, nearest
 from babelscope.progress import Progress
 
@@ -66,6 +66,34 @@ def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):
         progress.skip(30)
         progress.update(40)
     assert "extract: 40 of 100 tokens" in caplog.text and "s left" in caplog.text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("variable", ["NO_COLOR", "CI"])
+def test_progress_is_a_bar_without_colour_on_a_terminal_and_none_in_ci(caplog, monkeypatch, variable):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    with caplog.at_level(logging.INFO), Progress("encode", 100, "tokens") as progress:
+        progress.update(50)
+        assert progress.every == (60 if variable == "CI" else 10)
+    assert "\x1b" not in screen.getvalue() and not caplog.records
+    shown = screen.getvalue().rpartition("\r")[2]
+    assert shown == "" if variable == "CI" else "encode:  50%" in shown and "tokens/s" in shown
+
+
+def test_a_closing_table_is_aligned(caplog):
+    with caplog.at_level(logging.INFO):
+        stage.table(["language", "method", "texts"], [["en", "count", 7], ["pt-BR", "-", "1,024"]], labels=2)
+    assert caplog.messages == [
+        "language  method  texts",
+        "en        count       7",
+        "pt-BR     -       1,024",
+    ]
 
 
 @pytest.mark.parametrize(

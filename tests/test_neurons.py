@@ -167,7 +167,7 @@ def test_without_hookpoints_the_stage_writes_empty_tables_and_loads_nothing(tmp_
         env={"PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "neurons: 0 at 0 hookpoints, 0 tokens\n"
+    assert done.stderr == "neurons: none to count (params.yaml: neurons.hookpoints)\n"
     assert {path.name for path in stale.parent.iterdir()} == {"totals.parquet", "widths.json"}
     totals = pl.read_parquet(stale.parent / "totals.parquet")
     assert totals.schema == {"language": pl.String, "tokens": pl.Int64, "texts": pl.Int64} and totals.is_empty()

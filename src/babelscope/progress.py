@@ -1,6 +1,7 @@
-"""Progress of long work: a bar on a terminal, plain lines with rate and remaining time in a log."""
+"""Progress of long work: a bar on a terminal, plain lines with rate and remaining time in a log or in CI."""
 
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -12,20 +13,25 @@ log = logging.getLogger(__name__)
 class Progress:
     """Counts units of work towards `total` and shows rate and remaining time.
 
+    The bar has no colour (`NO_COLOR` or not). Where the environment variable `CI` is set there is none, and a line a
+    minute.
+
     Parameters
     ----------
     what: what is being done, e.g. "extract".
     total: units of work in all.
     unit: name of one unit, e.g. "tokens".
-    every: seconds between two lines where there is no terminal.
+    every: seconds between two lines where there is no terminal; null: 10, in CI 60.
     """
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 10.0) -> None:
-        self.what, self.total, self.unit, self.every = what, total, unit, every
+    def __init__(self, what: str, total: int, unit: str, every: float | None = None) -> None:
+        in_ci = bool(os.environ.get("CI"))
+        self.what, self.total, self.unit = what, total, unit
+        self.every = (60.0 if in_ci else 10.0) if every is None else every
         self.done = 0
         self._start = self._last = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not in_ci:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True)
@@ -54,8 +60,9 @@ class Progress:
         if now - self._last >= self.every and self.done < self.total:
             self._last = now
             rate = self.done / (now - self._start)
+            shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
             left = (self.total - self.done) / rate if rate else float("inf")
             log.info(
-                "%s: %d of %d %s, %.0f %s/s, %.0f s left",
-                self.what, self.done, self.total, self.unit, rate, self.unit, left,
+                "%s: %d of %d %s, %s %s/s, %.0f s left",
+                self.what, self.done, self.total, self.unit, shown, self.unit, left,
             )  # fmt: skip

@@ -1,11 +1,13 @@
-"""What every stage script shares: logging, quiet libraries, and errors that a user can read."""
+"""What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
 
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from babelscope.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # No tool phones home, and no library prints bars of its own into a log. A user's own setting wins.
 _QUIET = {
@@ -27,13 +29,23 @@ def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("CI"):
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:
+    """Log what a stage found as aligned columns, of text (the first `labels`) and of figures (the others)."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        aligned = (cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        log.info("%s", "  ".join(aligned).rstrip())

@@ -26,7 +26,12 @@ _INVISIBLE = r"[\p{Cc}\p{Co}\x{ad}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}\x{20
 
 
 def sample(
-    texts: pl.DataFrame, languages: Sequence[str], section: Corpus, seed: int, count_tokens: CountTokens
+    texts: pl.DataFrame,
+    languages: Sequence[str],
+    section: Corpus,
+    seed: int,
+    count_tokens: CountTokens,
+    advance: Callable[[int], None] = lambda languages: None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
 
@@ -41,6 +46,7 @@ def sample(
     section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
     seed: another seed, another sample.
     count_tokens: the number of the model's tokens in each text, special tokens not counted.
+    advance: called with 1 after each language.
 
     Returns
     -------
@@ -73,6 +79,7 @@ def sample(
                 log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
             parts.append(part)
             totals.append((language, name, part.height, tokens))
+        advance(1)
     schema = {"language": pl.String, "split": pl.String, "texts": pl.Int64, "tokens": pl.Int64}
     return pl.concat(parts).select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
 

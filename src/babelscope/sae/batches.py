@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from babelscope.activations.store import ActivationStore
+from babelscope.progress import Progress
 from babelscope.sae.moments import Moments, moments
 
 # Rows from which mean and covariance are taken, at least (all, where there are fewer), and those read at once.
@@ -97,10 +98,14 @@ class Batches:
         In the calling thread: on two cores a reading thread beside the step took more than it gave, and a GPU is busy
         with the step before while this one is read.
         """
-        for step in range(first, self.steps):
-            rows = self.rows_of(step)[rank::world].contiguous()
-            target = self._gather(self.store, rows)
-            yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
+        with Progress("train", self.steps * self.size, "tokens") as progress:
+            progress.skip(first * self.size)
+            for step in range(first, self.steps):
+                rows = self.rows_of(step)[rank::world].contiguous()
+                target = self._gather(self.store, rows)
+                yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
+                if rank == 0:
+                    progress.update(self.size)
 
     def _gather(self, store: ActivationStore, rows: Tensor) -> Tensor:
         if not self.pin:

@@ -24,9 +24,8 @@ _CLOSED = (
 
 def tag() -> dict[str, str]:
     """The experiment tag that MLflow 3.17's menu "Views" reads: JSON around a deflated state of the page."""
-    section = {"isReordered": False, "deleted": False, "isGenerated": True}
     # MLflow's three columns cut the titles off, which end in what tells the charts apart: the language.
-    section |= {"columns": 2, "cardHeight": 320}
+    section = {"isReordered": False, "deleted": False, "isGenerated": True, "columns": 2, "cardHeight": 320}
     state = {
         "searchFilter": FILTER,
         "compareRunCharts": [],
