@@ -144,7 +144,7 @@ def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, flo
     against = {row["language"]: row for row in control.iter_rows(named=True)}
     rows = []
     for name in languages:
-        others = matrix.filter((pl.col("ablated") == name) & (pl.col("evaluated") != name))["delta"].max() or 0.0
+        others = max(matrix.filter(pl.col("ablated") == name, pl.col("evaluated") != name)["delta"], default=0.0)
         row = against.get(name)
         parts = [f"{row[f'{k}_low']:+.4f} to {row[f'{k}_high']:+.4f}" if row else "-" for k in ("excess", "contrast")]
         rows.append([name, f"{numbers[f'dnll_own/{name}']:+.4f}", f"{others:+.4f}", *parts])
@@ -154,8 +154,8 @@ def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, flo
     for key, own in numbers.items():
         what, _, hookpoint = key.partition("/")
         if what == "own_alone":
-            others = numbers.get(f"others_alone/{hookpoint}")
-            alone.append([hookpoint, f"{own:+.4f}", "-" if others is None else f"{others:+.5f}"])
+            beside = numbers.get(f"others_alone/{hookpoint}")
+            alone.append([hookpoint, f"{own:+.4f}", "-" if beside is None else f"{beside:+.5f}"])
     if alone:
         stage.table(["alone", "own dNLL", "others' dNLL"], alone)
     log.info(

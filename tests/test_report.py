@@ -179,6 +179,30 @@ def test_own_by_layer() -> None:
     assert data.own_by_layer(inputs(by_layer=example.by_layer().clear())).is_empty()
 
 
+def test_selectivity_of_each_hookpoint_alone_by_hand() -> None:
+    cells = {6: {"aa": 0.3, "ab": 0.1, "ba": 0.05, "bb": 0.2}, 26: {"aa": 0.2, "ab": 0.4, "ba": -0.2, "bb": 0.0}}
+    by_layer = pl.concat(
+        [
+            small([(*pair, delta) for pair, delta in pairs.items()], hookpoint=f"layers.{layer}.mlp")
+            for layer, pairs in cells.items()
+        ]
+    )
+    given_ = dataclasses.replace(two_languages(small([("a", "a", 0.5)])), by_layer=by_layer)
+    found = data.by_hookpoint(data.own_by_layer(given_)).drop_nulls()
+    assert found["hookpoint"].to_list() == ["layers.6.mlp", "layers.26.mlp"]
+    assert found["own"].to_list() == pytest.approx([0.25, 0.1])
+    assert found["others"].to_list() == pytest.approx([0.075, 0.1])
+    assert found["rows"].to_list() == [2, 0]  # in layer 26 a's cost b more, b's own cost it nothing
+    table = tables.by_hookpoint(given_)
+    assert [row[2:] for row in table.rows if row[0] == "layers.6.mlp"] == [["+0.2500", "+0.07500", "2 of 2"]]
+    # With the owners alone evaluated there is nothing to compare with.
+    own = dataclasses.replace(given_, by_layer=by_layer.filter(pl.col("ablated") == pl.col("evaluated")))
+    found = data.by_hookpoint(data.own_by_layer(own))
+    assert found["own"].count() == 2 and found["others"].count() == found["rows"].count() == 0
+    drawn = [len(specs_of(page.build(one))["layers"]["vconcat"][1]["layer"]) for one in (given_, own)]
+    assert drawn == [4, 2]
+
+
 def test_against_control_has_both_questions_of_every_language() -> None:
     frame = data.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
     assert frame.select("language", "question").rows() == [
@@ -312,8 +336,8 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
 
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
-                 tables.against_control, tables.similarity, tables.shared, tables.identified, tables.confusion,
-                 tables.steering, tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
+                 tables.by_hookpoint, tables.against_control, tables.similarity, tables.shared, tables.identified,
+                 tables.confusion, tables.steering, tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
         table = make(inputs())
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 

@@ -104,6 +104,8 @@ def heat_map(
     interval = [
         alt.Tooltip("low:Q", title="95 % from", format=form), alt.Tooltip("high:Q", title="95 % to", format=form),
     ] if {"low", "high"} <= set(frame.columns) else []  # fmt: skip
+    if "others" in frame.columns:
+        interval.append(alt.Tooltip("others:Q", title="others, mean", format=form))
     where = "hookpoint" if "hookpoint" in frame.columns else axis
     base = alt.Chart(_data(_written(frame, decimals))).encode(
         x=alt.X(f"{axis}:O", sort=frame[axis].unique(maintain_order=True).to_list(),
@@ -148,6 +150,34 @@ def features_by_layer(frame: pl.DataFrame, step: int = 42) -> alt.VConcatChart:
     ).properties(width=alt.Step(step), height=90)
     # Each chart keeps a colour scale of its own name, which the ink of the figures asks for.
     return alt.vconcat(cells, sums, spacing=14, description=text).resolve_scale(color="independent")
+
+
+def own_by_layer(frame: pl.DataFrame, sums: pl.DataFrame, step: int = 42) -> alt.VConcatChart:
+    """Own dNLL of each language with one layer ablated alone, and below it own against others over all languages.
+
+    Parameters
+    ----------
+    frame: as `babelscope.report.data.own_by_layer` returns it.
+    sums: the same by hookpoint, as `babelscope.report.data.by_hookpoint` returns it.
+    step: width of a cell in pixels.
+    """
+    text = "Change of NLL with one layer's features removed alone; the tables hold the same figures."
+    cells = heat_map(frame, name="layers", title="own ΔNLL (nats/token)", decimals=2, description=text, step=step)
+    base = alt.Chart(_data(sums)).encode(
+        x=alt.X("layer:O", sort=sums["layer"].to_list(), axis=alt.Axis(title="layer", labelAngle=0),
+                scale=alt.Scale(type="band")),
+        tooltip=[alt.Tooltip("hookpoint:N"), alt.Tooltip("own:Q", title="own, mean", format="+.5f"),
+                 alt.Tooltip("others:Q", title="others, mean", format="+.5f"),
+                 alt.Tooltip("rows:Q", title="languages that lose most")],
+    )  # fmt: skip
+    axis, layers = alt.Axis(title="mean ΔNLL", tickCount=3, grid=True), []
+    for key, shape in (("own", "circle"), ("others", "diamond")):
+        if sums[key].count():  # a layer without data would leave the axis without an extent
+            mine = base.encode(y=alt.Y(f"{key}:Q", axis=axis, scale=alt.Scale(zero=True, nice=True)))
+            layers += [mine.mark_line(style=key, strokeWidth=2),
+                       mine.mark_point(style=key, shape=shape, size=44, filled=True, opacity=1)]  # fmt: skip
+    means = [alt.layer(*layers).properties(width=alt.Step(step), height=110)] if layers else []
+    return alt.vconcat(cells, *means, spacing=14, description=text).resolve_scale(color="independent")
 
 
 def ablation(frame: pl.DataFrame, languages: list[str]) -> alt.LayerChart:

@@ -206,8 +206,13 @@ def own_and_others(inputs: ReportInputs) -> pl.DataFrame:
 
 
 def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
-    """Own dNLL (nats/token) where one hookpoint alone is ablated: `language`, `hookpoint`, `layer`, `value`, `low`,
-    `high`, `others` (mean of the other languages), null where there was no run; empty without such runs.
+    """What ablating each language's features at one hookpoint alone does to it and to the others.
+
+    Returns
+    -------
+    The whole grid, `language`, `hookpoint`, `layer`: `value` (own dNLL), `low`, `high` (its 95 % interval), `others`
+    (mean over the other languages), `others_high` (the largest of them); nats/token, null where there was no run.
+    Empty without such runs.
     """
     if inputs.by_layer is None or inputs.by_layer.is_empty():
         return pl.DataFrame()
@@ -216,11 +221,27 @@ def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
     others = (
         cells.filter(pl.col("ablated") != pl.col("evaluated"))
         .group_by("ablated", "hookpoint", maintain_order=True)
-        .agg(others=pl.col("delta").mean())
+        .agg(others=pl.col("delta").mean(), others_high=pl.col("delta").max())
     )
     own = own.join(others, on=["ablated", "hookpoint"], how="left", maintain_order="left")
-    own = own.select("hookpoint", "low", "high", "others", language="ablated", value="delta")
+    own = own.select("hookpoint", "low", "high", "others", "others_high", language="ablated", value="delta")
     return _grid(inputs).join(own, on=["language", "hookpoint"], how="left", maintain_order="left")
+
+
+def by_hookpoint(frame: pl.DataFrame) -> pl.DataFrame:
+    """`own_by_layer` summed up over the languages: how selective each hookpoint is alone.
+
+    Returns
+    -------
+    One row per hookpoint: `hookpoint`, `layer`, `own`, `others` (means over the languages with a run; null where there
+    are none), `rows` (languages that lose more than any other does; null where no other was evaluated).
+    """
+    ahead = (pl.col("value") > pl.col("others_high")) & (pl.col("value") > 0)
+    return frame.group_by("hookpoint", "layer", maintain_order=True).agg(
+        own=pl.col("value").mean(),
+        others=pl.col("others").mean(),
+        rows=pl.when(pl.col("others_high").count() > 0).then(ahead.sum()),
+    )
 
 
 def against_control(inputs: ReportInputs) -> pl.DataFrame:

@@ -40,10 +40,7 @@ def pictures(inputs: ReportInputs) -> dict[str, Any]:
     }
     by_layer = data.own_by_layer(inputs)
     if not by_layer.is_empty():
-        result["layers"] = charts.heat_map(
-            by_layer, name="layers", title="own ΔNLL (nats/token)", decimals=2,
-            description="Own change of NLL with one layer's features removed alone; the table holds the same figures.",
-        )  # fmt: skip
+        result["layers"] = charts.own_by_layer(by_layer, data.by_hookpoint(by_layer))
     for name, find, draw in (
         ("control", data.against_control, charts.against_control),
         ("similarity", data.similarity, charts.similarity),
@@ -112,7 +109,7 @@ def build(inputs: ReportInputs) -> str:
         "versions": tables.pairs("Packages", ["package", "version"], inputs.versions),
     }  # fmt: skip
     if "layers" in specs:
-        behind["layers"] = tables.own_by_layer(inputs)
+        behind |= {"layers": tables.own_by_layer(inputs), "selective": tables.by_hookpoint(inputs)}
     made = {
         "control": tables.against_control,
         "similarity": tables.similarity,

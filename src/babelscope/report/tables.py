@@ -95,13 +95,22 @@ def ablation_cells(inputs: ReportInputs) -> Table:
 
 
 def own_by_layer(inputs: ReportInputs) -> Table:
-    """Own dNLL per hookpoint alone, with the means over languages."""
-    frame = data.own_by_layer(inputs)
-    rows = _wide(frame, 4)
-    by_hookpoint = frame.group_by("hookpoint", maintain_order=True).agg(pl.col("value", "others").mean())
-    rows.append(["mean, own", *(plain(value, 4) for value in by_hookpoint["value"])])
-    rows.append(["mean, others", *(plain(value, 5) for value in by_hookpoint["others"])])
+    """Own dNLL per hookpoint alone."""
+    rows = _wide(data.own_by_layer(inputs), 4)
     return Table("Own ΔNLL with one hookpoint ablated alone, nats/token", ["language", *inputs.hookpoints], rows)
+
+
+def by_hookpoint(inputs: ReportInputs) -> Table:
+    """Own against others per hookpoint alone, over all languages."""
+    frame = data.own_by_layer(inputs)
+    features = dict(data.counts(inputs).group_by("hookpoint").agg(pl.col("value").sum()).iter_rows())
+    rows = [
+        [name, plain(features[name]), plain(own, 4, sign=True), plain(others, 5, sign=True),
+         NONE if ahead is None else f"{ahead} of {len(inputs.languages)}"]
+        for name, _, own, others, ahead in data.by_hookpoint(frame).rows()
+    ]  # fmt: skip
+    head = ["hookpoint", "features", "own ΔNLL", "others’ ΔNLL", "languages that lose most by their own"]
+    return Table("One hookpoint ablated alone, means over the languages, nats/token", head, rows)
 
 
 def against_control(inputs: ReportInputs) -> Table:
