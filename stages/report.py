@@ -105,7 +105,7 @@ def main() -> None:
         image = charts.png(pictures[name])
         write_atomically(OUT / file, lambda path, image=image: path.write_bytes(image))  # type: ignore[misc]
     written = [OUT / file for file in (*texts, "features_by_layer.png", "ablation.png")]
-    stage.table(["page or picture", "MB"], [[path, f"{path.stat().st_size / 1e6:.1f}"] for path in written])
+    stage.table(["page or picture", "MB"], [[path, f"{path.stat().st_size / 1e6:.2f}"] for path in written])
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ def set_params(repo: Path, changes: dict) -> None:
 
 
 def run(repo: Path, *command: str, ok: bool = True) -> str:
-    """Run a command in the clone; returns what it printed."""
+    """Run a command in the clone; returns what it printed, in the order in which it did."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PYTEST", "DVC_ROOT"))}
     env |= {"PATH": path, "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "src"}
-    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=repo, env=env, text=True, check=False, **both)
+    text = done.stdout
     assert (done.returncode == 0) == ok, text
     assert "Traceback" not in text, text
     return text
@@ -217,11 +218,13 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
     assert sorted(ran(run(repo, "dvc", "repro"))) == sorted(["score", *AFTER_SCORE])
     assert "features" in run(repo, "dvc", "metrics", "diff")
     assert "score.ratio" in run(repo, "dvc", "params", "diff")
-    page = run(repo, "dvc", "plots", "diff", "--out", "plots").strip().removeprefix("file://")
-    drawn = Path(page).read_text()
-    for shown in ("features_by_layer.csv", "ablation.csv", "training.csv"):
-        assert shown in drawn, shown
-    shutil.rmtree(repo / "plots")
+    assert "own" in run(repo, "dvc", "metrics", "show")
+    for command in ("diff", "show"):
+        page = run(repo, "dvc", "plots", command, "--out", "plots").strip().removeprefix("file://")
+        drawn = Path(page).read_text()
+        for shown in ("features_by_layer.csv", "ablation.csv", "training.csv"):
+            assert shown in drawn, shown
+        shutil.rmtree(repo / "plots")
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 2
     set_params(repo, {"score.ratio": 0.5})
     assert ran(run(repo, "dvc", "repro")) == ["track"]

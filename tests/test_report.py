@@ -337,7 +337,8 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
                  tables.by_hookpoint, tables.against_control, tables.similarity, tables.shared, tables.identified,
-                 tables.confusion, tables.steering, tables.fvu, tables.quality, tables.corpus, tables.metrics):  # fmt: skip
+                 tables.confusion, tables.steering, tables.fvu, tables.quality, tables.corpus,
+                 tables.metrics):  # fmt: skip
         table = make(inputs())
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 

@@ -143,17 +143,38 @@ def repo(tmp_path: Path) -> Repo:
     return toy(tmp_path / "repo")
 
 
-def test_the_experiments_of_the_readme(repo: Repo) -> None:
+def test_the_commands_of_the_readme(repo: Repo) -> None:
+    repo.set("hookpoints", HOOKPOINTS[:1])
     repo.dvc("repro")
     repo.commit()
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [block] = [part for part in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "dvc exp run" in part]
-    commands = [line.partition("#")[0].split() for line in block.splitlines()]
+    ask, experiments = [part for part in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "dvc" in part]
+    assert ask.count(" && make ui") == 1 and "$EDITOR params.yaml" in ask  # test_mlflow_browser.py has what serves
+    (repo.folder / ".venv/bin").mkdir(parents=True)
+    (repo.folder / ".venv/bin/activate").touch()  # these tests run in an environment that is there already
+    edit = repo.folder / ".venv/edit.py"
+    edit.write_text("from pathlib import Path\n\npath = Path('params.yaml')\n"
+                    "path.write_text(path.read_text().replace('  k: 4\\n', '  k: 8\\n'))\n")  # fmt: skip
+    shown = repo.run("bash", "-ec", ask.replace(" && make ui", ""), EDITOR=f"{sys.executable} {edit}")
+    assert re.search(r"train\.layers\.6\.mlp\.json\s+fvu", shown) and "Lower the ratio" in shown
+    assert repo.names() == expected(4, 8, hookpoints=1)
+
+    commands = [line.partition("#")[0].split() for line in experiments.splitlines()]
     assert [command[:3] for command in commands].count(["dvc", "exp", "run"]) == 3
-    shown = {" ".join(command[:3]): repo.dvc(*command[1:]) for command in commands}
-    assert all(name in shown["dvc exp show"] for name in ("wide", "sparse", "train.k"))
+    told = {" ".join(command[:3]): repo.dvc(*command[1:]) for command in commands}
+    assert all(name in told["dvc exp show"] for name in ("wide", "sparse", "train.k"))
     assert YAML_.load((repo.folder / "params.yaml").read_text())["train"]["k"] == 16
-    assert repo.names() == expected(4, 16, 64)
+    assert repo.names() == expected(4, 8, 16, 64, hookpoints=1)
+
+    # What scaling.md says of remotes.
+    repo.dvc("remote", "add", "--default", "shared", str(repo.folder.with_name("remote")))
+    repo.dvc("push")
+    for folder in (".dvc/cache", "data/sae"):
+        shutil.rmtree(repo.folder / folder)
+    assert "deleted" in repo.dvc("status")
+    repo.dvc("pull")
+    assert (repo.folder / "data/sae" / HOOKPOINTS[0] / "history.csv").is_file()
+    assert "didn't change, skipping" in repo.dvc("repro", f"train@{HOOKPOINTS[0]}")
 
 
 def test_every_way_of_reaching_a_state_gives_its_runs_once(repo: Repo) -> None:

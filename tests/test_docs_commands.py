@@ -1,0 +1,159 @@
+"""Every command in README.md and docs/ is run by a test, or stands here with the reason why none does."""
+
+import ast
+import hashlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closure import ROOT
+from test_docs import PAGES, PARAMS, text_of
+from test_sae_checkpoint import META, example
+
+from babelscope import config, hardware, verify
+from babelscope.errors import UserError
+from babelscope.sae import checkpoint
+
+END_TO_END = "test_end_to_end.py"
+DIFFS = f"{END_TO_END}::test_a_score_threshold_runs_score_and_what_follows_and_back_is_free"
+TOY = "test_tracking.py::test_the_commands_of_the_readme"
+# Command: the test or fixture that runs it, and what its source says of it.
+TESTED = {
+    "dvc repro": (f"{END_TO_END}::repo", '"dvc", "repro"'),
+    "dvc repro -f -s sample": (
+        "test_tracking.py::test_every_way_of_reaching_a_state_gives_its_runs_once",
+        '"-f", "-s"',
+    ),
+    "dvc repro train@layers.14.mlp": (TOY, '"repro", f"train@'),
+    "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
+    "dvc metrics show": (DIFFS, '"metrics", "show"'),
+    "dvc metrics diff": (DIFFS, '"metrics", "diff"'),
+    "dvc params diff": (DIFFS, '"params", "diff"'),
+    "dvc plots show": (DIFFS, '("diff", "show")'),
+    "dvc plots diff": (DIFFS, '("diff", "show")'),
+    "dvc remote add": (TOY, '"remote", "add"'),
+    "dvc push": (TOY, '"push"'),
+    "dvc pull": (TOY, '"pull"'),
+    "dvc status": (TOY, '"status"'),
+    "source .venv/bin/activate": (TOY, ".venv/bin/activate"),
+    "make ui": ("test_mlflow_browser.py::address", '"ui"'),
+    "MLFLOW_PORT=5001 make ui": ("test_mlflow_browser.py::address", "MLFLOW_PORT="),
+    "make verify": ("test_files.py::test_verify_reports_through_the_same_door", "verify.main()"),
+}
+# Blocks that a test reads out of README.md and runs as a whole, by a command in them.
+BLOCKS = {"$EDITOR params.yaml": TOY, "dvc exp run --run-all": TOY}
+UNTESTED = {
+    "make repro": "sets up an environment from the registries; what it runs there, `dvc repro`, is tested",
+    "make test": "what runs this test",
+    "make bench": "an hour, and the peers' environments from the registries",
+    "python benchmarks/": "minutes to hours each, on a machine that does nothing else",
+    "pytest tests/": "is run by `make test`",
+}
+INLINE = re.compile(r"`((?:\w+=\S+ )?(?:dvc|make|python|pytest|git|mlflow|source) [^`]+)`")
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```(?:sh|bash)\n(.*?)```", text_of(page), re.DOTALL)
+
+
+def commands(page: Path, *, in_run_blocks: bool) -> list[str]:
+    """The commands between backquotes, and the lines of the blocks (of those in `BLOCKS`, too, if so asked)."""
+    found = INLINE.findall(re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL))
+    for block in blocks(page):
+        if in_run_blocks or not any(command in block for command in BLOCKS):
+            found += (line.partition("#")[0].strip() for line in block.splitlines())
+    return [command for command in found if command]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_run_by_a_test_or_says_why_not(page: Path) -> None:
+    for command in commands(page, in_run_blocks=False):
+        known = command in TESTED or any(command.startswith(one) for one in UNTESTED)
+        assert known, f"{page.name}: {command}: run it in a test and name that in TESTED, or say in UNTESTED why not"
+
+
+def test_what_is_listed_stands_on_a_page_and_in_the_test_named() -> None:
+    listed = {command for page in PAGES for command in commands(page, in_run_blocks=True)}
+    assert set(TESTED) <= listed, "no page has it any more"
+    assert all(any(command.startswith(one) for command in listed) for one in UNTESTED)
+    text = "".join(block for page in PAGES for block in blocks(page))
+    for name, said in [*TESTED.values(), *((test, "README.md") for test in BLOCKS.values())]:
+        assert said in source_of(name), f"{name} does not say {said}"
+    assert all(command in text for command in BLOCKS)
+
+
+def source_of(name: str) -> str:
+    file, _, function = name.partition("::")
+    source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    [found] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function]
+    return ast.get_source_segment(source, found) or ""
+
+
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)]
+    [block] = found
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(example(), Path("data/sae/layers.14.mlp"), META)
+    names: dict[str, Any] = {"activations": torch.randn(5, 16, generator=torch.Generator().manual_seed(0))}
+    exec(block, names)
+    assert names["values"].shape == names["indices"].shape == (5, 4)
+
+
+def parsed(**changes: Any) -> Callable[[], object]:
+    content = {key: value | changes.get(key, {}) if isinstance(value, dict) else changes.get(key, value)
+               for key, value in PARAMS.items()}  # fmt: skip
+    return lambda: config.parse(content)
+
+
+def score_without_counts() -> None:
+    spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages/score.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("- layers.6.mlp\n- layers.10.mlp\n", ""), encoding="utf-8")
+    module.main()
+
+
+def verify_a_damaged_cache() -> None:
+    for content, held in ((b"a", b"b"), (b"c", b"c")):
+        name = hashlib.md5(content).hexdigest()
+        path = Path(".dvc/cache/files/md5") / name[:2] / name[2:]
+        path.parent.mkdir(parents=True)
+        path.write_bytes(held)
+    verify.main()
+
+
+def ask_for_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    hardware.prepare(config.Hardware(**PARAMS["hardware"] | {"accelerator": "gpu"}))
+
+
+PROVOKED = {
+    "score.ratoi": parsed(score={"ratoi": 0.3}),
+    "'many'": parsed(train={"k": "many"}),
+    "stability.hookpoints": parsed(hookpoints=["layers.14.mlp"]),
+    "train.latents": parsed(train={"k": 5000}),
+    "'gpu'": ask_for_a_gpu,
+    "totals.parquet": score_without_counts,
+    "corrupt": verify_a_damaged_cache,
+}
+MESSAGES = re.findall(r"```text\n(.*?)\n```", text_of(ROOT / "docs/troubleshooting.md"), re.DOTALL)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message[:60])
+def test_messages_are_printed_as_the_page_has_them(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    [provoke] = [run for part, run in PROVOKED.items() if part in message]
+    with pytest.raises(UserError) as error, caplog.at_level(logging.WARNING):
+        provoke()
+    assert f"error: {error.value}" == message
