@@ -100,6 +100,7 @@ def main() -> None:
     }
     for name, frame in plots.items():
         write_atomically(OUT / f"plots/{name}.csv", frame.write_csv)
+    write_atomically(OUT / "plots/page.html", lambda path: path.write_text(page.for_dvc(), encoding="utf-8"))
     pictures = page.pictures(inputs)
     for file, name in (("features_by_layer.png", "features"), ("ablation.png", "ablation")):
         image = charts.png(pictures[name])

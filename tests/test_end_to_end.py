@@ -224,6 +224,7 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
         drawn = Path(page).read_text()
         for shown in ("features_by_layer.csv", "ablation.csv", "training.csv"):
             assert shown in drawn, shown
+        assert "vegaEmbed" in drawn and "jsdelivr" not in drawn  # our page, not DVC's: nothing is fetched
         shutil.rmtree(repo / "plots")
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 2
     set_params(repo, {"score.ratio": 0.5})

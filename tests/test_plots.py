@@ -1,12 +1,18 @@
 """What `dvc plots` draws: every file has a template, and with data in it each is a chart that Vega-Lite renders."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import vl_convert
 from closure import ROOT
+from configobj import ConfigObj
+from dvc_render.html import HTML
+from dvc_render.vega import VegaRenderer
 from ruamel.yaml import YAML
+
+from babelscope.report.page import for_dvc
 
 PLOTS = {
     path: settings
@@ -20,8 +26,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("path", PLOTS)
-def test_templates_draw(path: str) -> None:
+def drawn(path: str) -> str:
+    """The chart of a plot, of two revisions, as DVC makes it of our template."""
     settings = PLOTS[path]
     name = settings["template"]
     assert path == f"reports/plots/{name}.csv" and {settings["x"], settings["y"]} <= set(ROWS[name][0])
@@ -33,5 +39,28 @@ def test_templates_draw(path: str) -> None:
     for anchor, value in anchors.items():
         text = text.replace(f"<DVC_METRIC_{anchor}>", value)
     assert "<DVC" not in text
-    svg = vl_convert.vegalite_to_svg(text)
-    assert "HEAD" in svg and "workspace" in svg and settings["title"].split(" (")[0] in svg
+    return text
+
+
+@pytest.mark.parametrize("path", PLOTS)
+def test_templates_draw(path: str) -> None:
+    svg = vl_convert.vegalite_to_svg(drawn(path))
+    assert "HEAD" in svg and "workspace" in svg and PLOTS[path]["title"].split(" (")[0] in svg
+
+
+def test_the_page_of_dvc_plots_draws_them_without_a_network(chromium: Any, tmp_path: Path) -> None:
+    assert ConfigObj(str(ROOT / ".dvc/config"))["plots"]["html_template"] == "../reports/plots/page.html"
+    (template := tmp_path / "template.html").write_text(for_dvc(), encoding="utf-8")
+    partial = [VegaRenderer.DIV.format(id=f"plot{i}", partial=drawn(path)) for i, path in enumerate(PLOTS)]
+    html = HTML(template.read_text(encoding="utf-8")).with_scripts(VegaRenderer.SCRIPTS)
+    for div in partial:
+        html.with_element(div)
+    (file := tmp_path / "index.html").write_text(html.embed(), encoding="utf-8")
+    page = chromium.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    for i in range(len(PLOTS)):
+        page.locator(f"#plot{i} canvas, #plot{i} svg.marks").first.wait_for()
+    assert asked == [file.as_uri()]
+    page.close()

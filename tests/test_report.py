@@ -488,7 +488,7 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     assert digests(first) == digests(second)
     assert set(digests(first)) == {
         "ablation.csv", "ablation.png", "features.html", "features_by_layer.csv", "features_by_layer.png",
-        "report.html", "training.csv",
+        "page.html", "report.html", "training.csv",
     }  # fmt: skip
     curves = pl.read_csv(first / "reports/plots/training.csv")
     assert curves["hookpoint"].unique(maintain_order=True).to_list() == example.HOOKPOINTS and len(curves) == 14

@@ -31,6 +31,27 @@ def _yaml(content: Any) -> str:
     return stream.getvalue()
 
 
+def for_dvc() -> str:
+    """The page that `dvc plots` fills (`.dvc/config`); DVC's own fetches Vega from a network each time it is opened."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Babelscope: dvc plots</title>
+{{refresh_tag}}
+<script>(() => {{{charts.javascript()}}})();</script>
+<style>
+body {{ font: 14px system-ui, sans-serif; margin: 1.5rem; }}
+body > div {{ margin-bottom: 2rem; overflow-x: auto; }}
+</style>
+</head>
+<body>
+{{plot_divs}}
+</body>
+</html>
+"""
+
+
 def pictures(inputs: ReportInputs) -> dict[str, Any]:
     """The charts of the page by name; a chart without data is left out."""
     result = {
