@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from babelscope.errors import UserError
 from babelscope.report import charts, data, page, tables
 from babelscope.report.data import ReportInputs
-from babelscope.report.numbers import percent, plain, significant
+from babelscope.report.numbers import p_value, percent, plain, significant
 from babelscope.report.relatives import relatives
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +86,8 @@ def test_significant_and_percent() -> None:
     assert significant(123.4) == "123"
     assert percent(0.0312) == "3.1\u202f%"
     assert percent(None) == "–"
+    known = [p_value(p) for p in (1.0, 0.5488, 1e-4, 2e-24, 0, None)]
+    assert known == ["1.0", "0.55", "0.00010", "< 0.0001", "< 0.0001", "–"]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=1e-3, max_value=1e9))

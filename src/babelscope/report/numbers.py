@@ -29,6 +29,11 @@ def significant(value: Any, *, sign: bool = False, digits: int = 3) -> str:
     return plain(value, min(6, max(0, decimals)), sign=sign)
 
 
+def p_value(value: Any) -> str:
+    """The p of a test: two digits, and no more exact than anyone needs; never a zero."""
+    return "< 0.0001" if _known(value) and value < 1e-4 else significant(value, digits=2)
+
+
 def percent(value: Any, decimals: int = 1) -> str:
     """A share as percent."""
     return f"{plain(100 * value, decimals)}{_THIN}%" if _known(value) else NONE

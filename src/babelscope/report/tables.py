@@ -8,7 +8,7 @@ import polars as pl
 
 from babelscope.report import data
 from babelscope.report.data import ReportInputs
-from babelscope.report.numbers import NONE, percent, plain, significant
+from babelscope.report.numbers import NONE, p_value, percent, plain, significant
 
 SHOWN_PER_LANGUAGE = 10
 
@@ -109,7 +109,7 @@ def by_hookpoint(inputs: ReportInputs) -> Table:
          NONE if ahead is None else f"{ahead} of {len(inputs.languages)}"]
         for name, _, own, others, ahead in data.by_hookpoint(frame).rows()
     ]  # fmt: skip
-    head = ["hookpoint", "features", "own ΔNLL", "others’ ΔNLL", "languages that lose most by their own"]
+    head = ["hookpoint", "features", "own ΔNLL", "others’ ΔNLL", "diagonal largest"]
     return Table("One hookpoint ablated alone, means over the languages, nats/token", head, rows)
 
 
@@ -153,7 +153,7 @@ def identified(inputs: ReportInputs) -> Table:
             method, _, normalize = rest.partition("/")
             f1, p = (inputs.figure("identify", f"{name}/{rest}") for name in ("macro_f1", "mcnemar_p"))
             name = f"{method}, by units owned" if normalize == "units" else method
-            rows.append([name, percent(inputs.figure("identify", key)), percent(f1), significant(p, digits=2)])
+            rows.append([name, percent(inputs.figure("identify", key)), percent(f1), p_value(p)])
     return Table("Language identification of held-out texts", ["method", "accuracy", "macro F1", "McNemar p"], rows)
 
 
