@@ -43,8 +43,8 @@ format: setup
 
 # The name in the printed link (babelscope.tracking.view.HOST says why) is one that MLflow has to be told of.
 ifndef MLFLOW_HOST
-ui: export MLFLOW_SERVER_ALLOWED_HOSTS := localhost:*,127.0.0.1:*,babelscope.localhost:*
-ui: export MLFLOW_SERVER_CORS_ALLOWED_ORIGINS := http://babelscope.localhost:*
+ui: export MLFLOW_SERVER_ALLOWED_HOSTS ?= localhost:*,127.0.0.1:*,babelscope.localhost:*
+ui: export MLFLOW_SERVER_CORS_ALLOWED_ORIGINS ?= http://babelscope.localhost:*
 endif
 
 # One worker and no job runner: 0.5 GiB of memory instead of 2.
