@@ -64,11 +64,11 @@ def main() -> None:
     write_json(METRICS, numbers | {f"d/{name}": widths[name] for name in params.hookpoints})
     log.info("extract: %s tokens of %s texts, %.1f %% padding",
              f"{len(table):,}", f"{len(texts):,}", 100 * numbers["padding_share"])  # fmt: skip
-    rows = []
+    found = []
     for name in names:
         files = [store.place(OUT, name) / store.shard_name(shard.number) for shard in stored]
-        rows.append([name, widths[name], f"{sum(file.stat().st_size for file in files) / 1e6:,.1f}"])
-    stage.table(["hookpoint", "width", "MB stored"], rows)
+        found.append([name, widths[name], f"{sum(file.stat().st_size for file in files) / 1e6:,.1f}"])
+    stage.table(["hookpoint", "width", "MB stored"], found)
 
 
 if __name__ == "__main__":
