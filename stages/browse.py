@@ -37,7 +37,7 @@ def main() -> None:
     texts = read_texts()
     tokenizer = loading.load_tokenizer(params.model)
     firings = collectors(features, saes, params)
-    if params.train.source == "stored":
+    if params.train.source != "stream":
         read_stored(firings, params)
     else:
         read_passes(firings, texts, tokenizer, params, device)

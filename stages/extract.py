@@ -40,7 +40,7 @@ def main() -> None:
     knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
     knobs["transcode"] = params.train.transcode
     resume = scratch(fingerprint("extract", knobs, {str(CORPUS): dvc_md5(CORPUS)}))
-    stored = shards if params.train.source == "stored" else []
+    stored = shards if params.train.source != "stream" else []
     is_first = extraction.extract(model, stored, names, resume, params.extract.store_dtype, params.hardware)
     if not is_first:
         return

@@ -50,7 +50,7 @@ def main() -> None:
     corpus = pl.read_parquet(CORPUS).filter(split="eval")
     held_out = totals.Totals(len(corpus), owners, saes, device)
     # Neurons are stored nowhere, latents are not where `train.source` is `stream`.
-    stored = [name for name in saes if params.train.source == "stored"]
+    stored = [name for name in saes if params.train.source != "stream"]
     add_texts(held_out, corpus, [name for name in owners if name not in stored], params)
     add_held_out(held_out, corpus, stored)
     numbers = write("", corpus, held_out.totals, features, lid, params)

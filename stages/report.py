@@ -79,7 +79,9 @@ def read_features(params: config.Config) -> browser.BrowserInputs:
     return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
 
 
-def training_curves(hookpoints: list[str]) -> pl.DataFrame:
+def training_curves(hookpoints: list[str], pretrained: bool) -> pl.DataFrame:
+    if pretrained:
+        return pl.DataFrame(schema={"step": pl.Int64, "tokens": pl.Int64, "fvu": pl.Float64, "hookpoint": pl.String})
     paths = {name: SAES / name / "history.csv" for name in hookpoints}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
@@ -94,7 +96,7 @@ def main() -> None:
     for file, text in texts.items():
         write_atomically(OUT / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
     plots = {
-        "training": training_curves(params.hookpoints),
+        "training": training_curves(params.hookpoints, params.train.source == "pretrained"),
         "features_by_layer": data.counts(inputs).rename({"value": "features"}),
         "ablation": data.matrix(inputs).rename({"value": "delta"}).drop("own", "largest"),
     }

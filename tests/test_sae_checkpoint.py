@@ -186,7 +186,7 @@ def test_transcoders_of_sparsify_encode_their_input_as_it_is(tmp_path: Path) -> 
 )
 def test_what_sparsify_does_and_we_do_not_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_sparsify(tmp_path / "layers.1.mlp", example(), **changes)
-    with pytest.raises(UserError, match=f"layers.1.mlp: cfg.json: {message}"):
+    with pytest.raises(UserError, match=f"layers.1.mlp/cfg.json: {message}"):
         load(tmp_path, "layers.1.mlp")
 
 

@@ -78,7 +78,7 @@ class Extract(Section):
 class Train(Section):
     """One SAE per hookpoint."""
 
-    source: Literal["stored", "stream"]
+    source: Literal["stored", "stream", "pretrained"]
     activation: Literal["topk", "batchtopk", "jumprelu", "relu"]
     latents: Positive
     k: Positive
@@ -107,6 +107,28 @@ class Train(Section):
         if widths and self.activation not in ("topk", "batchtopk"):
             raise ValueError(f"train.matryoshka: for 'topk' and 'batchtopk' only, not for {self.activation!r}")
         return self
+
+
+class Pretrained(Section):
+    """Released SAEs in place of trained ones."""
+
+    name: Name | None
+    revision: Name | None
+    folder: Name | dict[str, Name]
+
+    @field_validator("folder")
+    @classmethod
+    def _a_template(cls, folder: str | dict[str, str]) -> str | dict[str, str]:
+        fields = re.findall(r"{([^}]*)}", folder) if isinstance(folder, str) else []
+        if unknown := sorted(set(fields) - {"hookpoint", "layer"}):
+            raise ValueError(f"{{{unknown[0]}}} is nothing to fill in; allowed: {{hookpoint}}, {{layer}}")
+        return folder
+
+    def folder_of(self, hookpoint: str, layer: int) -> str:
+        """Where the SAE of a hookpoint lies below `name`."""
+        if isinstance(self.folder, dict):
+            return self.folder[hookpoint]
+        return self.folder.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
 
 
 class Encode(Section):
@@ -238,6 +260,7 @@ class Config(Section):
     corpus: Corpus
     extract: Extract
     train: Train
+    pretrained: Pretrained
     encode: Encode
     quality: Quality
     score: Score
@@ -283,13 +306,28 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _pretrained_fit(self) -> "Config":
+        if self.train.source != "pretrained":
+            return self
+        if self.pretrained.name is None:
+            raise ValueError("pretrained.name: train.source 'pretrained' needs a local folder or a hub id")
+        if isinstance(self.pretrained.folder, dict):
+            missing = [name for name in self.hookpoints if name not in self.pretrained.folder]
+            if missing:
+                raise ValueError(f"pretrained.folder: no folder for {missing[0]!r}, one of hookpoints")
+        return self
+
+    @model_validator(mode="after")
     def _stability_fits(self) -> "Config":
-        chosen = self.stability.hookpoints
-        if chosen and self.train.source == "stream":
-            raise ValueError(
-                "stability.hookpoints: a second training reads stored activations, and train.source 'stream' stores "
-                "none; allowed with it: an empty list, []"
-            )
+        chosen, why = (
+            self.stability.hookpoints,
+            {
+                "stream": "a second training reads stored activations, and train.source 'stream' stores none",
+                "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
+            },
+        )
+        if chosen and self.train.source in why:
+            raise ValueError(f"stability.hookpoints: {why[self.train.source]}; allowed with it: an empty list, []")
         for name in chosen:
             if name not in self.hookpoints:
                 raise ValueError(

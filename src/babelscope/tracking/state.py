@@ -65,12 +65,16 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
     text = json.dumps(content, sort_keys=True)
     return State(
         hash=hashlib.sha256(text.encode()).hexdigest()[:32],
-        trainings=[_training(name, entry) for name, entry in stages.items() if name.partition("@")[0] == "train"],
+        trainings=[_training(name, stages[name]) for name in stages if _is_training(name, params)],
         files={path: md5 for part in content.values() for path, md5 in {**part["deps"], **part["outs"]}.items()},
         outdated=[
             name for name, entry in stages.items() if any(_get(params, k) != v for k, v in _params(entry).items())
         ],
     )
+
+
+def _is_training(name: str, params: Mapping[str, Any]) -> bool:
+    return name.partition("@")[0] == "train" and _get(params, "train.source") != "pretrained"
 
 
 def _load(path: Path) -> dict[str, Any]:

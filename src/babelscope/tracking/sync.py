@@ -128,7 +128,9 @@ def _summary(opened: store.Store, folder: Path, params: Mapping[str, Any], state
         "mlflow.note.content": _note(params, figures, state),
     }
     flat = training.flatten({key: value for key, value in params.items() if key not in ("hardware", "track")})
-    name = f"k={flat['train.k']} latents={flat['train.latents']} {state.hash[:7]}"
+    released = flat.get("train.source") == "pretrained"
+    what = flat["pretrained.name"] if released else f"k={flat['train.k']} latents={flat['train.latents']}"
+    name = f"{what} {state.hash[:7]}"
     run_id = training.create(opened, name, flat, tags)
     now = int(time.time() * 1000)
     points = [(summary.metric_name(key), value, now, 0) for key, value in figures.items()]

@@ -1,0 +1,201 @@
+"""The formats in which SAEs are released: how each is recognised, read, and turned into an `SAE`.
+
+All of them give activations in the units of the release, of inputs as the model has them: an input normalisation that
+belongs to a release is folded into the weights.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from babelscope.sae.autoencoder import SAE
+
+Settings = dict[str, Any]
+Tensors = Mapping[str, Tensor]
+
+# The activation function of each "architecture": SAELens' values, the first its default, and one of ours, the last.
+ACTIVATIONS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "topk_transcoder": "topk",
+}
+
+
+class Format(NamedTuple):
+    """One way to keep an SAE in a folder.
+
+    Attributes
+    ----------
+    name: whose it is.
+    settings: the JSON file beside the weights; null where there is none.
+    weights: the file of the weights.
+    read: the tensors of that file, by name, none of it executed.
+    build: the SAE of settings and tensors; raises ValueError where `SAE` cannot compute what they mean.
+    """
+
+    name: str
+    settings: str | None
+    weights: str
+    read: Callable[[Path], Tensors]
+    build: Callable[[Settings, Tensors], SAE]
+
+
+def product(encoder: Tensor, b: Tensor) -> Tensor:
+    """`encoder @ b` in float64, a few rows at a time: a copy of all weights in float64 would be large."""
+    parts = (encoder[first : first + 4096] for first in range(0, len(encoder), 4096))
+    return torch.cat([rows.double() @ b.double() for rows in parts])
+
+
+def _one_of(config: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
+    """The value of a setting that changes what the weights mean; the first of those allowed where it is missing."""
+    found = config.get(key)
+    if found is None:
+        return allowed[0]
+    if found not in allowed:
+        raise ValueError(f"{key} is {found!r}; allowed: {', '.join(map(repr, allowed))}")
+    return found
+
+
+def _whole(config: Settings, key: str) -> int:
+    value = config[key]
+    if type(value) is not int:  # True is an int, too
+        raise ValueError(f"{key} is {value!r}; allowed: a whole number")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{key} is {value!r}; allowed: a number above 0")
+    return float(value)
+
+
+def _uncentred(encoder: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """The bias for an encoder that takes nothing off its input: an autoencoder of ours takes b_dec off."""
+    return (b_enc.double() + product(encoder, b_dec)).float()
+
+
+def _saelens(config: Settings, tensors: Tensors) -> SAE:
+    architecture = _one_of(config, "architecture", tuple(ACTIVATIONS))
+    activation = ACTIVATIONS[architecture]
+    for key in ("normalize_activations", "reshape_activations"):
+        _one_of(config, key, ("none",))
+    for key in ("activation_fn", "activation_fn_str"):  # before release 6
+        _one_of(config, key, ("topk" if activation == "topk" else "relu",))
+    _one_of(config, "finetuning_scaling_factor", (False,))
+
+    encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    encoder, b_in = encoder.mT, None
+    if architecture.endswith("transcoder") or "d_out" in config:
+        _one_of(config, "apply_b_dec_to_input", (False,))
+        b_in = torch.zeros(encoder.shape[1])
+    elif not _one_of(config, "apply_b_dec_to_input", (True, False)):
+        b_enc = _uncentred(encoder, b_enc, b_dec)
+
+    if activation == "topk":
+        if _one_of(config, "rescale_acts_by_decoder_norm", (False, True)):
+            norms = W_dec.norm(dim=1)
+            encoder, b_enc = encoder * norms[:, None], b_enc * norms
+            W_dec = W_dec / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a latent of norm 0 stays at 0
+        return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
+    # Below a threshold under 0, SAELens' ReLU is what holds negative scores back: as a threshold of 0 does.
+    threshold = tensors["threshold"].float().clamp(min=0) if activation == "jumprelu" else torch.zeros_like(b_enc)
+    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in)
+
+
+def _sparsify(config: Settings, tensors: Tensors) -> SAE:
+    _one_of(config, "activation", ("topk",))
+    for key in ("skip_connection", "signed"):  # signed: early releases, the largest scores of either sign
+        _one_of(config, key, (False,))
+    names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
+    encoder, W_dec, b_enc, b_dec = (tensors[name] for name in names)
+    transcoder = _one_of(config, "transcode", (False, True))  # whose input is encoded as it is
+    b_in = torch.zeros(encoder.shape[1]) if transcoder else None
+    return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
+
+
+def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
+    """Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): `relu(x W_enc + b_enc)` above a threshold per latent."""
+    W_enc, W_dec, b_enc, b_dec, threshold = (
+        tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+    )
+    encoder = W_enc.mT
+    return SAE(encoder, W_dec, _uncentred(encoder, b_enc, b_dec), b_dec, threshold=threshold.clamp(min=0))
+
+
+def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
+    """Llama Scope (He et al. 2024, arXiv 2410.20526), of OpenMOSS' Language-Model-SAEs.
+
+    Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. A latent fires where its score times the
+    norm of its decoder row exceeds `jump_relu_threshold`.
+    """
+    _one_of(config, "act_fn", ("jumprelu",))
+    _one_of(config, "apply_decoder_bias_to_pre_encoder", (False,))
+    encoder, decoder, b_enc = (tensors[name].float() for name in ("encoder.weight", "decoder.weight", "encoder.bias"))
+    d = encoder.shape[1]
+    b_dec = tensors["decoder.bias"].float() if _one_of(config, "use_decoder_bias", (True, False)) else torch.zeros(d)
+    into, out = 1.0, 1.0
+    if _one_of(config, "norm_activation", ("dataset-wise", "inference")) == "dataset-wise":
+        norms = config["dataset_average_activation_norm"]
+        into, out = (
+            math.sqrt(d) / _number(norms[key], f"dataset_average_activation_norm.{key}") for key in ("in", "out")
+        )
+    threshold = torch.full_like(b_enc, _number(config["jump_relu_threshold"], "jump_relu_threshold"))
+    if _one_of(config, "sparsity_include_decoder_norm", (True, False)):
+        threshold = threshold / decoder.norm(dim=0)
+    encoder, W_dec, b_dec = encoder * into, decoder.mT / out, b_dec / out
+    if config["hook_point_in"] != config["hook_point_out"]:
+        return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=torch.zeros(d))
+    return SAE(encoder, W_dec, _uncentred(encoder, b_enc, b_dec), b_dec, threshold=threshold)
+
+
+def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
+    """The dictionaries of saprmarks/dictionary_learning but for the gated ones."""
+    trainer = config["trainer"]
+    kind = trainer["dict_class"]
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):  # [d, n]
+        encoder, W_dec = tensors["W_enc"].float().mT, tensors["W_dec"].float()
+        b_enc, b_dec = tensors["b_enc"].float(), tensors["b_dec"].float()
+    elif kind in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):  # torch.nn.Linear
+        encoder, W_dec = tensors["encoder.weight"].float(), tensors["decoder.weight"].float().mT
+        b_enc, b_dec = tensors["encoder.bias"].float(), tensors["bias" if kind == "AutoEncoder" else "b_dec"].float()
+    else:
+        raise ValueError(
+            f"trainer.dict_class is {kind!r}; allowed: AutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
+            "JumpReluAutoEncoder, MatryoshkaBatchTopKSAE"
+        )
+    if kind == "AutoEncoderTopK":
+        return SAE(encoder, W_dec, b_enc, b_dec, int(tensors["k"]))
+    if kind == "AutoEncoder":
+        return SAE(encoder, W_dec, b_enc, b_dec, threshold=torch.zeros_like(b_enc))
+    if kind == "JumpReluAutoEncoder":  # takes nothing off its input
+        b_enc = _uncentred(encoder, b_enc, b_dec)
+    threshold = tensors["threshold"].float().clamp(min=0).expand(b_enc.shape)
+    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold)
+
+
+def _npz(path: Path) -> Tensors:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+def _torch(path: Path) -> Tensors:
+    tensors: Tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
+
+
+SAELENS = Format("SAELens", "cfg.json", "sae_weights.safetensors", load_file, _saelens)
+SPARSIFY = Format("EleutherAI/sparsify", "cfg.json", "sae.safetensors", load_file, _sparsify)
+GEMMA_SCOPE = Format("Gemma Scope", None, "params.npz", _npz, _gemma_scope)
+LLAMA_SCOPE = Format("Llama Scope", "hyperparams.json", "checkpoints/final.safetensors", load_file, _llama_scope)
+DICTIONARY_LEARNING = Format("dictionary_learning", "config.json", "ae.pt", _torch, _dictionary_learning)
+FORMATS = (SAELENS, SPARSIFY, GEMMA_SCOPE, LLAMA_SCOPE, DICTIONARY_LEARNING)
