@@ -4,15 +4,14 @@ Each peer lives in an environment of its own, which `make bench` sets up; where 
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peers import assert_alike, in_its_environment
 
+from babelscope.export import write_sparsify
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import load, save
 
@@ -91,23 +90,14 @@ for name, settings in theirs.items():
         values, indices, _ = sae.encode(x)
         results["theirs." + name + ".z"] = torch.zeros(len(x), 64).scatter(1, indices, values)
         results["theirs." + name + ".y"] = sae.decode(values, indices)
+for path in sorted((folder / "ours").iterdir()):
+    sae = SparseCoder.load_from_disk(path)
+    with torch.no_grad():
+        values, indices, _ = sae.encode(x)
+        results["ours." + path.name + ".z"] = torch.zeros(len(x), 64).scatter(1, indices, values)
+        results["ours." + path.name + ".y"] = sae.decode(values, indices)
 save_file(results, folder / "results.safetensors")
 """
-
-
-def in_its_environment(peer: str, code: str, folder: Path, theirs: Any) -> dict[str, torch.Tensor]:
-    python = Path(__file__).parents[1] / ".bench" / peer / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"no environment of {peer}: `make bench` sets up .bench/{peer}")
-    draw = torch.Generator().manual_seed(1)
-    save_file({str(d): torch.randn(50, d, generator=draw) for d in (16, 24)}, folder / "x.safetensors")
-    # Our own package is not to be seen there, and nothing is to be looked up on the net or kept at home.
-    hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "SPARSIFY_DISABLE_TRITON": "1"}
-    command = [str(python), "-c", code, str(folder), json.dumps(theirs)]
-    done = subprocess.run(command, cwd=folder, env=hidden | quiet, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return load_file(folder / "results.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +119,12 @@ def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
 @pytest.fixture(scope="module")
 def sparsify(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("sparsify")
+    draw = torch.Generator().manual_seed(0)
+    for name in ("topk", "topk-transcoder"):
+        weights = [torch.randn(*shape, generator=draw) for shape in ((64, 16), (64, 16), (64,), (16,))]
+        b_in = torch.randn(16, generator=draw) if "transcoder" in name else None
+        write_sparsify(SAE(*weights, 4, b_in=b_in), folder / "ours" / name)
     return folder, in_its_environment("eai-sparsify", SPARSIFY_SIDE, folder, SPARSIFY)
-
-
-def assert_alike(folder: Path, whose: str, name: str, results: dict[str, torch.Tensor]) -> None:
-    """Loaded from the same files by us, it encodes and decodes to what the peer found, to 1e-5 of the largest value."""
-    sae = load(folder / whose / name)
-    values, indices = sae.encode(load_file(folder / "x.safetensors")[str(sae.d_in)])
-    z, y = (results[f"{whose}.{name}.{what}"] for what in ("z", "y"))
-    assert int((z > 0).sum()) > 50
-    ours = torch.zeros_like(z).scatter_add(1, indices, values), sae.decode(values, indices)
-    for mine, found in zip(ours, (z, y), strict=True):
-        torch.testing.assert_close(mine, found, rtol=0.0, atol=1e-5 * float(found.abs().max()))
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -156,6 +140,12 @@ def test_we_load_what_saelens_saves(saelens: tuple[Path, dict[str, torch.Tensor]
     folder, results = saelens
     assert_alike(folder, "theirs", name, results)
     assert (load(folder / "theirs" / name).b_in is not None) == ("transcoder" in name)
+
+
+@pytest.mark.parametrize("name", ["topk", "topk-transcoder"])
+def test_sparsify_loads_what_we_export(sparsify: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = sparsify
+    assert_alike(folder, "ours", name, results)
 
 
 @pytest.mark.parametrize("name", SPARSIFY)

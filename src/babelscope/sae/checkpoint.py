@@ -144,5 +144,4 @@ def _read(folder: Path, kind: formats.Format) -> SAE:
         beside = f"neither {kind.settings} nor {kind.weights} holds" if kind.settings else f"{kind.weights} lacks"
         raise UserError(f"{folder}: {beside} the key {error}") from None
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        place = f"{folder / kind.settings}: " if kind.settings else f"{folder}: "
-        raise UserError(f"{place}{error}") from None
+        raise UserError(f"{folder / (kind.settings or kind.weights)}: {error}") from None

@@ -123,6 +123,8 @@ def _sparsify(config: Settings, tensors: Tensors) -> SAE:
 
 def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
     """Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): `relu(x W_enc + b_enc)` above a threshold per latent."""
+    if not bool((tensors.get("scaling_factor", torch.ones(1)) == 1).all()):
+        raise ValueError("scaling_factor is not 1; allowed: files without it")
     W_enc, W_dec, b_enc, b_dec, threshold = (
         tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
     )
@@ -133,8 +135,9 @@ def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
 def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
     """Llama Scope (He et al. 2024, arXiv 2410.20526), of OpenMOSS' Language-Model-SAEs.
 
-    Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. A latent fires where its score times the
-    norm of its decoder row exceeds `jump_relu_threshold`.
+    Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. A latent fires where its score, in the
+    units of the raw input (SAELens' loader multiplies the threshold by that factor, too), times the norm of its decoder
+    row exceeds `jump_relu_threshold`.
     """
     _one_of(config, "act_fn", ("jumprelu",))
     _one_of(config, "apply_decoder_bias_to_pre_encoder", (False,))
@@ -147,7 +150,7 @@ def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
         into, out = (
             math.sqrt(d) / _number(norms[key], f"dataset_average_activation_norm.{key}") for key in ("in", "out")
         )
-    threshold = torch.full_like(b_enc, _number(config["jump_relu_threshold"], "jump_relu_threshold"))
+    threshold = torch.full_like(b_enc, into * _number(config["jump_relu_threshold"], "jump_relu_threshold"))
     if _one_of(config, "sparsity_include_decoder_norm", (True, False)):
         threshold = threshold / decoder.norm(dim=0)
     encoder, W_dec, b_dec = encoder * into, decoder.mT / out, b_dec / out

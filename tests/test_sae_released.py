@@ -1,0 +1,231 @@
+"""Releases of others, written by their own packages or in their layout and read by SAELens, in ours."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers import assert_alike, in_its_environment
+from safetensors.torch import save_file
+
+from babelscope.errors import UserError
+from babelscope.sae.checkpoint import load
+
+D, N = 16, 64
+# SAELens' loader, and the repository for which it has one.
+LAYOUTS = {"gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res"), "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base")}
+DICTIONARIES = {
+    "relu": ("dictionary", "AutoEncoder", {}),
+    "topk": ("trainers.top_k", "AutoEncoderTopK", {"k": 4}),
+    "batchtopk": ("trainers.batch_top_k", "BatchTopKSAE", {"k": 4}),
+    "jumprelu": ("dictionary", "JumpReluAutoEncoder", {}),
+    "matryoshka": ("trainers.matryoshka_batch_top_k", "MatryoshkaBatchTopKSAE", {"k": 4, "group_sizes": [16, 48]}),
+}
+
+# Its loaders for these layouts fetch from the hub: they are given the folder. The fold is what `from_pretrained` does.
+SAELENS_SIDE = """
+import json, sys
+from pathlib import Path
+import sae_lens, torch
+from sae_lens.loading import pretrained_sae_loaders as loaders
+from safetensors.torch import load_file, save_file
+
+folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+def local(repo_id, filename, subfolder="", **_):
+    return str(folder / "theirs" / subfolder / filename)
+loaders.hf_hub_download = local
+x, results = load_file(folder / "x.safetensors")["16"], {}
+for name, (loader, repo) in layouts.items():
+    place = {"gemma-scope": "gemma-scope/layer_3/width_16k/average_l0_9"}.get(name, name)
+    cfg, state, _ = getattr(loaders, loader + "_sae_huggingface_loader")(
+        repo, place, "cpu", cfg_overrides={"d_in": 16, "d_sae": 64, "dtype": "float32"})
+    cfg = loaders.handle_config_defaulting(cfg)
+    sae = sae_lens.SAE.from_dict(cfg)
+    sae.process_state_dict_for_loading(state)
+    sae.load_state_dict(state)
+    if cfg["normalize_activations"] == "expected_average_only_in":
+        about = json.loads((folder / "theirs" / name / "hyperparams.json").read_text())
+        sae.fold_activation_norm_scaling_factor(16**0.5 / about["dataset_average_activation_norm"]["in"])
+    with torch.no_grad():
+        z = sae.encode(x)
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = z, sae.decode(z)
+save_file(results, folder / "results.safetensors")
+"""
+
+DICTIONARY_SIDE = """
+import importlib, json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+
+folder, theirs = Path(sys.argv[1]), json.loads(sys.argv[2])
+x, results = load_file(folder / "x.safetensors")["16"], {}
+torch.manual_seed(0)
+for name, (module, kind, more) in theirs.items():
+    ae = getattr(importlib.import_module("dictionary_learning." + module), kind)(16, 64, **more)
+    for weight in ae.parameters():
+        torch.nn.init.normal_(weight)
+    for key, value in ae.named_buffers():
+        if key == "threshold":
+            value.fill_(1.5)
+    if name == "jumprelu":
+        ae.threshold.data.uniform_(0, 3)
+    (folder / "theirs" / name).mkdir(parents=True)
+    torch.save(ae.state_dict(), folder / "theirs" / name / "ae.pt")
+    config = {"trainer": {"dict_class": kind, "activation_dim": 16, "dict_size": 64}, "buffer": {}}
+    (folder / "theirs" / name / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        z = ae.encode(x)
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = z, ae.decode(z)
+save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
+"""
+
+
+def weights() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"encoder.weight": (N, D), "decoder.weight": (D, N), "encoder.bias": (N,), "decoder.bias": (D,)}
+    found = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
+    found["decoder.weight"] /= found["decoder.weight"].norm(dim=0)  # as those released: of unit norm
+    return found
+
+
+def write_gemma_scope(folder: Path, **changes: Any) -> None:
+    w = weights()
+    arrays = {
+        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
+        "b_dec": w["decoder.bias"], "threshold": torch.linspace(-0.5, 3, N),
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **({name: value.numpy() for name, value in arrays.items()} | changes))
+
+
+def write_llama_scope(folder: Path, **changes: Any) -> None:
+    settings = {
+        "act_fn": "jumprelu", "d_model": D, "d_sae": N, "jump_relu_threshold": 0.4, "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 6.25, "out": 6.25}, "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True,
+        "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
+    }  # fmt: skip
+    (folder / "checkpoints").mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights().items()}, folder / "checkpoints/final.safetensors")
+    (folder / "hyperparams.json").write_text(json.dumps(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("released")
+    write_gemma_scope(folder / "theirs/gemma-scope/layer_3/width_16k/average_l0_9")
+    write_llama_scope(folder / "theirs/llama-scope")
+    return folder, in_its_environment("sae-lens", SAELENS_SIDE, folder, LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def dictionaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("dictionaries")
+    return folder, in_its_environment("dictionary-learning", DICTIONARY_SIDE, folder, DICTIONARIES)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scopes_are_what_saelens_makes_of_them(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = saelens
+    deeper = "gemma-scope/layer_3/width_16k/average_l0_9" if name == "gemma-scope" else name
+    assert_alike(folder, "theirs", name, results, deeper)
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_we_load_what_dictionary_learning_saves(dictionaries: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+    folder, results = dictionaries
+    assert_alike(folder, "theirs", name, results)
+
+
+def test_gemma_scope_by_hand(tmp_path: Path) -> None:
+    write_gemma_scope(tmp_path / "layer_3")
+    sae = load(tmp_path, "layer_3")
+    w, x = weights(), torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score = x @ w["encoder.weight"].T + w["encoder.bias"]
+    z = torch.where((score > torch.linspace(-0.5, 3, N)) & (score > 0), score, 0)
+    values, indices = sae.encode(x)
+    torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values), z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sae(x), z @ w["decoder.weight"].T + w["decoder.bias"], rtol=0, atol=1e-5)
+
+
+def test_a_llama_scope_transcoder_has_a_norm_at_each_end(tmp_path: Path) -> None:
+    norms = {"in": 64.0, "out": 3.0}
+    write_llama_scope(tmp_path, hook_point_out="blocks.3.hook_mlp_out", dataset_average_activation_norm=norms)
+    sae = load(tmp_path)
+    w, x = weights(), torch.randn(7, D, generator=torch.Generator().manual_seed(0)) * 10
+    score = x * 4 / 64 @ w["encoder.weight"].T + w["encoder.bias"]
+    z = torch.where(score > 0.4 * 4 / 64, score, 0)
+    y = (z @ w["decoder.weight"].T + w["decoder.bias"]) * 3 / 4
+    torch.testing.assert_close(sae(x), y, rtol=0, atol=1e-4)
+    assert sae.b_in is not None
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (write_llama_scope, {"act_fn": "topk"}, "act_fn is 'topk'; allowed: 'jumprelu'"),
+        (write_llama_scope, {"jump_relu_threshold": "no"}, "jump_relu_threshold is 'no'; allowed: a number above 0"),
+        (write_llama_scope, {"dataset_average_activation_norm": {"in": 0, "out": 1}}, "norm.in is 0; allowed"),
+        (write_llama_scope, {"dataset_average_activation_norm": None}, r"hyperparams\.json: "),
+        (write_gemma_scope, {"scaling_factor": np.full(N, 2.0)}, "scaling_factor is not 1"),
+        (write_gemma_scope, {"W_enc": np.zeros((3, 3))}, r"params\.npz: "),
+    ],
+)
+def test_what_a_release_says_and_we_cannot_compute_is_named(
+    tmp_path: Path, write: Any, changes: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "sae", **changes)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "sae")
+
+
+def test_a_gated_dictionary_is_refused_by_its_name(tmp_path: Path) -> None:
+    torch.save({"bias": torch.zeros(3)}, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "GatedAutoEncoder"}}))
+    with pytest.raises(
+        UserError, match=r"config\.json: trainer\.dict_class is 'GatedAutoEncoder'; allowed: AutoEncoder"
+    ):
+        load(tmp_path)
+
+
+class Planted:
+    """What a pickle would do when it is opened."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (os.environ["PLANTED"],)
+
+
+@pytest.mark.parametrize("kind", ["ae.pt", "ae.pt as a bare pickle", "params.npz"])
+def test_a_planted_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    if kind == "params.npz":
+        np.savez(tmp_path / "params.npz", W_enc=np.array([Planted()], dtype=object))
+    else:
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+        if kind == "ae.pt":
+            torch.save({"bias": Planted()}, tmp_path / "ae.pt")
+        else:
+            (tmp_path / "ae.pt").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(UserError, match=f"{kind.split()[0]}: not a readable file of"):
+        load(tmp_path)
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("file", ["params.npz", "ae.pt"])
+@pytest.mark.parametrize("keep", [0, 40, 400])
+def test_a_truncated_file_is_named(tmp_path: Path, file: str, keep: int) -> None:
+    if file == "params.npz":
+        write_gemma_scope(tmp_path / "sae")
+    else:
+        (tmp_path / "sae").mkdir()
+        torch.save(weights(), tmp_path / "sae/ae.pt")
+        (tmp_path / "sae/config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+    whole = (tmp_path / "sae" / file).read_bytes()
+    (tmp_path / "sae" / file).write_bytes(whole[:keep])
+    with pytest.raises(UserError, match=f"{file}: not a readable file of"):
+        load(tmp_path / "sae")
