@@ -42,6 +42,7 @@ class Model(Section):
     name: Name
     gguf_file: str | None
     revision: str | None
+    quantization: Literal["8bit", "4bit"] | None
     trust_remote_code: bool
 
 

@@ -63,12 +63,27 @@ class _DeepestReached(Exception):
 
 @contextmanager
 def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """While open, the activations at each hookpoint are replaced by `edit(activations)`, shape `[batch, tokens, d]`."""
+    """While open, the activations at each hookpoint are replaced by `edit(activations)`, shape `[batch, tokens, d]`.
+
+    Some families (OPT) run their MLP over all tokens in one row, `[batch * tokens, d]`: an edit sees them by text.
+    """
+    shape: list[torch.Size] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        shape[:] = [(kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape]
+
     with ExitStack() as stack:
+        body = getattr(model, "base_model", model)
+        stack.callback(body.register_forward_pre_hook(note, with_kwargs=True).remove)
         for name, module in resolve(model, list(edits)).items():
 
             def hook(_module: nn.Module, _inputs: Any, output: Any, edit: Edit = edits[name]) -> Any:
-                return _with_first(output, edit(_first(output)))
+                activations = _first(output)
+                if activations.dim() == 2 and len(activations) == shape[0].numel():
+                    changed = edit(activations.view(*shape[0], -1)).reshape(activations.shape)
+                else:
+                    changed = edit(activations)
+                return _with_first(output, changed)
 
             handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)

@@ -1,6 +1,7 @@
 """Loading a causal language model and its tokenizer: a file inside a package, a local folder, or a hub id."""
 
 import importlib.metadata
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
     return model
 
 
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _quantised(kind: str, dtype: torch.dtype) -> Any:
+    """How transformers is to quantise the weights; what is computed with them is computed in `dtype`."""
+    if not _has_bitsandbytes():
+        raise UserError(
+            f"params.yaml: model.quantization: {kind!r} needs the package bitsandbytes (pip install bitsandbytes); "
+            "without it: null"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
 def load_model(section: Model, dtype: str) -> Any:
     """The causal language model in evaluation mode on the CPU, its parameters frozen.
 
@@ -118,6 +137,8 @@ def load_model(section: Model, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     place, options = _where(section)
+    if section.quantization is not None:
+        options["quantization_config"] = _quantised(section.quantization, DTYPES[dtype])
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)
     except _FAILURES as error:

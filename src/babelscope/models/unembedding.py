@@ -58,7 +58,7 @@ def final_norm(model: Any) -> tuple[Tensor, bool]:
     norm = _last_norm(model, d)
     if norm is None:
         return torch.ones(d, device=device), False
-    dtype = next(norm.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     # Mean 0, so that both kinds of norm only rescale it.
     probe = torch.ones(d, device=device)
     probe[1::2] = -1
@@ -71,7 +71,7 @@ def final_norm(model: Any) -> tuple[Tensor, bool]:
 
 
 def _last_norm(model: Any, d: int) -> nn.Module | None:
-    """The module outside of the blocks with a gain `[d]` that a forward pass runs last."""
+    """The module outside of the blocks with a gain `[d]`, or a norm without one (OLMo's), that a pass runs last."""
     inside = {id(module) for block in hooks.blocks(model) for module in block.modules()}
     ran: list[nn.Module] = []
 
@@ -81,7 +81,8 @@ def _last_norm(model: Any, d: int) -> nn.Module | None:
     with ExitStack() as stack:
         for module in model.modules():
             own = [tuple(p.shape) for p in module.parameters(recurse=False)]
-            if id(module) not in inside and own and set(own) == {(d,)}:
+            bare = not own and "norm" in type(module).__name__.lower()
+            if id(module) not in inside and (bare or set(own) == {(d,)}):
                 stack.callback(module.register_forward_hook(note).remove)
         hooks.logits_of(model, torch.zeros((1, d), device=hooks.device_of(model), dtype=next(model.parameters()).dtype))
     return ran[-1] if ran else None
