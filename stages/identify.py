@@ -65,19 +65,24 @@ def main() -> None:
 
 def read_also(params: config.Config) -> pl.DataFrame | None:
     """The texts of `identify.also`: of each language the first `also_texts` by text_id, which is a hash of the text."""
-    from babelscope.corpus import sampling, text_files
+    from babelscope.corpus import hub, sampling, text_files
 
-    folder = params.identify.also
-    if folder is None:
+    also = params.identify.also
+    if also is None:
         return None
-    if not Path(folder).expanduser().is_dir():
-        raise UserError(f"params.yaml: identify.also: no folder {folder!r}")
-    section = params.corpus.model_copy(update={"source": "files", "path": folder, "package": None})
-    texts = sampling.clean(text_files.read(section, params.languages), min_characters=1)
+    if isinstance(also, config.Dataset):
+        raw, [record] = hub.read([also], params.languages, key="identify.also")
+        name = str(record["path"])
+    else:
+        if not Path(also).expanduser().is_dir():
+            raise UserError(f"params.yaml: identify.also: no folder {also!r}")
+        section = params.corpus.model_copy(update={"source": "files", "path": also, "package": None})
+        raw, name = text_files.read(section, params.languages), also
+    texts = sampling.clean(raw, min_characters=1)
     chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)
     lacking = [name for name in params.languages if name not in set(chosen["language"])]
     if lacking:
-        raise UserError(f"params.yaml: identify.also: {folder!r} has no text in {', '.join(lacking)}")
+        raise UserError(f"params.yaml: identify.also: {name!r} has no text in {', '.join(lacking)}")
     return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
 
 

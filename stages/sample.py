@@ -1,28 +1,35 @@
 """Stage `sample`: the texts of every language, split for training and evaluation.
 
-Writes data/corpus/texts.parquet and metrics/sample.json.
+Writes data/corpus/texts.parquet, data/corpus/sources.json (whence, under which licence) and metrics/sample.json.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from babelscope import config, stage
-from babelscope.corpus import gettext_catalogs, sampling, text_files
+from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
+from babelscope.errors import UserError
 from babelscope.files import write_atomically, write_json
 from babelscope.models.loading import load_tokenizer
 from babelscope.progress import Progress
 
+log = logging.getLogger(__name__)
+
 TEXTS = Path("data/corpus/texts.parquet")
+SOURCES = Path("data/corpus/sources.json")
 METRICS = Path("metrics/sample.json")
 
 
 def main() -> None:
     params = config.load()
     section = params.corpus
-    read = gettext_catalogs.read if section.source == "gettext" else text_files.read
-    texts = read(section, params.languages)
+    texts, sources = read(section, params.languages)
+    foreign = contaminated(texts, params.languages, section.lid) if section.lid is not None else None
+    if foreign is not None:
+        texts = texts.filter(~foreign)
     tokenizer = load_tokenizer(params.model)
 
     def count_tokens(batch: list[str]) -> list[int]:
@@ -33,8 +40,41 @@ def main() -> None:
             texts, params.languages, section, params.seed, count_tokens, advance=progress.update
         )
     write_atomically(TEXTS, chosen.write_parquet)
-    write_json(METRICS, metrics(totals, {"train": section.train_tokens, "eval": section.eval_tokens}))
+    write_json(SOURCES, {"sources": sources})
+    numbers = metrics(totals, {"train": section.train_tokens, "eval": section.eval_tokens})
+    if foreign is not None:
+        numbers["dropped_by_lid"] = int(foreign.sum())
+    write_json(METRICS, numbers)
     report(totals)
+
+
+def read(section: config.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
+    """All texts of the languages, and a record of each place that they come from."""
+    if section.source == "huggingface":
+        with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:
+            return hub.read(section.datasets, languages, advance=progress.update)
+    reader = gettext_catalogs.read if section.source == "gettext" else text_files.read
+    texts = reader(section, languages)
+    return texts, [{"path": name, "revision": None, "license": None} for name in sorted(set(texts["source"]))]
+
+
+def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float) -> pl.Series:
+    """Which texts fastText takes for another language than theirs, with a probability of at least `threshold`."""
+    from babelscope.evaluation.lid import FastText
+
+    lid = FastText()
+    known, refused = lid.match(languages)
+    if not known:
+        raise UserError("params.yaml: corpus.lid: fastText knows none of the languages; allowed: null")
+    for language, reason in refused.items():
+        log.warning("%s: its texts are not checked: %s", language, reason)
+    found = lid.predict(texts["text"].to_list())
+    label = texts["language"].replace_strict({name: code for code, name in known.items()}, default=None)
+    foreign = (found["predicted"] != label) & (found["score"] >= threshold)
+    dropped = texts.filter(foreign.fill_null(False)).group_by("language").len().sort("language")
+    for language, count in dropped.iter_rows():
+        log.info("%s: %d texts that fastText takes for another language are dropped", language, count)
+    return foreign.fill_null(False)
 
 
 def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(babelscope.models.loading, "load_tokenizer", lambda section: words)
     (tmp_path / "texts").mkdir()
 
-    def run(texts: dict[str, list[str]], languages: list[str]) -> None:
+    def run(texts: dict[str, list[str]], languages: list[str], **corpus: Any) -> None:
         for language, lines in texts.items():
             rows = pl.DataFrame({"group": [str(i) for i in range(len(lines))], "text": lines})
             rows.write_parquet(f"texts/{language}.parquet")
@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         params["languages"] = languages
         params["score"]["members"] = 1
         params["corpus"].update(source="files", path="texts", package=None, min_characters=5, max_tokens=10,
-                                train_tokens=50, eval_tokens=20)  # fmt: skip
+                                train_tokens=50, eval_tokens=20, **corpus)  # fmt: skip
         with open("params.yaml", "w", encoding="utf-8") as handle:
             yaml.dump(params, handle)
         runpy.run_path(str(ROOT / "stages/sample.py"))["main"]()
@@ -79,3 +79,41 @@ def test_an_unknown_language_leaves_no_output(run: Any) -> None:
     with pytest.raises(UserError, match="has no 'nn'; it offers: no"):
         run({"no": ["en tekst på norsk"]}, ["no", "nn"])
     assert not Path("data").exists() and not Path("metrics").exists()
+
+
+GERMAN = [f"Das ist der {i}. Satz, und er steht in deutscher Sprache da." for i in range(40)]
+ENGLISH = [f"This is sentence number {i}, which is written in plain English." for i in range(40)]
+
+
+def test_texts_in_another_language_are_dropped_where_that_is_asked_for(run: Any, caplog: Any) -> None:
+    mixed = {"de": GERMAN + ENGLISH[:10], "en": ENGLISH[10:] + ["OK 17 :-) foo"]}
+    run(mixed, ["de", "en"])
+    assert "dropped_by_lid" not in json.loads(Path("metrics/sample.json").read_text())
+    with caplog.at_level("INFO"):
+        run(mixed, ["de", "en"], lid=0.8, train_tokens=5000)
+    assert json.loads(Path("metrics/sample.json").read_text())["dropped_by_lid"] == 10
+    assert "de: 10 texts that fastText takes for another language are dropped" in caplog.text
+    kept = pl.read_parquet("data/corpus/texts.parquet")
+    assert set(kept.filter(language="de")["text"]) <= set(GERMAN)
+    assert kept["text"].str.starts_with("OK").any()  # too uncertain to be dropped
+
+
+def test_the_stage_reads_data_sets_and_records_their_licences(run: Any) -> None:
+    for code, lines in (("deu_Latn", GERMAN), ("eng_Latn", ENGLISH)):
+        for split in ("dev", "devtest"):
+            path = Path(f"flores/{code}/{split}.parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = [f"{split} {line}" for line in lines]
+            pl.DataFrame({"id": range(len(lines)), "text": texts}).write_parquet(path)
+    configs = [
+        {"config_name": code, "data_files": [{"split": s, "path": f"{code}/{s}.parquet"} for s in ("dev", "devtest")]}
+        for code in ("deu_Latn", "eng_Latn")
+    ]
+    Path("flores/README.md").write_text(f"---\nlicense: cc-by-sa-4.0\nconfigs: {json.dumps(configs)}\n---\n")
+    run({}, ["de", "en"], source="huggingface", path=None, datasets=[{"name": "flores-plus", "path": "./flores"}])
+    texts = pl.read_parquet("data/corpus/texts.parquet")
+    assert set(texts["source"]) == {"huggingface:flores"} and set(texts["language"]) == {"de", "en"}
+    # Each in one split only, with its translation.
+    assert texts.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    sources = json.loads(Path("data/corpus/sources.json").read_text())
+    assert sources == {"sources": [{"path": "./flores", "revision": None, "license": "cc-by-sa-4.0"}]}

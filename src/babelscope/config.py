@@ -46,14 +46,40 @@ class Model(Section):
     trust_remote_code: bool
 
 
+class Dataset(Section):
+    """A data set in the Hugging Face hub's format: a ready-made entry of `corpus.hub`, or one that is spelled out."""
+
+    name: Literal["flores-plus", "xnli", "paws-x", "wili-2018", "wikipedia", "fineweb-2", "tatoeba"] | None = None
+    path: Name | None = None
+    revision: Name | None = None
+    subset: Name | None = None
+    splits: Annotated[list[Name], Field(min_length=1)] | None = None
+    text: Annotated[list[Name], Field(min_length=1)] | None = None
+    language: Name | None = None
+    group: Name | None = None
+    rows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Dataset":
+        if self.name is None:
+            for key in ("path", "splits", "text"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key} is missing; needed where no ready-made 'name' is given")
+            if self.language is None and "{language}" not in (self.subset or ""):
+                raise ValueError("language is missing: the column that holds it, or '{language}' in subset")
+        return self
+
+
 class Corpus(Section):
     """Where the texts come from and how many of them are taken."""
 
-    source: Literal["gettext", "files"]
+    source: Literal["gettext", "files", "huggingface"]
+    datasets: list[Dataset]
     package: str | None
     path: str | None
     domain: str | None
     source_language: str
+    lid: Share | None
     min_characters: Positive
     max_tokens: Annotated[int, Field(ge=2)]
     train_tokens: Positive
@@ -63,6 +89,8 @@ class Corpus(Section):
     def _one_place(self) -> "Corpus":
         if self.source == "files" and self.path is None:
             raise ValueError("corpus.path: the source 'files' needs a folder")
+        if self.source == "huggingface" and not self.datasets:
+            raise ValueError("corpus.datasets: the source 'huggingface' needs at least one, such as '- name: xnli'")
         if self.source == "gettext" and (self.package is None) == (self.path is None):
             raise ValueError("corpus.package: the source 'gettext' needs either 'package' or 'path', the other null")
         return self
@@ -189,7 +217,7 @@ class Ablate(Section):
     methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
     additive_factor: float
     control_draws: Annotated[int, Field(ge=0)]
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Positive
     by_layer: bool
     by_layer_others: bool
@@ -206,7 +234,7 @@ class Ablate(Section):
 class Identify(Section):
     """Language identification by the selected units, against fastText."""
 
-    also: str | None
+    also: Name | Dataset | None
     also_texts: Positive
 
 
@@ -222,7 +250,7 @@ class Steer(Section):
     min_distinct: Share
     max_nll: Annotated[float, Field(gt=0.0)]
     control: bool
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: Positive
 
 

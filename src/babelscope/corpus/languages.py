@@ -3,7 +3,13 @@
 import difflib
 from collections.abc import Iterable
 
+import langcodes
+
 from babelscope.errors import UserError
+
+# By CLDR's distances (`langcodes`): another region of the same language passes (de-AT for de), another script does not
+# (sr-Latn for sr-Cyrl), nor one that its speakers merely understand (hr for bs).
+_FARTHEST = 4
 
 # POSIX locale modifiers that BCP-47 spells as a script or a variant.
 _MODIFIERS = {"latin": "latn", "cyrillic": "cyrl", "devanagari": "deva"}
@@ -16,8 +22,27 @@ def normalise(tag: str) -> str:
     return f"{parts}-{_MODIFIERS.get(modifier.lower(), modifier.lower())}" if modifier else parts
 
 
+def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
+    """The one of `offered` that is the same language, however either is spelled: `zh-CN` is `zho_Hans`, `de` `deu`.
+
+    Parameters
+    ----------
+    language: a BCP-47 tag.
+    offered: tags, ISO 639-3 codes, or codes with a script as FLORES and FineWeb-2 write them (`nob_Latn` is `no`).
+    """
+    # FineWeb-2 writes Chinese in both its scripts as `cmn_Hani`.
+    names = {name.replace("_", "-").removesuffix("-Hani"): name for name in sorted(offered, reverse=True)}
+    valid = [name for name in names if langcodes.tag_is_valid(name)]
+    if not langcodes.tag_is_valid(language):
+        return None
+    found, distance = langcodes.closest_match(language, valid, max_distance=_FARTHEST + 1)
+    return names[found] if distance <= _FARTHEST else None
+
+
 def match(languages: Iterable[str], offered: Iterable[str], source: str) -> dict[str, str]:
     """Normalised tag of each asked language -> its spelling in `languages`.
+
+    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag, too.
 
     Parameters
     ----------
@@ -36,6 +61,10 @@ def match(languages: Iterable[str], offered: Iterable[str], source: str) -> dict
         if tag in asked:
             raise UserError(f"params.yaml: languages: {asked[tag]!r} and {language!r} are the same language")
         asked[tag] = language
+    for tag, language in [(tag, name) for tag, name in asked.items() if tag not in names]:
+        if (other := nearest_tag(language, names.values())) is not None and normalise(other) not in asked:
+            asked[normalise(other)] = language
+            names[tag] = other
     missing = [language for tag, language in asked.items() if tag not in names]
     if missing:
         close = difflib.get_close_matches(normalise(missing[0]), names, n=1, cutoff=0.5)
