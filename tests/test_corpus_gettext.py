@@ -9,7 +9,8 @@ from babelscope.errors import UserError
 
 
 def section(**changes: object) -> Corpus:
-    values = dict(source="gettext", package=None, path=None, domain=None, source_language="en", datasets=[], lid=None, min_characters=1,
+    values = dict(source="gettext", package=None, path=None, domain=None, source_language="en", datasets=[],
+                  lid=None, min_characters=1,
                   max_tokens=64, train_tokens=100, eval_tokens=10)  # fmt: skip
     return Corpus.model_validate(values | changes)
 

@@ -13,7 +13,8 @@ from babelscope.errors import UserError
 
 
 def section(**changes: object) -> Corpus:
-    values = dict(source="files", package=None, path="texts", domain=None, source_language="en", datasets=[], lid=None, min_characters=1,
+    values = dict(source="files", package=None, path="texts", domain=None, source_language="en", datasets=[],
+                  lid=None, min_characters=1,
                   max_tokens=8, train_tokens=60, eval_tokens=20)  # fmt: skip
     return Corpus.model_validate(values | changes)
 

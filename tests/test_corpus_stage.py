@@ -34,8 +34,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["languages"] = languages
         params["score"]["members"] = 1
-        params["corpus"].update(source="files", path="texts", package=None, min_characters=5, max_tokens=10,
-                                train_tokens=50, eval_tokens=20, **corpus)  # fmt: skip
+        small = {"min_characters": 5, "max_tokens": 10, "train_tokens": 50, "eval_tokens": 20}
+        params["corpus"].update({"source": "files", "path": "texts", "package": None} | small | corpus)
         with open("params.yaml", "w", encoding="utf-8") as handle:
             yaml.dump(params, handle)
         runpy.run_path(str(ROOT / "stages/sample.py"))["main"]()
@@ -90,7 +90,7 @@ def test_texts_in_another_language_are_dropped_where_that_is_asked_for(run: Any,
     run(mixed, ["de", "en"])
     assert "dropped_by_lid" not in json.loads(Path("metrics/sample.json").read_text())
     with caplog.at_level("INFO"):
-        run(mixed, ["de", "en"], lid=0.8, train_tokens=5000)
+        run(mixed, ["de", "en"], lid=0.8, train_tokens=500, eval_tokens=500)
     assert json.loads(Path("metrics/sample.json").read_text())["dropped_by_lid"] == 10
     assert "de: 10 texts that fastText takes for another language are dropped" in caplog.text
     kept = pl.read_parquet("data/corpus/texts.parquet")
