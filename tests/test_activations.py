@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from babelscope.activations import extraction, store
 from babelscope.activations.counting import Counter, whole_texts
+from babelscope.activations.scan import scan
 from babelscope.config import Hardware
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
+from babelscope.sae import SAE
 
 HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
 
@@ -156,3 +158,22 @@ def test_counts_equal_a_naive_loop_however_they_are_cut(seed, rows, size):
 def test_no_text_gives_no_rows():
     assert whole_texts(torch.tensor([], dtype=torch.int64), 4) == []
     assert Counter(["en"], 3).frame(0).is_empty()
+
+
+def test_a_scan_counts_what_a_loop_over_the_texts_counts(model):
+    draw = torch.Generator().manual_seed(4)
+    decoder = torch.nn.functional.normalize(torch.randn(32, 16, generator=draw))
+    sae = SAE(decoder, decoder, torch.zeros(32), torch.zeros(16), 3)
+    texts = tokens.by_length([tokens.TokenizedText(f"t{i}", (1, *range(2, 4 + i)), 1) for i in range(7)])
+    language = {text.text_id: ["en", "tr"][int(text.text_id[1]) % 2] for text in texts}
+    counts, totals = scan(model, {"layers.1.mlp": sae}, texts, language, batch_tokens=16)
+    fired = {}
+    for text in texts:
+        seen = hookpoints.read(model, ["layers.1.mlp"], input_ids=torch.tensor([text.ids]))["layers.1.mlp"][0, 1:]
+        values, indices = sae.encode(seen)
+        for unit in indices[values > 0].tolist():
+            fired[language[text.text_id], unit] = fired.get((language[text.text_id], unit), 0) + 1
+    found = {(row["language"], row["unit"]): row["tokens"] for row in counts["layers.1.mlp"].iter_rows(named=True)}
+    assert found == fired
+    assert totals.rows() == [("en", sum(t.own for t in texts if language[t.text_id] == "en"), 4),
+                             ("tr", sum(t.own for t in texts if language[t.text_id] == "tr"), 3)]  # fmt: skip

@@ -205,6 +205,17 @@ def test_the_figures_make_sense(repo):
     assert 3 < metrics("ablate")["nll_clean/en"] < 8
 
 
+def test_the_library_page_runs_as_it_stands(repo):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    printed = [
+        line.split() for line in run(repo, sys.executable, "-c", code).splitlines() if line.endswith("nats/token")
+    ]
+    change = {name: float(value) for name, _, value, _ in printed}
+    assert set(change) == {"en", "tr"} and int(printed[0][1]) > 0
+    assert change["tr"] > 0 and change["tr"] > 10 * abs(change["en"])
+
+
 def test_a_second_repro_computes_nothing_and_makes_no_run(repo):
     before = runs(repo)
     assert before == [("summary", "FINISHED")] + [("training", "FINISHED")] * 2
