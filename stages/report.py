@@ -21,6 +21,7 @@ OPTIONAL = {
     "generations": Path("data/steer/generations.parquet"),
 }
 BROWSE, SAES, OUT = Path("data/browse"), Path("data/sae"), Path("reports")
+EXPLANATIONS = Path("data/explain/explanations.parquet")
 PACKAGES = (
     "babelscope",
     "torch",
@@ -76,6 +77,8 @@ def read_features(params: config.Config) -> browser.BrowserInputs:
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; stage `browse` writes it: dvc repro report")
     frames = {name: pl.read_parquet(path) for name, path in files.items()}
+    if EXPLANATIONS.is_file():
+        frames["explanations"] = pl.read_parquet(EXPLANATIONS)
     return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
 
 

@@ -57,10 +57,11 @@ CLOSING = {
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
     "steer": "language strength success called NLL (nats/token) distinct-2",
     "browse": "hookpoint of one language of several removed alone",
+    "explain": "explain: none to explain (params.yaml: explain.endpoint)",
     "report": "page or picture MB",
     "track": "track: state",
 }
-AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "report", "track"]
+AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "explain", "report", "track"]
 
 
 def set_params(repo: Path, changes: dict) -> None:
@@ -312,7 +313,7 @@ def test_two_runs_from_nothing_give_the_same_bytes(repo, tmp_path):
     again = tmp_path / "again"
     run(repo, "git", "clone", "-q", ".", str(again))
     set_up = ran(run(again, "dvc", "repro"))
-    assert len(set_up) == 14 + 1 + 2 * 2  # no cache in a fresh clone: every stage runs
+    assert len(set_up) == 15 + 1 + 2 * 2  # no cache in a fresh clone: every stage runs
     assert hashes(again).items() <= hashes(repo).items()
 
 

@@ -263,6 +263,26 @@ class Browse(Section):
     shared: Annotated[int, Field(ge=0)] | None
 
 
+class Explain(Section):
+    """Features in words, by a language model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Annotated[str, Field(pattern=r"https?://.+")] | None
+    model: Name | None
+    per_language: Positive
+    examples: Positive
+    scored: Positive
+    parallel: Positive
+    price_in: Annotated[float, Field(ge=0.0)]
+    price_out: Annotated[float, Field(ge=0.0)]
+    max_cost: Annotated[float, Field(ge=0.0)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Explain":
+        if self.endpoint is not None and self.model is None:
+            raise ValueError("explain.model: the endpoint needs the name of a model")
+        return self
+
+
 class Track(Section):
     """Where the runs go in MLflow."""
 
@@ -299,6 +319,7 @@ class Config(Section):
     ablate: Ablate
     steer: Steer
     browse: Browse
+    explain: Explain
     track: Track
     hardware: Hardware
 
@@ -364,6 +385,15 @@ class Config(Section):
                 )
         if chosen and self.stability.seed == self.seed:
             raise ValueError(f"stability.seed: {self.seed} is the seed of the first training, too; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _explain_fits(self) -> "Config":
+        if self.explain.endpoint is not None and self.train.source == "stream":
+            raise ValueError(
+                "explain.endpoint: features are explained by stored activations, and train.source 'stream' stores "
+                "none; allowed with it: null"
+            )
         return self
 
     @model_validator(mode="after")

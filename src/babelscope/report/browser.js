@@ -163,7 +163,9 @@
       ? `Fires for one language: ${called(one.names[0])}` : `Shared by ${one.of.length} languages: ${one.names.map(called).join(", ")}`;
     return make("div", {},
       make("div", { class: "title" }, make("h2", {}, one.id), make("div", {}, step(-1, "← previous"), " ", step(1, "next →"))),
-      make("p", { class: "what", role: "status" }, what));
+      make("p", { class: "what", role: "status" }, what),
+      ...(one.said ? [make("p", { class: "said" }, `“${one.said[0]}”`, make("small", {},
+        ` (a language model’s words; detection ${number(one.said[1], 2)}, fuzzing ${number(one.said[2], 2)}, by chance 0.5)`))] : []));
   }
 
   function figures(one) {

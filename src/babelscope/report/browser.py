@@ -31,7 +31,8 @@ class BrowserInputs:
     ----------
     languages, hookpoints: their orders.
     model: its name.
-    frames: `data/browse/<name>.parquet` by `<name>`, at least those of `COLUMNS`.
+    frames: `data/browse/<name>.parquet` by `<name>`, at least those of `COLUMNS`; and where there are any,
+        `explanations` of stage `explain`.
     """
 
     languages: Sequence[str]
@@ -55,7 +56,8 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     `features`, by hookpoint and unit: `at` (hookpoint), `unit`, `of` (its languages), `entropy` (nats), `rates` (one
     per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
     piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
-    (nats/token, or null), `on` (how many texts and tokens it was measured on).
+    (nats/token, or null), `on` (how many texts and tokens it was measured on); and where it was explained `said` (the
+    explanation, its detection and fuzzing scores).
     """
     frames = inputs.frames
     code = {name: number for number, name in enumerate(inputs.languages)}
@@ -88,6 +90,11 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         features[hookpoint, unit][side].append([text_number[text_id], *(part for pair in fires for part in pair)])
     for hookpoint, unit, side, _, token, logit in _rows(frames, "tokens", "place"):
         features[hookpoint, unit][side].append([token_number[token], _digits(logit)])
+    if "explanations" in frames:
+        columns = (*_KEY, "explanation", "detection", "fuzzing")
+        for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["said"] = said
     return {
         "languages": list(inputs.languages),
         "hookpoints": list(inputs.hookpoints),

@@ -1,0 +1,110 @@
+"""Asking an OpenAI-compatible endpoint (`/chat/completions`): retries, answers kept on disk, and what it will cost."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import requests
+
+from babelscope.errors import UserError
+from babelscope.explain.prompts import Message
+from babelscope.files import write_json
+
+KEY = "OPENAI_API_KEY"
+# Bytes of UTF-8 in a token, at least: an estimate that errs on the dear side for Latin script and is near for others.
+_BYTES_A_TOKEN = 3
+_TRIES, _TIMEOUT = 6, 300.0
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+
+
+class Request(NamedTuple):
+    """Messages, and the longest answer (tokens)."""
+
+    messages: list[Message]
+    max_tokens: int
+
+
+def tokens(some: Sequence[Request]) -> tuple[int, int]:
+    """Estimated tokens that are sent, and the most that come back."""
+    sent = sum(-(-len(m["content"].encode()) // _BYTES_A_TOKEN) + 8 for one in some for m in one.messages)
+    return sent, sum(one.max_tokens for one in some)
+
+
+class Client:
+    """An endpoint and a model behind it.
+
+    Parameters
+    ----------
+    endpoint: base URL, such as `http://localhost:8000/v1`.
+    model: its name there.
+    keep: folder in which every answer is kept under the hash of its request: what is paid for is not asked twice.
+    parallel: requests at once.
+    pause: called with the seconds to wait before a request is tried again.
+
+    The key is read from the environment (`OPENAI_API_KEY`); it is written nowhere.
+    """
+
+    def __init__(
+        self, endpoint: str, model: str, keep: Path, parallel: int, pause: Callable[[float], object] = time.sleep
+    ) -> None:
+        self.url, self.model, self.keep = f"{endpoint.rstrip('/')}/chat/completions", model, keep
+        self.parallel, self.pause = parallel, pause
+
+    def ask(self, some: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
+        """The answers, in the order of the requests.
+
+        Raises
+        ------
+        UserError: the endpoint refuses, or fails again and again.
+        """
+        with ThreadPoolExecutor(self.parallel) as pool:
+            futures = [pool.submit(self._one, request) for request in some]
+            answers = []
+            try:
+                for future in futures:
+                    answers.append(future.result())
+                    advance(1)
+            finally:
+                for future in futures:
+                    future.cancel()
+        return answers
+
+    def _one(self, request: Request) -> str:
+        body = {"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens}
+        body |= {"temperature": 0, "seed": 0}
+        name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+        file = self.keep / f"{name}.json"
+        if file.is_file():
+            return str(json.loads(file.read_text(encoding="utf-8"))["answer"])
+        answer = self._answer(body)
+        write_json(file, {"answer": answer})
+        return answer
+
+    def _answer(self, body: dict[str, Any]) -> str:
+        key = os.environ.get(KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        reason = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                self.pause(2.0 ** (attempt - 1))
+            try:
+                reply = requests.post(self.url, json=body, headers=headers, timeout=_TIMEOUT)
+            except requests.RequestException as error:
+                reason = f"{type(error).__name__}"
+                continue
+            if reply.status_code == 200:
+                try:
+                    return str(reply.json()["choices"][0]["message"]["content"] or "")
+                except (ValueError, KeyError, IndexError, TypeError):
+                    reason = "an answer without choices[0].message.content"
+                    continue
+            said = " ".join(reply.text.split())[:200]
+            reason = f"status {reply.status_code}: {said.replace(key, '***') if key else said}"
+            if reply.status_code not in _PASSING:
+                break
+        raise UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")
