@@ -2,12 +2,13 @@
 
 import polars as pl
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from babelscope.activations import extraction, store
+from babelscope.activations import extraction, reading, store
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.config import Hardware
 from babelscope.errors import UserError
@@ -32,6 +33,28 @@ def test_gather_and_chunks_across_shards(tmp_path):
     pieces = list(opened.chunks(3))
     assert [start for start, _ in pieces] == [0, 3, 4, 5, 8]
     assert torch.equal(torch.cat([chunk for _, chunk in pieces]), x)
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_gathers_what_it_chunks(tmp_path):
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 5, 50).unsqueeze(1)
+    x[7], x[8, 3] = 0.0, 1e6
+    for number, shard in enumerate((x[:20], x[20:])):
+        store.write_shard(tmp_path, number, shard.half() if number else shard, quantised=True)
+    store.write_index(tmp_path, [20, 30], 24, "int8", "m", "h")
+    opened = store.ActivationStore(tmp_path)
+    every = opened.gather(torch.arange(50))
+    assert (opened.dtype, every.dtype, opened.index["dtype"]) == (torch.float32, torch.float32, "int8")
+    step = x[:20].abs().amax(1, keepdim=True) / 127
+    assert ((every[:20] - x[:20]).abs() <= step * 0.5001).all() and not every[7].any()
+    order = torch.tensor([49, 3, 20, 3])
+    out = torch.empty(4, 24)
+    assert torch.equal(opened.gather(order), every[order])
+    assert torch.equal(opened.gather(order.sort().values, out), every[order.sort().values])
+    assert torch.equal(torch.cat([chunk for _, chunk in opened.chunks(7)]), every)
+    safetensors.torch.save_file({"activations": torch.zeros(20, 24).char(), "scales": torch.zeros(19)},
+                                tmp_path / "shard-00000.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: \(19,\) scales for 20 rows"):
+        store.ActivationStore(tmp_path)
 
 
 def test_damaged_stores_are_refused_by_name(tmp_path):
@@ -88,6 +111,15 @@ def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model,
             assert rows["position"].to_list() == list(range(text.own))
             alone = hookpoints.read(model, [name], input_ids=torch.tensor([text.ids]))[name][0, 1:]
             assert torch.allclose(opened.gather(torch.tensor(rows["row"].to_list())).float(), alone, atol=2e-3)
+
+
+def test_reading_in_int8_rounds_as_the_store_does(model, tmp_path):
+    shards = extraction.plan(corpus()[0], batch_tokens=64, shard_rows=50)
+    extraction.extract(model, shards, ["layers.2"], tmp_path, "int8", HARDWARE)
+    store.write_index(tmp_path / "layers.2", [s.rows for s in shards], 16, "int8", "m", "layers.2")
+    batches = [reading.collate(batch) for shard in shards for batch in shard.batches]
+    seen = torch.cat([reading.own_activations(model, ["layers.2"], batch, torch.int8)["layers.2"] for batch in batches])
+    assert torch.equal(store.ActivationStore(tmp_path / "layers.2").gather(torch.arange(len(seen))), seen)
 
 
 def test_bytes_of_a_hookpoint_do_not_depend_on_the_others_and_finished_shards_are_kept(model, tmp_path):

@@ -71,7 +71,7 @@ class Extract(Section):
     """The forward pass whose activations are stored."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
-    store_dtype: Literal["float16", "bfloat16"]
+    store_dtype: Literal["float16", "bfloat16", "int8"]
     batch_tokens: Positive
 
 
@@ -227,6 +227,17 @@ class Hardware(Section):
     strategy: Name
     threads: Annotated[int, Field(ge=0)]
 
+    @field_validator("strategy")
+    @classmethod
+    def _whole_weights(cls, name: str) -> str:
+        if name not in ("auto", "ddp"):
+            raise ValueError(
+                f"{name!r}; allowed: auto, ddp. Every device holds the whole model and the whole SAE: strategies that "
+                "cut weights into pieces (fsdp, deepspeed) do not fit the SAE's own gradients, and those that fork "
+                "(ddp_spawn, ddp_notebook) do not start stages"
+            )
+        return name
+
 
 class Config(Section):
     """The whole of params.yaml."""
@@ -280,6 +291,21 @@ class Config(Section):
                 "ablate.methods: 'feature' subtracts what an SAE reads off the hookpoint itself, transcoders "
                 "(train.transcode) read its module's input; allowed with them: directional, additive, neuron"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _store_dtype_fits(self) -> "Config":
+        if self.extract.store_dtype == "int8":
+            if self.train.source == "stream":
+                raise ValueError(
+                    "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
+                    "allowed with it: float16, bfloat16"
+                )
+            if self.neurons.hookpoints:
+                raise ValueError(
+                    "extract.store_dtype: 'int8' would round small activations of neurons to 0, and a neuron fires "
+                    "where it is > 0; allowed with neurons.hookpoints: float16, bfloat16"
+                )
         return self
 
     @model_validator(mode="after")

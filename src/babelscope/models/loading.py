@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 # What the loaders of transformers raise for a missing, damaged or foreign file.
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of models and of stored activations; int8 is for the latter only.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 def _package_folder(package: str, file: str | None) -> Path:
