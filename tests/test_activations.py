@@ -36,7 +36,7 @@ def test_gather_and_chunks_across_shards(tmp_path):
 
 
 def test_int8_is_off_by_half_a_step_at_most_and_gathers_what_it_chunks(tmp_path):
-    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 5, 50).unsqueeze(1)
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 3, 50).unsqueeze(1)
     x[7], x[8, 3] = 0.0, 1e6
     for number, shard in enumerate((x[:20], x[20:])):
         store.write_shard(tmp_path, number, shard.half() if number else shard, quantised=True)
