@@ -295,17 +295,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _store_dtype_fits(self) -> "Config":
-        if self.extract.store_dtype == "int8":
-            if self.train.source == "stream":
-                raise ValueError(
-                    "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
-                    "allowed with it: float16, bfloat16"
-                )
-            if self.neurons.hookpoints:
-                raise ValueError(
-                    "extract.store_dtype: 'int8' would round small activations of neurons to 0, and a neuron fires "
-                    "where it is > 0; allowed with neurons.hookpoints: float16, bfloat16"
-                )
+        if self.extract.store_dtype == "int8" and self.train.source == "stream":
+            raise ValueError(
+                "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
+                "allowed with it: float16, bfloat16"
+            )
         return self
 
     @model_validator(mode="after")

@@ -152,14 +152,12 @@ def extract(
     total = sum(shard.rows for shard in shards)
     with Progress("extract", total, "tokens") as progress:
         progress.skip(total - sum(shard.rows for shard in mine))
-        quantised = dtype == "int8"
-        loop.callbacks.append(ShardWriter(mine, folder, progress, quantised=quantised))
+        loop.callbacks.append(ShardWriter(mine, folder, progress, quantised=dtype == "int8"))
         todo = [batch for shard in mine for batch in shard.batches]
         loader: Any = DataLoader(todo, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
         # Every rank, also one with nothing left of its own: the others wait for it.
         if not all(_complete(folder, hookpoints, shard) for shard in shards):
-            read_in = torch.float32 if quantised else DTYPES[dtype]
-            loop.predict(Extractor(model, hookpoints, read_in), loader, return_predictions=False)
+            loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
     if loop.world_size > 1:
         loop.strategy.barrier()
     if loop.is_global_zero and not all(_complete(folder, hookpoints, shard) for shard in shards):

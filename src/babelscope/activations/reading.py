@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from babelscope.activations.store import dequantise, quantise
 from babelscope.errors import UserError
 from babelscope.models import hookpoints as hooks
 from babelscope.models.tokens import TokenizedText, pad
@@ -27,7 +26,7 @@ def own_activations(
     model: a causal language model.
     hookpoints: what to read, see `babelscope.models.hookpoints.read`.
     batch: token ids, attention mask and own-token mask, each `[texts, longest]`, on the model's device (see `collate`).
-    dtype: of the result; int8: float32, rounded as a store of that dtype rounds.
+    dtype: of the result.
 
     Returns
     -------
@@ -45,15 +44,14 @@ def own_activations(
                 f"params.yaml: hookpoints: {name!r} does not give one vector per token, but {list(seen[name].shape)}; "
                 "allowed: modules that do, such as a block, its attention, its MLP or the MLP's activation function"
             )
-    wide = torch.float32 if dtype == torch.int8 else dtype
-    rows = {name: seen[name][own].to(wide) for name in hookpoints}
+    rows = {name: seen[name][own].to(dtype) for name in hookpoints}
     for name, activations in rows.items():
         if not torch.isfinite(activations).all():
             raise UserError(
                 f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
                 "(infinite or not a number); allowed: bfloat16 has the range of float32"
             )
-    return {name: dequantise(*quantise(x)) for name, x in rows.items()} if dtype == torch.int8 else rows
+    return rows
 
 
 def widths(model: Any, hookpoints: Sequence[str]) -> dict[str, int]:
