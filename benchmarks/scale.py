@@ -1,8 +1,9 @@
 """`python benchmarks/scale.py`: what `docs/scaling.md` calculates with, measured on one device at full size.
 
 For models of the shapes of Llama 3.2 1B and Llama 3.1 8B with random weights, in bfloat16: a pass of `extract` over
-texts of 128 tokens without writing (`activations.streaming`) and with it; the training step of an SAE of 131,072
-latents; its encoding with the counting of `encode`. `--small` takes the same way at a toy's size and writes nothing.
+texts of 128 tokens without writing (`activations.streaming`), and a short one with it, which tells how fast files are
+written; the training step of an SAE of 131,072 latents; its encoding with the counting of `encode`. `--small` takes the
+same way at a toy's size and writes nothing.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def passes(shape: tuple[int, ...], vocabulary: int, tokens: int, batch_tokens: i
         with tempfile.TemporaryDirectory() as folder:
             extraction.extract(model, shards, names, Path(folder), "float16", HARDWARE)
 
-    rates["extract, float16 shards written"] = LENGTH * len(few) / seconds(write, 1)
+    rates["extract to float16 files, start-up included"] = LENGTH * len(few) / seconds(write, 1)
     return rates
 
 
