@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -39,8 +40,9 @@ def serving(command: list[str], port: int, health: str, log: Path, **environment
                     time.sleep(0.2)
             yield address
         finally:
-            os.killpg(process.pid, 15)
-            process.wait(30)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(30)
 
 
 def free_port() -> int:

@@ -12,7 +12,8 @@ import test_activations as one
 import torch
 import transformers
 
-from babelscope.activations import extraction
+from babelscope.activations import extraction, store
+from babelscope.errors import UserError
 
 NAMES = ["layers.0.mlp", "layers.1"]
 SCRIPT = f"""
@@ -82,3 +83,9 @@ def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, expected: dic
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert files(tmp_path / "two") == expected
+
+
+def test_nodes_that_do_not_share_their_folder_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "write_shard", lambda *_, **__: None)
+    with pytest.raises(UserError, match="lacks what other processes wrote; several nodes must share"):
+        extract(tmp_path)
