@@ -29,7 +29,7 @@ repro: setup
 	$(BIN)/dvc repro
 
 # Side by side, a file to each: the end-to-end tests take as long as all others. Threads that wait are not to hold a core.
-test: check $(TRITON)
+test: check $(TRITON) .bench/s3/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
 
 check: setup
@@ -75,6 +75,13 @@ sweeps: setup $(PEERS)
 # The kernels of the CUDA path are tested in Triton's interpreter where there is no GPU; only CUDA builds of torch bring it.
 .bench/triton/.ready: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.7.1
+	touch $@
+
+# What a DVC remote in S3 needs is no part of the pipeline's environment.
+.bench/s3/.ready: export PYTHONPATH :=
+.bench/s3/.ready: tests/s3.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # Our own package is not to be seen there.

@@ -2,6 +2,7 @@
 
 import polars as pl
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from hypothesis import given, settings
@@ -34,6 +35,34 @@ def test_gather_and_chunks_across_shards(tmp_path):
     pieces = list(opened.chunks(3))
     assert [start for start, _ in pieces] == [0, 3, 4, 5, 8]
     assert torch.equal(torch.cat([chunk for _, chunk in pieces]), x)
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_gathers_what_it_chunks(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    # Columns of all sizes, one of them constant, and a row as far out as activations have them.
+    x = torch.randn(50, 24, generator=g) * torch.logspace(-3, 3, 24) + torch.randn(24, generator=g)
+    x[8] *= 100
+    x[:, 3] = 5.0
+    for number, shard in enumerate((x[:20], x[20:])):
+        store.write_shard(tmp_path, number, shard, quantised=True)
+    store.write_index(tmp_path, [20, 30], 24, "int8", "m", "h")
+    opened = store.ActivationStore(tmp_path)
+    every = opened.gather(torch.arange(50))
+    assert (opened.dtype, every.dtype, opened.index["dtype"]) == (torch.float32, torch.float32, "int8")
+    for found, part in ((every[:20], x[:20]), (every[20:], x[20:])):
+        deviation = part.std(0, correction=0)
+        step = ((part - part.mean(0)) / deviation.clamp(min=1e-9)).abs().amax(1, keepdim=True) / 127 * deviation
+        assert ((found - part).abs() <= 0.501 * step + 1e-6 * part.abs()).all()
+    assert torch.equal(every[:, 3], x[:, 3])
+    order = torch.tensor([49, 3, 20, 3])
+    assert torch.equal(opened.gather(order), every[order])
+    assert torch.equal(opened.gather(order.sort().values, torch.empty(4, 24)), every[order.sort().values])
+    assert torch.equal(torch.cat([chunk for _, chunk in opened.chunks(7)]), every)
+    shapes = {"activations": torch.zeros(20, 24).char(), "scales": torch.zeros(19)}
+    shapes |= {name: torch.zeros(24) for name in ("mean", "deviation")}
+    safetensors.torch.save_file(shapes, tmp_path / "shard-00000.safetensors")
+    with pytest.raises(UserError, match="shard-00000.safetensors: scales, mean, deviation do not have the shapes"):
+        store.ActivationStore(tmp_path)
 
 
 def test_damaged_stores_are_refused_by_name(tmp_path):

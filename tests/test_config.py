@@ -48,6 +48,8 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("ablate.methods", ["feature", "feature"], "ablate.methods: a method stands twice"),
         ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),
         ("extract.dtype", "int8", "extract.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        ("hardware.strategy", "fsdp", "hardware.strategy: 'fsdp'; allowed: auto, ddp"),
+        ("hardware.strategy", "ddp_spawn", "hardware.strategy: 'ddp_spawn'; allowed: auto, ddp"),
         ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
         (
             "stability.hookpoints",
@@ -90,6 +92,14 @@ def test_without_a_second_training_its_seed_and_the_source_are_free():
     content["stability"]["seed"] = content["seed"]
     content["train"]["source"] = "stream"
     assert config.parse(content).stability.hookpoints == []
+
+
+def test_int8_is_for_stored_activations():
+    content = changed("train.source", "stream")
+    content["stability"]["hookpoints"] = []
+    content["extract"]["store_dtype"] = "int8"
+    with pytest.raises(UserError, match=r"^params.yaml: extract.store_dtype: 'int8' .*'stream' .* float16, bfloat16"):
+        config.parse(content)
 
 
 def test_several_mistakes_are_told_at_once():

@@ -13,14 +13,16 @@ import pytest
 import torch
 from closure import ROOT
 from test_docs import PAGES, PARAMS, text_of
-from test_sae_checkpoint import META, example
 
 from babelscope import config, hardware, verify
 from babelscope.errors import UserError
-from babelscope.sae import checkpoint
 
 END_TO_END = "test_end_to_end.py"
 DIFFS = f"{END_TO_END}::test_a_score_threshold_runs_score_and_what_follows_and_back_is_free"
+ARRAY, S3 = (
+    "test_cluster.py::test_array_jobs_side_by_side_and_a_server",
+    "test_cluster.py::test_a_remote_in_s3_gives_the_bytes_back",
+)
 TOY = "test_tracking.py::test_the_commands_of_the_readme"
 # Command: the test or fixture that runs it, and what its source says of it.
 TESTED = {
@@ -29,16 +31,34 @@ TESTED = {
         "test_tracking.py::test_every_way_of_reaching_a_state_gives_its_runs_once",
         '"-f", "-s"',
     ),
-    "dvc repro train@layers.14.mlp": (TOY, '"repro", f"train@'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
+    "python -m babelscope.export exported": (
+        "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
+        'main(["out"])',
+    ),
+    "python -m babelscope.export exported layers.26.mlp": (
+        "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
+        'main(["some", "layers.2.mlp"])',
+    ),
+    "python -m babelscope.delphi cache/latents": (
+        "test_delphi.py::test_every_hookpoint_of_params_is_written",
+        "delphi.main([str(tmp_path)])",
+    ),
+    "python -m babelscope.delphi cache/latents layers.26.mlp": (
+        "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
+        "delphi.main([str(tmp_path), SAE_AT])",
+    ),
+    "dvc repro --single-item train@layers.14.mlp": (ARRAY, 'side_by_side(repo, "train"'),
+    "dvc repro --single-item train@layers.18.mlp": (ARRAY, 'side_by_side(repo, "train"'),
+    "dvc remote add -d lab s3://bucket/babelscope": (S3, '"remote", "add", "-d", "lab"'),
+    "dvc remote modify lab endpointurl https://minio.example.org": (S3, '"remote", "modify", "lab", "endpointurl"'),
+    "dvc push": (S3, '"push"'),
+    "mlflow server --serve-artifacts": ("test_cluster.py::mlflow", '"server"'),
     "dvc metrics show": (DIFFS, '"metrics", "show"'),
     "dvc metrics diff": (DIFFS, '"metrics", "diff"'),
     "dvc params diff": (DIFFS, '"params", "diff"'),
     "dvc plots show": (DIFFS, '("diff", "show")'),
     "dvc plots diff": (DIFFS, '("diff", "show")'),
-    "dvc remote add": (TOY, '"remote", "add"'),
-    "dvc push": (TOY, '"push"'),
-    "dvc pull": (TOY, '"pull"'),
     "dvc status": (TOY, '"status"'),
     "source .venv/bin/activate": (TOY, ".venv/bin/activate"),
     "make ui": ("test_mlflow_browser.py::address", '"ui"'),
@@ -53,6 +73,10 @@ UNTESTED = {
     "make bench": "an hour, and the peers' environments from the registries",
     "python benchmarks/": "minutes to hours each, on a machine that does nothing else",
     "pytest tests/": "is run by `make test`",
+    "first=$(sbatch": "wants a SLURM cluster; test_cluster.py runs the array's script and checks the other's syntax",
+    "sbatch": "wants a SLURM cluster; test_cluster.py runs the array's script and checks the other's syntax",
+    "dvc commit": "what docs/slurm/nodes.sbatch does at its end, on a cluster",
+    "dvc repro extract stream": "two stages of the `dvc repro` that test_end_to_end.py runs",
 }
 INLINE = re.compile(r"`((?:\w+=\S+ )?(?:dvc|make|python|pytest|git|mlflow|source) [^`]+)`")
 
@@ -94,14 +118,10 @@ def source_of(name: str) -> str:
     return ast.get_source_segment(source, found) or ""
 
 
-def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_python_on_the_pages_is_what_the_end_to_end_test_runs() -> None:
     found = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)]
-    [block] = found
-    monkeypatch.chdir(tmp_path)
-    checkpoint.save(example(), Path("data/sae/layers.14.mlp"), META)
-    names: dict[str, Any] = {"activations": torch.randn(5, 16, generator=torch.Generator().manual_seed(0))}
-    exec(block, names)
-    assert names["values"].shape == names["indices"].shape == (5, 4)
+    assert len(found) == 1 and found[0] in text_of(ROOT / "README.md")
+    assert "README.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_readme_has_it")
 
 
 def parsed(**changes: Any) -> Callable[[], object]:

@@ -100,7 +100,7 @@ class Extract(Section):
     """The forward pass whose activations are stored."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
-    store_dtype: Literal["float16", "bfloat16"]
+    store_dtype: Literal["float16", "bfloat16", "int8"]
     batch_tokens: Positive
 
 
@@ -298,6 +298,17 @@ class Hardware(Section):
     strategy: Name
     threads: Annotated[int, Field(ge=0)]
 
+    @field_validator("strategy")
+    @classmethod
+    def _whole_weights(cls, name: str) -> str:
+        if name not in ("auto", "ddp"):
+            raise ValueError(
+                f"{name!r}; allowed: auto, ddp. Every device holds the whole model and the whole SAE: strategies that "
+                "cut weights into pieces (fsdp, deepspeed) do not fit the SAE's own gradients, and those that fork "
+                "(ddp_spawn, ddp_notebook) do not start stages"
+            )
+        return name
+
 
 class Config(Section):
     """The whole of params.yaml."""
@@ -368,14 +379,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _store_dtype_fits(self) -> "Config":
+        if self.extract.store_dtype == "int8" and self.train.source == "stream":
+            raise ValueError(
+                "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
+                "allowed with it: float16, bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stability_fits(self) -> "Config":
-        chosen, why = (
-            self.stability.hookpoints,
-            {
-                "stream": "a second training reads stored activations, and train.source 'stream' stores none",
-                "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
-            },
-        )
+        chosen = self.stability.hookpoints
+        why = {
+            "stream": "a second training reads stored activations, and train.source 'stream' stores none",
+            "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
+        }
         if chosen and self.train.source in why:
             raise ValueError(f"stability.hookpoints: {why[self.train.source]}; allowed with it: an empty list, []")
         for name in chosen:

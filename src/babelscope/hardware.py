@@ -61,6 +61,8 @@ def trainer(hardware: Hardware, **options: Any) -> Any:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
     # Lightning 2.6 under torch 2.13: its own call of a deprecated function.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    # Reading is in the calling thread on purpose (`sae.batches`), and there is nothing to read in a forward pass.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     accelerator = "gpu" if prepare(hardware).type == "cuda" else "cpu"
     try:
         return Trainer(

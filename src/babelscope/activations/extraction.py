@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from babelscope.activations import store
 from babelscope.activations.reading import collate, own_activations
 from babelscope.config import Hardware
+from babelscope.errors import UserError
 from babelscope.hardware import trainer
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches
@@ -100,8 +101,8 @@ class Extractor(pl.LightningModule):  # type: ignore[misc]
 class ShardWriter(pl.Callback):  # type: ignore[misc]
     """Collects what the prediction steps return and writes a shard whenever one is full."""
 
-    def __init__(self, shards: Sequence[Shard], folder: Path, progress: Progress) -> None:
-        self.folder, self.progress = folder, progress
+    def __init__(self, shards: Sequence[Shard], folder: Path, progress: Progress, *, quantised: bool) -> None:
+        self.folder, self.progress, self.quantised = folder, progress, quantised
         self.ends = [(shard, i == len(shard.batches) - 1) for shard in shards for i in range(len(shard.batches))]
         self.parts: dict[str, list[Tensor]] = {}
 
@@ -115,7 +116,9 @@ class ShardWriter(pl.Callback):  # type: ignore[misc]
         self.progress.update(len(next(iter(outputs.values()))))
         if is_last:
             for name, parts in self.parts.items():
-                store.write_shard(store.place(self.folder, name), shard.number, torch.cat(parts))
+                store.write_shard(
+                    store.place(self.folder, name), shard.number, torch.cat(parts), quantised=self.quantised
+                )
             self.parts = {}
 
 
@@ -124,13 +127,16 @@ def extract(
 ) -> bool:
     """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet (inputs: see `store.place`).
 
+    On several devices or nodes each takes whole shards: which batches make a shard depends on nothing but the texts, so
+    that the bytes are those that one device writes.
+
     Parameters
     ----------
     model: a causal language model.
     shards: the plan of the whole run; each rank of a distributed run takes every n-th.
     hookpoints: what to read, see `babelscope.activations.reading.names_to_read`.
-    folder: where the shards go; shards that an interrupted run left there are kept.
-    dtype: dtype of the stored activations, "float16" or "bfloat16".
+    folder: where the shards go; shards that an interrupted run left there are kept. Several nodes must share it.
+    dtype: dtype of the stored activations, "float16", "bfloat16" or "int8" (see `store.quantise`).
     hardware: devices and strategy of the Lightning trainer.
 
     Returns
@@ -139,14 +145,14 @@ def extract(
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`.
+    UserError: an activation is not finite in `dtype`, or what other nodes wrote is not in `folder`.
     """
     loop = trainer(hardware)
     mine = [shard for shard in shards[loop.global_rank :: loop.world_size] if not _complete(folder, hookpoints, shard)]
     total = sum(shard.rows for shard in shards)
     with Progress("extract", total, "tokens") as progress:
         progress.skip(total - sum(shard.rows for shard in mine))
-        loop.callbacks.append(ShardWriter(mine, folder, progress))
+        loop.callbacks.append(ShardWriter(mine, folder, progress, quantised=dtype == "int8"))
         todo = [batch for shard in mine for batch in shard.batches]
         loader: Any = DataLoader(todo, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
         # Every rank, also one with nothing left of its own: the others wait for it.
@@ -154,6 +160,8 @@ def extract(
             loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
     if loop.world_size > 1:
         loop.strategy.barrier()
+    if loop.is_global_zero and not all(_complete(folder, hookpoints, shard) for shard in shards):
+        raise UserError(f"{folder}: lacks what other processes wrote; several nodes must share the working folder")
     return bool(loop.is_global_zero)
 
 

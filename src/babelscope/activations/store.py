@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +16,10 @@ from babelscope.errors import UserError
 from babelscope.files import read_json, write_atomically, write_json
 
 _KEY = "activations"
+# The tensors of a shard in int8, in the order of `Quantised`.
+_QUANTISED = (_KEY, "scales", "mean", "deviation")
+# Rows in float64 at once.
+_AT_ONCE = 1024
 
 
 def place(folder: Path, hookpoint: str) -> Path:
@@ -27,9 +33,61 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, activations: Tensor) -> None:
-    """Write one shard `[rows, d]` to `folder`, whole or not at all."""
+class Quantised(NamedTuple):
+    """Rows in int8: `x ~ mean + deviation * (scale[:, None] * q)`.
+
+    Attributes
+    ----------
+    q: int8 `[rows, d]`, -127..127.
+    scale: float32 `[rows]`.
+    mean, deviation: float32 `[d]`.
+    """
+
+    q: Tensor
+    scale: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def rows(self, which: Tensor | slice) -> Tensor:
+        """Some rows as float32 `[n, d]`."""
+        part = self.q[which].float().mul_(self.scale[which].unsqueeze(1))
+        return part.mul_(self.deviation).add_(self.mean)
+
+
+def quantise(activations: Tensor) -> Quantised:
+    """Each row in 255 steps, evenly spaced and symmetric around the mean row, in units of the columns' deviations.
+
+    Absmax quantisation by row (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest number of a row is 127
+    steps. Columns are brought to mean 0 and deviation 1 before, since single ones are often a hundred times larger than
+    all others, which would be left with few steps (ibid., section 4).
+
+    Parameters
+    ----------
+    activations: `[rows, d]`, any floating dtype, finite.
+    """
+    x = activations.float()
+    mean, square = (_column_means(x, power) for power in (1, 2))
+    deviation = (square - mean**2).clip(0) ** 0.5
+    centre, unit = (torch.from_numpy(each).float() for each in (mean, deviation))
+    x = (x - centre) / unit.where(unit > 0, 1.0)
+    scale = x.abs().amax(1) / 127
+    q = (x / scale.where(scale > 0, 1.0).unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    return Quantised(q, scale, centre, unit)
+
+
+def _column_means(x: Tensor, power: int) -> NDArray[np.float64]:
+    """Mean of the columns of `x**power`, added up in one order on every machine, which PyTorch's threads do not."""
+    total = np.zeros(x.shape[1])
+    for first in range(0, len(x), _AT_ONCE):
+        total += (x[first : first + _AT_ONCE].double().numpy() ** power).sum(0)
+    return total / max(1, len(x))
+
+
+def write_shard(folder: Path, number: int, activations: Tensor, *, quantised: bool = False) -> None:
+    """Write one shard `[rows, d]` to `folder`, whole or not at all; as `quantise` makes it, where `quantised`."""
     content = {_KEY: activations.contiguous()}
+    if quantised:
+        content = dict(zip(_QUANTISED, quantise(activations), strict=True))
     write_atomically(folder / shard_name(number), lambda path: save_file(content, path))
 
 
@@ -52,7 +110,7 @@ class ActivationStore:
     Attributes
     ----------
     rows, d: shape of the whole.
-    dtype: dtype of the stored activations.
+    dtype: dtype of the activations that it gives: the stored one, or float32 where they are stored in int8.
     index: the content of `index.json`.
 
     Raises
@@ -67,23 +125,30 @@ class ActivationStore:
             shards = [(folder / shard["file"], int(shard["rows"])) for shard in self.index["shards"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'index.json'}: not a store of activations ({error})") from None
-        self._shards: list[Tensor] = []
+        self._shards: list[Tensor | Quantised] = []
         for path, rows in shards:
             try:
                 with safe_open(path, framework="pt") as handle:
-                    shard = handle.get_tensor(_KEY)
+                    whole = handle.get_tensor(_KEY)
+                    parts = [handle.get_tensor(name) for name in _QUANTISED] if whole.dtype == torch.int8 else []
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: missing or corrupt shard ({error})") from None
-            if tuple(shard.shape) != (rows, self.d):
-                raise UserError(f"{path}: shape {tuple(shard.shape)}, but index.json says {(rows, self.d)}")
-            self._shards.append(shard)
-        self.dtype = self._shards[0].dtype if self._shards else torch.float16
-        self._starts = torch.tensor([0, *(len(shard) for shard in self._shards)]).cumsum(0)
+            if tuple(whole.shape) != (rows, self.d):
+                raise UserError(f"{path}: shape {tuple(whole.shape)}, but index.json says {(rows, self.d)}")
+            if parts and [part.shape for part in parts[1:]] != [(rows,), (self.d,), (self.d,)]:
+                raise UserError(
+                    f"{path}: {', '.join(_QUANTISED[1:])} do not have the shapes of {(rows, self.d)} in int8"
+                )
+            self._shards.append(Quantised(*parts) if parts else whole)
+        self._sizes = [rows for _, rows in shards]
+        first = self._shards[0] if self._shards else torch.empty(0, dtype=torch.float16)
+        self.dtype = torch.float32 if isinstance(first, Quantised) else first.dtype
+        self._starts = torch.tensor([0, *self._sizes]).cumsum(0)
         if int(self._starts[-1]) != self.rows:
             raise UserError(f"{folder / 'index.json'}: shape says {self.rows} rows, the shards {int(self._starts[-1])}")
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The given rows (int64 `[n]`, any order) as `[n, d]` in the stored dtype; in `out`, if they ascend."""
+        """The given rows (int64 `[n]`, any order) as `[n, d]` in `dtype`; in `out`, if they ascend."""
         order = None
         if not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
@@ -91,12 +156,20 @@ class ActivationStore:
         ends = torch.searchsorted(rows, self._starts).tolist()
         found = torch.empty((len(rows), self.d), dtype=self.dtype) if out is None else out
         for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False):
-            if first < end:
+            if first == end:
+                continue
+            if isinstance(shard, Quantised):
+                found[first:end] = shard.rows(rows[first:end] - start)
+            else:
                 torch.index_select(shard, 0, rows[first:end] - start, out=found[first:end])
         return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
     def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order: pairs of the first row's number and `[at most size, d]` in the stored dtype."""
+        """All rows in order: pairs of the first row's number and `[at most size, d]` in `dtype`."""
         for number, shard in enumerate(self._shards):
-            for start in range(0, len(shard), size):
-                yield int(self._starts[number]) + start, shard[start : start + size]
+            for start in range(0, self._sizes[number], size):
+                part = slice(start, start + size)
+                yield (
+                    int(self._starts[number]) + start,
+                    shard.rows(part) if isinstance(shard, Quantised) else shard[part],
+                )

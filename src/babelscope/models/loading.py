@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 # What the loaders of transformers raise for a missing, damaged or foreign file.
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of models and of activations; those that are to be stored in int8 are read in float32.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def _package_folder(package: str, file: str | None) -> Path:

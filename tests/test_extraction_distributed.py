@@ -1,0 +1,91 @@
+"""Two processes extract what one does, to the byte: started by Lightning itself, and by SLURM's `srun` on two nodes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_activations as one
+import torch
+import transformers
+
+from babelscope.activations import extraction, store
+from babelscope.errors import UserError
+
+NAMES = ["layers.0.mlp", "layers.1"]
+SCRIPT = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_extraction_distributed import extract
+
+if __name__ == "__main__":
+    first = extract(Path(sys.argv[1]), devices=int(sys.argv[2]), num_nodes=int(sys.argv[3]), strategy="ddp")
+    Path(f"{{sys.argv[1]}}.{{first}}").touch()
+"""
+
+
+def extract(folder: Path, **hardware: Any) -> bool:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    # Three shards: the processes have unlike numbers of them, and of batches.
+    shards = extraction.plan(one.corpus()[0], batch_tokens=64, shard_rows=120)
+    assert len(shards) == 3
+    return extraction.extract(model, shards, NAMES, folder, "int8", one.HARDWARE.model_copy(update=hardware))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("one")
+    assert extract(folder)
+    return files(folder)
+
+
+def start(tmp_path: Path, devices: int, nodes: int, **environment: str) -> subprocess.Popen[str]:
+    script = tmp_path / "extract.py"
+    script.write_text(SCRIPT)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(extraction.__file__).parents[2])}
+    command = [sys.executable, str(script), str(tmp_path / "two"), str(devices), str(nodes)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=kept | environment)
+
+
+def test_two_devices_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    process = start(tmp_path, 2, 1)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error
+    assert files(tmp_path / "two") == expected and len(expected) == 3 * len(NAMES)
+    assert (tmp_path / "two.True").exists() and (tmp_path / "two.False").exists()
+
+
+def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What `srun --nodes 2 --ntasks-per-node 1` sets.
+    job = {
+        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "babelscope", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    processes = [start(tmp_path, 1, 2, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank)) for rank in (0, 1)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert files(tmp_path / "two") == expected
+
+
+def test_nodes_that_do_not_share_their_folder_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "write_shard", lambda *_, **__: None)
+    with pytest.raises(UserError, match="lacks what other processes wrote; several nodes must share"):
+        extract(tmp_path)
