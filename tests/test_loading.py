@@ -63,7 +63,7 @@ def section(tmp_path: Path) -> config.Model:
     writer.write_tensors_to_file()
     writer.close()
     known = {"source": "huggingface", "name": str(tmp_path), "gguf_file": "tiny.gguf", "revision": None}
-    return config.Model(**known, trust_remote_code=False)
+    return config.Model(**known, quantization=None, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
