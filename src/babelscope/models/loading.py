@@ -1,7 +1,14 @@
-"""Loading a causal language model and its tokenizer: a file inside a package, a local folder, or a hub id."""
+"""Loading a causal language model and its tokenizer: a file inside a package, a local folder, or a hub id.
+
+transformers takes 15 s to read a GGUF file of 100 MB, most of it for names and vocabulary, and a pipeline run loads the
+model a dozen times. So what it makes of a local one is kept as safetensors, among the assets of the Hugging Face cache.
+"""
 
 import importlib.metadata
 import logging
+import os
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +17,16 @@ from safetensors import SafetensorError
 
 from babelscope.config import Model
 from babelscope.errors import UserError, nearest
+from babelscope.fingerprint import dvc_md5
 
 log = logging.getLogger(__name__)
 
 # What the loaders of transformers raise for a missing, damaged or foreign file.
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error)
+
+# Larger GGUF files (bytes) are read anew every time: unpacked they take up to eight times as much room on the disk.
+_LARGEST = 2**28
+_READERS = ("gguf", "transformers")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +70,48 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
     return place, options
 
 
+def _unpacked(place: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What to load in place of a local GGUF file: the same model and tokenizer, weights in float32, as safetensors.
+
+    It is made where it is not there yet, under the hash of the file and the versions of what reads it.
+    """
+    file = Path(place) / options.get("gguf_file", "")
+    if not file.is_file() or file.stat().st_size > _LARGEST:
+        return place, options
+    from huggingface_hub import cached_assets_path
+
+    name = "-".join([dvc_md5(file), *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
+    rest = {key: value for key, value in options.items() if key != "gguf_file"}
+    try:
+        folder = cached_assets_path("babelscope", "gguf") / name
+        if not folder.is_dir():
+            log.info("%s: unpacked once, to %s", file.name, folder)
+            _unpack(place, options, folder)
+    except PermissionError as error:
+        log.warning("%s: read slowly, for nothing can be kept: %s", file.name, error)
+        return place, options
+    return str(folder), rest
+
+
+def _unpack(place: str, options: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    plain = {**options, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(place, **plain)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        AutoTokenizer.from_pretrained(place, **options).save_pretrained(temporary)
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        if not folder.is_dir():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def name_of(section: Model) -> str:
     """What outputs call the model: its package, hub id, or the last part of its folder, which is the same elsewhere."""
     folder = Path(section.name).expanduser()
@@ -80,6 +134,7 @@ def load_tokenizer(section: Model) -> Any:
 
     place, options = _where(section)
     try:
+        place, options = _unpacked(place, options)
         return AutoTokenizer.from_pretrained(place, **options)
     except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
@@ -119,6 +174,7 @@ def load_model(section: Model, dtype: str) -> Any:
 
     place, options = _where(section)
     try:
+        place, options = _unpacked(place, options)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None
