@@ -28,9 +28,10 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 repro: setup
 	$(BIN)/dvc repro
 
-# Side by side, a file to each: the end-to-end tests take as long as all others. Threads that wait are not to hold a core.
+# Side by side, a file to each, the longest first (tests/conftest.py): by itself xdist starts with the files that hold the
+# most tests, and the end-to-end tests, which take half as long as all others, late. Threads that wait are not to hold a core.
 test: check $(TRITON) .bench/s3/.ready
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .
