@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup repro test check format ui verify bench sweeps clean
+.PHONY: setup repro experiment test check format ui verify bench sweeps clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,17 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	touch $@
 
 repro: setup
+	$(BIN)/dvc repro
+
+# `make experiment NAME=llama-3.2-1b`: experiments/NAME.yaml takes the place of params.yaml, then all stages run.
+experiment: setup
+	@test -f "experiments/$(NAME).yaml" || { \
+	  echo "NAME=$(NAME): no such experiment; allowed: $(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml))" >&2; \
+	  exit 1; }
+	@cmp -s "experiments/$(NAME).yaml" params.yaml || git diff --quiet HEAD -- params.yaml || { \
+	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
+	  exit 1; }
+	cp "experiments/$(NAME).yaml" params.yaml
 	$(BIN)/dvc repro
 
 # Side by side, a file to each, the longest first (tests/conftest.py): by itself xdist starts with the files that hold the

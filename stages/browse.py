@@ -33,7 +33,7 @@ def main() -> None:
     from babelscope.models import loading
 
     device = hardware.prepare(params.hardware)
-    saes = {name: sae.load(SAES, name).to(device) for name in features["hookpoint"].unique(maintain_order=True)}
+    saes = sae.Shelf(SAES, features["hookpoint"].unique(maintain_order=True).to_list(), device)
     texts = read_texts()
     tokenizer = loading.load_tokenizer(params.model)
     firings = collectors(features, saes, params)
@@ -201,7 +201,7 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
                 log.warning("%s: not as wide as the residual stream, so its features have no logit lens", name)
                 continue
             chosen = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
-            directions = dictionary.W_dec[chosen.to(dictionary.W_dec.device)]
+            directions = dictionary.W_dec[chosen.to(dictionary.b_dec.device)]
             found[name] = extremes(unembedding.direct_logits(model, directions), count)
     ids = {
         token

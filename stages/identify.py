@@ -35,15 +35,16 @@ def main() -> None:
     also = read_also(params)
     lid = FastText()
     features = pl.read_parquet(FEATURES)
-    saes, owners = {}, {}
+    owners, latents = {}, []
     for (kind, hookpoint), rows in features.group_by("kind", "hookpoint", maintain_order=True):
         counts = None
         if kind == "sae":
-            saes[hookpoint] = sae.load(SAES, str(hookpoint)).to(device)
+            latents.append(str(hookpoint))
             counts = pl.read_parquet(
                 COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"]
             )
         owners[str(hookpoint)] = totals.owned(rows, counts, params.languages)
+    saes = sae.Shelf(SAES, latents, device)
     if not owners:
         log.warning("%s: no features, so only fastText identifies anything", FEATURES)
 

@@ -33,7 +33,7 @@ def main() -> None:
             params.quality.tokens,
         )
     )
-    saes = {name: sae.load(SAES, name).to(device) for name in params.hookpoints}
+    saes = sae.Shelf(SAES, params.hookpoints, device)
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, params.hookpoints)

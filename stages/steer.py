@@ -146,6 +146,7 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
                 if members:
                     means = [mean.get(unit, 0.0) for unit in members]
                     found[hookpoint][language, draw] = steering.direction(dictionary, members, means)
+        del dictionary  # before the next one is read: it may be as large as the model
     return found
 
 

@@ -11,13 +11,14 @@ from babelscope.evaluation.ablation import ablate
 from babelscope.evaluation.interventions import FeatureAblation
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.autoencoder import SAE
+from babelscope.sae.shelf import Shelf
 
 SCHEMA = {"delta": pl.Float64, "delta_tokens": pl.Int64, "delta_texts": pl.Int64}
 
 
 def effects(
     model: Any,
-    saes: Mapping[str, SAE],
+    saes: Mapping[str, SAE] | Shelf,
     features: Sequence[tuple[str, int]],
     texts: Sequence[TokenizedText],
     wanted: Sequence[Sequence[str]],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from babelscope.sae.autoencoder import SAE
+from babelscope.sae.shelf import Shelved
 
 BINS = 24
 
@@ -85,9 +86,17 @@ class Firings:
     """
 
     def __init__(
-        self, sae: SAE, units: Tensor, owns: Tensor, largest: Tensor, *, texts: int, held_out: int, longest: int
+        self,
+        sae: SAE | Shelved,
+        units: Tensor,
+        owns: Tensor,
+        largest: Tensor,
+        *,
+        texts: int,
+        held_out: int,
+        longest: int,
     ) -> None:
-        device = sae.W_dec.device
+        device = sae.b_dec.device
         self.sae, self.features = sae, len(units)
         self.owns, self.largest = owns.to(device), largest.to(device)
         self.number = torch.full((sae.latents,), -1, device=device)

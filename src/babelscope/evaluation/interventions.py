@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.errors import UserError
 from babelscope.sae.autoencoder import SAE
+from babelscope.sae.shelf import Shelf, Shelved
 
 Units = Sequence[Sequence[int]]
 
@@ -49,8 +50,8 @@ class FeatureAblation:
     remove features by an additive form, see `Additive`; the one with the SAE's own activations is ours.)
     """
 
-    def __init__(self, sae: SAE, units: Units) -> None:
-        device = sae.W_dec.device
+    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+        device = sae.b_dec.device
         # Of many conditions most may have their units at other hookpoints: they share the last row, which is empty.
         self.sae, self.removed = sae, members([*(some for some in units if len(some)), ()], sae.latents, device)
         self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
@@ -81,9 +82,10 @@ class Directional:
     the largest) are left out of the basis.
     """
 
-    def __init__(self, sae: SAE, units: Units) -> None:
-        self.acts = torch.tensor([len(some) > 0 for some in units], device=sae.W_dec.device)
-        self.bases = [basis(sae.W_dec[list(some)]) for some in units]
+    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+        decoder = sae.W_dec
+        self.acts = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
+        self.bases = [basis(decoder[list(some)]) for some in units]
 
     def touches(self, x: Tensor) -> Tensor:
         """Everywhere."""
@@ -125,10 +127,14 @@ class Additive:
     m: the paper's factor, -0.2 there.
     """
 
-    def __init__(self, sae: SAE, units: Units, largest: Tensor, m: float) -> None:
-        chosen = members(units, sae.latents, sae.W_dec.device)
+    def __init__(self, sae: SAE | Shelved, units: Units, largest: Tensor, m: float) -> None:
+        device = sae.b_dec.device
+        # Of the decoder, only the rows that are needed: a dictionary may be as large as the model.
+        rows = sorted({unit for some in units for unit in some})
+        number = {unit: place for place, unit in enumerate(rows)}
+        chosen = members([[number[unit] for unit in some] for some in units], len(rows), device)
         self.acts = chosen.any(1)
-        self.shift = m * (chosen * largest.to(chosen.device)) @ sae.W_dec
+        self.shift = m * (chosen * largest[rows].to(device)) @ sae.W_dec.detach()[rows]
 
     def touches(self, x: Tensor) -> Tensor:
         """Everywhere."""
@@ -156,7 +162,7 @@ class NeuronAblation:
 
 
 def interventions(
-    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE], largest: Mapping[str, Tensor], m: float
+    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE] | Shelf, largest: Mapping[str, Tensor], m: float
 ) -> dict[str, Intervention]:
     """One intervention on SAE features for every hookpoint; for neurons see `neurons`.
 

@@ -26,6 +26,7 @@ from babelscope.files import write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
+from babelscope.sae.shelf import Shelf, Shelved
 
 SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "language": pl.String, "tokens": pl.Int64, "nll_clean": pl.Float64,
@@ -35,7 +36,7 @@ SCHEMA = {
 
 def loss_recovered(
     model: Any,
-    saes: Mapping[str, SAE],
+    saes: Mapping[str, SAE] | Shelf,
     texts: Sequence[TokenizedText],
     language: Sequence[str],
     languages: Sequence[str],
@@ -85,7 +86,7 @@ def loss_recovered(
     return _frame(sums, list(saes), language, languages)
 
 
-def splice(sae: SAE, own: Tensor, entering: Mapping[str, Tensor], name: str) -> hooks.Edit:
+def splice(sae: SAE | Shelved, own: Tensor, entering: Mapping[str, Tensor], name: str) -> hooks.Edit:
     """The edit that puts the SAE's reconstruction in the place of the activations.
 
     Parameters
@@ -108,7 +109,7 @@ def zero(own: Tensor) -> hooks.Edit:
     return lambda x: x.masked_fill(own.unsqueeze(-1), 0.0)
 
 
-def _batch(model: Any, saes: Mapping[str, SAE], batch: Sequence[TokenizedText]) -> dict[str, Tensor]:
+def _batch(model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText]) -> dict[str, Tensor]:
     """NLL sums of a batch, on the CPU: `clean`, `tokens` `[texts]`; `sae`, `zero` `[hookpoints, texts]`."""
     device = hooks.device_of(model)
     ids, mask = (t.to(device) for t in pad(batch))

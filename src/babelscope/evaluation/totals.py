@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.errors import UserError
 from babelscope.sae.autoencoder import SAE
+from babelscope.sae.shelf import Shelf
 
 # The methods of the paper, by kind of unit.
 METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
@@ -84,10 +85,14 @@ class Totals:
     """
 
     def __init__(
-        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE], device: torch.device | None = None
+        self,
+        texts: int,
+        owners: Mapping[str, Owned],
+        saes: Mapping[str, SAE] | Shelf,
+        device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.owners, self.saes = dict(owners), dict(saes)
+        self.owners, self.saes = dict(owners), saes
         kinds = {"sae" if name in saes else "neuron" for name in owners}
         width = next((part.owns.shape[1] for part in owners.values()), 0)
         self.totals = {
@@ -102,7 +107,7 @@ class Totals:
         mine = self.owners[name]
         if name not in self.saes:
             return mine.units.to(self.device), mine.owns.to(self.device)
-        slot = torch.full((self.saes[name].W_dec.shape[0],), len(mine.units), dtype=torch.int64)
+        slot = torch.full((self.saes[name].latents,), len(mine.units), dtype=torch.int64)
         slot[mine.units] = torch.arange(len(mine.units))
         tables = (F.pad(table, (0, 0, 0, 1)) for table in (mine.owns, mine.scale, mine.shift))
         return tuple(table.to(self.device) for table in (slot, *tables))

@@ -193,11 +193,12 @@ def load_model(section: Model, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     place, options = _where(section)
-    if section.quantization is not None:
-        options["quantization_config"] = _quantised(section.quantization, DTYPES[dtype])
+    quantised = (
+        {} if section.quantization is None else {"quantization_config": _quantised(section.quantization, DTYPES[dtype])}
+    )
     try:
         place, options = _unpacked(place, options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None
     return model.eval().requires_grad_(False)

@@ -2,5 +2,6 @@
 
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import load
+from babelscope.sae.shelf import Shelf, Shelved
 
-__all__ = ["SAE", "load"]
+__all__ = ["SAE", "Shelf", "Shelved", "load"]

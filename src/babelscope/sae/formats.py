@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from babelscope.sae.autoencoder import SAE
@@ -184,6 +184,17 @@ def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
     return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold)
 
 
+def _safetensors(path: Path) -> Tensors:
+    """Every tensor by a mapping of its own: one that is copied and dropped, as a transposed encoder, leaves nothing."""
+    with safe_open(path, framework="pt") as handle:
+        names = list(handle.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(path, framework="pt") as handle:
+            tensors[name] = handle.get_tensor(name)
+    return tensors
+
+
 def _npz(path: Path) -> Tensors:
     import numpy as np
 
@@ -196,9 +207,9 @@ def _torch(path: Path) -> Tensors:
     return tensors
 
 
-SAELENS = Format("SAELens", "cfg.json", "sae_weights.safetensors", load_file, _saelens)
-SPARSIFY = Format("EleutherAI/sparsify", "cfg.json", "sae.safetensors", load_file, _sparsify)
+SAELENS = Format("SAELens", "cfg.json", "sae_weights.safetensors", _safetensors, _saelens)
+SPARSIFY = Format("EleutherAI/sparsify", "cfg.json", "sae.safetensors", _safetensors, _sparsify)
 GEMMA_SCOPE = Format("Gemma Scope", None, "params.npz", _npz, _gemma_scope)
-LLAMA_SCOPE = Format("Llama Scope", "hyperparams.json", "checkpoints/final.safetensors", load_file, _llama_scope)
+LLAMA_SCOPE = Format("Llama Scope", "hyperparams.json", "checkpoints/final.safetensors", _safetensors, _llama_scope)
 DICTIONARY_LEARNING = Format("dictionary_learning", "config.json", "ae.pt", _torch, _dictionary_learning)
 FORMATS = (SAELENS, SPARSIFY, GEMMA_SCOPE, LLAMA_SCOPE, DICTIONARY_LEARNING)
