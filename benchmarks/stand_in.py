@@ -2,10 +2,11 @@
 
 What a hub would give is made in FOLDER: a Llama of the shape of Llama 3.2 1B (16 layers, d = 2048) with random weights
 and the embedded model's tokenizer, and a release in the format of EleutherAI/sparsify with 131,072 TopK latents at each
-of the 16 MLP outputs (random weights, one file hard-linked 16 times: 2 GiB instead of 34). Then the stages run in
-FOLDER one by one, as dvc.yaml has them but without DVC, on a few texts in three languages from the default's corpus,
-and the kernel's peak of every process (ru_maxrss, memory-mapped files included) is printed and written to
-FOLDER/stages.json. The features found mean nothing; what they cost does. Wants 40 GiB of disk for the full shape.
+of the 16 MLP outputs (random weights, the same for all, hard-linked: 2 GiB instead of 32, here and in data/sae, which
+makes reading them again cheaper than it would be from a disk). Then the stages run in FOLDER one by one, as dvc.yaml
+has them but without DVC, on a few texts in three languages from the default's corpus, and the kernel's peak of every
+process (ru_maxrss, memory-mapped files included) is printed and written to FOLDER/stages.json.
+The features found mean nothing; what they cost does. Wants 8 GiB of disk for the full shape.
 """
 
 import argparse
@@ -49,6 +50,8 @@ def main() -> None:
         if stage[0] == "train" and not (folder / "release").exists():
             apart(release, folder, hookpoints, args.latents)
         found[" ".join(stage)] = measure(folder, stage)
+        if stage[0] == "train":
+            link(folder / "data/sae" / hookpoints[0], folder / "data/sae" / stage[1])
         results.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -63,9 +66,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     params = yaml.load(ROOT / "experiments" / "llama-3.2-1b.yaml")
     default = yaml.load(ROOT / "params.yaml")
     params["model"] = {**default["model"], "source": "huggingface", "name": str(folder / "model"), "gguf_file": None}
-    params["corpus"] = {
-        **default["corpus"], "max_tokens": 32, "train_tokens": args.train_tokens, "eval_tokens": args.eval_tokens,
-    }  # fmt: skip
+    params["corpus"] = {**default["corpus"], "train_tokens": args.train_tokens, "eval_tokens": args.eval_tokens}
+    # All texts of one length: few of different lengths would make a batch each.
+    params["corpus"] |= {"min_characters": 80, "max_tokens": 16}
     params["languages"] = LANGUAGES
     params["hookpoints"] = [f"layers.{number}.mlp" for number in range(args.layers)]
     params["pretrained"] = {"name": str(folder / "release"), "revision": None, "folder": "{hookpoint}"}
@@ -140,6 +143,13 @@ def release(folder: Path, hookpoints: list[str], latents: int) -> None:
             save_file(weights, first)
         else:
             os.link(first, place / "sae.safetensors")
+
+
+def link(first: Path, other: Path) -> None:
+    """The same weights as in the first folder: one file on the disk, and in the page cache."""
+    if other != first:
+        (other / "sae_weights.safetensors").unlink()
+        os.link(first / "sae_weights.safetensors", other / "sae_weights.safetensors")
 
 
 def measure(folder: Path, stage: tuple[str, ...]) -> dict[str, float]:
