@@ -74,7 +74,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     params["pretrained"] = {"name": str(folder / "release"), "revision": None, "folder": "{hookpoint}"}
     params["neurons"]["hookpoints"] = [f"layers.{number}.mlp.act_fn" for number in range(args.layers)]
     # Random latents belong to no language: these limits let some through.
-    params["score"] |= {"example_rate": 0.1, "token_rate": 0.02, "top": 20}
+    params["score"] |= {"example_rate": 0.04, "token_rate": 0.01}
     params["quality"]["tokens"] = 30
     params["identify"]["also"] = None
     params["ablate"] |= {"methods": ["additive", "neuron", "feature"], "control_draws": 1, "by_layer": False}
