@@ -75,6 +75,10 @@ UNTESTED = {
     "pytest tests/": "is run by `make test`",
     "first=$(sbatch": "wants a SLURM cluster; test_cluster.py runs the array's script and checks the other's syntax",
     "sbatch": "wants a SLURM cluster; test_cluster.py runs the array's script and checks the other's syntax",
+    "hf auth login": "wants an account on the hub",
+    "make experiment NAME=": "wants the hub; test_experiments.py reads every file and tries what the target refuses",
+    "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
+    "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc commit": "what docs/slurm/nodes.sbatch does at its end, on a cluster",
     "dvc repro extract stream": "two stages of the `dvc repro` that test_end_to_end.py runs",
 }
