@@ -73,7 +73,7 @@ def test_a_released_sae_stands_where_a_trained_one_would(train: Callable[..., di
     assert figures["l0"] == 4 and figures["layer"] == 2 and "tokens" not in figures
     held_out = store.ActivationStore(Path("data/activations") / HOOKPOINT).gather(torch.arange(200, 300)).float()
     error = (released()(held_out) - held_out).square().sum() / (held_out - held_out.mean(0)).square().sum()
-    assert figures["fvu"] == pytest.approx(float(error), rel=1e-4) and "fvu/tr" in figures
+    assert figures["fvu"] == pytest.approx(float(error.detach()), rel=1e-4) and "fvu/tr" in figures
     assert json.loads((out / "cfg.json").read_text())["metadata"]["released_as"] == f"released/{HOOKPOINT}"
 
 
