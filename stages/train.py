@@ -70,7 +70,10 @@ def fetched(hookpoint: str, params: config.Config) -> dict[str, float]:
             f"params.yaml: train.transcode: {transcode}, but {folder!r} holds "
             f"{'an autoencoder' if transcode else 'a transcoder'}; allowed: {not transcode}"
         )
-    origin = {"released_as": f"{released.name}/{folder}", "revision": released.revision}
+    place = Path(released.name or "").expanduser()
+    # Of a local folder the last part only: the rest is of this machine, and the file is hashed.
+    name = place.resolve().name if place.is_dir() else released.name
+    origin = {"released_as": f"{name}/{folder}", "revision": released.revision}
     out = Path("data/sae") / hookpoint
     checkpoint.save(sae, out, {"model_name": held_out.store.index["model"], "hook_name": hookpoint, **origin})
     (out / "history.csv").unlink(missing_ok=True)

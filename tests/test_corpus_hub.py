@@ -68,7 +68,7 @@ def test_every_ready_made_entry_reads_its_own_layout(tmp_path: Path, name: str) 
     codes, _, splits = LAYOUTS[name]
     folder = lay_out(tmp_path, name)
     texts, [record] = hub.read([Dataset(name=name, path=str(folder))], list(codes))
-    assert record == {"path": str(folder), "revision": None, "license": "cc-by-4.0"}
+    assert record == {"path": name, "revision": None, "license": "cc-by-4.0"}
     assert set(texts["language"]) == set(codes) and set(texts["source"]) == {f"huggingface:{name}"}
     known = hub.entry(Dataset(name=name))
     used = [split for split in splits if split in (known.splits or [])]

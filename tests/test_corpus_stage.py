@@ -116,4 +116,4 @@ def test_the_stage_reads_data_sets_and_records_their_licences(run: Any) -> None:
     # Each in one split only, with its translation.
     assert texts.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
     sources = json.loads(Path("data/corpus/sources.json").read_text())
-    assert sources == {"sources": [{"path": "./flores", "revision": None, "license": "cc-by-sa-4.0"}]}
+    assert sources == {"sources": [{"path": "flores", "revision": None, "license": "cc-by-sa-4.0"}]}

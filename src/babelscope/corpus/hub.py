@@ -83,7 +83,7 @@ def read(
     Returns
     -------
     language (as in `languages`), group (of data sets without one: null), source, text; and a record per data set:
-    `path`, `revision`, `license` (as its card has it, or null).
+    `path` (of a local folder its name), `revision`, `license` (as its card has it, or null).
 
     Raises
     ------
@@ -105,7 +105,7 @@ def read(
             rows.append(row)
             if len(rows) % 1000 == 0:
                 advance(1000)
-        records.append({"path": known.path, "revision": known.revision, "license": found.license()})
+        records.append({"path": found.name, "revision": known.revision, "license": found.license()})
     missing = [name for name in languages if name not in offered]
     if missing:
         paths = ", ".join(str(record["path"]) for record in records)
@@ -123,6 +123,8 @@ class _DataSet:
         if str(section.path).startswith((".", "/", "~")) and not self.local:
             raise UserError(f"{place}: path: no folder {section.path!r}")
         self.path = str(folder) if self.local else str(section.path)
+        # What outputs call it: of a local folder the last part only, for the rest is of this machine.
+        self.name = folder.resolve().name if self.local else self.path
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function of `datasets`; its many errors become one that names the data set."""
@@ -162,7 +164,7 @@ class _DataSet:
                 yield from self._texts(name, number, row)
 
     def _texts(self, language: str, number: int, row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str, str]]:
-        source = f"huggingface:{Path(str(self.section.path)).name if self.local else self.section.path}"
+        source = f"huggingface:{self.name}"
         for column in self.section.text or []:
             text = row[column]
             if isinstance(text, str):
