@@ -1,45 +1,18 @@
 """The real pipeline on the real embedded model at a small size, in a temporary clone: `dvc repro` and what follows."""
 
 import json
-import os
 import re
 import shutil
-import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+from clone import SMALL, clone, hashes, ran, run, runs, set_params
 from closure import ROOT
-from ruamel.yaml import YAML
 
 from babelscope import sae
 
-SMALL = {
-    "languages": ["en", "tr", "zh-CN"],
-    "hookpoints": ["layers.20.mlp", "layers.26.mlp"],
-    "corpus.max_tokens": 24,
-    "corpus.train_tokens": 1500,
-    "corpus.eval_tokens": 300,
-    "train.latents": 512,
-    "train.k": 16,
-    "train.tokens": 20000,
-    "train.batch": 512,
-    "train.log_every": 5,
-    "train.checkpoint_seconds": 0.1,
-    "quality.tokens": 100,
-    "stability.hookpoints": ["layers.26.mlp"],
-    "ablate.bootstrap": 100,
-    "ablate.control_draws": 2,
-    "steer.strengths": [8.0],
-    "steer.prompts": 2,
-    "steer.new_tokens": 6,
-    "browse.texts": 2,
-    "browse.tokens": 4,
-    "browse.ablation_texts": 1,
-    "browse.shared": 20,
-}
 # What a stage closes with: the head of its table, or, where there was nothing to find, a line that says so.
 CLOSING = {
     "sample": "language train tokens texts eval tokens texts",
@@ -64,73 +37,15 @@ CLOSING = {
 AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "explain", "report", "track"]
 
 
-def set_params(repo: Path, changes: dict) -> None:
-    yaml = YAML()
-    content = yaml.load((repo / "params.yaml").read_text())
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        place = content
-        for part in path:
-            place = place[part]
-        place[last] = value
-    with (repo / "params.yaml").open("w") as handle:
-        yaml.dump(content, handle)
-
-
-def run(repo: Path, *command: str, ok: bool = True) -> str:
-    """Run a command in the clone; returns what it printed, in the order in which it did."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PYTEST", "DVC_ROOT"))}
-    env |= {"PATH": path, "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "src"}
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=repo, env=env, text=True, check=False, **both)
-    text = done.stdout
-    assert (done.returncode == 0) == ok, text
-    assert "Traceback" not in text, text
-    return text
-
-
-def ran(output: str) -> list[str]:
-    """The stages that a `dvc repro` executed."""
-    return re.findall(r"Running stage '([^']+)'", output)
-
-
-def hashes(repo: Path) -> dict[str, str]:
-    lock = YAML(typ="safe").load((repo / "dvc.lock").read_text())["stages"]
-    return {out["path"]: out["md5"] for stage in lock.values() for out in stage.get("outs", [])}
-
-
-def runs(repo: Path) -> list[tuple[str, str]]:
-    """(kind, status) of every MLflow run."""
-    query = (
-        "select t.value, r.status from runs r join tags t on t.run_uuid = r.run_uuid "
-        "where t.key = 'babelscope.kind' and r.lifecycle_stage = 'active' order by 1, 2"
-    )
-    with sqlite3.connect(repo / "mlflow.db") as database:
-        return list(database.execute(query))
-
-
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
     """A clone of the working tree with small params, its pipeline run once."""
-    clone = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, clone / name)
-    set_params(clone, SMALL)
-    for command in (
-        "git init -q", "git config user.name t", "git config user.email t@example.org", "git add -A",
-        "git commit -q -m clone",
-    ):  # fmt: skip
-        run(clone, *command.split())
-    clone.with_suffix(".log").write_text(run(clone, "dvc", "repro"))
-    run(clone, "git", "add", "-A")
-    run(clone, "git", "commit", "-q", "-m", "first run")
-    return clone
+    folder = tmp_path_factory.mktemp("clone")
+    clone(folder)
+    folder.with_suffix(".log").write_text(run(folder, "dvc", "repro"))
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-q", "-m", "first run")
+    return folder
 
 
 def test_every_contract_of_the_outputs(repo):
