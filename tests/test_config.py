@@ -48,8 +48,8 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("ablate.methods", ["feature", "feature"], "ablate.methods: a method stands twice"),
         ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),
         ("extract.dtype", "int8", "extract.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
-        ("hardware.strategy", "fsdp", "hardware.strategy: 'fsdp'; allowed: auto, ddp"),
-        ("hardware.strategy", "ddp_spawn", "hardware.strategy: 'ddp_spawn'; allowed: auto, ddp"),
+        ("hardware.strategy", "deepspeed", "hardware.strategy: 'deepspeed'; allowed: auto, ddp, fsdp"),
+        ("hardware.strategy", "ddp_spawn", "hardware.strategy: 'ddp_spawn'; allowed: auto, ddp, fsdp"),
         ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
         (
             "stability.hookpoints",

@@ -11,6 +11,7 @@ import pytest
 import test_activations as one
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 
 from babelscope.activations import extraction, store
 from babelscope.errors import UserError
@@ -23,7 +24,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_extraction_distributed import extract
 
 if __name__ == "__main__":
-    first = extract(Path(sys.argv[1]), devices=int(sys.argv[2]), num_nodes=int(sys.argv[3]), strategy="ddp")
+    first = extract(Path(sys.argv[1]), devices=int(sys.argv[2]), num_nodes=int(sys.argv[3]), strategy=sys.argv[4])
     Path(f"{{sys.argv[1]}}.{{first}}").touch()
 """
 
@@ -38,7 +39,10 @@ def extract(folder: Path, **hardware: Any) -> bool:
     # Three shards: the processes have unlike numbers of them, and of batches.
     shards = extraction.plan(one.corpus()[0], batch_tokens=64, shard_rows=120)
     assert len(shards) == 3
-    return extraction.extract(model, shards, NAMES, folder, "int8", one.HARDWARE.model_copy(update=hardware))
+    first = extraction.extract(model, shards, NAMES, folder, "int8", one.HARDWARE.model_copy(update=hardware))
+    in_pieces = any(isinstance(weight, DTensor) for weight in model.parameters())
+    assert in_pieces == (hardware.get("strategy") == "fsdp")
+    return first
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,17 +58,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files(folder)
 
 
-def start(tmp_path: Path, devices: int, nodes: int, **environment: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, devices: int, nodes: int, strategy: str = "ddp", **environment: str) -> subprocess.Popen[str]:
     script = tmp_path / "extract.py"
     script.write_text(SCRIPT)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(extraction.__file__).parents[2])}
-    command = [sys.executable, str(script), str(tmp_path / "two"), str(devices), str(nodes)]
+    command = [sys.executable, str(script), str(tmp_path / "two"), str(devices), str(nodes), strategy]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=kept | environment)
 
 
-def test_two_devices_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes]) -> None:
-    process = start(tmp_path, 2, 1)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes], strategy: str) -> None:
+    process = start(tmp_path, 2, 1, strategy)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error
     assert files(tmp_path / "two") == expected and len(expected) == 3 * len(NAMES)

@@ -1,4 +1,4 @@
-"""Two processes train the same SAE as one: the same global batches give the same loss curve."""
+"""Two processes train the same SAE as one, with whole weights (DDP) or with half of them each (FSDP)."""
 
 import json
 import subprocess
@@ -6,41 +6,104 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = """
-import json, sys
+SCRIPT = f"""
+import json, os, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_sae_training import FakeStore, HARDWARE, SETTINGS, batches_of, silent
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_sae_training import FakeStore, HARDWARE, SETTINGS, batches_of
+from babelscope.sae import sharding
+from babelscope.sae.learner import Learner
 from babelscope.sae.module import train
 
+rows = set()
+
+def count_rows(self, result, share, after_update=Learner.after_update):
+    rows.add(len(sharding.own(self.sae.encoder)))
+    after_update(self, result, share)
+
+def write(step, metrics):
+    if step == stop:
+        os._exit(3)
+
 if __name__ == "__main__":
-    devices, activation = int(sys.argv[1]), sys.argv[2]
-    settings = SETTINGS.model_copy(update={{"activation": activation}})
-    hardware = HARDWARE.model_copy(update={{"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}})
+    Learner.after_update = count_rows
+    folder, devices, activation, strategy = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
+    stop, accelerator = int(sys.argv[5]), sys.argv[6]
+    settings = SETTINGS.model_copy(update={{"activation": activation, "checkpoint_seconds": 0.0}})
+    hardware = HARDWARE.model_copy(update={{"devices": devices, "strategy": strategy, "accelerator": accelerator}})
     trained = train(
-        batches_of(FakeStore(), settings), settings, hardware, seed=1, write=[silent], checkpoint=Path(sys.argv[3])
+        batches_of(FakeStore(), settings), settings, hardware, seed=1, write=[write], checkpoint=folder / "state.pt"
     )
     if trained is not None:
         [(sae, history)] = trained
-        Path(sys.argv[4]).write_text(json.dumps([history, sae.W_dec.detach().flatten()[:500].tolist()]))
+        out = [history, sae.W_dec.detach().flatten()[:500].tolist(), sorted(rows)]
+        (folder / "out.json").write_text(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
-def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, activation: str) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    results = []
-    for devices in (1, 2):
-        out = tmp_path / f"{devices}.json"
-        command = [sys.executable, str(script), str(devices), activation, str(tmp_path / f"{devices}.pt"), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(out.read_text()))
-    (one, weights), (two, others) = results
-    assert [row["step"] for row in one] == [row["step"] for row in two]
+def start(folder: Path, devices: int, activation: str, strategy: str, stop: int = 0, accelerator: str = "cpu") -> None:
+    folder.mkdir(exist_ok=True)
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(folder), str(devices), activation, strategy, str(stop), accelerator]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == (3 if stop else 0), done.stderr[-3000:]
+
+
+def result(folder: Path) -> tuple[list[dict[str, float]], list[float], list[int]]:
+    history, weights, rows = json.loads((folder / "out.json").read_text())
+    return history, weights, rows
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of what one process trained."""
+    found = {}
+    for activation in ("topk", "jumprelu"):
+        found[activation] = tmp_path_factory.mktemp(activation)
+        start(found[activation], 1, activation, "auto")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("activation", "strategy"), [("topk", "ddp"), ("jumprelu", "ddp"), ("topk", "fsdp"), ("jumprelu", "fsdp")]
+)
+def test_two_processes_have_the_loss_curve_of_one(
+    tmp_path: Path, one: dict[str, Path], activation: str, strategy: str
+) -> None:
+    start(tmp_path, 2, activation, strategy)
+    alone, weights, [latents] = result(one[activation])
+    two, others, kept = result(tmp_path)
+    assert kept == [latents // 2 if strategy == "fsdp" else latents]
+    assert [row["step"] for row in alone] == [row["step"] for row in two]
     for name in ("loss", "fvu", "l0", "learning_rate"):
-        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=2e-2), name
-    assert [row["loss"] for row in two[:3]] == pytest.approx([row["loss"] for row in one[:3]], rel=1e-3)
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in alone], rel=2e-2), name
+    assert [row["loss"] for row in two[:3]] == pytest.approx([row["loss"] for row in alone[:3]], rel=1e-3)
     assert others == pytest.approx(weights, abs=0.05)
+
+
+def test_pieces_that_were_killed_go_on_from_their_checkpoint(tmp_path: Path, one: dict[str, Path]) -> None:
+    alone, weights, _ = result(one["topk"])
+    start(tmp_path, 2, "topk", "fsdp", stop=int(alone[len(alone) // 2]["step"]))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < state["done"] < alone[-1]["step"]
+    start(tmp_path, 2, "topk", "fsdp")
+    two, others, _ = result(tmp_path)
+    assert [row["step"] for row in two] == [row["step"] for row in alone]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in alone], rel=2e-2)
+    assert others == pytest.approx(weights, abs=0.05)
+    # What pieces have written, one device reads, too.
+    torch.save(state, tmp_path / "state.pt")
+    start(tmp_path, 1, "topk", "auto")
+    assert result(tmp_path)[1] == pytest.approx(weights, abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_one_gpu_computes_the_same_in_pieces(tmp_path: Path) -> None:
+    start(tmp_path / "whole", 1, "topk", "auto", accelerator="gpu")
+    start(tmp_path / "piece", 1, "topk", "fsdp", accelerator="gpu")
+    (alone, weights, _), (piece, others, _) = (result(tmp_path / name) for name in ("whole", "piece"))
+    assert [row["loss"] for row in piece] == pytest.approx([row["loss"] for row in alone], rel=1e-2)
+    assert others == pytest.approx(weights, abs=0.02)

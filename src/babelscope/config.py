@@ -300,12 +300,11 @@ class Hardware(Section):
 
     @field_validator("strategy")
     @classmethod
-    def _whole_weights(cls, name: str) -> str:
-        if name not in ("auto", "ddp"):
+    def _known(cls, name: str) -> str:
+        if name not in ("auto", "ddp", "fsdp"):
             raise ValueError(
-                f"{name!r}; allowed: auto, ddp. Every device holds the whole model and the whole SAE: strategies that "
-                "cut weights into pieces (fsdp, deepspeed) do not fit the SAE's own gradients, and those that fork "
-                "(ddp_spawn, ddp_notebook) do not start stages"
+                f"{name!r}; allowed: auto, ddp, fsdp. Lightning's others cut weights across rows (deepspeed, "
+                "model_parallel), which the SAE's own gradients do not, or start functions, not stages (ddp_spawn)"
             )
         return name
 
@@ -411,6 +410,15 @@ class Config(Section):
             raise ValueError(
                 "explain.endpoint: features are explained by stored activations, and train.source 'stream' stores "
                 "none; allowed with it: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> "Config":
+        if self.hardware.strategy == "fsdp" and self.model.quantization is not None:
+            raise ValueError(
+                f"hardware.strategy: 'fsdp' cannot cut weights in {self.model.quantization} (model.quantization); "
+                "allowed with them: auto, ddp"
             )
         return self
 

@@ -56,6 +56,7 @@ def trainer(hardware: Hardware, **options: Any) -> Any:
     UserError: the section asks for devices or a strategy that are not there.
     """
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
@@ -64,15 +65,25 @@ def trainer(hardware: Hardware, **options: Any) -> Any:
     # Reading is in the calling thread on purpose (`sae.batches`), and there is nothing to read in a forward pass.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     accelerator = "gpu" if prepare(hardware).type == "cuda" else "cpu"
+    strategy: Any = hardware.strategy
+    if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which knows no CPU
+        strategy = ModelParallelStrategy(hardware.devices * hardware.num_nodes, 1)
     try:
         return Trainer(
             accelerator=accelerator,
             devices=hardware.devices,
             num_nodes=hardware.num_nodes,
-            strategy=hardware.strategy,
+            strategy=strategy,
             barebones=True,
             use_distributed_sampler=False,
             **options,
         )
     except (ValueError, MisconfigurationException) as error:
         raise UserError(f"params.yaml: hardware: {' '.join(str(error).split())}") from None
+
+
+def is_sharding(trainer: Any) -> bool:
+    """Whether a Lightning `Trainer` cuts weights among its devices (`hardware.strategy: fsdp`)."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return isinstance(trainer.strategy, ModelParallelStrategy)

@@ -1,11 +1,17 @@
 """What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
 
+import ctypes
+import fcntl
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from babelscope.errors import UserError
+from babelscope.files import scratch
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +40,51 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    end_with_dvc()
     try:
-        main()
+        with alone():
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+# Set, and not 0, in all processes of a distributed run but the first: those of torchrun and Lightning, SLURM, LSF.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def end_with_dvc() -> None:
+    """Have the system end this process when the DVC that started it is gone (Linux only).
+
+    A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew.
+    """
+    if sys.platform == "linux" and "DVC_ROOT" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process works at the same stage of the same folder, and let none begin.
+
+    Both would write the same outputs, and the first to end would take away what the other has to resume from.
+    """
+    if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        yield  # the first process holds the lock for all
+        return
+    name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
+    place = scratch("locks") / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:

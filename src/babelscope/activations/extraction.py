@@ -16,7 +16,8 @@ from babelscope.activations import store
 from babelscope.activations.reading import collate, own_activations
 from babelscope.config import Hardware
 from babelscope.errors import UserError
-from babelscope.hardware import trainer
+from babelscope.hardware import is_sharding, trainer
+from babelscope.models.hookpoints import shard_blocks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches
 from babelscope.progress import Progress
@@ -92,6 +93,11 @@ class Extractor(pl.LightningModule):  # type: ignore[misc]
         super().__init__()
         self.model, self.hookpoints, self.store_dtype = model, list(hookpoints), dtype
 
+    def configure_model(self) -> None:
+        """Under FSDP cut the weights of the model's blocks among the devices."""
+        if is_sharding(self.trainer):
+            shard_blocks(self.model, self.device_mesh["data_parallel"])
+
     def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`batch` is (token ids, attention mask, own-token mask), each `[texts, longest]`."""
         rows = own_activations(self.model, self.hookpoints, batch, self.store_dtype)
@@ -110,6 +116,8 @@ class ShardWriter(pl.Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the batch; write the shard that it completes."""
+        if batch_idx >= len(self.ends):  # run for other devices' sake
+            return
         shard, is_last = self.ends[batch_idx]
         for name, activations in outputs.items():
             self.parts.setdefault(name, []).append(activations)
@@ -128,7 +136,8 @@ def extract(
     """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet (inputs: see `store.place`).
 
     On several devices or nodes each takes whole shards: which batches make a shard depends on nothing but the texts, so
-    that the bytes are those that one device writes.
+    that the bytes are those that one device writes. Under FSDP they pass each other the weights of a block when its
+    turn comes, and one that has no batches left runs on for the others.
 
     Parameters
     ----------
@@ -147,16 +156,30 @@ def extract(
     ------
     UserError: an activation is not finite in `dtype`, or what other nodes wrote is not in `folder`.
     """
-    loop = trainer(hardware)
-    mine = [shard for shard in shards[loop.global_rank :: loop.world_size] if not _complete(folder, hookpoints, shard)]
+    # Weights cut into pieces are put together in place, which tensors made for inference only do not allow.
+    loop = trainer(hardware, inference_mode=hardware.strategy != "fsdp")
+    # All processes see the same: none begins to write before all have come to `predict`.
+    missing = [not _complete(folder, hookpoints, shard) for shard in shards]
+    parts = [
+        [
+            shard
+            for shard, lacks in zip(shards[rank :: loop.world_size], missing[rank :: loop.world_size], strict=True)
+            if lacks
+        ]
+        for rank in range(loop.world_size)
+    ]
+    mine = parts[loop.global_rank]
     total = sum(shard.rows for shard in shards)
     with Progress("extract", total, "tokens") as progress:
         progress.skip(total - sum(shard.rows for shard in mine))
         loop.callbacks.append(ShardWriter(mine, folder, progress, quantised=dtype == "int8"))
         todo = [batch for shard in mine for batch in shard.batches]
+        if is_sharding(loop) and any(parts):
+            longest = max(sum(len(shard.batches) for shard in part) for part in parts)
+            todo += [shards[0].batches[0]] * (longest - len(todo))
         loader: Any = DataLoader(todo, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
         # Every rank, also one with nothing left of its own: the others wait for it.
-        if not all(_complete(folder, hookpoints, shard) for shard in shards):
+        if any(missing):
             loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
     if loop.world_size > 1:
         loop.strategy.barrier()

@@ -146,6 +146,17 @@ def blocks(model: Any) -> nn.ModuleList:
     raise UserError(f"params.yaml: model.name: found no list of {count} transformer blocks in {type(model).__name__}")
 
 
+def shard_blocks(model: Any, mesh: Any) -> None:
+    """Cut the weights of the blocks among the devices of `mesh` (FSDP): a block's are whole while it is computed.
+
+    What is outside the blocks (embeddings, the last norm, the head) stays whole on every device.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+
+
 @contextmanager
 def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While open, every forward pass leaves the residual stream `[batch, tokens, d]` before each of `layers` here."""

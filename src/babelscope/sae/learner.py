@@ -9,6 +9,7 @@ from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.dense import dense_step
 from babelscope.sae.kernels import fused
 from babelscope.sae.moments import Moments
+from babelscope.sae.sharding import add_rows_, own, whole
 from babelscope.sae.step import Step, sparse_step
 
 # Rows of a step on which dead latents learn, and how many of these do: enough for their directions, and a fraction of
@@ -152,14 +153,14 @@ class Learner(nn.Module):
                     torch.distributed.all_reduce(gradient)
                     gradient /= world
                 assert weight.grad is not None
-                weight.grad.index_add_(0, dead, gradient)
-        whole = sae.W_dec.grad
-        assert whole is not None
-        if kernels := fused(whole):
-            kernels.take_off_parallel_(whole, sae.W_dec)
+                add_rows_(weight.grad, dead, gradient)
+        assert sae.W_dec.grad is not None
+        gradient, W_dec = own(sae.W_dec.grad), own(sae.W_dec)
+        if kernels := fused(gradient):
+            kernels.take_off_parallel_(gradient, W_dec)
             return
-        for first in range(0, len(whole), _CHUNK):
-            g, w = whole[first : first + _CHUNK], sae.W_dec[first : first + _CHUNK]
+        for first in range(0, len(gradient), _CHUNK):
+            g, w = gradient[first : first + _CHUNK], W_dec[first : first + _CHUNK]
             g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
 
     @torch.no_grad()
@@ -171,10 +172,11 @@ class Learner(nn.Module):
         result: of this step, averaged over the devices.
         share: of the steps that are done.
         """
-        if kernels := fused(self.sae.W_dec):
-            kernels.normalise_(self.sae.W_dec)
+        W_dec = own(self.sae.W_dec)
+        if kernels := fused(W_dec):
+            kernels.normalise_(W_dec)
         else:
-            self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         if self.settings.activation in ("relu", "jumprelu"):
             self.excess.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
             self.log_sparsity.add_(self.excess, alpha=_INTEGRAL / self.steps)
@@ -183,11 +185,14 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> SAE:
-        """The SAE for activations as they are stored: the normalisation folded into the weights, thresholds set."""
+        """The SAE for activations as they are stored: the normalisation folded into the weights, thresholds set.
+
+        Where the weights are cut into pieces, every device has to call it at the same time.
+        """
         sae, source = self.sae, self.source or self.target
         unit = self.target.scale  # activations in the units of the store: unless whitened, decoder rows keep norm 1
-        encoder, W_dec = source.fold(sae.encoder) / unit, self.target.inverse(sae.W_dec) * unit
-        b_enc, b_dec = sae.b_enc / unit, self.target.inverse(sae.b_dec)
+        encoder, W_dec = source.fold(whole(sae.encoder)) / unit, self.target.inverse(whole(sae.W_dec)) * unit
+        b_enc, b_dec = whole(sae.b_enc) / unit, self.target.inverse(whole(sae.b_dec))
         b_in = None if sae.b_in is None else source.inverse(sae.b_in)
         match self.settings.activation:
             case "topk":
@@ -198,7 +203,7 @@ class Learner(nn.Module):
                 threshold = torch.zeros_like(b_enc)
             case "jumprelu":
                 assert self.log_threshold is not None
-                threshold = self.log_threshold.exp()
+                threshold = whole(self.log_threshold).exp()
         return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold / unit, b_in=b_in)
 
 

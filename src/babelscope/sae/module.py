@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.files import write_atomically
-from babelscope.hardware import keep_freed_memory, trainer
+from babelscope.hardware import is_sharding, keep_freed_memory, trainer
+from babelscope.sae import sharding
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.batches import Pair, Source
 from babelscope.sae.graph import Graph
@@ -58,6 +60,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         self.histories: list[History] = [[] for _ in self.learners]
         self._moments: dict[str, Any] | None = None
         self._graphs: list[Graph] = []
+        self._sharded = False
         self._due = time.monotonic() + settings.checkpoint_seconds
         if checkpoint.exists():
             self._load()
@@ -67,11 +70,19 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         """The learners, in the order of the hookpoints."""
         return [learner for learner in self.learners if isinstance(learner, Learner)]
 
+    def configure_model(self) -> None:
+        """Under FSDP cut the weights among the devices."""
+        self._sharded = is_sharding(self.trainer)
+        if self._sharded:
+            for learner in self.each:
+                sharding.shard(learner, "loss", self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Fused Adam over all weights."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.rate, betas=BETAS, fused=True)
         if self._moments is not None:
             optimizer.load_state_dict(self._moments)
+            sharding.cut_moments(optimizer)
             self._moments = None
         return optimizer
 
@@ -99,12 +110,12 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         if self.done % self.settings.log_every == 0 or self.done == self.batches.steps:
             for number, ((x, y), result) in enumerate(zip(batch, results, strict=True)):
                 self._record(number, self.each[number].figures(x if y is None else y, result), rate)
-        if time.monotonic() >= self._due and self.done < self.batches.steps:
+        if self._is_due() and self.done < self.batches.steps:
             self._save()
 
     def _replayed(self, batch: list[Pair]) -> list[Step] | None:
         """Losses and gradients by CUDA graphs, where there is one device that has them; null elsewhere."""
-        if self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
+        if self._sharded or self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
             return None
         if not self._graphs:
             self._graphs = [Graph(learner, x, y) for learner, (x, y) in zip(self.each, batch, strict=True)]
@@ -134,8 +145,15 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         if self.trainer.is_global_zero:
             self.write[number](self.done, row)
 
+    def _is_due(self) -> bool:
+        due = time.monotonic() >= self._due
+        if not self._sharded:
+            return due
+        # All devices take part, and by the clock of one; not at every step, for it is waited for.
+        return self.done % self.settings.log_every == 0 and bool(self.trainer.strategy.broadcast(due))
+
     def _save(self) -> None:
-        if not self.trainer.is_global_zero:
+        if not (self._sharded or self.trainer.is_global_zero):
             return
         start = time.monotonic()
         state = {
@@ -144,7 +162,10 @@ class SAETraining(LightningModule):  # type: ignore[misc]
             "module": self.state_dict(),
             "optimizer": self.optimizers().optimizer.state_dict(),
         }
-        write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+        if self._sharded:
+            state = tree_map_only(Tensor, lambda tensor: sharding.whole(tensor).cpu(), state)
+        if self.trainer.is_global_zero:
+            write_atomically(self.checkpoint, lambda path: torch.save(state, path))
         end = time.monotonic()
         self._due = end + max(self.settings.checkpoint_seconds, _APART * (end - start))
 
@@ -192,10 +213,9 @@ def train(
     training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
     loop = trainer(hardware, max_epochs=1)
     loop.fit(training)
-    if not loop.is_global_zero:
-        return None
     # What only the steps need goes before the finished weights are made: they would come on top of it.
     training.zero_grad(set_to_none=True)
     for optimizer in loop.strategy.optimizers:
         optimizer.state.clear()
-    return [(learner.finished(), rows) for learner, rows in zip(training.each, training.histories, strict=True)]
+    finished = [(learner.finished(), rows) for learner, rows in zip(training.each, training.histories, strict=True)]
+    return finished if loop.is_global_zero else None

@@ -1,0 +1,184 @@
+"""`kill -9` at random moments of the real pipeline, over all stages: `python tests/kills.py --kills 40 --seed 0`.
+
+Two clones with small params: a calm one runs undisturbed, a stormy one is killed in every stage in turn, at a moment
+drawn from how long the stage took in the calm one (what DVC does after it included): the stage's process, the DVC
+process (the stage lives on without it), or the whole process group. After each kill `dvc repro` goes on. It fails if
+
+- after a kill there is a file under a final name that is not, byte for byte, the calm run's;
+- a training that had left a checkpoint does not resume from it;
+- the end differs from the calm run: hashes in dvc.lock, MLflow runs (kind and status); or a temporary file is left in
+  an output, a checkpoint in .scratch, or a lock that DVC stumbles over.
+"""
+
+import argparse
+import hashlib
+import itertools
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from clone import clone, environment, hashes, ran, run, runs
+
+RESUMED = re.compile(r"resumed at step (\d+)")
+TRAININGS = ("train@", "retrain@", "stream")
+VICTIMS = ("stage", "dvc", "group")
+OUTPUTS = ("data", "metrics", "reports")
+_POLL = 0.02
+
+
+@dataclass
+class Kill:
+    """What was killed, in which stage, how many seconds after its start, and if a training had a checkpoint."""
+
+    stage: str
+    victim: str
+    after: float
+    checkpoint: bool = False
+    resumed: int | None = None
+
+
+def repro(repo: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`dvc repro` in a process group of its own; what it and its stages say goes to a file, which outlives it."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            ["dvc", "repro"], cwd=repo, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=out,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def follow(process: subprocess.Popen[bytes], log: Path) -> Iterator[list[str]]:
+    """Again and again, until the process ends: the stages that it has begun so far."""
+    while process.poll() is None:
+        yield ran(log.read_text(errors="replace"))
+        time.sleep(_POLL)
+
+
+def durations(repo: Path) -> dict[str, float]:
+    """Run the pipeline undisturbed; returns the seconds from each stage's start to the next one's."""
+    log, starts = repo.with_suffix(".log"), dict[str, float]()
+    process = repro(repo, log)
+    for begun in follow(process, log):
+        for name in begun:
+            starts.setdefault(name, time.monotonic())
+    assert process.returncode == 0, log.read_text()
+    moments = [*starts.values(), time.monotonic()]
+    return {name: end - start for name, (start, end) in zip(starts, itertools.pairwise(moments), strict=True)}
+
+
+def strike(process: subprocess.Popen[bytes], victim: str) -> bool:
+    """Kill `stage`, `dvc` or `group`, and wait for the dead; false where there is no process of a stage to kill."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    if victim == "stage":
+        if not family:
+            return False
+        for child in family:
+            child.kill()
+        with suppress(subprocess.TimeoutExpired):  # it had come to its end: DVC knows nothing of the kill, and goes on
+            process.wait(20)
+        return process.poll() is not None
+    if victim == "dvc":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        psutil.wait_procs(family)
+    process.wait()
+    return True
+
+
+def disturbed(repo: Path, plan: dict[str, list[float]], victim: str) -> tuple[Kill | None, str]:
+    """One `dvc repro`, killed at the first moment that is planned for a stage it runs; returns the kill and the log."""
+    log, stage, started, due = repo.with_suffix(".log"), "", 0.0, math.inf
+    process = repro(repo, log)
+    for begun in follow(process, log):
+        if begun and begun[-1] != stage:
+            stage, started = begun[-1], time.monotonic()
+            if due == math.inf and plan.get(stage):
+                due = started + plan[stage].pop(0)
+        after = time.monotonic() - started
+        if started + after >= due and strike(process, victim):
+            checkpoint = stage.startswith(TRAININGS) and bool(list(repo.glob(".scratch/*/state.pt")))
+            return Kill(stage, victim, after, checkpoint), log.read_text(errors="replace")
+    return None, log.read_text(errors="replace")
+
+
+def digests(repo: Path) -> dict[str, str]:
+    """MD5 of every file of the outputs under a final name."""
+    found = {}
+    for path in sorted(path for folder in OUTPUTS for path in (repo / folder).rglob("*")):
+        try:
+            if path.is_file() and path.suffix != ".tmp" and path.name != ".gitignore":
+                found[str(path.relative_to(repo))] = hashlib.md5(path.read_bytes()).hexdigest()
+        except FileNotFoundError:  # a stage that has outlived DVC is at work
+            continue
+    return found
+
+
+def storm(calm: Path, stormy: Path, kills: int, seed: int, say=print) -> list[Kill]:
+    """Run both clones (`calm` first, if it has not run yet) and compare; see the module.
+
+    Raises
+    ------
+    AssertionError: something was lost, or came out differently.
+    """
+    took = durations(calm)
+    whole, draw = digests(calm), random.Random(seed)
+    say(f"undisturbed: {len(took)} stages in {sum(took.values()):.0f} s")
+    stages = list(itertools.islice(itertools.cycle(draw.sample(list(took), len(took))), kills))
+    plan = {name: [draw.uniform(0, took[name]) for _ in range(stages.count(name))] for name in took}
+    done = list[Kill]()
+    while True:
+        kill, text = disturbed(stormy, plan, draw.choice(VICTIMS))
+        if done and done[-1].checkpoint and (found := RESUMED.search(text)):
+            done[-1].resumed = int(found[1])
+        if kill is None:
+            assert "failed to reproduce" not in text, text
+            break
+        done.append(kill)
+        say(f"{len(done):3d}  {kill.stage:30s} {kill.victim:6s} after {kill.after:5.1f} s")
+        broken = {name for name, digest in digests(stormy).items() if whole.get(name) != digest}
+        assert not broken, f"{kill}: half-written, or different from the calm run: {sorted(broken)}"
+    assert ran(run(stormy, "dvc", "repro")) == ["track"], "the pipeline had not come to its end"
+    lost = [kill for kill in done if kill.checkpoint and kill.resumed is None]
+    assert not lost, f"not resumed from their checkpoints: {lost}"
+    assert hashes(stormy) == hashes(calm)
+    assert runs(stormy) == runs(calm)
+    leftovers = [
+        *(p for p in stormy.glob(".scratch/*") if p.name != "locks"),
+        *(p for folder in OUTPUTS for p in (stormy / folder).rglob("*.tmp")),
+    ]
+    assert not leftovers, leftovers
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the two clones are made; default: a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        for name in ("calm", "stormy"):
+            (folder / name).mkdir(parents=True)
+            clone(folder / name)
+        done = storm(folder / "calm", folder / "stormy", arguments.kills, arguments.seed)
+    for victim in VICTIMS:
+        print(f"{victim}: {sum(kill.victim == victim for kill in done)} kills", end="; ")
+    trained = [kill for kill in done if kill.checkpoint]
+    print(f"{len(trained)} trainings resumed from their checkpoint; same hashes and MLflow runs as undisturbed")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    main()
