@@ -87,11 +87,12 @@ def test_a_killed_stream_resumes_to_the_same_bytes(
     resume(streaming.make_model().cuda(), tmp_path, changes, monkeypatch)
 
 
-def test_extraction_gives_what_a_cpu_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_extraction_gives_what_a_cpu_gives(strategy: str, tmp_path: Path) -> None:
     model, names = ablating.make("llama"), ["layers.0.mlp", "layers.2"]
     shards = extraction.plan(extracting.corpus()[0], batch_tokens=64, shard_rows=50)
     stores = []
-    for hardware in (extracting.HARDWARE, GPU):
+    for hardware in (extracting.HARDWARE, GPU.model_copy(update={"strategy": strategy})):
         folder = tmp_path / hardware.accelerator
         extraction.extract(model, shards, names, folder, "float16", hardware)
         for name in names:

@@ -12,6 +12,7 @@ from babelscope.sae import SAE, Shelf, checkpoint
 
 NAMES = [f"layers.{number}.mlp" for number in range(4)]
 LATENTS, D = 32, 8
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,13 @@ def size(folder):
     return sum(tensor.nbytes for tensor in sae.parameters())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("room", [0, 1, 2, 4])
-def test_an_sae_from_the_shelf_computes_what_the_sae_in_the_file_does(folder, room):
-    shelf = Shelf(folder, NAMES, room=room * size(folder))
-    x = torch.randn(5, D, generator=torch.Generator().manual_seed(9))
+def test_an_sae_from_the_shelf_computes_what_the_sae_in_the_file_does(folder, room, device):
+    shelf = Shelf(folder, NAMES, torch.device(device), room=room * size(folder))
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(9)).to(device)
     for name in [*NAMES, *reversed(NAMES)]:
-        one, other = shelf[name], checkpoint.load(folder, name)
+        one, other = shelf[name], checkpoint.load(folder, name).to(device)
         assert (one.latents, one.d, one.d_in, one.b_in) == (LATENTS, D, D, None)
         assert torch.equal(one.W_dec, other.W_dec) and torch.equal(one.b_dec, other.b_dec)
         assert torch.equal(one(x), other(x))
