@@ -25,7 +25,9 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# DVC's own words for a list that is none ("'Value' object is not iterable") name no key: params.yaml is read before.
 repro: setup
+	@$(BIN)/python -m babelscope.config
 	$(BIN)/dvc repro
 
 # `make experiment NAME=llama-3.2-1b`: experiments/NAME.yaml takes the place of params.yaml, then all stages run.
@@ -37,6 +39,7 @@ experiment: setup
 	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
 	  exit 1; }
 	cp "experiments/$(NAME).yaml" params.yaml
+	@$(BIN)/python -m babelscope.config
 	$(BIN)/dvc repro
 
 # Side by side, a file to each, the longest first (tests/conftest.py): by itself xdist starts with the files that hold the

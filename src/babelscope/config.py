@@ -1,6 +1,7 @@
 """`params.yaml` as typed, validated models: one class per section, every knob documented in `params.yaml` itself."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,23 +11,20 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from babelscope.errors import UserError, nearest
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-_HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
-
-
-def _checked(names: list[str], form: re.Pattern[str]) -> list[str]:
-    for name in names:
-        if not form.fullmatch(name):
-            raise ValueError(f"{name!r} does not have the form {form.pattern}")
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} stands twice")
-    return names
+from babelscope.values import (
+    Factor,
+    Hookpoints,
+    Inside,
+    Languages,
+    Name,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    Url,
+    Weight,
+    explain,
+)
 
 
 class Section(pydantic.BaseModel):
@@ -40,8 +38,8 @@ class Model(Section):
 
     source: Literal["package", "huggingface"]
     name: Name
-    gguf_file: str | None
-    revision: str | None
+    gguf_file: Inside | None
+    revision: Name | None
     quantization: Literal["8bit", "4bit"] | None
     trust_remote_code: bool
 
@@ -75,13 +73,13 @@ class Corpus(Section):
 
     source: Literal["gettext", "files", "huggingface"]
     datasets: list[Dataset]
-    package: str | None
-    path: str | None
-    domain: str | None
-    source_language: str
+    package: Name | None
+    path: Name | None
+    domain: Inside | None
+    source_language: Name
     lid: Share | None
-    min_characters: Positive
-    max_tokens: Annotated[int, Field(ge=2)]
+    min_characters: Size
+    max_tokens: Annotated[Size, Field(ge=2)]
     train_tokens: Positive
     eval_tokens: Positive
 
@@ -101,7 +99,7 @@ class Extract(Section):
 
     dtype: Literal["float32", "bfloat16", "float16"]
     store_dtype: Literal["float16", "bfloat16", "int8"]
-    batch_tokens: Positive
+    batch_tokens: Size
 
 
 class Train(Section):
@@ -109,20 +107,20 @@ class Train(Section):
 
     source: Literal["stored", "stream", "pretrained"]
     activation: Literal["topk", "batchtopk", "jumprelu", "relu"]
-    latents: Positive
-    k: Positive
+    latents: Size
+    k: Size
     matryoshka: list[Positive] | None
     transcode: bool
     tokens: Positive
-    batch: Positive
-    learning_rate: Annotated[float, Field(gt=0.0)] | None
+    batch: Size
+    learning_rate: Factor | None
     warmup: Share
     decay: Share
-    encoder_scale: Annotated[float, Field(gt=0.0)]
-    aux_k_coefficient: Annotated[float, Field(ge=0.0)]
+    encoder_scale: Factor
+    aux_k_coefficient: Weight
     dead_after: Positive | None
     log_every: Positive
-    checkpoint_seconds: Annotated[float, Field(ge=0.0)]
+    checkpoint_seconds: Weight
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
@@ -143,7 +141,7 @@ class Pretrained(Section):
 
     name: Name | None
     revision: Name | None
-    folder: Name | dict[str, Name]
+    folder: Inside | dict[str, Inside]
 
     @field_validator("folder")
     @classmethod
@@ -163,7 +161,7 @@ class Pretrained(Section):
 class Encode(Section):
     """Counting the firings of every latent."""
 
-    chunk_tokens: Positive
+    chunk_tokens: Size
 
 
 class Quality(Section):
@@ -188,40 +186,30 @@ class Score(Section):
 class Neurons(Section):
     """LAPE for the model's own neurons (METHODS: Tang et al. 2024)."""
 
-    hookpoints: list[Name]
+    hookpoints: Hookpoints
     quantile: Share
     top_rate: Share
-
-    @field_validator("hookpoints")
-    @classmethod
-    def _a_set(cls, names: list[str]) -> list[str]:
-        return _checked(names, _HOOKPOINT)
 
 
 class Stability(Section):
     """Second SAEs of some hookpoints, from another seed, to see which features come again."""
 
-    hookpoints: list[Name]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    hookpoints: Hookpoints
+    seed: Seed
     cosine: Annotated[float, Field(gt=0.0, le=1.0)]
-
-    @field_validator("hookpoints")
-    @classmethod
-    def _a_set(cls, names: list[str]) -> list[str]:
-        return _checked(names, _HOOKPOINT)
 
 
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
     methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
-    additive_factor: float
-    control_draws: Annotated[int, Field(ge=0)]
+    additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
+    control_draws: Annotated[int, Field(ge=0, le=10_000)]
     dtype: Literal["float32", "bfloat16", "float16"]
-    batch_tokens: Positive
+    batch_tokens: Size
     by_layer: bool
     by_layer_others: bool
-    bootstrap: Positive
+    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
     @field_validator("methods")
     @classmethod
@@ -235,46 +223,46 @@ class Identify(Section):
     """Language identification by the selected units, against fastText."""
 
     also: Name | Dataset | None
-    also_texts: Positive
+    also_texts: Size
 
 
 class Steer(Section):
     """Generation with a language's features amplified."""
 
-    strengths: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
+    strengths: Annotated[list[Factor], Field(min_length=1)]
     prompt_language: Name
-    prompts: Positive
-    prompt_tokens: Annotated[int, Field(ge=2)]
-    new_tokens: Annotated[int, Field(ge=2)]
-    temperature: Annotated[float, Field(ge=0.0)]
+    prompts: Size
+    prompt_tokens: Annotated[Size, Field(ge=2)]
+    new_tokens: Annotated[Size, Field(ge=2)]
+    temperature: Weight
     min_distinct: Share
-    max_nll: Annotated[float, Field(gt=0.0)]
+    max_nll: Factor
     control: bool
     dtype: Literal["float32", "bfloat16", "float16"]
-    batch_rows: Positive
+    batch_rows: Size
 
 
 class Browse(Section):
     """The feature browser: what is shown of every feature."""
 
-    texts: Positive
-    tokens: Positive
-    ablation_texts: Annotated[int, Field(ge=0)]
-    shared: Annotated[int, Field(ge=0)] | None
+    texts: Size
+    tokens: Size
+    ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
+    shared: Annotated[int, Field(ge=0, le=2**26)] | None
 
 
 class Explain(Section):
     """Features in words, by a language model behind an OpenAI-compatible endpoint."""
 
-    endpoint: Annotated[str, Field(pattern=r"https?://.+")] | None
+    endpoint: Url | None
     model: Name | None
-    per_language: Positive
-    examples: Positive
-    scored: Positive
-    parallel: Positive
-    price_in: Annotated[float, Field(ge=0.0)]
-    price_out: Annotated[float, Field(ge=0.0)]
-    max_cost: Annotated[float, Field(ge=0.0)]
+    per_language: Size
+    examples: Size
+    scored: Size
+    parallel: Annotated[int, Field(gt=0, le=1000)]
+    price_in: Weight
+    price_out: Weight
+    max_cost: Weight
 
     @model_validator(mode="after")
     def _whole(self) -> "Explain":
@@ -293,10 +281,10 @@ class Hardware(Section):
     """Knobs that change how fast the results come, never what they are; no stage depends on them."""
 
     accelerator: Literal["auto", "cpu", "gpu"]
-    devices: Positive
-    num_nodes: Positive
+    devices: Annotated[int, Field(gt=0, le=1024)]
+    num_nodes: Annotated[int, Field(gt=0, le=65536)]
     strategy: Name
-    threads: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=0, le=4096)]
 
     @field_validator("strategy")
     @classmethod
@@ -312,9 +300,9 @@ class Hardware(Section):
 class Config(Section):
     """The whole of params.yaml."""
 
-    languages: list[Name]
-    hookpoints: list[Name]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    languages: Languages
+    hookpoints: Hookpoints
+    seed: Seed
     model: Model
     corpus: Corpus
     extract: Extract
@@ -335,10 +323,10 @@ class Config(Section):
 
     @field_validator("languages", "hookpoints")
     @classmethod
-    def _a_set(cls, names: list[str], info: pydantic.ValidationInfo) -> list[str]:
+    def _at_least_one(cls, names: list[str]) -> list[str]:
         if not names:
             raise ValueError("the list is empty; at least one is needed")
-        return _checked(names, _LANGUAGE if info.field_name == "languages" else _HOOKPOINT)
+        return names
 
     @model_validator(mode="after")
     def _neurons_fit(self) -> "Config":
@@ -429,32 +417,6 @@ class Config(Section):
         return self
 
 
-def _allowed(place: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section at `place` may hold."""
-    model: Any = Config
-    for key in place:
-        field = model.model_fields.get(key) if isinstance(key, str) else None
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def _explain(error: Any) -> str:
-    place, kind = tuple(error["loc"]), error["type"]
-    key = ".".join(str(part) for part in place)
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key; {nearest(str(place[-1]), _allowed(place[:-1]))}"
-    if kind == "missing":
-        return f"{key}: the key is missing"
-    if kind == "value_error":
-        message = str(error["ctx"]["error"])
-        # The checks of a whole section name their key themselves.
-        return message if re.match(r"[a-z_]+\.[a-z_]+: ", message) else f"{key}: {message}"
-    got = error.get("input")
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {got!r:.80}"
-
-
 def parse(content: Any, source: str = "params.yaml") -> Config:
     """Validate the content of a params file.
 
@@ -467,7 +429,7 @@ def parse(content: Any, source: str = "params.yaml") -> Config:
     try:
         return Config.model_validate(content)
     except pydantic.ValidationError as error:
-        lines = [f"{source}: {_explain(e)}" for e in error.errors(include_url=False)]
+        lines = [f"{source}: {explain(Config, e)}" for e in error.errors(include_url=False)]
         raise UserError("\n       ".join(lines)) from None
 
 
@@ -492,8 +454,11 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        reason = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(error).split()))
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
 
 
 def hookpoint_argument(arguments: list[str], params: Config) -> str:
@@ -507,3 +472,10 @@ def hookpoint_argument(arguments: list[str], params: Config) -> str:
     if len(arguments) != 2 or arguments[1] not in params.hookpoints:
         raise UserError(f"usage: python {arguments[0]} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
     return arguments[1]
+
+
+if __name__ == "__main__":  # before DVC reads the file, whose own messages name no key
+    try:
+        load()
+    except UserError as wrong:
+        sys.exit(f"error: {wrong}")
