@@ -10,7 +10,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
@@ -32,8 +32,8 @@ def main() -> None:
     knobs = params.ablate
     methods = knobs.methods
     device = hardware.prepare(params.hardware)
-    features = pl.read_parquet(FEATURES)
-    corpus = pl.read_parquet(CORPUS).filter(split="eval")
+    features = read_table(FEATURES)
+    corpus = read_table(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
     texts = tokens.by_length(
         tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
@@ -102,20 +102,14 @@ def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) ->
 
 
 def read_counts(method: str, hookpoint: str) -> pl.DataFrame:
-    folder, writer = (NEURONS, "neurons") if method == "neuron" else (COUNTS, f"encode@{hookpoint}")
-    return read(folder / f"{hookpoint}.parquet", writer).select("unit", "language", "tokens", "max")
+    folder = NEURONS if method == "neuron" else COUNTS
+    return read_table(folder / f"{hookpoint}.parquet").select("unit", "language", "tokens", "max")
 
 
 def read_totals(method: str, hookpoint: str) -> pl.DataFrame:
     if method == "neuron":
-        return read(NEURONS / "totals.parquet", "neurons")
-    return read(COUNTS / f"{hookpoint}.totals.parquet", f"encode@{hookpoint}")
-
-
-def read(path: Path, writer: str) -> pl.DataFrame:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
-    return pl.read_parquet(path)
+        return read_table(NEURONS / "totals.parquet")
+    return read_table(COUNTS / f"{hookpoint}.totals.parquet")
 
 
 def largest_activation(counts: pl.DataFrame, latents: int) -> Any:

@@ -14,7 +14,7 @@ import polars as pl
 from babelscope import config, stage
 from babelscope.browse.units import KEY, probabilities, units
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically
+from babelscope.files import read_table, scan_table, scratch, write_atomically
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 from babelscope.scoring import sae_lape
@@ -65,21 +65,12 @@ def main() -> None:
     stage.table(["hookpoint", "of one language", "of several", "removed alone"], kinds.rows())
 
 
-def existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the stages before `browse` write it: dvc repro browse")
-    return path
-
-
 def choose(params: config.Config) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The features with `largest`, the largest activation on the training texts, and their rates in every language."""
-    selected = pl.read_parquet(existing(FEATURES)).filter(kind="sae")
-    totals = pl.read_parquet(existing(COUNTS / f"{params.hookpoints[0]}.totals.parquet"))
+    selected = read_table(FEATURES).filter(kind="sae")
+    totals = read_table(COUNTS / f"{params.hookpoints[0]}.totals.parquet")
     counts = pl.concat(
-        [
-            pl.scan_parquet(existing(COUNTS / f"{name}.parquet")).with_columns(hookpoint=pl.lit(name))
-            for name in params.hookpoints
-        ]
+        [scan_table(COUNTS / f"{name}.parquet").with_columns(hookpoint=pl.lit(name)) for name in params.hookpoints]
     )
     candidates = sae_lape(counts, totals, **params.score.model_dump() | {"members": None, "top": None})
     features = units(selected, candidates, params.languages, params.hookpoints, params.browse.shared)
@@ -93,8 +84,8 @@ def choose(params: config.Config) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def read_texts() -> pl.DataFrame:
     """`text_id`, `language`, `split`, `text`, in the order in which their activations lie."""
-    table = pl.read_parquet(existing(TOKENS), columns=["text_id"]).unique(maintain_order=True)
-    texts = table.join(pl.read_parquet(existing(CORPUS)), on="text_id", how="left", maintain_order="left")
+    table = read_table(TOKENS, columns=["text_id"]).unique(maintain_order=True)
+    texts = table.join(read_table(CORPUS), on="text_id", how="left", maintain_order="left")
     if texts["text"].null_count():
         raise UserError(f"{TOKENS}: holds texts that {CORPUS} lacks; run `dvc repro extract`")
     return texts.select("text_id", "language", "split", "text")
@@ -122,7 +113,7 @@ def read_stored(firings: Mapping[str, Any], params: config.Config) -> None:
     from babelscope.activations.counting import whole_texts
     from babelscope.activations.store import ActivationStore, place
 
-    table = pl.read_parquet(TOKENS, columns=["row", "text_id", "language", "split"])
+    table = read_table(TOKENS, columns=["row", "text_id", "language", "split"])
     row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
     language = table["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     is_held_out = (table["split"] == "eval").to_torch()

@@ -10,7 +10,7 @@ from babelscope import config, hardware, sae, stage
 from babelscope.activations import streamed
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.store import ActivationStore
-from babelscope.files import write_atomically, write_json
+from babelscope.files import read_table, write_atomically, write_json
 from babelscope.models.hookpoints import layer_of
 from babelscope.progress import Progress
 
@@ -25,7 +25,7 @@ def main() -> None:
         found = encode(hookpoint, params)
         write_atomically(counts, found.counts.write_parquet)
         write_atomically(totals, found.totals.write_parquet)
-    firings, tokens = pl.read_parquet(counts), int(pl.read_parquet(totals)["tokens"].sum())
+    firings, tokens = read_table(counts), int(read_table(totals)["tokens"].sum())
     fired, l0 = firings["unit"].n_unique(), int(firings["tokens"].sum()) / tokens
     numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
     write_json(Path(f"metrics/encode.{hookpoint}.json"), numbers)
@@ -45,7 +45,7 @@ def encode(hookpoint: str, params: config.Config) -> Tables:
     dictionary = sae.load(Path("data/sae"), hookpoint).to(device)
     source = Path("data/activations") / hookpoint
     activations = ActivationStore(source / "input" if dictionary.b_in is not None else source)
-    table = pl.read_parquet("data/activations/tokens.parquet").filter(pl.col("split") == "train")
+    table = read_table("data/activations/tokens.parquet").filter(pl.col("split") == "train")
     language = table["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     text = table["text_id"].rle_id().cast(pl.Int64).to_torch()
     rows = table["row"].to_torch()

@@ -13,7 +13,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
@@ -70,12 +70,12 @@ def collect(params: config.Config) -> list[Case]:
 
     knobs = params.explain
     device = hardware.prepare(params.hardware)
-    first = pl.read_parquet(FEATURES).filter(pl.col("kind") == "sae", pl.col("rank") <= knobs.per_language)
-    table = pl.read_parquet(TOKENS).filter(split="train").select("row", "text_id")
+    first = read_table(FEATURES).filter(pl.col("kind") == "sae", pl.col("rank") <= knobs.per_language)
+    table = read_table(TOKENS).filter(split="train").select("row", "text_id")
     row = table["row"].to_torch()
     ends = table.with_row_index("at").group_by("text_id", maintain_order=True).agg(pl.col("at").min(), pl.len())
     spans = [(at, at + count) for _, at, count in ends.rows()]
-    texts = ends.select("text_id").join(pl.read_parquet(CORPUS), on="text_id", how="left", maintain_order="left")
+    texts = ends.select("text_id").join(read_table(CORPUS), on="text_id", how="left", maintain_order="left")
     found: list[tuple[dict[str, Any], Any]] = []
     hookpoints = first["hookpoint"].unique(maintain_order=True).to_list()
     with Progress("explain, reading", len(row) * len(hookpoints), "tokens") as progress:

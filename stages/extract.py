@@ -7,10 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
-import polars as pl
-
 from babelscope import config, stage
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
 CORPUS, OUT, METRICS = Path("data/corpus/texts.parquet"), Path("data/activations"), Path("metrics/extract.json")
@@ -27,7 +25,7 @@ def main() -> None:
     skeleton = loading.load_skeleton(params.model)
     if skeleton is not None:
         hookpoints.resolve(skeleton, params.hookpoints)
-    corpus = pl.read_parquet(CORPUS)
+    corpus = read_table(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
     texts = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
     shards = extraction.plan(tokens.by_length(texts), params.extract.batch_tokens)

@@ -13,7 +13,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
@@ -34,21 +34,19 @@ def main() -> None:
     device = hardware.prepare(params.hardware)
     also = read_also(params)
     lid = FastText()
-    features = pl.read_parquet(FEATURES)
+    features = read_table(FEATURES)
     owners, latents = {}, []
     for (kind, hookpoint), rows in features.group_by("kind", "hookpoint", maintain_order=True):
         counts = None
         if kind == "sae":
             latents.append(str(hookpoint))
-            counts = pl.read_parquet(
-                COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"]
-            )
+            counts = read_table(COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"])
         owners[str(hookpoint)] = totals.owned(rows, counts, params.languages)
     saes = sae.Shelf(SAES, latents, device)
     if not owners:
         log.warning("%s: no features, so only fastText identifies anything", FEATURES)
 
-    corpus = pl.read_parquet(CORPUS).filter(split="eval")
+    corpus = read_table(CORPUS).filter(split="eval")
     held_out = totals.Totals(len(corpus), owners, saes, device)
     # Neurons are stored nowhere, latents are not where `train.source` is `stream`.
     stored = [name for name in saes if params.train.source != "stream"]
@@ -94,7 +92,7 @@ def add_held_out(held_out: Any, corpus: pl.DataFrame, hookpoints: list[str]) -> 
     if not hookpoints:
         return
     number = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
-    table = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval").join(
+    table = read_table(ACTIVATIONS / "tokens.parquet").filter(split="eval").join(
         number, on="text_id", how="left", maintain_order="left"
     )  # fmt: skip
     if table["text"].null_count():
@@ -114,7 +112,7 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
     if not hookpoints:
         return
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from babelscope.activations import reading
     from babelscope.models import loading, tokens
@@ -132,8 +130,8 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
         for number, batch in enumerate(tokens.batches(ordered, params.extract.batch_tokens)):
             text = torch.tensor([int(one.text_id) for one in batch])
             file = keep / f"batch-{number:06d}.safetensors"
-            if file.is_file():
-                for method, rows in load_file(file).items():
+            if (part := read_part(file)) is not None:
+                for method, rows in part.items():
                     there.totals[method][text] = rows
                 progress.skip(sum(one.own for one in batch))
                 continue
@@ -145,8 +143,8 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
                 seen = reading.own_activations(model, list(names), (padded, mask, own), store_dtype)
                 for name, activations in seen.items():
                     there.add(names[name], activations, owner)
-            rows = {method: table[text] for method, table in there.totals.items()}
-            write_atomically(file, functools.partial(save_file, rows))
+            found = {method: table[text] for method, table in there.totals.items()}
+            write_atomically(file, functools.partial(save_file, found))
             progress.update(sum(one.own for one in batch))
     shutil.rmtree(keep, ignore_errors=True)
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scan_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
 CORPUS, OUT = Path("data/corpus/texts.parquet"), Path("data/neurons")
@@ -38,7 +38,7 @@ def count(params: config.Config) -> None:
     skeleton = loading.load_skeleton(params.model)
     if skeleton is not None:
         hookpoints.resolve(skeleton, names, "neurons.hookpoints")
-    corpus = pl.read_parquet(CORPUS).filter(split="train")
+    corpus = read_table(CORPUS).filter(split="train")
     texts = pack(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     if not len(texts):
         raise UserError(f"{CORPUS}: no texts of split 'train'")
@@ -66,7 +66,7 @@ def count(params: config.Config) -> None:
     )
     write({name: counter.units for name, counter in counters.items()}, totals)
     shutil.rmtree(keep, ignore_errors=True)
-    fired = {name: pl.scan_parquet(OUT / f"{name}.parquet").select(pl.col("unit").n_unique()) for name in names}
+    fired = {name: scan_table(OUT / f"{name}.parquet").select(pl.col("unit").n_unique()) for name in names}
     log.info("neurons: %s tokens", f"{totals['tokens'].sum():,}")
     stage.table(["hookpoint", "neurons", "fired"],
                 [[name, counters[name].units, fired[name].collect().item()] for name in names])  # fmt: skip

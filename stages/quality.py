@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from babelscope import config, stage
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
@@ -23,7 +23,7 @@ def main() -> None:
     from babelscope.models import hookpoints, loading, tokens
 
     device = hardware.prepare(params.hardware)
-    corpus = pl.read_parquet(CORPUS).filter(split="eval")
+    corpus = read_table(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
     of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
     texts = tokens.by_length(

@@ -8,7 +8,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import read_json, write_atomically
+from babelscope.files import read_json, read_table, write_atomically
 from babelscope.report import browser, charts, data, page
 
 FEATURES = Path("data/scores/features.parquet")
@@ -57,12 +57,12 @@ def read(params: config.Config) -> data.ReportInputs:
         raise UserError(f"{', '.join(missing)}: no such file; the stages before `report` write it: dvc repro report")
     there = {name: path for name, path in OPTIONAL.items() if path.is_file()}
     files += there.values()
-    frames = {name: pl.read_parquet(path) for name, path in there.items()}
+    frames = {name: read_table(path) for name, path in there.items()}
     return data.ReportInputs(
         # Neither the hardware nor the tracking changes a result, so neither changes the page.
         params=params.model_dump(exclude={"hardware", "track"}),
-        features=pl.read_parquet(FEATURES),
-        nll=pl.read_parquet(NLL),
+        features=read_table(FEATURES),
+        nll=read_table(NLL),
         by_layer=frames.pop("by_layer", None),
         metrics={name: read_json(path) for name, path in metrics.items()},
         files={path.as_posix(): hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in files},
@@ -76,9 +76,9 @@ def read_features(params: config.Config) -> browser.BrowserInputs:
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; stage `browse` writes it: dvc repro report")
-    frames = {name: pl.read_parquet(path) for name, path in files.items()}
+    frames = {name: read_table(path) for name, path in files.items()}
     if EXPLANATIONS.is_file():
-        frames["explanations"] = pl.read_parquet(EXPLANATIONS)
+        frames["explanations"] = read_table(EXPLANATIONS)
     return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
 
 

@@ -12,7 +12,7 @@ import polars as pl
 from babelscope import config, hardware, stage
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically
+from babelscope.files import read_table, scratch, write_atomically
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.sae import checkpoint
 from babelscope.sae.batches import Batches
@@ -27,7 +27,7 @@ def main() -> None:
     source, out = Path("data/activations") / hookpoint, Path("data/sae_again") / hookpoint
     store, seed = ActivationStore(source), params.stability.seed
     inputs = ActivationStore(source / "input") if params.train.transcode else None
-    rows = pl.read_parquet(TOKENS).filter(split="train")["row"].to_torch()
+    rows = read_table(TOKENS).filter(split="train")["row"].to_torch()
     steps = -(-params.train.tokens // params.train.batch)
     batches = Batches(store, rows, params.train.batch, steps, seed, inputs)
 

@@ -8,7 +8,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import read_json, write_atomically, write_json
+from babelscope.files import read_json, read_table, scan_table, write_atomically, write_json
 from babelscope.scoring import lape, monolinguality, sae_lape, similarity, summary
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def main() -> None:
     if params.neurons.hookpoints:
         places[NEURONS / "totals.parquet"] = "neurons"
     totals = read_totals(places, params.languages)
-    counts = [scan_counts(COUNTS, name, f"encode@{name}") for name in params.hookpoints]
+    counts = [scan_counts(COUNTS, name) for name in params.hookpoints]
     selected = sae_lape(pl.concat(counts), totals, **params.score.model_dump())
     features = with_monolinguality(selected, counts, totals).with_columns(kind=pl.lit("sae")).select(COLUMNS)
     every = sae_lape(pl.concat(counts), totals, **params.score.model_dump() | {"members": None, "top": None})
@@ -47,7 +47,7 @@ def main() -> None:
 
 def select_neurons(section: config.Neurons, totals: pl.DataFrame) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
     """The languages' neurons, of how many they were taken, and the counts of each hookpoint."""
-    counts = [scan_counts(NEURONS, name, "neurons") for name in section.hookpoints]
+    counts = [scan_counts(NEURONS, name) for name in section.hookpoints]
     widths = read_json(NEURONS / "widths.json")
     units = sum(widths[name] for name in section.hookpoints)
     selected = lape(pl.concat(counts), totals, units=units, quantile=section.quantile, top_rate=section.top_rate)
@@ -55,11 +55,8 @@ def select_neurons(section: config.Neurons, totals: pl.DataFrame) -> tuple[pl.Da
     return neurons, units, counts
 
 
-def scan_counts(folder: Path, hookpoint: str, writer: str) -> pl.LazyFrame:
-    path = folder / f"{hookpoint}.parquet"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
-    return pl.scan_parquet(path).select(
+def scan_counts(folder: Path, hookpoint: str) -> pl.LazyFrame:
+    return scan_table(folder / f"{hookpoint}.parquet").select(
         pl.lit(hookpoint).alias("hookpoint"), "layer", "unit", "language", "tokens", "texts", "sum"
     )
 
@@ -71,9 +68,7 @@ def read_totals(places: Mapping[Path, str], languages: list[str]) -> pl.DataFram
     """
     first: tuple[Path, pl.DataFrame] | None = None
     for path, writer in places.items():
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; run `dvc repro {writer}`")
-        totals = pl.read_parquet(path, columns=["language", "tokens", "texts"])
+        totals = read_table(path, columns=["language", "tokens", "texts"])
         if sorted(totals["language"]) != sorted(languages):
             raise UserError(f"{path}: its languages are not those of params.yaml; run `dvc repro {writer}`")
         totals = totals.sort(pl.col("language").cast(pl.Enum(languages)))

@@ -10,7 +10,7 @@ import torch
 from babelscope import config, hardware, sae, stage
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
-from babelscope.files import write_atomically, write_json
+from babelscope.files import read_table, write_atomically, write_json
 from babelscope.progress import Progress
 from babelscope.sae.stability import Overlap, beside_others, partners
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
-    features = pl.read_parquet(FEATURES).filter(kind="sae").select("hookpoint", "unit", "language")
+    features = read_table(FEATURES).filter(kind="sae").select("hookpoint", "unit", "language")
     threshold = params.stability.cosine
     parts = [pl.DataFrame(schema=SCHEMA)]
     for hookpoint in params.stability.hookpoints:
@@ -52,7 +52,7 @@ def latents(hookpoint: str, params: config.Config) -> pl.DataFrame:
     source = ACTIVATIONS / hookpoint
     activations = ActivationStore(source / "input" if first.b_in is not None else source)
     overlap = Overlap(partner, second.latents)
-    held_out = pl.read_parquet(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch()
+    held_out = read_table(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch()
     with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
         for rows in torch.split(held_out, CHUNK):
             x = activations.gather(rows).to(device)
@@ -66,7 +66,7 @@ def latents(hookpoint: str, params: config.Config) -> pl.DataFrame:
             "overlap": overlap.result().cpu().numpy(),
         }
     ).with_columns(pl.col("overlap").fill_nan(None))
-    tokens = pl.read_parquet(counts, columns=["unit", "tokens"]).group_by("unit").agg(pl.col("tokens").sum())
+    tokens = read_table(counts, columns=["unit", "tokens"]).group_by("unit").agg(pl.col("tokens").sum())
     return found.join(tokens, on="unit", how="left").with_columns(pl.col("tokens").fill_null(0))
 
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
 
@@ -24,7 +24,7 @@ def main() -> None:
     params = config.load()
     section = params.steer
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from babelscope import hardware, matmul
     from babelscope.evaluation import steering
@@ -56,8 +56,8 @@ def main() -> None:
         for first in range(0, len(rows), section.batch_rows):
             batch = rows[first : first + section.batch_rows]
             file = keep / f"from-{first:06d}.safetensors"
-            if file.is_file():
-                parts.append(load_file(file))
+            if (part := read_part(file)) is not None:
+                parts.append(part)
                 progress.skip(len(batch))
                 continue
             ids = torch.tensor([prompts[number] for *_, number in batch])
@@ -107,7 +107,7 @@ def first_tokens(tokenizer: Any, params: config.Config) -> list[list[int]]:
     if section.prompt_language not in params.languages:
         raise UserError(f"params.yaml: steer.prompt_language: {section.prompt_language!r} is not one of languages: "
                         f"{', '.join(params.languages)}")  # fmt: skip
-    corpus = pl.read_parquet(CORPUS).filter(pl.col("split") == "eval", pl.col("language") == section.prompt_language)
+    corpus = read_table(CORPUS).filter(pl.col("split") == "eval", pl.col("language") == section.prompt_language)
     ids = tokenizer(corpus["text"].to_list(), add_special_tokens=False, verbose=False)["input_ids"]
     starts = [one[: section.prompt_tokens] for one in ids if len(one) >= section.prompt_tokens]
     distinct = [list(one) for one in dict.fromkeys(map(tuple, starts))]
@@ -122,15 +122,15 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
     from babelscope import sae
     from babelscope.evaluation import controls, steering
 
-    features = pl.read_parquet(FEATURES).filter(kind="sae")
+    features = read_table(FEATURES).filter(kind="sae")
     found: dict[str, dict[tuple[str | None, int | None], Any]] = {}
     for hookpoint in params.hookpoints:
         mine = features.filter(pl.col("hookpoint") == hookpoint)
         if mine.is_empty():
             continue
         dictionary = sae.load(SAES, hookpoint)
-        counts = pl.read_parquet(COUNTS / f"{hookpoint}.parquet")
-        sizes = pl.read_parquet(COUNTS / f"{hookpoint}.totals.parquet")
+        counts = read_table(COUNTS / f"{hookpoint}.parquet")
+        sizes = read_table(COUNTS / f"{hookpoint}.totals.parquet")
         totals = dict(sizes.select("language", "tokens").iter_rows())
         found[hookpoint] = {}
         for language in languages:

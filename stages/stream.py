@@ -11,7 +11,7 @@ from pathlib import Path
 from babelscope import config, stage
 from babelscope.activations.streamed import MODE, OUT
 from babelscope.errors import UserError
-from babelscope.files import scratch, write_atomically, write_json
+from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
 CORPUS = Path("data/corpus/texts.parquet")
@@ -50,7 +50,7 @@ def stream(params: config.Config) -> None:
     skeleton = loading.load_skeleton(params.model)
     if skeleton is not None:
         hookpoints.resolve(skeleton, params.hookpoints)
-    corpus = pl.read_parquet(CORPUS)
+    corpus = read_table(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
 
     training = pack(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)

@@ -14,7 +14,7 @@ from babelscope import config, hardware, stage
 from babelscope.activations import streamed
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
-from babelscope.files import read_json, scratch, write_atomically, write_json
+from babelscope.files import read_json, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import SAE, checkpoint
@@ -86,7 +86,7 @@ class HeldOut:
     def __init__(self, hookpoint: str, params: config.Config) -> None:
         source = Path("data/activations") / hookpoint
         self.languages = params.languages
-        self.store, table = ActivationStore(source), pl.read_parquet(TOKENS)
+        self.store, table = ActivationStore(source), read_table(TOKENS)
         self.inputs = ActivationStore(source / "input") if params.train.transcode else None
         if len(table) != self.store.rows:
             raise UserError(f"{TOKENS}: {len(table)} rows, but {source} holds {self.store.rows}: dvc repro extract")

@@ -199,7 +199,7 @@ def test_no_feature_at_all_is_a_result(folder: Path, tmp_path: Path, monkeypatch
     assert all(frame.is_empty() for frame in found.values())
     assert "0 language-specific features" in browser.build(browser.BrowserInputs(LANGUAGES, [SAE_AT, WIDE], "t", found))
     (tmp_path / "data/scores/features.parquet").unlink()
-    with pytest.raises(UserError, match="features.parquet: no such file; the stages before `browse` write it"):
+    with pytest.raises(UserError, match="features.parquet: no such file; an earlier stage writes it"):
         stage("browse")
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 
 import pytest
 from closure import ROOT
@@ -47,6 +48,9 @@ def checkout(tmp_path):
     binaries.mkdir(parents=True)
     (binaries / "dvc").write_text("#!/bin/sh\necho dvc $@\n")
     (binaries / "dvc").chmod(0o755)
+    (binaries / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (binaries / "python").chmod(0o755)
+    (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / ".venv" / ".ready").touch()
     author = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
     for command in (["init", "-q"], ["add", "params.yaml"], [*author, "commit", "-qm", "Begin"]):

@@ -132,9 +132,19 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
     assert saved == [10.0, 35.5, 61.0, 86.5, 112.0]  # after 10 s, then 50 times 0.5 s after each
 
 
-def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "state.pt").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="state.pt"):
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"PK\x03\x04 and no more"])
+def test_a_damaged_checkpoint_costs_a_new_start(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(tmp_path / "whole")[:2]
+    (tmp_path / "state.pt").write_bytes(content)
+    assert run(tmp_path)[:2] == whole
+    assert "state.pt: damaged; the training starts anew" in caplog.text
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"module": {}, "done": 3}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match="state.pt: not a checkpoint of this run, delete it"):
         run(tmp_path)
 
 

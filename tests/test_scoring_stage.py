@@ -143,7 +143,7 @@ def test_counts_of_neurons_that_are_missing_or_stale_are_named(
         score.main()
     TOTALS.write_parquet(totals)
     Path(f"data/neurons/{HIGH}.act_fn.parquet").unlink()
-    with pytest.raises(UserError, match=f"{HIGH}.act_fn.parquet: no such file; run `dvc repro neurons`"):
+    with pytest.raises(UserError, match=f"{HIGH}.act_fn.parquet: no such file; an earlier stage writes it: dvc repro"):
         score.main()
 
 

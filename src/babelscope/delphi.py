@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from babelscope import config, sae, stage
 from babelscope.activations.store import ActivationStore, place
 from babelscope.errors import UserError, nearest
-from babelscope.files import write_atomically, write_json
+from babelscope.files import read_table, write_atomically, write_json
 from babelscope.models import loading
 from babelscope.models.hookpoints import INPUT
 from babelscope.progress import Progress
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
     file = ACTIVATIONS / "tokens.parquet"
     if not file.is_file():
         raise UserError(f"{file}: no such file; run `dvc repro extract`")
-    table = pl.read_parquet(file).filter(split="train")
+    table = read_table(file).filter(split="train")
     tokenizer = loading.load_tokenizer(params.model)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     about = {

@@ -1,31 +1,63 @@
-"""Writing outputs so that nothing half-written is ever read, and reading the small ones back."""
+"""Writing outputs so that nothing half-written is ever read, and reading them back."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from babelscope.errors import UserError
+
+if TYPE_CHECKING:  # the stages that need neither do not wait for their imports
+    import polars as pl
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # The only way to read the umask is to set it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+# Why a file cannot be written, in the words of the system, and of torch, which has none for a full disk.
+_REFUSALS = {
+    "No space left on device": "no space left on the disk",
+    "Disk quota exceeded": "the disk quota is used up",
+    "File too large": "the file system takes no file so large",
+    "Read-only file system": "the file system is read-only",
+    "Permission denied": "it may not be written",
+    "Input/output error": "the disk failed",
+    "inline_container": "it could not be written to the end; is the disk full?",
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` and move the result to `path`: other processes see the old file or the whole new one.
 
     The folder of `path` is made where missing. The temporary file lies beside `path`, so that the move is a rename.
+
+    Raises
+    ------
+    UserError: the disk is full or cannot be written to. There is nothing of the new file then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as handle:
             os.fchmod(handle.fileno(), 0o666 & ~_UMASK)  # some writers leave files that only the owner can read
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # Writers put the system's words into exceptions of their own.
+        reason = next((ours for theirs, ours in _REFUSALS.items() if theirs in str(error)), None)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: {reason}. Put that right, then dvc repro goes on from what is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,9 +67,74 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON object.
+
+    Raises
+    ------
+    UserError: the file is missing, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.DataFrame":
+    """Read a Parquet file that an earlier stage has written, or some of its columns.
+
+    Raises
+    ------
+    UserError: the file is missing, damaged, or lacks a column.
+    """
+    import polars as pl
+
+    try:
+        return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _unreadable(path, error) from None
+
+
+def scan_table(path: Path | str) -> "pl.LazyFrame":
+    """A Parquet file that an earlier stage has written, to be read piece by piece.
+
+    Raises
+    ------
+    UserError: the file is missing, or is none.
+    """
+    import polars as pl
+
+    try:
+        pl.read_parquet_schema(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _unreadable(path, error) from None
+    return pl.scan_parquet(path, glob=False)
+
+
+def read_part(path: Path) -> "dict[str, Tensor] | None":
+    """The tensors that an interrupted run has left in a safetensors file; null where it has not, or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        return None
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        log.warning("%s: damaged, computed again (%s)", path, error)
+        return None
+
+
+def _unreadable(path: Path | str, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
+    reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")
+    return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
 
 
 def scratch(fingerprint: str) -> Path:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.activations.counting import Counter
 from babelscope.activations.packed import PackedTexts
 from babelscope.activations.reading import collate, own_activations, widths
-from babelscope.files import write_atomically
+from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.progress import Progress
 
@@ -89,9 +89,9 @@ def _save(path: Path, counters: dict[str, Counter], batches: int) -> None:
 
 def _restore(path: Path, counters: dict[str, Counter]) -> int:
     """Set the counters to what a killed run left; returns how many batches that run had counted."""
-    if not path.is_file():
+    tables = read_part(path)
+    if tables is None:
         return 0
-    tables = load_file(path)
     for name, counter in counters.items():
         for key, table in counter.state().items():
             table.copy_(tables[f"{name}/{key}"])

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.evaluation.interventions import Intervention
 from babelscope.evaluation.nll import targets, text_nll, token_nll
-from babelscope.files import write_atomically
+from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
@@ -77,9 +77,8 @@ def ablate(
     # Padding costs passes over whole texts only.
     for batch in batches(texts, batch_tokens, math.inf if runner is _Partial else MOST_PADDING):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
-        if file is not None and file.is_file():
-            part = load_file(file)
-        else:
+        part = None if file is None else read_part(file)
+        if part is None:
             with torch.inference_mode():
                 run = runner(model, interventions, batch, batch_tokens)
                 part = _batch(run, wanted[:, first : first + len(batch)])

@@ -18,11 +18,11 @@ from typing import Any
 
 import polars as pl
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.evaluation.nll import targets, text_nll
-from babelscope.files import write_atomically
+from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
@@ -72,9 +72,8 @@ def loss_recovered(
     first = 0
     for batch in batches(texts, batch_tokens):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
-        if file is not None and file.is_file():
-            part = load_file(file)
-        else:
+        part = None if file is None else read_part(file)
+        if part is None:
             with torch.inference_mode():
                 part = _batch(model, saes, batch)
             if file is not None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import requests
 
 from babelscope.errors import UserError
 from babelscope.explain.prompts import Message
-from babelscope.files import write_json
+from babelscope.files import read_json, write_json
 
 KEY = "OPENAI_API_KEY"
 # Bytes of UTF-8 in a token, at least: an estimate that errs on the dear side for Latin script and is near for others.
@@ -79,8 +80,8 @@ class Client:
         body |= {"temperature": 0, "seed": 0}
         name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
         file = self.keep / f"{name}.json"
-        if file.is_file():
-            return str(json.loads(file.read_text(encoding="utf-8"))["answer"])
+        with suppress(UserError, KeyError):  # where there is none yet
+            return str(read_json(file)["answer"])
         answer = self._answer(body)
         write_json(file, {"answer": answer})
         return answer

@@ -154,7 +154,7 @@ def shard_blocks(model: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for block in blocks(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager

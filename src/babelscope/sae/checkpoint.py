@@ -1,6 +1,5 @@
 """SAE files: written in SAELens' layout, read in every one of `formats`, from a folder or the hub."""
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -118,20 +117,8 @@ def _download(repo: str, hookpoint: str | None, revision: str | None) -> Path:
         raise UserError(f"{repo}: no such folder, and not to be had from the Hugging Face hub: {reason:.300}") from None
 
 
-def _settings(path: Path, weights: str) -> dict[str, Any]:
-    try:
-        settings = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it belongs beside {weights}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
-
-
 def _read(folder: Path, kind: formats.Format) -> SAE:
-    settings = _settings(folder / kind.settings, kind.weights) if kind.settings else {}
+    settings = read_json(folder / kind.settings) if kind.settings else {}
     weights = folder / kind.weights
     try:
         tensors = kind.read(weights)

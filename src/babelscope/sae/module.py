@@ -172,9 +172,13 @@ class SAETraining(LightningModule):  # type: ignore[misc]
     def _load(self) -> None:
         try:
             state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError):
+            log.warning("%s: damaged; the training starts anew", self.checkpoint)
+            return
+        try:
             self.load_state_dict(state["module"])
             self.done, self.histories, self._moments = state["done"], state["histories"], state["optimizer"]
-        except (RuntimeError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"{self.checkpoint}: not a checkpoint of this run, delete it: {error}") from None
         log.info("resumed at step %d of %d", self.done, self.batches.steps)
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
+from babelscope.files import read_table
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, training, view
 
@@ -157,11 +156,11 @@ def _numbers(folder: Path, params: Mapping[str, Any]) -> tuple[summary.Figures, 
     figures, series = summary.figures(summary.read_metrics(folder / "metrics"), hookpoints)
     series |= {(view.X_AXIS, layer): layer for layer, _ in summary.layers(hookpoints).values()}
     if (path := folder / "data/scores/features.parquet").is_file():
-        features = pl.read_parquet(path)
+        features = read_table(path)
         figures |= summary.feature_figures(features, languages, hookpoints)
         series |= summary.feature_series(features, languages, hookpoints)
     if (path := folder / "data/ablation/by_layer.parquet").is_file():
-        series |= summary.ablation_series(pl.read_parquet(path), languages, hookpoints)
+        series |= summary.ablation_series(read_table(path), languages, hookpoints)
     return figures, series
 
 
@@ -190,7 +189,7 @@ def _dataset(opened: store.Store, run_id: str, folder: Path, state: states.State
     from mlflow.entities import DatasetInput, InputTag
 
     source = get_dataset_source_from_json(json.dumps({"uri": TEXTS}), "local")
-    texts, digest = pl.read_parquet(folder / TEXTS), state.files[TEXTS][:8]
+    texts, digest = read_table(folder / TEXTS), state.files[TEXTS][:8]
     data = mlflow.data.from_polars(texts, source=source, name="texts", digest=digest)
     tags = [InputTag("mlflow.data.context", "corpus")]
     opened.client.log_inputs(run_id, [DatasetInput(data._to_mlflow_entity(), tags)])
@@ -202,7 +201,7 @@ def _collect(folder: Path, target: Path) -> None:
         for path in sorted((folder / "reports").glob(f"*.{ending}")):
             shutil.copy(path, target)
     if (path := folder / "data/scores/features.parquet").is_file():
-        pl.read_parquet(path).write_csv(target / "features.csv")
+        read_table(path).write_csv(target / "features.csv")
     (target / "pipeline").mkdir()
     for name in ("dvc.lock", "params.yaml"):
         shutil.copy(folder / name, target / "pipeline")
