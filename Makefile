@@ -67,7 +67,7 @@ ui: setup
 	$(BIN)/python -m babelscope.tracking
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1
 
-# Re-hash the DVC cache against the names of its files.
+# Re-hash the DVC cache against the names of its files, and the outputs against dvc.lock.
 verify: setup
 	$(BIN)/python -m babelscope.verify
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,44 +124,53 @@ def digests(repo: Path) -> dict[str, str]:
     return found
 
 
-def storm(calm: Path, stormy: Path, kills: int, seed: int, say=print) -> list[Kill]:
-    """Run both clones (`calm` first, if it has not run yet) and compare; see the module.
+def ride(
+    repo: Path,
+    plan: dict[str, list[float]],
+    victims: Iterator[str],
+    whole: dict[str, str],
+    kills: int = sys.maxsize,
+    say: Callable[[str], object] = print,
+) -> list[Kill]:
+    """Run the pipeline of `repo` to its end, killed as planned; `whole` are the `digests` of an undisturbed run.
 
     Raises
     ------
-    AssertionError: something was lost, or came out differently.
+    AssertionError: something half-written was left, something was lost, or a run in MLflow was not closed.
     """
-    took = durations(calm)
-    whole, draw = digests(calm), random.Random(seed)
-    say(f"undisturbed: {len(took)} stages in {sum(took.values()):.0f} s")
-    # Some moments come when their stage is over, and cost one of the next.
-    stages = list(itertools.islice(itertools.cycle(draw.sample(list(took), len(took))), math.ceil(1.3 * kills)))
-    plan = {name: [draw.uniform(0, took[name]) for _ in range(stages.count(name))] for name in took}
     done = list[Kill]()
-    while len(done) < kills:
-        kill, text = disturbed(stormy, plan, draw.choice(VICTIMS))
-        if done and done[-1].checkpoint and (found := RESUMED.search(text)):
+    while True:
+        kill, text = disturbed(repo, plan if len(done) < kills else {}, next(victims))
+        if done and (found := RESUMED.search(text)):
             done[-1].resumed = int(found[1])
         if kill is None:
             assert "failed to reproduce" not in text, text
             break
         done.append(kill)
         say(f"{len(done):3d}  {kill.stage:30s} {kill.victim:6s} after {kill.after:5.1f} s")
-        broken = {name for name, digest in digests(stormy).items() if whole.get(name) != digest}
-        assert not broken, f"{kill}: half-written, or different from the calm run: {sorted(broken)}"
-    done_after = run(stormy, "dvc", "repro")
-    if done and done[-1].checkpoint and (found := RESUMED.search(done_after)):
-        done[-1].resumed = int(found[1])
-    assert ran(run(stormy, "dvc", "repro")) == ["track"], "the pipeline had not come to its end"
+        broken = {name for name, digest in digests(repo).items() if whole.get(name) != digest}
+        assert not broken, f"{kill}: half-written, or different from the undisturbed run: {sorted(broken)}"
     lost = [kill for kill in done if kill.checkpoint and kill.resumed is None]
     assert not lost, f"not resumed from their checkpoints: {lost}"
+    assert ran(run(repo, "dvc", "repro")) == ["track"], "the pipeline had not come to its end"
+    assert {status for _, status in runs(repo)} == {"FINISHED"}
+    leftovers = [path for path in repo.glob(".scratch/*") if path.name != "locks"]
+    leftovers += [path for folder in OUTPUTS for path in (repo / folder).rglob("*.tmp")]
+    assert not leftovers, leftovers
+    return done
+
+
+def storm(calm: Path, stormy: Path, kills: int, seed: int) -> list[Kill]:
+    """Run both clones and compare; see the module, and `ride`."""
+    took = durations(calm)
+    draw = random.Random(seed)
+    print(f"undisturbed: {len(took)} stages in {sum(took.values()):.0f} s")
+    # Some moments come when their stage is over, and cost one of the next.
+    stages = list(itertools.islice(itertools.cycle(draw.sample(list(took), len(took))), math.ceil(1.3 * kills)))
+    plan = {name: [draw.uniform(0, took[name]) for _ in range(stages.count(name))] for name in took}
+    done = ride(stormy, plan, (draw.choice(VICTIMS) for _ in itertools.count()), digests(calm), kills)
     assert hashes(stormy) == hashes(calm)
     assert runs(stormy) == runs(calm)
-    leftovers = [
-        *(p for p in stormy.glob(".scratch/*") if p.name != "locks"),
-        *(p for folder in OUTPUTS for p in (stormy / folder).rglob("*.tmp")),
-    ]
-    assert not leftovers, leftovers
     return done
 
 

@@ -31,6 +31,7 @@ TESTED = {
         "test_tracking.py::test_every_way_of_reaching_a_state_gives_its_runs_once",
         '"-f", "-s"',
     ),
+    "dvc checkout": (f"{END_TO_END}::test_verify_finds_a_flipped_byte_in_every_file_of_every_output", '"checkout"'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
     "python -m babelscope.export exported": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
@@ -79,6 +80,7 @@ UNTESTED = {
     "make experiment NAME=": "wants the hub; test_experiments.py reads every file and tries what the target refuses",
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc config cache.type hardlink": "a setting of DVC's own",
+    "dvc gc --workspace": "a command of DVC's own, which throws outputs away",
     "dvc commit": "what docs/slurm/nodes.sbatch does at its end, on a cluster",
     "dvc repro extract stream": "two stages of the `dvc repro` that test_end_to_end.py runs",
 }

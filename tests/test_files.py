@@ -2,17 +2,20 @@
 
 import hashlib
 import io
+import json
 import logging
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from closure import ROOT
 
 from babelscope import files, stage, verify
 from babelscope.errors import UserError, nearest
+from babelscope.fingerprint import dvc_md5
 from babelscope.progress import Progress
 
 
@@ -58,6 +61,39 @@ def test_verify_finds_a_flipped_bit(tmp_path):
     assert verify.corrupt(tmp_path) == ([], 2)
     good[1].write_bytes(b"[}")
     assert verify.corrupt(tmp_path) == ([good[1]], 2)
+
+
+def test_verify_names_every_output_that_is_not_what_dvc_lock_says(tmp_path):
+    outs = {"data/a.json": b"{}", "data/sae/h/cfg.json": b"{ }", "data/sae/h/w.safetensors": b"weights"}
+    for name, content in outs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "params.yaml").write_text("hookpoints:\n- h\n")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  sample:\n    cmd: x\n  train:\n    matrix:\n      hookpoint: ${hookpoints}\n    cmd: x\n"
+    )
+    folder = dvc_md5(tmp_path / "data/sae/h")
+    entries = [(f"train@{h}", f"data/sae/{h}", md5) for h, md5 in (("h", folder), ("gone", "0" * 32))]
+    lock = {"sample": [{"path": "data/a.json", "md5": dvc_md5(tmp_path / "data/a.json")}]}
+    lock |= {name: [{"path": path, "md5": md5}] for name, path, md5 in entries}
+    lock = {"stages": {name: {"cmd": "x", "outs": out} for name, out in lock.items()}}
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    assert verify.changed(tmp_path) == ([], 2)  # what was removed from params.yaml does not count
+    (tmp_path / "data/sae/h/w.safetensors").write_bytes(b"weighty")
+    assert verify.changed(tmp_path) == ([Path("data/sae/h")], 2)
+    listing = [
+        {"md5": hashlib.md5(content).hexdigest(), "relpath": name.removeprefix("data/sae/h/")}
+        for name, content in outs.items() if name.startswith("data/sae")
+    ]  # fmt: skip
+    cached = tmp_path / verify.CACHE / folder[:2] / folder[2:]
+    cached.parent.mkdir(parents=True)
+    cached.write_text(json.dumps(listing))
+    assert verify.changed(tmp_path) == ([Path("data/sae/h/w.safetensors")], 2)
+    (tmp_path / "data/a.json").unlink()
+    (tmp_path / "data/sae/h/new").touch()
+    assert verify.changed(tmp_path)[0] == [
+        Path(f"data/{name}") for name in ("a.json", "sae/h/new", "sae/h/w.safetensors")
+    ]
 
 
 def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):

@@ -1,14 +1,22 @@
-"""`python -m babelscope.verify`: re-hash the DVC cache, since DVC trusts a cached file by its name alone."""
+"""`python -m babelscope.verify`: re-hash the outputs and the DVC cache.
+
+DVC trusts a cached file by its name, and an output by its size and date: a flipped bit goes by unseen.
+"""
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
 
-from babelscope import stage
+from babelscope import config, stage
 from babelscope.errors import UserError
+from babelscope.fingerprint import dvc_md5
+from babelscope.tracking import state
 
 log = logging.getLogger(__name__)
+
+CACHE = Path(".dvc/cache/files/md5")
 
 
 def corrupt(cache: Path) -> tuple[list[Path], int]:
@@ -17,21 +25,53 @@ def corrupt(cache: Path) -> tuple[list[Path], int]:
     return [path for path in files if _md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
 
 
+def changed(root: Path) -> tuple[list[Path], int]:
+    """The files that are not what dvc.lock says the current stages wrote, by path below `root`; and how many outputs.
+
+    What is missing counts. Of a folder whose list of files is not in the cache, the folder itself is named.
+
+    Raises
+    ------
+    UserError: dvc.yaml, dvc.lock or params.yaml is missing or is not YAML.
+    """
+    outputs = state.read(root, config.read_yaml(root / "params.yaml"), without="").outputs
+    return [path for out, md5 in outputs.items() for path in _changed(root, Path(out), md5)], len(outputs)
+
+
+def _changed(root: Path, out: Path, md5: str) -> list[Path]:
+    if not (root / out).exists():
+        return [out]
+    if dvc_md5(root / out) == md5:
+        return []
+    listing = root / CACHE / md5[:2] / md5[2:]
+    if not md5.endswith(".dir") or not listing.is_file():
+        return [out]
+    expected = {out / entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+    here = {path.relative_to(root) for path in (root / out).rglob("*") if path.is_file() and path.suffix != ".tmp"}
+    damaged = [path for path, wanted in expected.items() if path not in here or _md5(root / path) != wanted]
+    return sorted([*damaged, *(here - expected.keys())]) or [out]
+
+
 def _md5(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "md5").hexdigest()
 
 
 def main() -> None:
-    """Print what is corrupt; `UserError` if anything is."""
-    cache = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc/cache/files/md5"
-    bad, total = corrupt(cache)
+    """Print what is corrupt or changed; `UserError` if anything is."""
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    bad, files = corrupt(root / CACHE)
+    other, outputs = changed(root) if (root / "dvc.lock").is_file() else ([], 0)
+    complaints = []
     if bad:
-        names = "\n       ".join(map(str, bad))
-        raise UserError(
-            f"{len(bad)} of {total} cached files are corrupt; delete them and run `dvc repro`:\n       {names}"
+        complaints.append((f"{len(bad)} of {files} cached files are corrupt; delete them and run `dvc repro`:", bad))
+    if other:
+        complaints.append(
+            ("not what dvc.lock says; delete them, then `dvc checkout` (metrics: git) or `dvc repro`:", other)
         )
-    log.info("verify: %d cached files, all as their names say", total)
+    if complaints:
+        raise UserError("\n       ".join(line for said, paths in complaints for line in (said, *map(str, paths))))
+    log.info("verify: %d cached files and %d outputs, all as they were written", files, outputs)
 
 
 if __name__ == "__main__":

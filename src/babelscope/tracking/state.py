@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
+from babelscope.config import read_yaml
 from babelscope.errors import UserError
 from babelscope.tracking.training import flatten
 
@@ -27,12 +26,14 @@ class Training:
 class State:
     """The current stages together: their hash, their trainings, and the MD5 of every file that they read or wrote.
 
-    `outdated` names the stages whose entry was written with other params than the present ones.
+    `outputs` are those of `files` that they wrote; `outdated` names the stages whose entry was written with other params
+    than the present ones.
     """
 
     hash: str
     trainings: list[Training]
     files: Mapping[str, str]
+    outputs: Mapping[str, str]
     outdated: list[str]
 
 
@@ -46,7 +47,7 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
 
     Raises
     ------
-    UserError: dvc.lock is missing.
+    UserError: dvc.lock is missing, or it or dvc.yaml is not YAML.
     """
     if not (folder / "dvc.lock").is_file():
         raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
@@ -67,6 +68,7 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
         hash=hashlib.sha256(text.encode()).hexdigest()[:32],
         trainings=[_training(name, stages[name]) for name in stages if _is_training(name, params)],
         files={path: md5 for part in content.values() for path, md5 in {**part["deps"], **part["outs"]}.items()},
+        outputs={path: md5 for part in content.values() for path, md5 in part["outs"].items()},
         outdated=[
             name for name, entry in stages.items() if any(_get(params, k) != v for k, v in _params(entry).items())
         ],
@@ -78,7 +80,7 @@ def _is_training(name: str, params: Mapping[str, Any]) -> bool:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) or {}
+    content: dict[str, Any] = read_yaml(path) or {}
     return content
 
 
