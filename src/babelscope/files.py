@@ -28,7 +28,7 @@ _REFUSALS = {
     "Read-only file system": "the file system is read-only",
     "Permission denied": "it may not be written",
     "Input/output error": "the disk failed",
-    "inline_container": "it could not be written to the end; is the disk full?",
+    "inline_container": "it could not be written to the end (is the disk full?)",
 }
 
 

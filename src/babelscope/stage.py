@@ -1,13 +1,14 @@
 """What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
 
 import ctypes
+import errno
 import fcntl
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from babelscope.errors import UserError
@@ -44,9 +45,29 @@ def run(main: Callable[[], None]) -> None:
     try:
         with alone():
             main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        told = _in_a_line(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
+
+
+# What is to be blamed on the machine, not on the program.
+_MACHINE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def _in_a_line(error: Exception) -> str | None:
+    """What a user is told instead of a traceback; null where the program is wrong."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return f"{error.filename or 'a file'}: {error.strerror}; put that right, then dvc repro goes on"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        first = " ".join(str(error).split())[:200]
+        return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
+    return None
 
 
 # Set, and not 0, in all processes of a distributed run but the first: those of torchrun and Lightning, SLURM, LSF.
@@ -82,8 +103,8 @@ def alone() -> Iterator[None]:
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # only a help to who waits
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

@@ -26,8 +26,8 @@ class Training:
 class State:
     """The current stages together: their hash, their trainings, and the MD5 of every file that they read or wrote.
 
-    `outputs` are those of `files` that they wrote; `outdated` names the stages whose entry was written with other params
-    than the present ones.
+    Of `files` those that they wrote are `outputs`; `outdated` names the stages whose entry was written with other
+    params than the present ones.
     """
 
     hash: str
