@@ -67,6 +67,8 @@ def _in_a_line(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         first = " ".join(str(error).split())[:200]
         return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
+    if type(error).__module__.startswith("polars") and str(error).startswith("parquet: "):
+        return f"a Parquet file below data/ is damaged ({str(error).removeprefix('parquet: ')}); make verify says which"
     return None
 
 

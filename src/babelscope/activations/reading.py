@@ -34,7 +34,7 @@ def own_activations(
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`, or a hookpoint does not give one vector per token.
+    UserError: an activation is not finite, or not in `dtype`, or a hookpoint does not give one vector per token.
     """
     ids, mask, own = batch
     seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=mask)
@@ -47,6 +47,12 @@ def own_activations(
     rows = {name: seen[name][own].to(dtype) for name in hookpoints}
     for name, activations in rows.items():
         if not torch.isfinite(activations).all():
+            if not torch.isfinite(seen[name][own]).all():
+                computed = str(seen[name].dtype).removeprefix("torch.")
+                raise UserError(
+                    f"params.yaml: extract.dtype: the model's activations at {name} are infinite or not a number in "
+                    f"{computed}; allowed: float32 has the largest range (or are its weights damaged?)"
+                )
             raise UserError(
                 f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
                 "(infinite or not a number); allowed: bfloat16 has the range of float32"

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from babelscope.errors import UserError
+
 # Below so many effective dimensions a few directions would take all latents.
 _FEW = 16
 # Share of the logarithm of a direction's variance that is taken off then.
@@ -60,14 +62,22 @@ def moments(chunks: Iterable[Tensor]) -> Moments:
     Raises
     ------
     ValueError: there is no row.
+    UserError: all rows are the same.
     """
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
+    one, others = torch.zeros(()), False
     for chunk in chunks:
         x = chunk.float()
+        one = x[0] if not rows and len(x) else one
+        others = others or bool((x != one).any())
         rows += len(x)
         total = total + x.sum(0, dtype=torch.float64)
         products = products + (x.T @ x).double()
     if not rows:
         raise ValueError("no activations to normalise by")
+    if not others:
+        raise UserError(
+            "params.yaml: hookpoints: one gives the same activations for all tokens: nothing to learn there"
+        )
     mean = total / rows
     return Moments(mean.float(), products / rows - mean.outer(mean))

@@ -1,5 +1,6 @@
 """How well an SAE reconstructs held-out activations."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,20 +33,24 @@ class Quality(NamedTuple):
     l0_of: list[float]
 
     def figures(self, groups: Sequence[str]) -> dict[str, float]:
-        """Flat numbers for a metrics file: `fvu`, `l0`, `dead_share`, `fvu/<group>`, `l0/<group>` (where measured).
+        """Flat numbers for a metrics file: `fvu`, `l0`, `dead_share`, `fvu/<group>`, `l0/<group>`.
+
+        A group without rows, or whose rows are all the same, has none.
 
         Raises
         ------
-        UserError: the SAE's reconstruction is not a number.
+        UserError: the SAE's reconstruction is not a number, or there is no variance to explain.
         """
-        if self.fvu != self.fvu:
+        if math.isinf(self.fvu):
+            raise UserError("params.yaml: corpus.eval_tokens: the activations of all held-out tokens are the same")
+        if math.isnan(self.fvu):
             raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
         by_group = {
             f"{name}/{group}": value
             for name, values in (("fvu", self.fvu_of), ("l0", self.l0_of))
             for group, value in zip(groups, values, strict=True)
         }
-        measured = {key: value for key, value in by_group.items() if value == value}
+        measured = {key: value for key, value in by_group.items() if math.isfinite(value)}
         return {"fvu": self.fvu, "l0": self.l0, "dead_share": self.dead_share, **measured}
 
 
