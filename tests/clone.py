@@ -11,6 +11,9 @@ from pathlib import Path
 from closure import ROOT
 from ruamel.yaml import YAML
 
+# The value of every secret in a clone's environment: found nowhere afterwards.
+CANARY = "canary-5f3a9d71c2"
+SECRETS = ["HF_TOKEN", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY"]
 SMALL = {
     "languages": ["en", "tr", "zh-CN"],
     "hookpoints": ["layers.20.mlp", "layers.26.mlp"],
@@ -54,6 +57,7 @@ def environment() -> dict[str, str]:
     """Of a command in the clone."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "PYTEST", "DVC_ROOT"))}
+    kept |= dict.fromkeys(SECRETS, CANARY)
     return kept | {"PATH": path, "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "src"}
 
 

@@ -1,17 +1,21 @@
 """The real pipeline on the real embedded model at a small size, in a temporary clone: `dvc repro` and what follows."""
 
+import datetime
 import itertools
 import json
 import os
 import re
 import shutil
+import socket
+import sqlite3
 import sys
+import tempfile
 from pathlib import Path
 
 import kills
 import polars as pl
 import pytest
-from clone import SMALL, clone, hashes, ran, run, runs, set_params
+from clone import CANARY, SMALL, clone, hashes, ran, run, runs, set_params
 from closure import ROOT
 
 from babelscope import sae, verify
@@ -140,6 +144,39 @@ def test_a_second_repro_computes_nothing_and_makes_no_run(repo):
     assert before == [("summary", "FINISHED")] + [("training", "FINISHED")] * 2
     assert ran(run(repo, "dvc", "repro")) == ["track"]
     assert runs(repo) == before
+
+
+def text_of(path):
+    """What is written in a file, that in the compressed columns of a Parquet file included."""
+    text = path.read_bytes().decode("utf-8", "ignore")
+    if path.suffix == ".parquet":
+        text += json.dumps(pl.read_parquet(path).select(pl.col(pl.String).unique().implode()).to_dicts())
+    return text
+
+
+def test_nothing_volatile_is_in_an_output(repo):
+    with sqlite3.connect(repo / "mlflow.db") as database:
+        ids = {value for (value,) in database.execute("select run_uuid from runs")}
+    now = datetime.date.today()
+    days = {
+        (now + datetime.timedelta(days=back)).strftime(form) for back in (0, -1) for form in ("%Y-%m-%d", "%d.%m.%Y")
+    }
+    places = {str(repo), str(Path.home()), tempfile.gettempdir() + "/", sys.prefix}
+    volatile = ids | days | places | {run(repo, "git", "rev-parse", "HEAD").strip()}
+    if len(host := socket.gethostname()) > 6:  # a shorter one stands in pictures by chance
+        volatile.add(host)
+    assert len(ids) == 3
+    files = [path for out in hashes(repo) for path in [repo / out, *(repo / out).rglob("*")] if path.is_file()]
+    assert len(files) > 50
+    found = {(str(path.relative_to(repo)), word) for path in files for word in volatile if word in text_of(path)}
+    assert not found
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(repo):
+    assert CANARY not in repo.with_suffix(".log").read_text()
+    files = [path for path in repo.rglob("*") if path.is_file()]
+    assert any("mlruns" in path.parts for path in files) and repo / "mlflow.db" in files
+    assert not [path for path in files if CANARY.encode() in path.read_bytes() and path.name != "clone.py"]
 
 
 def test_verify_finds_a_flipped_byte_in_every_file_of_every_output(repo):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from babelscope.errors import UserError
+from babelscope.errors import UserError, without_secrets
 from babelscope.files import scratch
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,20 @@ _QUIET = {
 }
 
 
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
         os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     end_with_dvc()
@@ -49,7 +56,7 @@ def run(main: Callable[[], None]) -> None:
         told = _in_a_line(error)
         if told is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {without_secrets(told)}", file=sys.stderr)
         sys.exit(1)
 
 

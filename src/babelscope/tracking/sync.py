@@ -61,8 +61,9 @@ def sync(folder: Path, params: Mapping[str, Any]) -> None:
 
 def _is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return isinstance(error, MlflowException | OSError)
+    return isinstance(error, MlflowException | OSError | SQLAlchemyError)
 
 
 def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool:

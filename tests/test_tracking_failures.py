@@ -1,0 +1,147 @@
+"""A tracking server that hangs or dies, a database that is locked or none: training goes on, runs are mended."""
+
+import contextlib
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from babelscope.fingerprint import dvc_md5
+from babelscope.tracking import state, store, sync, training
+
+PARAMS = {"seed": 0, "train": {"k": 4}}
+STAGE, OUT = "train@layers.0", "data/sae/layers.0"
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """An empty repository, and MLflow's client told to give up at once."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(training, "_EVERY", 0.1)
+    monkeypatch.setattr(training, "_RETRY", 0.2)
+    monkeypatch.setattr(training, "_LAST", 8.0)
+    monkeypatch.chdir(tmp_path)
+    history = tmp_path / OUT / "history.csv"
+    history.parent.mkdir(parents=True)
+    history.write_text("step,loss\n" + "".join(f"{step},{1 / step}\n" for step in range(1, 11)))
+    return tmp_path
+
+
+def train(pause=0.0, between=None):
+    """What the stage does: ten steps, logged, and the end; `between` happens after half of them."""
+    with training.training_run("x", stage=STAGE, fingerprint="f" * 32, params=PARAMS) as run:
+        for step in range(1, 11):
+            run.log(step, {"loss": 1 / step})
+            time.sleep(pause)
+            if step == 5 and between is not None:
+                between()
+        run.finish(dvc_md5(Path(OUT)))
+
+
+def mend():
+    """What `track` does for a training."""
+    opened = store.open_store("x")
+    entry = state.Training(STAGE, training.flatten(PARAMS), OUT, dvc_md5(Path(OUT)))
+    sync._training(opened, Path(), entry)
+    [run] = opened.search(dvc__stage=STAGE)
+    assert run.info.status == "FINISHED"
+    assert training.points(opened, run) == {("loss", step): pytest.approx(1 / step) for step in range(1, 11)}
+
+
+def server(port, folder):
+    """A real MLflow server, once it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as answer:
+            answer.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            if b"200" in answer.recv(100):
+                return process
+        time.sleep(0.1)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_server_that_dies_in_mid_run_and_comes_back(repo, port, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    process = server(port, repo)
+
+    def die():
+        os.killpg(process.pid, 9)
+        process.wait()
+
+    train(pause=0.4, between=die)
+    assert "training goes on" in caplog.text and "`dvc repro` completes it" in caplog.text
+    process = server(port, repo)
+    try:
+        [run] = store.open_store("x").search(dvc__stage=STAGE)
+        assert run.info.status == "RUNNING" and run.data.metrics
+        mend()
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def test_a_server_that_never_answers_holds_nothing_up(repo, port, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", port)) as silent:
+        connections = []
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(silent.accept())
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter22@127.0.0.1:{port}")
+        start = time.monotonic()
+        train()
+        assert time.monotonic() - start < 20 and connections
+    assert "`dvc repro` completes it" in caplog.text
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    mend()
+
+
+def test_an_empty_database_is_filled(repo):
+    (repo / "mlflow.db").touch()
+    train()
+    mend()
+
+
+def test_a_database_that_is_none_costs_a_warning(repo, caplog):
+    (repo / "mlflow.db").write_bytes(b"no database, but long enough to be looked into as one" * 40)
+    train()
+    assert "training goes on" in caplog.text and "file is not a database" in caplog.text
+    (repo / "dvc.yaml").write_text("stages: {}\n")
+    (repo / "dvc.lock").write_text("stages: {}\n")
+    caplog.clear()
+    sync.sync(repo, {"track": {"experiment": "x"}})
+    assert "track: cannot log to sqlite" in caplog.text
+
+
+def test_a_database_that_another_process_has_locked(repo, caplog):
+    store.open_store("x")
+    holder = sqlite3.connect(repo / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    train(between=lambda: holder.execute("ROLLBACK"), pause=0.2)
+    holder.close()
+    mend()
