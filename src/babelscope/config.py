@@ -456,7 +456,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no such file; run from the root of the repository") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:  # a mapping for a key is a TypeError
         reason = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(error).split()))
         raise UserError(f"{path}: not valid YAML: {reason}") from None
 

@@ -95,7 +95,7 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
 
     try:
         return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
 
 
@@ -110,7 +110,7 @@ def scan_table(path: Path | str) -> "pl.LazyFrame":
 
     try:
         pl.read_parquet_schema(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
     return pl.scan_parquet(path, glob=False)
 
@@ -130,7 +130,7 @@ def read_part(path: Path) -> "dict[str, Tensor] | None":
         return None
 
 
-def _unreadable(path: Path | str, error: Exception) -> UserError:
+def _unreadable(path: Path | str, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
     reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")

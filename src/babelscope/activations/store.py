@@ -131,7 +131,7 @@ class ActivationStore:
                 with safe_open(path, framework="pt") as handle:
                     whole = handle.get_tensor(_KEY)
                     parts = [handle.get_tensor(name) for name in _QUANTISED] if whole.dtype == torch.int8 else []
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise UserError(f"{path}: missing or corrupt shard ({error})") from None
             if tuple(whole.shape) != (rows, self.d):
                 raise UserError(f"{path}: shape {tuple(whole.shape)}, but index.json says {(rows, self.d)}")

@@ -51,8 +51,17 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
     """
     if not (folder / "dvc.lock").is_file():
         raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
-    locked = _load(folder / "dvc.lock").get("stages", {})
-    defined = _load(folder / "dvc.yaml")["stages"]
+    try:
+        return _read(read_yaml(folder / "dvc.lock") or {}, read_yaml(folder / "dvc.yaml"), params, without)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'dvc.lock'}: not as DVC writes it ({type(error).__name__}: {error}); git checkout dvc.lock, or "
+            "remove it and run dvc repro"
+        ) from None
+
+
+def _read(lock: Any, pipeline: Any, params: Mapping[str, Any], without: str) -> State:
+    locked, defined = lock.get("stages", {}), pipeline["stages"]
     names = [name for name in sorted(locked) if name != without and _is_current(name, defined, params)]
     stages = {name: locked[name] for name in names}
     content = {
@@ -77,11 +86,6 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
 
 def _is_training(name: str, params: Mapping[str, Any]) -> bool:
     return name.partition("@")[0] == "train" and _get(params, "train.source") != "pretrained"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(path) or {}
-    return content
 
 
 def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
