@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from babelscope.fingerprint import dvc_md5
 log = logging.getLogger(__name__)
 
 # What the loaders of transformers raise for a missing, damaged or foreign file.
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error)
+_FAILURES = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error, UnpicklingError,
+)  # fmt: skip
 
 # Larger GGUF files (bytes) are read anew every time: unpacked they take up to eight times as much room on the disk.
 _LARGEST = 2**28
@@ -121,6 +124,15 @@ def name_of(section: Model) -> str:
 
 
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
+    if "custom code" in str(error) and not section.trust_remote_code:
+        return UserError(
+            f"params.yaml: model.trust_remote_code: {section.name!r} comes with code of its own, which is not run; "
+            "allowed: true, for a model that you trust"
+        )
+    if isinstance(error, UnpicklingError):  # torch's own words advise to unpickle it all the same
+        return UserError(
+            f"params.yaml: model.name: cannot load the {what} of {section.name!r}: a pickle of more than tensors"
+        )
     reason = " ".join(str(error).split())[:300]
     return UserError(f"params.yaml: model.name: cannot load the {what} of {section.name!r}: {reason}")
 
