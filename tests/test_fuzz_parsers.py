@@ -4,7 +4,12 @@ import pytest
 from fuzz_parsers import TARGETS, fuzz
 
 # What it once broke.
-FOUND = [("lock", n) for n in (9, 27, 44, 46, 56, 70, 80, 229, 536, 739, 3131)] + [("tables", 268), ("store", 519)]
+FOUND = [("lock", n) for n in (9, 27, 44, 46, 56, 70, 80, 229, 536, 739, 3131)] + [
+    ("tables", 268),
+    ("store", 519),
+    ("tables", 27987),
+]
+FOUND += [("release", 10928)]
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -89,6 +89,7 @@ def train(params: config.Config, hookpoint: str) -> None:
     rows = []
     with training_run(params.track.experiment, stage=name, fingerprint=key, params=knobs) as run:
         for step in STEPS:
+            time.sleep(float(os.environ.get("TOY_SECONDS", "0")) / len(STEPS))
             if die and step == 50:
                 while len(run._known) < 8:  # until what was logged is written
                     time.sleep(0.1)
