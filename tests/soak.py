@@ -1,0 +1,99 @@
+"""Watch the memory of every stage in a long run: `python tests/soak.py` (40 minutes on two cores).
+
+The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
+processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not
+grow: the median of the last fifth of a stage's time over that of the fifth that begins after 40 % of it.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from clone import clone, run, set_params
+from kills import follow, repro
+
+MEDIUM = {
+    "languages": ["en", "de", "fr", "ru", "tr", "ja", "he", "fi"],
+    "hookpoints": ["layers.14.mlp", "layers.26.mlp"],
+    "corpus.max_tokens": 64,
+    "corpus.train_tokens": 16000,
+    "corpus.eval_tokens": 1500,
+    "train.latents": 4608,
+    "train.k": 32,
+    "train.tokens": 2_000_000,
+    "train.batch": 1024,
+    "train.checkpoint_seconds": 5,
+    "quality.tokens": None,
+    "stability.hookpoints": ["layers.26.mlp"],
+    "neurons.hookpoints": ["layers.14.mlp.act_fn", "layers.26.mlp.act_fn"],
+    "ablate.methods": ["feature", "neuron"],
+    "ablate.bootstrap": 1000,
+    "ablate.control_draws": 5,
+    "steer.strengths": [4.0, 8.0, 16.0],
+    "steer.prompts": 8,
+    "steer.new_tokens": 24,
+    "browse.texts": 3,
+    "browse.tokens": 8,
+    "browse.shared": 2000,
+}
+MIB = 2**20
+# Shorter stages are over before they are warm.
+LONG = 45.0
+
+
+def anonymous(process: subprocess.Popen[bytes]) -> int:
+    """Bytes of anonymous memory in the processes below DVC's."""
+    total = 0
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+    return total
+
+
+def growth(samples: list[int]) -> tuple[float, float]:
+    """Median after warm-up and at the end."""
+    n = len(samples)
+    return statistics.median(samples[2 * n // 5 : 3 * n // 5]), statistics.median(samples[4 * n // 5 :])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where the clone is made; default: a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)) / "soak"
+        folder.mkdir(parents=True)
+        clone(folder)
+        set_params(folder, MEDIUM)
+        run(folder, "git", "commit", "-qam", "medium")
+        log, samples, start = folder.with_suffix(".log"), dict[str, list[tuple[float, int]]](), time.monotonic()
+        process = repro(folder, log)
+        for begun in follow(process, log):
+            if begun and (memory := anonymous(process)):
+                samples.setdefault(begun[-1], []).append((time.monotonic(), memory))
+            time.sleep(0.5)
+        assert process.returncode == 0, log.read_text()
+    print(f"{'stage':28}{'seconds':>8}{'warm MiB':>10}{'end MiB':>10}{'peak MiB':>10}{'growth':>8}")
+    leaks = []
+    for name, taken in samples.items():
+        seconds = taken[-1][0] - taken[0][0]
+        warm, end = growth([memory for _, memory in taken])
+        peak = max(memory for _, memory in taken)
+        print(f"{name:28}{seconds:8.0f}{warm / MIB:10.0f}{end / MIB:10.0f}{peak / MIB:10.0f}{end / warm - 1:8.1%}")
+        if seconds >= LONG and end > 1.05 * warm:
+            leaks.append(name)
+    print(f"{(time.monotonic() - start) / 60:.0f} minutes; grew by more than 5 %: {', '.join(leaks) or 'none'}")
+    return 1 if leaks else 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main())
