@@ -108,8 +108,6 @@ def main(arguments: list[str]) -> None:
     if params.train.source == "stream":
         raise UserError("params.yaml: train.source: 'stream' stores no activations; allowed here: stored, pretrained")
     file = ACTIVATIONS / "tokens.parquet"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; run `dvc repro extract`")
     table = read_table(file).filter(split="train")
     tokenizer = loading.load_tokenizer(params.model)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

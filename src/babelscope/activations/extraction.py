@@ -159,27 +159,21 @@ def extract(
     # Weights cut into pieces are put together in place, which tensors made for inference only do not allow.
     loop = trainer(hardware, inference_mode=hardware.strategy != "fsdp")
     # All processes see the same: none begins to write before all have come to `predict`.
-    missing = [not _complete(folder, hookpoints, shard) for shard in shards]
-    parts = [
-        [
-            shard
-            for shard, lacks in zip(shards[rank :: loop.world_size], missing[rank :: loop.world_size], strict=True)
-            if lacks
-        ]
-        for rank in range(loop.world_size)
-    ]
+    missing = {shard.number for shard in shards if not _complete(folder, hookpoints, shard)}
+    world = loop.world_size
+    parts = [[shard for shard in shards[rank::world] if shard.number in missing] for rank in range(world)]
     mine = parts[loop.global_rank]
     total = sum(shard.rows for shard in shards)
     with Progress("extract", total, "tokens") as progress:
         progress.skip(total - sum(shard.rows for shard in mine))
         loop.callbacks.append(ShardWriter(mine, folder, progress, quantised=dtype == "int8"))
         todo = [batch for shard in mine for batch in shard.batches]
-        if is_sharding(loop) and any(parts):
+        if is_sharding(loop) and missing:
             longest = max(sum(len(shard.batches) for shard in part) for part in parts)
             todo += [shards[0].batches[0]] * (longest - len(todo))
         loader: Any = DataLoader(todo, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
         # Every rank, also one with nothing left of its own: the others wait for it.
-        if any(missing):
+        if missing:
             loop.predict(Extractor(model, hookpoints, DTYPES[dtype]), loader, return_predictions=False)
     if loop.world_size > 1:
         loop.strategy.barrier()

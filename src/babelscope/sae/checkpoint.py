@@ -115,8 +115,10 @@ def _download(repo: str, hookpoint: str | None, revision: str | None) -> Path:
 
 
 def _read(folder: Path, kind: formats.Format) -> SAE:
-    settings = read_json(folder / kind.settings) if kind.settings else {}
     weights = folder / kind.weights
+    if kind.settings and not (folder / kind.settings).is_file():
+        raise UserError(f"{folder / kind.settings}: no such file; it belongs beside {kind.weights}")
+    settings = read_json(folder / kind.settings) if kind.settings else {}
     try:
         tensors = kind.read(weights)
     except Exception as error:  # the readers let through whatever a damaged file provokes
