@@ -32,6 +32,7 @@ from babelscope.config import Corpus
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import match
 from babelscope.errors import UserError
+from babelscope.explain.client import answer_in
 from babelscope.explain.prompts import verdicts
 from babelscope.files import read_json, read_part, read_table
 from babelscope.models.hookpoints import layer_of
@@ -242,6 +243,16 @@ def tables(draw: random.Random, folder: Path) -> object:
     return read_table(folder / "a.parquet")
 
 
+REPLY = {"choices": [{"message": {"content": "[1, 0] \ud800"}}]}
+
+
+def reply(draw: random.Random, folder: Path) -> object:
+    content = dumped(twist(draw, REPLY)) if draw.random() < 0.6 else damage(draw, dumped(REPLY))
+    answer = answer_in(content)
+    assert answer is None or answer.encode() is not None
+    return verdicts(answer or "", 2)
+
+
 def words(draw: random.Random, folder: Path) -> object:
     """What takes text, and always has an answer."""
     text = damage(draw, draw.choice([b"[1, 0, 1]", b"layers.12.mlp", b"zh-Hant_TW.UTF-8@latin"])).decode(
@@ -254,7 +265,7 @@ def words(draw: random.Random, folder: Path) -> object:
 
 
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (gettext, texts, release, params, lock, store, tables, words)
+    target.__name__: target for target in (gettext, texts, release, params, lock, store, tables, reply, words)
 }
 
 

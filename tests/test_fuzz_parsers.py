@@ -15,7 +15,8 @@ FOUND += [("release", 10928)]
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_parser_gives_a_result_or_a_message(name):
     refused = [fuzz(name, seed) for seed in range(100)]
-    assert 0 < sum(refused) < 100
+    # A reply of a model is no file of the user's: what cannot be read is asked again.
+    assert sum(refused) < 100 and (sum(refused) > 0) == (name != "reply")
 
 
 @pytest.mark.parametrize(("name", "seed"), FOUND)

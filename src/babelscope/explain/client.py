@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from babelscope.errors import UserError
+from babelscope.errors import UserError, without_secrets
 from babelscope.explain.prompts import Message
 from babelscope.files import read_json, write_json
 
@@ -99,13 +99,21 @@ class Client:
                 reason = f"{type(error).__name__}"
                 continue
             if reply.status_code == 200:
-                try:
-                    return str(reply.json()["choices"][0]["message"]["content"] or "")
-                except (ValueError, KeyError, IndexError, TypeError):
-                    reason = "an answer without choices[0].message.content"
-                    continue
-            said = " ".join(reply.text.split())[:200]
-            reason = f"status {reply.status_code}: {said.replace(key, '***') if key else said}"
+                if (answer := answer_in(reply.content)) is not None:
+                    return answer
+                reason = "an answer without choices[0].message.content"
+                continue
+            # Before it is cut: half a key is too much, too.
+            reason = f"status {reply.status_code}: {' '.join(without_secrets(reply.text).split())[:200]}"
             if reply.status_code not in _PASSING:
                 break
         raise UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")
+
+
+def answer_in(reply: bytes) -> str | None:
+    """The text of the first choice in a reply, without what UTF-8 cannot spell; null where there is none."""
+    try:
+        said = json.loads(reply)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return None
+    return str(said or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
