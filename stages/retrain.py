@@ -11,7 +11,6 @@ import polars as pl
 
 from babelscope import config, hardware, stage
 from babelscope.activations.store import ActivationStore
-from babelscope.errors import UserError
 from babelscope.files import read_table, scratch, write_atomically
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.sae import checkpoint
@@ -43,8 +42,6 @@ def main() -> None:
         return
     [(sae, history)] = result
     fvu = history[-1]["fvu"]
-    if fvu != fvu:
-        raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
     checkpoint.save(sae, out, {"model_name": store.index["model"], "hook_name": hookpoint})
     write_atomically(out / "history.csv", pl.DataFrame(history).write_csv)
     shutil.rmtree(scratch(work), ignore_errors=True)

@@ -189,10 +189,29 @@ class Same(training.FakeStore):
 @pytest.mark.parametrize("value", [0.0, 0.1, -300.0])
 def test_a_hookpoint_that_always_says_the_same_is_refused(tmp_path: Path, value: float):
     batches, settings = training.batches_of(Same(value)), training.SETTINGS
-    with pytest.raises(UserError, match="hookpoints: one gives the same activations for all tokens"):
+    with pytest.raises(UserError, match="hookpoints: a hookpoint gives the same activations for all tokens"):
         train(
             batches, settings, training.HARDWARE, seed=1, write=[training.silent], checkpoint=tmp_path / "state.pt"
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_stored_activations_that_are_no_numbers_are_refused_before_training(tmp_path: Path, value: float):
+    store = training.FakeStore()
+    store.index = {"model": "m", "hookpoint": "layers.3.mlp"}
+    store.data[1234, 5] = value
+    with pytest.raises(UserError, match="data/activations: layers.3.mlp has some that are infinite or not a number"):
+        train(
+            training.batches_of(store), training.SETTINGS, training.HARDWARE, seed=1, write=[training.silent],
+            checkpoint=tmp_path / "state.pt",
+        )  # fmt: skip
+
+
+def test_a_training_that_diverges_leaves_no_sae(tmp_path: Path):
+    settings = training.SETTINGS.model_copy(update={"learning_rate": 1e38})
+    with pytest.raises(UserError, match="train.learning_rate: the training diverged; lower it"):
+        training.run(tmp_path, settings)
+    assert not (tmp_path / "sae_weights.safetensors").exists()
 
 
 def test_held_out_activations_that_are_all_the_same_have_no_share_of_variance(tmp_path: Path):

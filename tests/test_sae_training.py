@@ -142,8 +142,9 @@ def test_a_damaged_checkpoint_costs_a_new_start(
     assert "state.pt: damaged; the training starts anew" in caplog.text
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    torch.save({"module": {}, "done": 3}, tmp_path / "state.pt")
+@pytest.mark.parametrize("state", [{"module": {}, "done": 3}, torch.zeros(3), [1], None])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, state: Any) -> None:
+    torch.save(state, tmp_path / "state.pt")
     with pytest.raises(UserError, match="state.pt: not a checkpoint of this run, delete it"):
         run(tmp_path)
 

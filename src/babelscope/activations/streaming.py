@@ -89,7 +89,10 @@ class Stream:
         """
         block = self._block(0, self._blocks(0)[0])
         parts = [(x, None) if y is None else (y, x) for x, y in block]
-        return [(_moments(target), None if source is None else _moments(source)) for target, source in parts]
+        return [
+            (_moments(target, name), None if source is None else _moments(source, name))
+            for name, (target, source) in zip(self.hookpoints, parts, strict=True)
+        ]
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint.
@@ -176,6 +179,6 @@ def _share(rows: Tensor, rank: int, world: int) -> Tensor:
     return rows[rank::world].contiguous()
 
 
-def _moments(x: Tensor) -> Moments:
-    found = moments(torch.split(x, _CHUNK))
+def _moments(x: Tensor, name: str) -> Moments:
+    found = moments(torch.split(x, _CHUNK), name)
     return Moments(found.mean.cpu(), found.covariance.cpu())

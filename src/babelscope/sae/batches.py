@@ -118,4 +118,5 @@ class Batches:
 
     def _moments(self, store: ActivationStore) -> Moments:
         rows = self.rows[:: max(1, len(self.rows) // _SAMPLE)]
-        return moments(store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
+        chunks = (store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
+        return moments(chunks, str(store.index.get("hookpoint", "a hookpoint")))

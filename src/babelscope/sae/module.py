@@ -178,7 +178,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         try:
             self.load_state_dict(state["module"])
             self.done, self.histories, self._moments = state["done"], state["histories"], state["optimizer"]
-        except (RuntimeError, KeyError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{self.checkpoint}: not a checkpoint of this run, delete it: {error}") from None
         log.info("resumed at step %d of %d", self.done, self.batches.steps)
 
@@ -208,7 +208,7 @@ def train(
 
     Raises
     ------
-    UserError: the batch does not divide among the devices, or `checkpoint` is unreadable.
+    UserError: the batch does not divide among the devices, `checkpoint` is of another run, or the training diverged.
     """
     devices = hardware.devices * hardware.num_nodes
     if settings.batch % devices:
@@ -222,4 +222,6 @@ def train(
     for optimizer in loop.strategy.optimizers:
         optimizer.state.clear()
     finished = [(learner.finished(), rows) for learner, rows in zip(training.each, training.histories, strict=True)]
+    if not all(bool(weight.isfinite().all()) for sae, _ in finished for weight in sae.parameters()):
+        raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
     return finished if loop.is_global_zero else None

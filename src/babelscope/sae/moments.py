@@ -56,13 +56,13 @@ class Moments(NamedTuple):
         return (forth * mapped.scale).float(), (back / mapped.scale).float()
 
 
-def moments(chunks: Iterable[Tensor]) -> Moments:
+def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
     """Moments of the rows of `chunks` ([rows, d] each, any floating dtype), summed in float64.
 
     Raises
     ------
     ValueError: there is no row.
-    UserError: all rows are the same.
+    UserError: all rows are the same, or there are some that are not finite; it calls them the activations of `name`.
     """
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     one, others = torch.zeros(()), False
@@ -76,8 +76,10 @@ def moments(chunks: Iterable[Tensor]) -> Moments:
     if not rows:
         raise ValueError("no activations to normalise by")
     if not others:
+        raise UserError(f"params.yaml: hookpoints: {name} gives the same activations for all tokens: nothing to learn")
+    if not products.isfinite().all():
         raise UserError(
-            "params.yaml: hookpoints: one gives the same activations for all tokens: nothing to learn there"
+            f"data/activations: {name} has some that are infinite or not a number; make verify says if they are damaged"
         )
     mean = total / rows
     return Moments(mean.float(), products / rows - mean.outer(mean))
