@@ -141,8 +141,10 @@ def ride(
     done = list[Kill]()
     while True:
         kill, text = disturbed(repo, plan if len(done) < kills else {}, next(victims))
-        if done and (found := RESUMED.search(text)):
-            done[-1].resumed = int(found[1])
+        for one in done:  # the next run may have been killed before it got as far
+            begun = text.partition(f"Running stage '{one.stage}'")[2].partition("Running stage")[0]
+            if one.resumed is None and (found := RESUMED.search(begun)):
+                one.resumed = int(found[1])
         if kill is None:
             assert "failed to reproduce" not in text, text
             break
