@@ -3,9 +3,12 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 
 from babelscope.errors import UserError
+from babelscope.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +28,34 @@ _QUIET = {
 }
 
 
+class _Redacting(logging.Formatter):
+    """Keeps credentials out of the log, whichever library it is that names them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python shows what nothing has caught, without credentials."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
         os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _show
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from babelscope.errors import UserError
 from babelscope.tracking.training import flatten
@@ -46,10 +47,20 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
 
     Raises
     ------
-    UserError: dvc.lock is missing.
+    UserError: dvc.lock is missing, or is not what DVC writes (an unfinished merge, say).
     """
     if not (folder / "dvc.lock").is_file():
         raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
+    try:
+        return _read(folder, params, without)
+    except (YAMLError, AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'dvc.lock'}: not as DVC writes it ({reason}); `git checkout dvc.lock`, or delete it and `dvc repro`"
+        ) from None
+
+
+def _read(folder: Path, params: Mapping[str, Any], without: str) -> State:
     locked = _load(folder / "dvc.lock").get("stages", {})
     defined = _load(folder / "dvc.yaml")["stages"]
     names = [name for name in sorted(locked) if name != without and _is_current(name, defined, params)]

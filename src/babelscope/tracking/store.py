@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from babelscope.redact import redact
 from babelscope.tracking import view
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ def database() -> Path | None:
 def uri() -> str:
     """The tracking URI in force."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def shown() -> str:
+    """The tracking URI as it may be shown: without a password."""
+    return redact(uri())
 
 
 @contextmanager
