@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup repro experiment test check format ui verify bench sweeps clean
+.PHONY: setup repro experiment test check format ui verify audit bench sweeps clean
 
 setup: $(VENV)/.ready
 
@@ -67,6 +67,16 @@ ui: setup
 # Re-hash the DVC cache against the names of its files.
 verify: setup
 	$(BIN)/python -m babelscope.verify
+
+# Known vulnerabilities of the pinned packages. `--strict`: a package that PyPI's service says nothing of is a failure.
+audit: .bench/audit/.ready
+	$(<D)/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-data.txt
+
+.bench/audit/.ready: export PYTHONPATH :=
+.bench/audit/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
 
 # Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
 # takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size. torchvision, which one peer

@@ -112,7 +112,9 @@ def _catalog() -> polib.POFile:
     catalog = polib.POFile()
     catalog.metadata = {"Content-Type": "text/plain; charset=UTF-8", "Plural-Forms": "nplurals=2; plural=n != 1;"}
     for number in range(4):
-        catalog.append(polib.POEntry(msgid=f"<b>Message</b> {number} %s", msgstr=f"Nachricht {number} «x»", msgctxt="c"))
+        catalog.append(
+            polib.POEntry(msgid=f"<b>Message</b> {number} %s", msgstr=f"Nachricht {number} «x»", msgctxt="c")
+        )
     catalog.append(polib.POEntry(msgid="one", msgid_plural="many", msgstr_plural={0: "eins", 1: "viele"}))
     return catalog
 
@@ -273,16 +275,30 @@ PARSERS: dict[str, Parser] = {
     "texts .txt": Parser(st.binary(max_size=200) | bent("ein Satz\nשלום\n".encode()), table("txt")),
     **_releases(),
     **_stores(),
-    "verdicts": Parser(st.tuples(texts | bent(b"texts [1] to [3]: [0, 1, 1]").map(lambda b: b.decode(errors="replace")), st.integers(1, 5)), _verdicts),
-    "answer of an endpoint": Parser(st.binary(max_size=100) | bent(_reply) | altered(json.loads(_reply)).map(lambda v: json.dumps(v).encode()), _answer),
+    "verdicts": Parser(
+        st.tuples(
+            texts | bent(b"texts [1] to [3]: [0, 1, 1]").map(lambda b: b.decode(errors="replace")), st.integers(1, 5)
+        ),
+        _verdicts,
+    ),
+    "answer of an endpoint": Parser(
+        st.binary(max_size=100) | bent(_reply) | altered(json.loads(_reply)).map(lambda v: json.dumps(v).encode()),
+        _answer,
+    ),
     "marks": Parser(st.lists(st.tuples(texts, st.booleans()), max_size=12), _marked),
-    "dvc.lock": Parser(bent((ROOT / "dvc.lock").read_bytes()[:1500]) | altered({"stages": {k: _LOCK["stages"][k] for k in list(_LOCK["stages"])[:6]}}), _lock),
+    "dvc.lock": Parser(
+        bent((ROOT / "dvc.lock").read_bytes()[:1500])
+        | altered({"stages": {k: _LOCK["stages"][k] for k in list(_LOCK["stages"])[:6]}}),
+        _lock,
+    ),
     "params.yaml as text": Parser(bent((ROOT / "params.yaml").read_bytes()[:2500]), _yaml),
     "params.yaml as values": Parser(altered(PARAMS), config.parse),
     "flat params": Parser(st.dictionaries(st.text(max_size=8), values, max_size=4), flatten),
     "hookpoint names": Parser(texts, hookpoints.layer_of),
     "languages": Parser(st.tuples(st.lists(_tags, max_size=4), st.lists(_tags, max_size=6)), _match),
-    "nearest language": Parser(st.tuples(_tags, st.lists(_tags, max_size=6)), lambda pair: languages.nearest_tag(*pair)),
+    "nearest language": Parser(
+        st.tuples(_tags, st.lists(_tags, max_size=6)), lambda pair: languages.nearest_tag(*pair)
+    ),
     "JSON in a page": Parser(texts | st.dictionaries(texts, st.lists(texts, max_size=3), max_size=3), _embedded),
 }
 
@@ -334,7 +350,9 @@ def main() -> None:
         turn += 1
     for name, count in totals.items():
         print(f"{name:32} {count:8,} examples{'  FAILED' if name in failed else ''}")
-    print(f"{'all':32} {sum(totals.values()):8,} examples, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(
+        f"{'all':32} {sum(totals.values()):8,} examples, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    )
     sys.exit(bool(failed))
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +19,9 @@ from babelscope.sae.autoencoder import SAE
 
 # Without a version, SAELens takes a file for one from before its release 6, and drops the metadata.
 _LAYOUT = "6.0.0"
+# What the readers of the formats raise for a damaged or foreign file; its numbers may ask for any amount of memory.
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, EOFError, OverflowError, MemoryError,
+               zipfile.BadZipFile, zlib.error, UnpicklingError)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -135,7 +139,7 @@ def _read(folder: Path, kind: formats.Format) -> SAE:
     weights = folder / kind.weights
     try:
         tensors = kind.read(weights)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, UnpicklingError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{weights}: not a readable file of {kind.name}: {reason:.300}") from None
     try:

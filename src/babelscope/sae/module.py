@@ -30,6 +30,8 @@ History = list[dict[str, float]]
 
 # Between two checkpoints lies at least so many times what the last one took to write: 2 % of the time at most.
 _APART = 50
+# What a checkpoint raises that is damaged, of other shapes, or none of ours; pickled code in it is refused, never run.
+_UNREADABLE = (RuntimeError, KeyError, ValueError, TypeError, OSError, EOFError, pickle.UnpicklingError)
 
 
 class SAETraining(LightningModule):  # type: ignore[misc]
@@ -153,7 +155,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
             state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
             self.load_state_dict(state["module"])
             self.done, self.histories, self._moments = state["done"], state["histories"], state["optimizer"]
-        except (RuntimeError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.checkpoint}: not a checkpoint of this run, delete it: {error}") from None
         log.info("resumed at step %d of %d", self.done, self.batches.steps)
 

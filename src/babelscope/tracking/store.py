@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -122,7 +123,7 @@ def _create(client: Any, experiment: str) -> str:
     from mlflow.exceptions import MlflowException
 
     # MLflow would put the artifacts beside the current folder, which may be a temporary one.
-    place = str(root() / "mlruns" / experiment) if database() is not None else None
+    place = str(root() / "mlruns" / folder_of(experiment)) if database() is not None else None
     try:
         return str(client.create_experiment(experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
     except MlflowException:
@@ -130,6 +131,11 @@ def _create(client: Any, experiment: str) -> str:
         if found is None:
             raise
         return str(found.experiment_id)
+
+
+def folder_of(experiment: str) -> str:
+    """A folder's name for an experiment: nothing in it leads elsewhere, as `../` and `/` would."""
+    return re.sub(r"^\.+|[^\w. -]", "_", experiment)[:100]
 
 
 def _prepare(path: Path) -> None:

@@ -199,7 +199,9 @@ def create(opened: store.Store, name: str, params: Mapping[str, str], tags: Mapp
     """Make a run with its params and tags; returns its id."""
     from mlflow.entities import Param
 
-    run = opened.client.create_run(opened.experiment_id, run_name=name, tags=dict(tags))
+    run = opened.client.create_run(
+        opened.experiment_id, run_name=redact(name), tags={k: redact(v) for k, v in tags.items()}
+    )
     # MLflow takes 100 params in a call, and no value of more than 6000 characters.
     entries = [Param(key, redact(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(entries), 100):
