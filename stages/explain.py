@@ -45,7 +45,6 @@ def main() -> None:
         write([])
         log.info("explain: none to explain (params.yaml: explain.endpoint)")
         return
-    cases = collect(params)
     work = fingerprint(
         "explain",
         params.model_dump(include={"explain", "seed"}),
@@ -53,7 +52,8 @@ def main() -> None:
     )
     from babelscope.explain.client import Client
 
-    rows = ask(cases, Client(knobs.endpoint, str(knobs.model), scratch(work), knobs.parallel), params)
+    client = Client(knobs.endpoint, str(knobs.model), scratch(work), knobs.parallel)
+    rows = ask(collect(params), client, params)
     write(rows)
     shutil.rmtree(scratch(work), ignore_errors=True)
 

@@ -11,9 +11,11 @@ import shutil
 from pathlib import Path
 
 from babelscope import config, stage
+from babelscope.errors import UserError
 from babelscope.files import write_json
 
 LIST, AGAIN = Path("data/hookpoints.json"), Path("data/sae_again")
+OURS = ("data", "metrics")
 log = logging.getLogger(__name__)
 
 
@@ -25,6 +27,10 @@ def stale(lock: Path, hookpoints: list[str], retrained: list[str]) -> list[Path]
     lock: dvc.lock.
     hookpoints: those of all stages but `retrain`.
     retrained: those of `retrain`.
+
+    Raises
+    ------
+    UserError: one of them lies elsewhere than the stages write: dvc.lock may come from someone else.
     """
     stages = config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}
     gone = []
@@ -32,7 +38,11 @@ def stale(lock: Path, hookpoints: list[str], retrained: list[str]) -> list[Path]
         base, at, hookpoint = name.partition("@")
         if at and hookpoint not in (retrained if base == "retrain" else hookpoints):
             gone.append(entry)
-    return [Path(out["path"]) for entry in gone for out in entry.get("outs", [])]
+    paths = [Path(out["path"]) for entry in gone for out in entry.get("outs", [])]
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in OURS:
+            raise UserError(f"{lock}: {path} is no output of a hookpoint, and is not deleted; allowed: below {OURS}")
+    return paths
 
 
 def main() -> None:

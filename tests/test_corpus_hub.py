@@ -189,3 +189,19 @@ def test_files_named_by_other_codes_match_too() -> None:
         "de": "de",
         "zh-cn": "zh-CN",
     }
+
+
+def test_rows_without_a_group_or_a_label_are_not_put_together(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Features, Value
+    from datasets import Dataset as Table
+
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    rows = {"text": ["a", "b", "c"], "id": [None, None, "7"], "label": [0, -1, 1]}
+    kinds = {"text": Value("string"), "id": Value("string"), "label": ClassLabel(names=["deu", "fin"])}
+    Table.from_dict(rows, features=Features(kinds)).to_parquet(folder / "test-00000-of-00001.parquet")
+    section = Dataset(path=str(folder), splits=["test"], text=["text"], language="label", group="id")
+    texts, _ = hub.read([section], ["de", "fi"])
+    # -1 is no label: not the last language.
+    assert texts.select("language", "text").rows() == [("de", "a"), ("fi", "c")]
+    assert texts["group"].to_list() == [None, "huggingface:labelled:test:text:7"]

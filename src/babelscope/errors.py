@@ -1,8 +1,6 @@
 """The one exception that a user is meant to read."""
 
 import difflib
-import os
-import re
 from collections.abc import Iterable
 
 
@@ -11,20 +9,6 @@ class UserError(Exception):
 
     `babelscope.stage.run` prints it without a traceback and ends with exit code 1.
     """
-
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
-_SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|_KEY)$", re.IGNORECASE)
-_SHORTEST = 6
-
-
-def without_secrets(text: str) -> str:
-    """`text` without user names and passwords in URLs, and without what secrets the environment holds."""
-    text = _CREDENTIALS.sub("", text)
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= _SHORTEST:
-            text = text.replace(value, f"<{name}>")
-    return text
 
 
 def nearest(wrong: str, allowed: Iterable[str], count: int = 3) -> str:

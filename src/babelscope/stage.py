@@ -7,12 +7,15 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
-from babelscope.errors import UserError, without_secrets
+from babelscope.errors import UserError
 from babelscope.files import scratch
+from babelscope.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +35,16 @@ _QUIET = {
 }
 
 
-class _WithoutSecrets(logging.Formatter):
+class _Redacting(logging.Formatter):
+    """Keeps credentials out of the log, whichever library it is that names them."""
+
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return redact(super().format(record))
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python shows what nothing has caught, without credentials."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -43,9 +53,10 @@ def run(main: Callable[[], None]) -> None:
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
         os.environ.setdefault("TQDM_DISABLE", "1")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _show
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     end_with_dvc()
@@ -56,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
         told = _in_a_line(error)
         if told is None:
             raise
-        print(f"error: {without_secrets(told)}", file=sys.stderr)
+        print(f"error: {redact(told)}", file=sys.stderr)
         sys.exit(1)
 
 

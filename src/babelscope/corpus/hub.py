@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import polars as pl
@@ -132,6 +133,9 @@ class _DataSet:
 
         try:
             return function(self.path, *arguments, revision=self.section.revision, **options)
+        except UnpicklingError:
+            what = "it holds pickled code, which is never run"
+            raise UserError(f"{self.place}: path: cannot read {self.section.path!r}: {what}") from None
         except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, pl.exceptions.PolarsError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{self.place}: path: cannot read {self.section.path!r}: {reason}") from None
@@ -171,7 +175,8 @@ class _DataSet:
                 group = None
                 if self.section.group is not None:
                     mark = number if self.section.group == ROW else row[self.section.group]
-                    group = f"{source}:{row['__split__']}:{column}:{mark}"
+                    # A row that names no group is a group of its own, not one with all others that name none.
+                    group = None if mark is None else f"{source}:{row['__split__']}:{column}:{mark}"
                 yield language, group, source, text
 
     def _stream(self, subset: str | None) -> Iterator[dict[str, Any]]:
@@ -209,7 +214,8 @@ class _DataSet:
 
     def _code(self, value: Any) -> str:
         names = self._codes()
-        return names[value] if names and isinstance(value, int) else str(value)
+        # -1 is how `datasets` writes "no label".
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
 
     def license(self) -> str | None:
         """As the card's metadata has it; null where there is none, or no card."""

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import requests
 
-from babelscope.errors import UserError, without_secrets
+from babelscope.errors import UserError
 from babelscope.explain.prompts import Message
 from babelscope.files import read_json, write_json
+from babelscope.redact import redact
 
 KEY = "OPENAI_API_KEY"
 # Bytes of UTF-8 in a token, at least: an estimate that errs on the dear side for Latin script and is near for others.
@@ -48,11 +49,23 @@ class Client:
     pause: called with the seconds to wait before a request is tried again.
 
     The key is read from the environment (`OPENAI_API_KEY`); it is written nowhere.
+
+    Raises
+    ------
+    UserError: the endpoint holds a password (params.yaml is committed, and goes to MLflow), or the key cannot be one.
     """
 
     def __init__(
         self, endpoint: str, model: str, keep: Path, parallel: int, pause: Callable[[float], object] = time.sleep
     ) -> None:
+        if redact(endpoint) != endpoint:
+            raise UserError(
+                f"params.yaml: explain.endpoint: {redact(endpoint)} is written with a user, a password or a key, which "
+                f"everyone could read in git and in MLflow; allowed: the address alone, the key in {KEY}"
+            )
+        key = os.environ.get(KEY, "")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{KEY}: holds characters that cannot be sent; allowed: printable ASCII, in one line")
         self.url, self.model, self.keep = f"{endpoint.rstrip('/')}/chat/completions", model, keep
         self.parallel, self.pause = parallel, pause
 
@@ -104,7 +117,7 @@ class Client:
                 reason = "an answer without choices[0].message.content"
                 continue
             # Before it is cut: half a key is too much, too.
-            reason = f"status {reply.status_code}: {' '.join(without_secrets(reply.text).split())[:200]}"
+            reason = f"status {reply.status_code}: {' '.join(redact(reply.text).split())[:200]}"
             if reply.status_code not in _PASSING:
                 break
         raise UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")

@@ -63,7 +63,7 @@ def verdicts(answer: str, count: int) -> list[bool] | None:
     for found in re.findall(r"\[[^\[\]]*\]", answer):
         try:
             values = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if len(values) == count and all(value in (0, 1) and not isinstance(value, float) for value in values):
             return [bool(value) for value in values]

@@ -24,9 +24,8 @@ from babelscope.fingerprint import dvc_md5
 log = logging.getLogger(__name__)
 
 # What the loaders of transformers raise for a missing, damaged or foreign file.
-_FAILURES = (
-    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error, UnpicklingError,
-)  # fmt: skip
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error,
+             UnpicklingError, EOFError)  # fmt: skip
 
 # Larger GGUF files (bytes) are read anew every time: unpacked they take up to eight times as much room on the disk.
 _LARGEST = 2**28
@@ -124,16 +123,11 @@ def name_of(section: Model) -> str:
 
 
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
-    if "custom code" in str(error) and not section.trust_remote_code:
-        return UserError(
-            f"params.yaml: model.trust_remote_code: {section.name!r} comes with code of its own, which is not run; "
-            "allowed: true, for a model that you trust"
-        )
-    if isinstance(error, UnpicklingError):  # torch's own words advise to unpickle it all the same
-        return UserError(
-            f"params.yaml: model.name: cannot load the {what} of {section.name!r}: a pickle of more than tensors"
-        )
     reason = " ".join(str(error).split())[:300]
+    if isinstance(error, UnpicklingError):  # torch's own words recommend to run it all the same
+        reason = "its .bin file is damaged, or holds pickled code, which is never run; allowed: weights in safetensors"
+    elif "trust_remote_code" in str(error):
+        reason = "it comes with Python code of its own, which is run only where model.trust_remote_code is true"
     return UserError(f"params.yaml: model.name: cannot load the {what} of {section.name!r}: {reason}")
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from babelscope import config, stage
+from babelscope.redact import redact
 from babelscope.tracking import store, view
 
 
@@ -15,7 +16,7 @@ def ui_url(experiment: str) -> str:
     own default, 127.0.0.1, is called by another name of this machine: on a page from there or from `localhost` MLflow
     3.17 opens its Assistant, which covers a third of the charts.
     """
-    base = os.environ.get("MLFLOW_TRACKING_URI", "")
+    base = redact(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not base.startswith("http"):
         base = f"http://{os.environ.get('MLFLOW_HOST', view.HOST)}:{os.environ.get('MLFLOW_PORT', '5000')}"
     return view.address(base, store.open_store(experiment).experiment_id)

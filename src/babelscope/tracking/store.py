@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from babelscope.redact import redact
 from babelscope.tracking import view
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,11 @@ def uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
 
 
+def shown() -> str:
+    """The tracking URI as it may be shown: without a password."""
+    return redact(uri())
+
+
 @contextmanager
 def lock() -> Iterator[None]:
     """Only one process of this repository at a time."""
@@ -116,7 +123,7 @@ def _create(client: Any, experiment: str) -> str:
     from mlflow.exceptions import MlflowException
 
     # MLflow would put the artifacts beside the current folder, which may be a temporary one.
-    place = str(root() / "mlruns" / experiment) if database() is not None else None
+    place = str(root() / "mlruns" / folder_of(experiment)) if database() is not None else None
     try:
         return str(client.create_experiment(experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
     except MlflowException:
@@ -124,6 +131,11 @@ def _create(client: Any, experiment: str) -> str:
         if found is None:
             raise
         return str(found.experiment_id)
+
+
+def folder_of(experiment: str) -> str:
+    """A folder's name for an experiment: nothing in it leads elsewhere, as `../` and `/` would."""
+    return re.sub(r"^\.+|[^\w. -]", "_", experiment)[:100]
 
 
 def _prepare(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from babelscope.files import read_table
+from babelscope.redact import redact
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, training, view
 
@@ -50,11 +51,12 @@ def sync(folder: Path, params: Mapping[str, Any]) -> None:
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        log.warning("track: cannot log to %s; the next `dvc repro` does (%s)", store.uri(), str(error)[:300])
+        reason = redact(str(error))[:300]
+        log.warning("track: cannot log to %s; the next `dvc repro` does (%s)", store.shown(), reason)
         return
     log.info(
         "track: state %s %s, %d training runs logged, in experiment %r at %s (%.1f s)",
-        state.hash[:7], "logged" if new else "is in MLflow already", logged, experiment, store.uri(),
+        state.hash[:7], "logged" if new else "is in MLflow already", logged, experiment, store.shown(),
         time.monotonic() - started,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from babelscope.redact import redact
 from babelscope.tracking import store
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class TrainingRun:
                 log.log(
                     logging.DEBUG if self._warned else logging.WARNING,
                     "mlflow: cannot log to %s; training goes on, `dvc repro` logs it later (%s)",
-                    store.uri(), _first_line(error),
+                    store.shown(), _first_line(error),
                 )  # fmt: skip
                 self._warned = True
             if ending:
@@ -198,9 +199,11 @@ def create(opened: store.Store, name: str, params: Mapping[str, str], tags: Mapp
     """Make a run with its params and tags; returns its id."""
     from mlflow.entities import Param
 
-    run = opened.client.create_run(opened.experiment_id, run_name=name, tags=dict(tags))
+    run = opened.client.create_run(
+        opened.experiment_id, run_name=redact(name), tags={k: redact(v) for k, v in tags.items()}
+    )
     # MLflow takes 100 params in a call, and no value of more than 6000 characters.
-    entries = [Param(key, value[:6000]) for key, value in params.items()]
+    entries = [Param(key, redact(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(entries), 100):
         opened.client.log_batch(run.info.run_id, params=entries[start : start + 100])
     return str(run.info.run_id)
@@ -244,5 +247,5 @@ def read_history(path: Path) -> Points:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = redact(str(error)).strip() or type(error).__name__
     return text.splitlines()[0][:200]
