@@ -81,6 +81,10 @@ UNTESTED = {
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc gc --workspace": "a command of DVC's own, which throws outputs away",
+    "python tests/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
+    "make audit": "wants the network: it asks PyPI for advisories",
+    "git checkout dvc.lock": "a command of git's own",
+    "dvc repro train@h": "stands for any hookpoint: test_concurrency.py runs them",
     "dvc commit": "what docs/slurm/nodes.sbatch does at its end, on a cluster",
     "dvc repro extract stream": "two stages of the `dvc repro` that test_end_to_end.py runs",
 }
