@@ -3,29 +3,32 @@
 import html
 import re
 
+# What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
+# (`*+`), and gaps are brought into one form before anything is looked for around them.
+
 # Stands where something was taken out, until the gap that it leaves has been closed.
 _GAP = "\x00"
 
-_TAG = re.compile(r"<(?P<slash>/\s*)?(?P<name>[^\W\d_][\w:-]*)(?P<rest>[^<>]*)>")
+_TAG = re.compile(r"<(?P<slash>/\s*)?(?P<name>[^\W\d_][\w:-]*+)(?P<rest>[^<>]*+)>")
 _CLOSING = re.compile(r"</\s*([^\W\d_][\w:-]*)")
 _BREAKS = frozenset({"br", "hr", "p", "li", "ul", "ol", "div", "tr", "td", "h1", "h2", "h3", "h4", "para", "title"})
 
 _PLACEHOLDER = re.compile(
-    r"%\(\w*\)[-+#0]*\d*(?:\.\d+)?[A-Za-z]?"  # %(name)s, and a translator's %(name)
-    r"|%(?:\d+\$)?[-+#0]*\d*(?:\.\d+)?(?:hh|ll|[hlzjtL])?[ds]"  # %s, %2$s, %5.1d; "% d" is prose: "100% der"
-    r"|%[-+#0]*\d*\.\d+[A-Za-z]"  # %.2f
-    r"|%[-+#0]*\d*(?:hh|ll|[hlzjtL])?[A-Za-z](?![A-Za-z])"  # %f, %Y; not "50%now"
+    r"%\(\w*\)[-+#0]*+\d*+(?:\.\d+)?[A-Za-z]?"  # %(name)s, and a translator's %(name)
+    r"|%(?:\d+\$)?[-+#0]*+\d*+(?:\.\d+)?(?:hh|ll|[hlzjtL])?[ds]"  # %s, %2$s, %5.1d; "% d" is prose: "100% der"
+    r"|%[-+#0]*+\d*+\.\d+[A-Za-z]"  # %.2f
+    r"|%[-+#0]*+\d*+(?:hh|ll|[hlzjtL])?[A-Za-z](?![A-Za-z])"  # %f, %Y; not "50%now"
     r"|%\d+"  # %1 of Qt and KDE
     r"|[$%#]?\{[^{}\n]*\}"  # {}, {0}, {name:>5}, ${name}, %{name}
 )
-_BRACKETED_MNEMONIC = re.compile(r"\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
+_BRACKETED_MNEMONIC = re.compile(r"(?<!\s)\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
 
 _EMPTY = re.compile(
     r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」"""
     r"""|["“”„][\s\x00]*\x00[\s\x00]*["“”]|['‘’‚][\s\x00]*\x00[\s\x00]*['‘’]"""
 )
-_GAP_BEFORE_STOP = re.compile(r"[\s\x00]*\x00[\s\x00]*(?=[.,;:!?)\]。、，；：！？）])")
-_ANY_GAP = re.compile(r"[\s\x00]*\x00[\s\x00]*")
+_GAP_BEFORE_STOP = re.compile(r"\x00 ?(?=[.,;:!?)\]。、，；：！？）])")
+_SPACES = re.compile(r"[\s\x00]+")
 _LEADING = re.compile(r"^[\s.,;:!?)\]–—。、，；：！？）-]+")
 
 
@@ -36,7 +39,11 @@ def running_text(message: str) -> str:
     mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become their
     characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
     """
-    text = _without_tags(html.unescape(message))
+    try:
+        message = html.unescape(message)
+    except ValueError:  # `&#` before more digits than Python reads as a number: no character, and so left as it is
+        pass
+    text = _without_tags(message)
     text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01")).replace("\x01", "%")
     text = _BRACKETED_MNEMONIC.sub("", text)
     text = text.replace("_", "" if text.count("_") == 1 else " ")
@@ -61,8 +68,16 @@ def _without_tags(text: str) -> str:
 def _close_gaps(text: str) -> str:
     if _GAP in text:
         for _ in range(2):  # brackets inside quotation marks
-            text = _EMPTY.sub(_GAP, text)
-        text = _GAP_BEFORE_STOP.sub("", text)
-        text = _ANY_GAP.sub(lambda gap: " " if gap[0].strip(_GAP) else "", text)
+            text = _EMPTY.sub(_GAP, _SPACES.sub(_one_gap, text))
+        text = _GAP_BEFORE_STOP.sub("", _SPACES.sub(_one_gap, text))
+        text = text.replace(_GAP, "")
         text = _LEADING.sub("", text)
     return " ".join(text.split())
+
+
+def _one_gap(spaces: re.Match[str]) -> str:
+    """Gaps and white space around them as one gap, with a space behind it where there was white space."""
+    found = spaces[0]
+    if _GAP not in found:
+        return found
+    return f"{_GAP} " if found.strip(_GAP) else _GAP
