@@ -2,6 +2,7 @@
 
 import html
 import re
+from contextlib import suppress
 
 # What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
 # (`*+`), and gaps are brought into one form before anything is looked for around them.
@@ -39,10 +40,8 @@ def running_text(message: str) -> str:
     mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become their
     characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
     """
-    try:
+    with suppress(ValueError):  # `&#` before more digits than Python reads as a number: no character, left as it is
         message = html.unescape(message)
-    except ValueError:  # `&#` before more digits than Python reads as a number: no character, and so left as it is
-        pass
     text = _without_tags(message)
     text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01")).replace("\x01", "%")
     text = _BRACKETED_MNEMONIC.sub("", text)
