@@ -31,6 +31,7 @@ from babelscope.activations.store import ActivationStore, write_index, write_sha
 from babelscope.config import Corpus
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import match
+from babelscope.corpus.messages import running_text
 from babelscope.errors import UserError
 from babelscope.explain.client import answer_in
 from babelscope.explain.prompts import verdicts
@@ -264,8 +265,24 @@ def words(draw: random.Random, folder: Path) -> object:
     return match([text], {"de", "pt_BR", text[::-1], "sr@latin"}, "x")
 
 
+MARKUP = ["<b>", "</b>", "<b ", "</", "%s", "%(a)", "%(", "%0", "{0}", "{", "${", "\0", " \0", '"\0', "(\0", "_", "&",
+          "&#", "&amp;", "(", ")", "«", "»", '"', "'", ".", " ", "\n", "\u2028", "Wort", "字", "%1", "(_A)",
+          "0", "\ud800"]  # fmt: skip
+
+
+def messages(draw: random.Random, folder: Path) -> object:
+    """Markup and placeholders in any order, or one of them again and again."""
+    if draw.random() < 0.2:
+        message = draw.choice(MARKUP) + draw.choice(MARKUP) * draw.randrange(20_000)
+    else:
+        message = "".join(draw.choices(MARKUP, k=draw.randrange(40)))
+    text = running_text(message)
+    assert "\0" not in text and text == " ".join(text.split())
+    return text
+
+
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (gettext, texts, release, params, lock, store, tables, reply, words)
+    target.__name__: target for target in (gettext, texts, release, params, lock, store, tables, reply, words, messages)
 }
 
 

@@ -7,9 +7,6 @@ from contextlib import suppress
 # What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
 # (`*+`), and gaps are brought into one form before anything is looked for around them.
 
-# What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
-# (`*+`), and gaps are brought into one form before anything is looked for around them.
-
 # Stands where something was taken out, until the gap that it leaves has been closed.
 _GAP = "\x00"
 
