@@ -21,11 +21,11 @@ MEDIUM = {
     "languages": ["en", "de", "fr", "ru", "tr", "ja", "he", "fi"],
     "hookpoints": ["layers.14.mlp", "layers.26.mlp"],
     "corpus.max_tokens": 64,
-    "corpus.train_tokens": 16000,
-    "corpus.eval_tokens": 1500,
+    "corpus.train_tokens": 24000,
+    "corpus.eval_tokens": 2000,
     "train.latents": 4608,
     "train.k": 32,
-    "train.tokens": 2_000_000,
+    "train.tokens": 3_500_000,
     "train.batch": 1024,
     "train.checkpoint_seconds": 5,
     "quality.tokens": None,
@@ -61,6 +61,8 @@ def anonymous(process: subprocess.Popen[bytes]) -> int:
 def growth(samples: list[int]) -> tuple[float, float]:
     """Median after warm-up and at the end."""
     n = len(samples)
+    if n < 5:
+        return samples[-1], samples[-1]
     return statistics.median(samples[2 * n // 5 : 3 * n // 5]), statistics.median(samples[4 * n // 5 :])
 
 

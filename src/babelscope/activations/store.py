@@ -123,7 +123,7 @@ class ActivationStore:
             self.index: dict[str, Any] = read_json(folder / "index.json")
             self.rows, self.d = (int(n) for n in self.index["shape"])
             shards = [(folder / shard["file"], int(shard["rows"])) for shard in self.index["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{folder / 'index.json'}: not a store of activations ({error})") from None
         self._shards: list[Tensor | Quantised] = []
         for path, rows in shards:
