@@ -23,6 +23,16 @@ def start(repo: Repo, *command: str, **environment: str) -> subprocess.Popen[str
     )  # fmt: skip
 
 
+def holder(repo: Repo) -> int:
+    """The process that is at the first training, once it is."""
+    lock = repo.folder / ".scratch" / "locks" / f"toy_pipeline@train@{HOOKPOINTS[0]}"
+    deadline = time.monotonic() + 60
+    while not (lock.is_file() and lock.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(lock.read_text())
+
+
 def ends(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     texts = [process.communicate(timeout=120)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
@@ -44,8 +54,7 @@ def test_two_stages_and_a_track_write_to_one_database_at_once(repo: Repo) -> Non
 def test_the_same_stage_twice_by_dvc_is_refused_by_its_lock(repo: Repo) -> None:
     repo.dvc("repro", "sample")
     first = start(repo, "-m", "dvc", "repro", "-s", f"train@{HOOKPOINTS[0]}", TOY_SECONDS="8")
-    while not (repo.folder / ".scratch" / "locks").is_dir():  # at work
-        time.sleep(0.1)
+    holder(repo)
     second = start(repo, "-m", "dvc", "repro", "-s", f"train@{HOOKPOINTS[0]}")
     (code, text), (refused, told) = ends(first, second)
     assert code == 0, text
@@ -57,9 +66,7 @@ def test_the_same_stage_twice_by_dvc_is_refused_by_its_lock(repo: Repo) -> None:
 def test_the_same_stage_twice_by_hand_waits_for_its_turn(repo: Repo) -> None:
     repo.dvc("repro", "sample")
     first = start(repo, TOY, "train", HOOKPOINTS[0], TOY_SECONDS="3")
-    while not list((repo.folder / ".scratch").glob("locks/*")):
-        time.sleep(0.05)
-    time.sleep(0.5)
+    assert holder(repo) == first.pid
     second = start(repo, TOY, "train", HOOKPOINTS[0])
     (code, text), (again, told) = ends(first, second)
     assert code == again == 0, text + told
@@ -72,10 +79,8 @@ def test_the_same_stage_twice_by_hand_waits_for_its_turn(repo: Repo) -> None:
 def test_a_stage_does_not_outlive_its_dvc(repo: Repo) -> None:
     repo.dvc("repro", "sample")
     dvc = start(repo, "-m", "dvc", "repro", "-s", f"train@{HOOKPOINTS[0]}", TOY_SECONDS="100")
-    locks = repo.folder / ".scratch" / "locks"
-    while not (locks.is_dir() and any(file.read_text() for file in locks.iterdir())):
-        time.sleep(0.1)
-    [stage] = [int(file.read_text()) for file in locks.iterdir()]
+    stage = holder(repo)
+    assert Path(f"/proc/{stage}").exists()
     dvc.kill()
     dvc.wait()
     deadline = time.monotonic() + 20
