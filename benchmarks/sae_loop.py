@@ -13,7 +13,7 @@ import polars as pl
 import race
 import torch
 
-from babelscope import config, hardware
+from babelscope import config, hardware, sections
 from babelscope.activations.store import ActivationStore
 from babelscope.sae.batches import Batches, Pair
 from babelscope.sae.learner import Learner
@@ -23,7 +23,7 @@ from babelscope.sae.schedule import BETAS, learning_rate, rate_share
 ROUNDS, HOOKPOINT = 9, "layers.14.mlp"
 
 
-def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: config.Train) -> float:
+def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: sections.Train) -> float:
     """Seconds for all steps."""
     optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=BETAS, fused=True)
     start = time.perf_counter()

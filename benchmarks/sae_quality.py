@@ -28,7 +28,7 @@ from peers.worker import Case, Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from babelscope import config
+from babelscope import config, sections
 from babelscope.activations.store import ActivationStore
 from babelscope.files import read_json, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5
@@ -65,7 +65,7 @@ class Figures(NamedTuple):
 class Data:
     """The activations of one hookpoint: the training batches, and what an SAE is measured on."""
 
-    def __init__(self, hookpoint: str, params: config.Config, train: config.Train) -> None:
+    def __init__(self, hookpoint: str, params: config.Config, train: sections.Train) -> None:
         self.hookpoint, self.store = hookpoint, ActivationStore(ACTIVATIONS / hookpoint)
         table = pl.read_parquet(ACTIVATIONS / "tokens.parquet")
         rows = {split: table.filter(pl.col("split") == split)["row"].to_torch() for split in ("train", "eval")}
@@ -126,7 +126,7 @@ def sweep(measure: Callable[[Run], Figures], start: Run) -> dict[float, Figures]
     return dict(sorted(found.items()))
 
 
-def ours(data: Data, params: config.Config, train: config.Train) -> Figures:
+def ours(data: Data, params: config.Config, train: sections.Train) -> Figures:
     """Train and measure ours, as the stage `train` does."""
     from babelscope.sae import module  # Lightning's import takes seconds, which a table of known figures can do without
 

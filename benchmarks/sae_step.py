@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
-from babelscope.config import Train
 from babelscope.sae.autoencoder import initialise
 from babelscope.sae.graph import Graph
 from babelscope.sae.learner import Learner
 from babelscope.sae.moments import Moments
 from babelscope.sae.schedule import BETAS
+from babelscope.sections import Train
 
 # How many rounds each case is raced for, after one that does not count.
 ROUNDS = {

@@ -23,9 +23,9 @@ from babelscope.activations import extraction
 from babelscope.activations.counting import Counter
 from babelscope.activations.packed import PackedTexts
 from babelscope.activations.streaming import Stream
-from babelscope.config import Hardware
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.autoencoder import initialise
+from babelscope.sections import Hardware
 
 LENGTH, LANGUAGES = 128, 15
 HARDWARE = Hardware(accelerator="auto", devices=1, num_nodes=1, strategy="auto", threads=0)

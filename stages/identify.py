@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
+from babelscope import config, sections, stage
 from babelscope.errors import UserError
 from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
@@ -69,7 +69,7 @@ def read_also(params: config.Config) -> pl.DataFrame | None:
     also = params.identify.also
     if also is None:
         return None
-    if isinstance(also, config.Dataset):
+    if isinstance(also, sections.Dataset):
         raw, [record] = hub.read([also], params.languages, key="identify.also")
         name = str(record["path"])
     else:

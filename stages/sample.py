@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
+from babelscope import config, sections, stage
 from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
 from babelscope.errors import UserError
 from babelscope.files import write_atomically, write_json
@@ -48,7 +48,7 @@ def main() -> None:
     report(totals)
 
 
-def read(section: config.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
+def read(section: sections.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
     """All texts of the languages, and a record of each place that they come from."""
     if section.source == "huggingface":
         with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:

@@ -11,9 +11,10 @@ from pathlib import Path
 from closure import ROOT
 from ruamel.yaml import YAML
 
+from babelscope.redact import SECRETS
+
 # The value of every secret in a clone's environment: found nowhere afterwards.
 CANARY = "canary-5f3a9d71c2"
-SECRETS = ["HF_TOKEN", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY"]
 SMALL = {
     "languages": ["en", "tr", "zh-CN"],
     "hookpoints": ["layers.20.mlp", "layers.26.mlp"],

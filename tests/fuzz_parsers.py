@@ -28,7 +28,6 @@ from safetensors.torch import save as safetensors_bytes
 
 from babelscope import config
 from babelscope.activations.store import ActivationStore, write_index, write_shard
-from babelscope.config import Corpus
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import match
 from babelscope.corpus.messages import running_text
@@ -38,6 +37,7 @@ from babelscope.explain.prompts import verdicts
 from babelscope.files import read_json, read_part, read_table
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import checkpoint
+from babelscope.sections import Corpus
 from babelscope.tracking import state
 
 Target = Callable[[random.Random, Path], object]

@@ -2,7 +2,7 @@
 
 Two clones with small params: a calm one runs undisturbed, a stormy one is killed in every stage in turn, at a moment
 drawn from how long the stage took in the calm one (what DVC does after it included): the stage's process, the DVC
-process (the stage lives on without it), or the whole process group. After each kill `dvc repro` goes on. It fails if
+process (which the stage is to end with), or the whole process group. After each kill `dvc repro` goes on. It fails if
 
 - after a kill there is a file under a final name that is not, byte for byte, the calm run's;
 - a training that had left a checkpoint does not resume from it;

@@ -1,4 +1,4 @@
-"""Watch the memory of every stage in a long run: `python tests/soak.py` (40 minutes on two cores).
+"""Watch the memory of every stage in a long run: `python tests/soak.py` (half an hour on two cores).
 
 The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
 processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from babelscope.activations import extraction, store
 from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.scan import scan
-from babelscope.config import Hardware
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.sae import SAE
+from babelscope.sections import Hardware
 
 HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
 

@@ -1,12 +1,16 @@
 """Several processes at once: stages side by side, the same stage twice, experiments from the queue, one database."""
 
+import errno
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 from test_tracking import HOOKPOINTS, ROOT, Repo, expected, toy
+
+from babelscope import stage
 
 TOY = str(ROOT / "tests" / "toy_pipeline.py")
 
@@ -21,6 +25,14 @@ def start(repo: Repo, *command: str, **environment: str) -> subprocess.Popen[str
         [sys.executable, *command], cwd=repo.folder, env=repo.environment(**environment), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def outputs(repo: Repo) -> dict[str, str]:
+    """What dvc.lock says that the trainings wrote."""
+    stages = YAML(typ="safe").load((repo.folder / "dvc.lock").read_text())["stages"]
+    found = {out["path"]: out["md5"] for name in HOOKPOINTS for out in stages[f"train@{name}"]["outs"]}
+    assert len(found) >= len(HOOKPOINTS)
+    return found
 
 
 def holder(repo: Repo) -> int:
@@ -49,6 +61,10 @@ def test_two_stages_and_a_track_write_to_one_database_at_once(repo: Repo) -> Non
     assert "Running stage 'train@" not in output and "0 training runs logged" in output
     # The state before the trainings was tracked, too, once.
     assert repo.names() == expected(4) | {"summary 4": 2}
+    side_by_side = outputs(repo)
+    for name in HOOKPOINTS:
+        repo.dvc("repro", "-f", "-s", f"train@{name}")
+    assert outputs(repo) == side_by_side
 
 
 def test_the_same_stage_twice_by_dvc_is_refused_by_its_lock(repo: Repo) -> None:
@@ -106,3 +122,15 @@ def test_two_experiments_from_the_queue_at_once(repo: Repo) -> None:
     repo.dvc("exp", "apply", "k-8")
     assert "Running stage 'train@" not in repo.dvc("repro")
     assert repo.names() == expected(4, 8, 16)
+
+
+def test_where_the_file_system_has_no_locks_a_stage_runs_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(stage.fcntl, "flock", refuse)
+    with stage.alone():
+        assert list((tmp_path / ".scratch" / "locks").iterdir())

@@ -4,9 +4,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from babelscope.config import Corpus
 from babelscope.corpus import text_files
 from babelscope.errors import UserError
+from babelscope.sections import Corpus
 
 
 def read(folder: Path, *languages: str) -> pl.DataFrame:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from babelscope.config import Corpus
 from babelscope.corpus import sampling
 from babelscope.errors import UserError
+from babelscope.sections import Corpus
 
 
 def section(**changes: object) -> Corpus:

@@ -12,12 +12,12 @@ import torch
 from test_sae_step import WEIGHTS, dense, example
 
 from babelscope.activations import extraction, store
-from babelscope.config import Hardware
 from babelscope.evaluation import ablation
 from babelscope.sae.graph import Graph
 from babelscope.sae.kernels import fused
 from babelscope.sae.quality import quality
 from babelscope.sae.step import sparse_step
+from babelscope.sections import Hardware
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = Hardware(accelerator="gpu", devices=1, num_nodes=1, strategy="auto", threads=0)

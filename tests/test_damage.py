@@ -1,6 +1,5 @@
 """Damaged files, a disk that is full, activations that are none: one message that names the file or the key."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -144,10 +143,6 @@ def test_a_stage_tells_what_the_machine_lacks_without_a_traceback(tmp_path, erro
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(told)
     assert ("Traceback" in done.stderr) == (told == "Traceback")
-
-
-def test_the_codes_of_the_system_are_those_that_are_told():
-    assert {errno.ENOSPC, errno.EROFS, errno.EDQUOT} <= stage._MACHINE
 
 
 def tiny_model(dtype=torch.float32):

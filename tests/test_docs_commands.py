@@ -14,7 +14,7 @@ import torch
 from closure import ROOT
 from test_docs import PAGES, PARAMS, text_of
 
-from babelscope import config, hardware, verify
+from babelscope import config, hardware, sections, verify
 from babelscope.errors import UserError
 
 END_TO_END = "test_end_to_end.py"
@@ -162,7 +162,7 @@ def verify_a_damaged_cache() -> None:
 def ask_for_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    hardware.prepare(config.Hardware(**PARAMS["hardware"] | {"accelerator": "gpu"}))
+    hardware.prepare(sections.Hardware(**PARAMS["hardware"] | {"accelerator": "gpu"}))
 
 
 PROVOKED = {

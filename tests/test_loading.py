@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from babelscope import config
+from babelscope import sections
 from babelscope.errors import UserError
 from babelscope.models import loading
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def section(tmp_path: Path) -> config.Model:
+def section(tmp_path: Path) -> sections.Model:
     """A Llama of one block with packed weights (Q8_0) and a byte-level tokenizer, in one GGUF file."""
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
     writer.add_block_count(1)
@@ -63,11 +63,11 @@ def section(tmp_path: Path) -> config.Model:
     writer.write_tensors_to_file()
     writer.close()
     known = {"source": "huggingface", "name": str(tmp_path), "gguf_file": "tiny.gguf", "revision": None}
-    return config.Model(**known, quantization=None, trust_remote_code=False)
+    return sections.Model(**known, quantization=None, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_is_what_transformers_reads(section: config.Model, cache: Path, dtype: str) -> None:
+def test_what_is_kept_is_what_transformers_reads(section: sections.Model, cache: Path, dtype: str) -> None:
     kept = loading.load_model(section, dtype)
     read = transformers.AutoModelForCausalLM.from_pretrained(
         section.name, gguf_file=section.gguf_file, dtype=loading.DTYPES[dtype]
@@ -89,7 +89,7 @@ def test_what_is_kept_is_what_transformers_reads(section: config.Model, cache: P
 
 
 def test_it_is_read_once_and_anew_where_the_file_has_changed(
-    section: config.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpack, calls = loading._unpack, []
     monkeypatch.setattr(loading, "_unpack", lambda *given: (calls.append(given), unpack(*given)))
@@ -105,7 +105,7 @@ def test_it_is_read_once_and_anew_where_the_file_has_changed(
     assert [name for name in first if not torch.equal(first[name], other[name])] == ["model.norm.weight"]
 
 
-def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: config.Model, cache: Path) -> None:
+def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: sections.Model, cache: Path) -> None:
     (Path(section.name) / "tiny.gguf").write_bytes(b"GGUF but no more")
     with pytest.raises(UserError, match="model.name: cannot load the weights of"):
         loading.load_model(section, "float32")
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: config.Mod
 
 
 def test_a_cache_that_cannot_be_written_and_a_large_file_are_read_the_slow_way(
-    section: config.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = loading.load_model(section, "float32").state_dict()
 

@@ -172,6 +172,6 @@ def test_norway_is_a_language(tmp_path):
 def test_the_password_in_an_endpoint_is_not_repeated(tmp_path):
     text = FILES[0].read_text().replace("  endpoint:\n", "  endpoint: https://me:hunter2@localhost/v1\n")
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="explain.endpoint: .* without user and password") as error:
+    with pytest.raises(UserError, match="explain.endpoint: .* without user, password or key") as error:
         config.load(tmp_path / "params.yaml")
     assert "hunter2" not in str(error.value)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.sae import module
 from babelscope.sae.batches import Batches, permutation
@@ -17,6 +16,7 @@ from babelscope.sae.module import SAETraining, train
 from babelscope.sae.moments import moments
 from babelscope.sae.quality import quality
 from babelscope.sae.schedule import learning_rate, rate_share
+from babelscope.sections import Hardware, Train
 
 HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
 SETTINGS = Train(

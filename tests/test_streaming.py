@@ -20,7 +20,6 @@ from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.measuring import measure
 from babelscope.activations.packed import PackedTexts
 from babelscope.activations.streaming import Stream
-from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.sae import module
@@ -28,6 +27,7 @@ from babelscope.sae.batches import Batches, Pair
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.module import train
 from babelscope.sae.quality import quality
+from babelscope.sections import Hardware, Train
 
 HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
 NAMES = ["layers.0.mlp", "layers.2"]

@@ -1,16 +1,15 @@
 """A tracking server that hangs or dies, a database that is locked or none: training goes on, runs are mended."""
 
 import contextlib
-import os
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from test_cluster import free_port, serving
 
 from babelscope.fingerprint import dvc_md5
 from babelscope.tracking import state, store, sync, training
@@ -57,49 +56,30 @@ def mend():
     assert training.points(opened, run) == {("loss", step): pytest.approx(1 / step) for step in range(1, 11)}
 
 
+@contextlib.contextmanager
 def server(port, folder):
-    """A real MLflow server, once it answers."""
+    """A real MLflow server while it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    process = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    for _ in range(600):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as answer:
-            answer.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            if b"200" in answer.recv(100):
-                return process
-        time.sleep(0.1)
-    raise AssertionError("the server does not answer")
+    with serving(command, port, "/health", folder / "log.txt", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
+        yield
 
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def test_a_server_that_dies_in_mid_run_and_comes_back(repo, port, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    process = server(port, repo)
-
-    def die():
-        os.killpg(process.pid, 9)
-        process.wait()
-
-    train(pause=0.4, between=die)
+    first = contextlib.ExitStack()
+    first.enter_context(server(port, repo))
+    train(pause=0.4, between=first.close)
     assert "training goes on" in caplog.text and "`dvc repro` completes it" in caplog.text
-    process = server(port, repo)
-    try:
+    with server(port, repo):
         [run] = store.open_store("x").search(dvc__stage=STAGE)
         assert run.info.status == "RUNNING" and run.data.metrics
         mend()
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
 
 
 def test_a_server_that_never_answers_holds_nothing_up(repo, port, monkeypatch, caplog):

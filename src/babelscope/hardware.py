@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from babelscope.config import Hardware
 from babelscope.errors import UserError
+from babelscope.sections import Hardware
 
 # Of glibc's malloc.h, for training: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Larger blocks on
 # the heap would leave gaps, and took up to half as much memory again.

@@ -122,6 +122,8 @@ def alone() -> Iterator[None]:
             file.seek(0)
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks; without any, stages ran all the same
+            log.debug("%s: not locked (%s)", name, error)
         file.truncate(0)
         with suppress(OSError):  # only a help to who waits
             os.write(file.fileno(), str(os.getpid()).encode())

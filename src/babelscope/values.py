@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field
 
 from babelscope.errors import nearest
+from babelscope.redact import redact
 
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
@@ -29,10 +30,9 @@ def _inside(path: str) -> str:
 
 
 def _without_credentials(url: str) -> str:
-    if not re.fullmatch(
-        r"https?://[^/@]+(/[^@]*)?", url
-    ):  # the message does not repeat it: there may be a secret in it
-        raise ValueError("expected a URL such as http://localhost:8000/v1, without user and password in it")
+    # The message does not repeat it: params.yaml is committed and goes to MLflow, the message to a log.
+    if redact(url) != url or not re.fullmatch(r"https?://[^/]+(/.*)?", url):
+        raise ValueError("expected a URL such as http://localhost:8000/v1, without user, password or key in it")
     return url
 
 
@@ -50,7 +50,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**48)]
 Size = Annotated[int, Field(gt=0, le=2**26)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1e6)]
-Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+Amount = Annotated[float, Field(ge=0.0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
 # A path below a folder that another key names.
@@ -73,7 +73,7 @@ def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
 def explain(model: type[BaseModel], error: Any) -> str:
     """One of the errors of a `pydantic.ValidationError` of `model`: the key, what is wrong, and what is allowed."""
     place, kind = tuple(error["loc"]), error["type"]
-    key = ".".join(part if part.isprintable() else ascii(part) for part in map(str, place))
+    key = ".".join(f"{part if part.isprintable() else ascii(part):.{_LONGEST}}" for part in map(str, place))
     if kind == "extra_forbidden":
         return f"{key}: unknown key; {nearest(str(place[-1]), _allowed(model, place[:-1]))}"
     if kind == "missing":

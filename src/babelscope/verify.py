@@ -3,7 +3,6 @@
 DVC trusts a cached file by its name, and an output by its size and date: a flipped bit goes by unseen.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ CACHE = Path(".dvc/cache/files/md5")
 def corrupt(cache: Path) -> tuple[list[Path], int]:
     """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and the count of all."""
     files = sorted(path for path in cache.glob("[0-9a-f][0-9a-f]/*") if path.is_file())
-    return [path for path in files if _md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
+    return [path for path in files if dvc_md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
 
 
 def changed(root: Path) -> tuple[list[Path], int]:
@@ -48,13 +47,8 @@ def _changed(root: Path, out: Path, md5: str) -> list[Path]:
         return [out]
     expected = {out / entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
     here = {path.relative_to(root) for path in (root / out).rglob("*") if path.is_file() and path.suffix != ".tmp"}
-    damaged = [path for path, wanted in expected.items() if path not in here or _md5(root / path) != wanted]
+    damaged = [path for path, wanted in expected.items() if path not in here or dvc_md5(root / path) != wanted]
     return sorted([*damaged, *(here - expected.keys())]) or [out]
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "md5").hexdigest()
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 from babelscope.activations import store
 from babelscope.activations.reading import collate, own_activations
-from babelscope.config import Hardware
 from babelscope.errors import UserError
 from babelscope.hardware import is_sharding, trainer
 from babelscope.models.hookpoints import shard_blocks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches
 from babelscope.progress import Progress
+from babelscope.sections import Hardware
 
 log = logging.getLogger(__name__)
 

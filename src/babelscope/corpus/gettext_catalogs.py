@@ -13,10 +13,10 @@ from typing import Any
 import polars as pl
 import polib
 
-from babelscope.config import Corpus
 from babelscope.corpus.languages import match, normalise
 from babelscope.corpus.messages import running_text
 from babelscope.errors import UserError, nearest
+from babelscope.sections import Corpus
 
 log = logging.getLogger(__name__)
 

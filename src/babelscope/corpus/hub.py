@@ -14,9 +14,9 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.config import Dataset
 from babelscope.corpus.languages import nearest_tag, normalise
 from babelscope.errors import UserError
+from babelscope.sections import Dataset
 
 log = logging.getLogger(__name__)
 

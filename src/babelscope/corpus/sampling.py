@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from babelscope.config import Corpus
 from babelscope.errors import UserError
+from babelscope.sections import Corpus
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope.config import Corpus
 from babelscope.corpus.languages import match, normalise
 from babelscope.errors import UserError
+from babelscope.sections import Corpus
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt")
 _ALL = ("texts.parquet", "texts.jsonl")

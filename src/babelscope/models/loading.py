@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from babelscope.config import Model
 from babelscope.errors import UserError, nearest
 from babelscope.fingerprint import dvc_md5
+from babelscope.sections import Model
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from babelscope.config import Train
 from babelscope.matmul import linear
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.dense import dense_step
@@ -11,6 +10,7 @@ from babelscope.sae.kernels import fused
 from babelscope.sae.moments import Moments
 from babelscope.sae.sharding import add_rows_, own, whole
 from babelscope.sae.step import Step, sparse_step
+from babelscope.sections import Train
 
 # Rows of a step on which dead latents learn, and how many of these do: enough for their directions, and a fraction of
 # the step's time and memory.

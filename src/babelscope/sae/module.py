@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from babelscope.config import Hardware, Train
 from babelscope.errors import UserError
 from babelscope.files import write_atomically
 from babelscope.hardware import is_sharding, keep_freed_memory, trainer
@@ -24,6 +23,7 @@ from babelscope.sae.graph import Graph
 from babelscope.sae.learner import Learner
 from babelscope.sae.schedule import BETAS, learning_rate, rate_share
 from babelscope.sae.step import Step
+from babelscope.sections import Hardware, Train
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,8 @@ def train(
     training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
     loop = trainer(hardware, max_epochs=1)
     loop.fit(training)
+    if not (loop.is_global_zero or is_sharding(loop)):
+        return None
     # What only the steps need goes before the finished weights are made: they would come on top of it.
     training.zero_grad(set_to_none=True)
     for optimizer in loop.strategy.optimizers:
