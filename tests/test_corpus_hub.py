@@ -1,6 +1,7 @@
 """Data sets in the hub's format, as local folders laid out like each of the ready-made ones."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,24 @@ def test_what_cannot_be_had_is_named(tmp_path: Path, changes: dict[str, Any], as
     section = Dataset(**{"name": "xnli", "path": str(lay_out(tmp_path, "xnli")), **changes})
     with pytest.raises(UserError, match=message):
         hub.read([section], asked)
+
+
+def test_a_network_that_fails_in_the_middle_of_a_stream_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its errors come from three libraries, and have nothing in common."""
+
+    class Payload(Exception):
+        pass
+
+    def broken(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {"premise": "a", "hypothesis": "b"}
+        raise Payload("connection closed")
+
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    section = Dataset(name="xnli", path=str(lay_out(tmp_path, "xnli")))
+    with pytest.raises(UserError, match=r"corpus\.datasets: path: cannot read .*: Payload: connection closed"):
+        hub.read([section], ["de"])
 
 
 def parsed(**corpus: Any) -> config.Config:

@@ -1,11 +1,13 @@
 """The firings in delphi's cache format, read back as delphi's loader reads them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from safetensors.numpy import load_file
 from test_browse_stage import folder  # noqa: F401
 from test_neurons_stages import SAE_AT, model  # noqa: F401
@@ -13,6 +15,7 @@ from test_neurons_stages import SAE_AT, model  # noqa: F401
 from babelscope import config, delphi, sae
 from babelscope.activations.store import ActivationStore
 from babelscope.errors import UserError
+from babelscope.sae.autoencoder import SAE
 
 
 def firings(folder: Path) -> tuple[dict[tuple[int, int, int], float], np.ndarray]:  # noqa: F811
@@ -67,6 +70,31 @@ def test_ranges_cover_all_latents_and_large_numbers_keep_their_bits(tmp_path: Pa
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["0_1", "2_3", "4_5", "6_7", "8_9"]
     found, _ = firings(tmp_path)
     assert found == {(0, 1, 0): 1.0, (70000, 2, 8): 2.0, (3, 0, 9): 3.0}
+
+
+def test_fewer_latents_than_files_give_a_file_each(tmp_path: Path) -> None:
+    locations = np.array([[0, 1, 0], [1, 2, 2]])
+    delphi.write_cache(tmp_path, 3, np.zeros((2, 3), np.uint32), locations, np.array([1, 2], np.float16))
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["0_0", "1_1", "2_2"]
+    assert firings(tmp_path)[0] == {(0, 1, 0): 1.0, (1, 2, 2): 2.0}
+
+
+def test_activations_too_large_for_float16_are_written_as_its_largest_and_told(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encode = SAE.encode
+
+    def large(self: SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = encode(self, x)
+        return values * 1e9, indices
+
+    monkeypatch.setattr(SAE, "encode", large)
+    delphi.main([str(tmp_path), SAE_AT])
+    assert set(firings(tmp_path / SAE_AT)[0].values()) == {65504.0}
+    assert re.search(rf"{SAE_AT}: \d+ activations above 65504", caplog.text)
 
 
 def test_wrong_hookpoints_are_named(folder: Path, tmp_path: Path) -> None:  # noqa: F811

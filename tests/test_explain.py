@@ -16,7 +16,7 @@ from test_neurons_stages import SAE_AT, model, set_params, stage  # noqa: F401
 
 from babelscope import config
 from babelscope.errors import UserError
-from babelscope.explain import prompts
+from babelscope.explain import client, prompts
 from babelscope.explain.client import Client, Request, tokens
 from babelscope.explain.scores import balanced_accuracy, fuzzed
 from babelscope.explain.windows import windows
@@ -182,6 +182,16 @@ def test_a_key_is_sent_and_shown_nowhere(
     assert server.keys[-1] == "Bearer sk-secret"
     kept = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "secret" not in str(caught.value) + caplog.text + kept
+
+
+def test_a_reply_without_end_is_cut_and_refused(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_LONGEST", 2**17)
+    server.script = [(200, completion("x" * 2**20))]
+    with pytest.raises(UserError, match=r"explain\.endpoint: http.*: an answer of more than 131,072 bytes"):
+        Client(server.url, "m", tmp_path, 1).ask(ASKED[:1])
+    assert len(server.seen) == 1 and not list(tmp_path.iterdir())
 
 
 def test_no_server_at_all_is_a_clear_error(tmp_path: Path) -> None:

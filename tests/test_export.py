@@ -34,6 +34,12 @@ def test_every_sae_or_those_named_are_exported_and_load_to_the_same(repo: Path) 
     torch.testing.assert_close(load(repo / "out", "layers.1.mlp")(x), example()(x), rtol=0, atol=1e-6)
 
 
+def test_where_there_is_nothing_to_export_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data/sae: no SAEs; `dvc repro` makes them"):
+        export.main(["out"])
+
+
 def test_an_unknown_hookpoint_and_a_threshold_are_refused(repo: Path) -> None:
     with pytest.raises(UserError, match="data/sae/layers.3.mlp: no such folder; allowed: layers.1.mlp, layers.2.mlp"):
         export.main(["out", "layers.3.mlp"])

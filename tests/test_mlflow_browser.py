@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,6 +18,9 @@ from urllib.request import urlopen
 
 import pytest
 from test_tracking import HOOKPOINTS, LANGUAGES, ROOT, Repo, toy
+
+from babelscope.tracking.state import State
+from babelscope.tracking.sync import _note
 
 # Two settings that differ in one param, and what toy_pipeline.py makes of them by hand: features by layer.
 SETTINGS = {"4": {"en": [10, 20], "no": [15, 30], "fi": [0, 0]}, "16": {"en": [5, 10], "no": [8, 15], "fi": [0, 0]}}
@@ -124,3 +129,17 @@ def test_compare_page_shows_the_changed_param_alone(page: Any, repo: Repo) -> No
     page.get_by_role("rowheader", name="languages", exact=True).wait_for(state="detached")
     names = set(page.locator(".mlflow-compare-run-table th").all_inner_texts())
     assert names & params.keys() == {"train.k"}
+
+
+def test_markup_in_a_models_name_stays_text_in_the_note(page: Any, repo: Repo, address: str) -> None:
+    hostile = "m`<img src=y onerror=window.hacked=1>![](http://127.0.0.1:9/z.png)<script>window.hacked=1</script>"
+    run = repo.of("summary")[0].id
+    params = {"model": {"name": hostile}, "languages": ["en"], "hookpoints": ["layers.0"]}
+    note = _note(params, {}, State("1a2b", [], {}, {}, []))
+    with closing(sqlite3.connect(repo.folder / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE tags SET value = ? WHERE key = 'mlflow.note.content' AND run_uuid = ?", [note, run])
+    page.goto(re.sub(r"(#/experiments/\d+).*", rf"\1/runs/{run}", address))
+    page.get_by_text("DVC state").wait_for()
+    name = page.locator("code").filter(has_text="window.hacked")
+    assert name.inner_text() == hostile.replace("`", "'") and page.evaluate("window.hacked") is None
+    assert page.locator("img[src='y'], img[src*='127.0.0.1:9']").count() == 0

@@ -20,7 +20,7 @@ TEXTS = Path("data/corpus/texts.parquet")
 DVC_YAML = """\
 stages:
   sample:
-    cmd: python {toy} sample
+    cmd: exec python {toy} sample
     params:
     - languages
     outs:
@@ -31,7 +31,7 @@ stages:
   train:
     matrix:
       hookpoint: ${{hookpoints}}
-    cmd: python {toy} train ${{item.hookpoint}}
+    cmd: exec python {toy} train ${{item.hookpoint}}
     deps:
     - data/corpus/texts.parquet
     params:
@@ -43,7 +43,7 @@ stages:
     - metrics/train.${{item.hookpoint}}.json:
         cache: false
   score:
-    cmd: python {toy} score
+    cmd: exec python {toy} score
     deps:
     - data/sae
     params:
@@ -57,13 +57,13 @@ stages:
     - metrics/score.json:
         cache: false
   report:
-    cmd: python {toy} report
+    cmd: exec python {toy} report
     deps:
     - data/scores/features.parquet
     outs:
     - reports
   track:
-    cmd: python {track}
+    cmd: exec python {track}
     always_changed: true
     deps:
     - reports

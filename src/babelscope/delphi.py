@@ -7,6 +7,7 @@ the training split, its own tokens from position 0 on; behind its end stands the
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from babelscope.progress import Progress
 SAES, ACTIVATIONS = Path("data/sae"), Path("data/activations")
 # Files per hookpoint, and rows encoded at once.
 SPLITS, CHUNK = 5, 8192
+LARGEST = torch.finfo(torch.float16).max
+log = logging.getLogger(__name__)
 
 
 def contexts(table: pl.DataFrame, pad: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
@@ -58,7 +61,7 @@ def write_cache(
     activations: NDArray[np.float16],
 ) -> None:
     """Write the files of one hookpoint; `locations` as in the cache, but with the whole latent numbers."""
-    edges = np.linspace(0, latents, SPLITS + 1).astype(np.int64)
+    edges = np.linspace(0, latents, min(SPLITS, latents) + 1).astype(np.int64)
     for start, end in zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True):
         here = (locations[:, 2] >= start) & (locations[:, 2] <= end)
         mine = locations[here] - np.array([0, 0, start])
@@ -73,15 +76,19 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
     store = ActivationStore(place(ACTIVATIONS, hookpoint if dictionary.b_in is None else hookpoint + INPUT))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
-    locations, activations = [], []
+    locations, activations, beyond = [], [], 0
     with Progress(f"delphi {hookpoint}", len(rows), "tokens") as progress:
         for first in range(0, len(rows), CHUNK):
             values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
             row, column = (values > 0).nonzero(as_tuple=True)
             at = (row + first).numpy()
             locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
-            activations.append(values[row, column].to(torch.float16).numpy())
+            fired = values[row, column]
+            beyond += int((fired > LARGEST).sum())
+            activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())
             progress.update(len(values))
+    if beyond:
+        log.warning("%s: %s activations above %s, the largest float16, are written as that", hookpoint, beyond, LARGEST)
     write_cache(target / hookpoint, dictionary.latents, tokens, np.concatenate(locations), np.concatenate(activations))
     write_json(target / hookpoint / "config.json", about | {"ctx_len": tokens.shape[1], "n_tokens": int(tokens.size)})
     return sum(map(len, activations))

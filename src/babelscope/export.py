@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
     Raises
     ------
-    UserError: there is no such SAE, or one that sparsify cannot hold.
+    UserError: there are none, not that one, or one that sparsify cannot hold.
     """
     parser = argparse.ArgumentParser(
         prog="python -m babelscope.export", description="Write data/sae/* as EleutherAI/sparsify keeps them."
@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp; all where none is named")
     chosen = parser.parse_args(arguments)
     have = sorted(path.name for path in SAES.glob("*") if path.is_dir())
+    if not have:
+        raise UserError(f"{SAES}: no SAEs; `dvc repro` makes them")
     for name in chosen.hookpoints or have:
         if name not in have:
             raise UserError(f"{SAES / name}: no such folder; {nearest(name, have)}")

@@ -84,6 +84,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> None:
+    """Read a Parquet file to its end, batch by batch, by pyarrow, which believes nothing that the file says.
+
+    Polars does: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
+
+    Parameters
+    ----------
+    path: the file.
+    columns: those that will be read; null: all.
+
+    Raises
+    ------
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for _ in file.iter_batches(columns=None if columns is None else list(columns)):
+                pass
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
+
+
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.DataFrame":
     """Read a Parquet file that an earlier stage has written, or some of its columns.
 
@@ -94,8 +122,9 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
     import polars as pl
 
     try:
+        check_parquet(path, columns)
         return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
 
 
@@ -104,13 +133,14 @@ def scan_table(path: Path | str) -> "pl.LazyFrame":
 
     Raises
     ------
-    UserError: the file is missing, or is none.
+    UserError: the file is missing or damaged.
     """
     import polars as pl
 
     try:
+        check_parquet(path)
         pl.read_parquet_schema(path)
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
     return pl.scan_parquet(path, glob=False)
 

@@ -63,7 +63,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         with alone():
             main()
-    except Exception as error:
+    except BaseException as error:
         told = _in_a_line(error)
         if told is None:
             raise
@@ -76,7 +76,7 @@ _MACHINE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def _in_a_line(error: Exception) -> str | None:
+def _in_a_line(error: BaseException) -> str | None:
     """What a user is told instead of a traceback; null where the program is wrong."""
     if isinstance(error, UserError):
         return str(error)
@@ -85,7 +85,9 @@ def _in_a_line(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         first = " ".join(str(error).split())[:200]
         return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
-    if type(error).__module__.startswith("polars") and str(error).startswith("parquet: "):
+    # Polars panics by a `BaseException`.
+    is_damage = type(error).__module__.startswith("polars") and str(error).startswith("parquet: ")
+    if is_damage or type(error).__name__ == "PanicException":
         return f"a Parquet file below data/ is damaged ({str(error).removeprefix('parquet: ')}); make verify says which"
     return None
 
@@ -97,7 +99,8 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 def end_with_dvc() -> None:
     """Have the system end this process when the DVC that started it is gone (Linux only).
 
-    A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew.
+    A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew. It is
+    DVC's own child only if the shell in between gives way to it: hence `exec` in dvc.yaml.
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG

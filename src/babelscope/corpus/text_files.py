@@ -8,6 +8,7 @@ import polars as pl
 
 from babelscope.corpus.languages import match, normalise
 from babelscope.errors import UserError
+from babelscope.files import check_parquet
 from babelscope.sections import Corpus
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt")
@@ -79,6 +80,7 @@ def _table(path: Path, language: str | None) -> pl.DataFrame:
 
 def _parquet(path: Path) -> pl.DataFrame:
     try:
+        check_parquet(path)
         frame = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable parquet file: {_short(error)}") from None

@@ -21,6 +21,8 @@ KEY = "OPENAI_API_KEY"
 # Bytes of UTF-8 in a token, at least: an estimate that errs on the dear side for Latin script and is near for others.
 _BYTES_A_TOKEN = 3
 _TRIES, _TIMEOUT = 6, 300.0
+# Bytes of a reply: thousands of times what any answer asked for takes.
+_LONGEST = 2**24
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -102,20 +104,35 @@ class Client:
             if attempt:
                 self.pause(2.0 ** (attempt - 1))
             try:
-                reply = requests.post(self.url, json=body, headers=headers, timeout=_TIMEOUT)
+                with requests.post(self.url, json=body, headers=headers, timeout=_TIMEOUT, stream=True) as reply:
+                    content = _beginning(reply)
             except requests.RequestException as error:
                 reason = f"{type(error).__name__}"
                 continue
+            if len(content) > _LONGEST:
+                reason = f"an answer of more than {_LONGEST:,} bytes"
+                break
             if reply.status_code == 200:
-                if (answer := answer_in(reply.content)) is not None:
+                if (answer := answer_in(content)) is not None:
                     return answer
                 reason = "an answer without choices[0].message.content"
                 continue
             # Before it is cut: half a key is too much, too.
-            reason = f"status {reply.status_code}: {' '.join(redact(reply.text).split())[:200]}"
+            said = redact(content.decode(errors="replace"))
+            reason = f"status {reply.status_code}: {' '.join(said.split())[:200]}"
             if reply.status_code not in _PASSING:
                 break
         raise UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")
+
+
+def _beginning(reply: requests.Response) -> bytes:
+    """What a server sends, or a little more than `_LONGEST` of it."""
+    content = bytearray()
+    for part in reply.iter_content(2**16):
+        content += part
+        if len(content) > _LONGEST:
+            break
+    return bytes(content)
 
 
 def answer_in(reply: bytes) -> str | None:

@@ -176,8 +176,10 @@ def _note(params: Mapping[str, Any], figures: summary.Figures, state: states.Sta
             f" Ablating a language's features costs it {figures['own']:+.3g} nats/token,"
             f" the other languages {figures['others']:+.2g}."
         )
+    # As code: MLflow shows a note as Markdown, and would fetch a picture that a name refers to.
+    model = " ".join(params["model"]["name"].replace("`", "'").split())
     return (
-        f"{params['model']['name']}: {features} language-specific features of {len(params['languages'])} languages"
+        f"`{model}`: {features} language-specific features of {len(params['languages'])} languages"
         f" at {len(params['hookpoints'])} hookpoints.{effect}\n\n"
         f"DVC state `{state.hash}`; its dvc.lock and params.yaml are among the artifacts."
     )
