@@ -1,4 +1,15 @@
-"""`python benchmarks/matmul.py`: the dense product of `babelscope.matmul` against `torch.nn.functional.linear`."""
+"""`python benchmarks/matmul.py`: the dense product of `babelscope.matmul` against `torch.nn.functional.linear`.
+
+And what it costs and saves that oneDNN keeps few of the kernels that it compiles, in passes that never have the same
+number of rows twice: child processes by turns, through half of the embedded model's blocks.
+"""
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
 
 import race
 import torch
@@ -7,6 +18,49 @@ from torch.nn import functional as F  # noqa: N812
 from babelscope import matmul
 
 SHAPES = {"MLP up": (1024, 576, 1536), "MLP down": (1024, 1536, 576), "output head": (512, 576, 49152)}
+
+KEPT = (64, 1024)  # ours, oneDNN's own
+BLOCK = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+BLOCKS, PASSES, ROUNDS = 15, 150, 3
+
+
+def passes() -> None:
+    """In a child process: print the seconds of the passes, and MiB of anonymous memory that they added."""
+    draw = random.Random(0)
+    weights, x = [torch.randn(n, d) for d, n in BLOCK], torch.randn(1024, 1536)
+    with torch.inference_mode():
+        for weight in weights:
+            matmul.linear(x[:, : weight.shape[1]].contiguous(), weight)
+        before, start = race.memory("RssAnon"), time.perf_counter()
+        for _ in range(PASSES):
+            rows = draw.randrange(64, 1024)
+            inputs = {d: x[:rows, :d].contiguous() for d in (576, 1536)}
+            for weight in weights * BLOCKS:
+                matmul.linear(inputs[weight.shape[1]], weight)
+        print(time.perf_counter() - start, (race.memory("RssAnon") - before) / 2**20)
+
+
+def kernels() -> list[dict[str, object]]:
+    """Passes with few and with many kernels kept, by turns."""
+    taken: dict[int, list[tuple[float, float]]] = {kept: [] for kept in KEPT}
+    for _ in range(ROUNDS):
+        for kept in KEPT:
+            env = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kept)}
+            done = subprocess.run(
+                [sys.executable, __file__, "passes"], env=env, capture_output=True, text=True, check=True
+            )
+            seconds, mib = map(float, done.stdout.split())
+            taken[kept].append((seconds, mib))
+    medians = {kept: [statistics.median(column) for column in zip(*rows, strict=True)] for kept, rows in taken.items()}
+    ratio = medians[KEPT[0]][0] / medians[KEPT[1]][0]
+    for kept, (seconds, mib) in medians.items():
+        print(f"{PASSES} passes, {kept} kernels kept: {seconds:.1f} s, {mib:.0f} MiB more")
+    print(f"seconds: {ratio:.3f} of those with {KEPT[1]}")
+    records = [race.record(f"{kept} kernels kept", "babelscope", mib, "MiB") for kept, (_, mib) in medians.items()]
+    return [
+        *records,
+        race.record(f"{KEPT[0]} kernels kept, seconds to those with {KEPT[1]}", "babelscope", ratio, "ratio"),
+    ]
 
 
 def main() -> None:
@@ -25,8 +79,8 @@ def main() -> None:
             print(f"{case:12} {rate['babelscope']:12.0f} {rate['F.linear']:12.0f} {ratio:6.2f}")
             records.append(race.record(case, "babelscope", rate["babelscope"], "GFLOP/s", ratio_to_best_peer=ratio))
             records.append(race.record(case, "F.linear", rate["F.linear"], "GFLOP/s"))
-    race.write("matmul", records)
+    race.write("matmul", [*records, *kernels()])
 
 
 if __name__ == "__main__":
-    main()
+    passes() if sys.argv[1:] == ["passes"] else main()

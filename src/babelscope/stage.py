@@ -100,10 +100,11 @@ def end_with_dvc() -> None:
     """Have the system end this process when the DVC that started it is gone (Linux only).
 
     A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew. It is
-    DVC's own child only if the shell in between gives way to it: hence `exec` in dvc.yaml.
+    DVC's own child only if the shell in between gives way to it: hence `exec` in dvc.yaml. The kill is one that nothing
+    can put off: Lightning would take SIGTERM for a request, and never look at it while it waits for another process.
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 @contextmanager
