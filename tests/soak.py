@@ -2,7 +2,8 @@
 
 The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
 processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not
-grow: the median of the last fifth of a stage's time over that of the fifth that begins after 40 % of it.
+grow: the median of the last fifth of a phase's time over that of the fifth that begins after 40 % of it. A phase is
+what a stage says it is at; one that takes units out of the model by two methods has two.
 
 Batches come in the order of their texts' lengths and take the more memory the longer these are, so the texts are made
 equally long: messages of the default's catalogs put behind one another.
@@ -10,6 +11,7 @@ equally long: messages of the default's catalogs put behind one another.
 
 import argparse
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -34,10 +36,10 @@ MEDIUM = {
     "corpus.package": None,
     "corpus.max_tokens": 64,
     "corpus.train_tokens": 32000,
-    "corpus.eval_tokens": 2000,
+    "corpus.eval_tokens": 4000,
     "train.latents": 4608,
     "train.k": 32,
-    "train.tokens": 5_000_000,
+    "train.tokens": 6_000_000,
     "train.batch": 1024,
     "train.checkpoint_seconds": 5,
     "quality.tokens": None,
@@ -51,12 +53,11 @@ MEDIUM = {
     "steer.new_tokens": 24,
     "browse.texts": 3,
     "browse.tokens": 8,
-    # What is done first, reading the activations, is over before memory is called warm.
-    "browse.ablation_texts": 8,
+    "browse.ablation_texts": 16,
     "browse.shared": 2000,
 }
 MIB = 2**20
-# Shorter stages are over before they are warm.
+# Shorter phases are over before they are warm.
 LONG = 45.0
 
 
@@ -78,6 +79,12 @@ def long_texts(folder: Path, longest: int, wanted: int) -> None:
                 tokens += counts[number]
             texts.append(" ".join(some))
         (folder / f"{language}.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+def phase(stage: str, log: str) -> str:
+    """What a stage was at last, by its lines of progress."""
+    told = re.findall(r"^(.+): \d+ of \d+ ", log[log.rindex(f"Running stage '{stage}'") :], re.MULTILINE)
+    return f"{stage}: {told[-1]}" if told and told[-1] != stage.partition("@")[0] else stage
 
 
 def anonymous(process: subprocess.Popen[bytes]) -> int:
@@ -116,16 +123,17 @@ def main() -> int:
         process = repro(folder, log)
         for begun in follow(process, log):
             if begun and (memory := anonymous(process)):
-                samples.setdefault(begun[-1], []).append((time.monotonic(), memory))
+                doing = phase(begun[-1], log.read_text(errors="replace"))
+                samples.setdefault(doing, []).append((time.monotonic(), memory))
             time.sleep(0.5)
         assert process.returncode == 0, log.read_text()
-    print(f"{'stage':28}{'seconds':>8}{'warm MiB':>10}{'end MiB':>10}{'peak MiB':>10}{'growth':>8}")
+    print(f"{'stage, phase':44}{'seconds':>8}{'warm MiB':>10}{'end MiB':>10}{'peak MiB':>10}{'growth':>8}")
     leaks = []
     for name, taken in samples.items():
         seconds = taken[-1][0] - taken[0][0]
         warm, end = growth([memory for _, memory in taken])
         peak = max(memory for _, memory in taken)
-        print(f"{name:28}{seconds:8.0f}{warm / MIB:10.0f}{end / MIB:10.0f}{peak / MIB:10.0f}{end / warm - 1:8.1%}")
+        print(f"{name:44}{seconds:8.0f}{warm / MIB:10.0f}{end / MIB:10.0f}{peak / MIB:10.0f}{end / warm - 1:8.1%}")
         if seconds >= LONG and end > 1.05 * warm:
             leaks.append(name)
     print(f"{(time.monotonic() - start) / 60:.0f} minutes; grew by more than 5 %: {', '.join(leaks) or 'none'}")

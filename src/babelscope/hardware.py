@@ -11,18 +11,19 @@ import torch
 from babelscope.errors import UserError
 from babelscope.sections import Hardware
 
-# Of glibc's malloc.h, for training: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Larger blocks on
-# the heap would leave gaps, and took up to half as much memory again.
+# Of glibc's malloc.h: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Larger blocks on the heap, where
+# glibc soon puts them by itself, leave gaps: training took up to half as much memory again, `ablate` a quarter.
 _MALLOPT = {-3: 2**25, -1: 2**28}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def prepare(hardware: Hardware) -> torch.device:
-    """Set the number of CPU threads and return the device: the accelerator where there is one, else the CPU.
+    """Set the number of CPU threads and how memory is kept, and return the device: the accelerator, else the CPU.
 
     Raises
     ------
     UserError: the accelerator that is asked for is not there.
     """
+    keep_freed_memory()
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     has_gpu = torch.cuda.is_available()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from babelscope.errors import UserError
 from babelscope.files import write_atomically
-from babelscope.hardware import is_sharding, keep_freed_memory, trainer
+from babelscope.hardware import is_sharding, trainer
 from babelscope.sae import sharding
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.batches import Pair, Source
@@ -213,7 +213,6 @@ def train(
     devices = hardware.devices * hardware.num_nodes
     if settings.batch % devices:
         raise UserError(f"params.yaml: train.batch: {settings.batch} does not divide among {devices} devices")
-    keep_freed_memory()
     training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
     loop = trainer(hardware, max_epochs=1)
     loop.fit(training)
