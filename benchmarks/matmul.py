@@ -32,8 +32,7 @@ def passes() -> None:
         for weight in weights:
             matmul.linear(x[:, : weight.shape[1]].contiguous(), weight)
         before, start = race.memory("RssAnon"), time.perf_counter()
-        for _ in range(PASSES):
-            rows = draw.randrange(64, 1024)
+        for rows in draw.sample(range(64, 1024), PASSES):
             inputs = {d: x[:rows, :d].contiguous() for d in (576, 1536)}
             for weight in weights * BLOCKS:
                 matmul.linear(inputs[weight.shape[1]], weight)

@@ -37,7 +37,7 @@ def machine() -> str:
 
 
 def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
+    """A line of /proc/self/status in bytes, such as VmRSS, VmHWM or RssAnon."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 

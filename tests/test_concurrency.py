@@ -94,7 +94,7 @@ def test_the_same_stage_twice_by_hand_waits_for_its_turn(repo: Repo) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
 def test_a_stage_does_not_outlive_its_dvc(repo: Repo) -> None:
     repo.dvc("repro", "sample")
-    # Other shells than bash stay between DVC and its stage, but for the `exec` in dvc.yaml.
+    # Without the `exec` in dvc.yaml, other shells than bash may stay between DVC and its stage.
     dvc = start(repo, "-m", "dvc", "repro", "-s", f"train@{HOOKPOINTS[0]}", TOY_SECONDS="100", SHELL="/bin/sh")
     stage = holder(repo)
     assert Path(f"/proc/{stage}").exists()
