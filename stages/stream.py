@@ -29,10 +29,9 @@ def main() -> None:
 
 
 def stream(params: config.Config) -> None:
-    # PyTorch keeps what oneDNN prepares for a bfloat16 product of some shape, 0.4 MiB each, 1024 in each of two caches.
-    # Batches of texts have ever new shapes: a running pass would fill both, for nothing.
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")
+    # PyTorch, too, keeps what oneDNN prepares for a bfloat16 product of some shape (see `babelscope.matmul`): 1024
+    # times 0.4 MiB. Batches of texts have ever new shapes: a running pass would fill it, for nothing.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     import polars as pl
     import torch
 

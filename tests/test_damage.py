@@ -146,15 +146,15 @@ def test_a_read_only_disk_is_told(small_disk):
         ("MemoryError()", "error: out of memory ()"),
         ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "error: out of memory (CUDA out of memory."),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "error: out of memory (DefaultCPU"),
-        (
-            "type('PanicException', (BaseException,), {})('unwrap')",
-            "error: a Parquet file below data/ is damaged (",
-        ),
+        ("pl.exceptions.PanicException('unwrap')", "error: a Parquet file below data/ is damaged (unwrap)"),
+        ("pl.exceptions.ComputeError('parquet: bad')", "error: a Parquet file below data/ is damaged (bad)"),
+        ("pl.exceptions.ComputeError('a bug')", "Traceback"),
+        ("type('PanicException', (BaseException,), {})('of tokenizers')", "Traceback"),
         ("KeyError('a bug')", "Traceback"),
     ],
 )
 def test_a_stage_tells_what_the_machine_lacks_without_a_traceback(tmp_path, error, told):
-    program = f"from babelscope import stage\ndef main():\n    raise {error}\nstage.run(main)"
+    program = f"import polars as pl\nfrom babelscope import stage\ndef main():\n    raise {error}\nstage.run(main)"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(told)

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
     Raises
     ------
-    UserError: there are none, not that one, or one that sparsify cannot hold.
+    UserError: there are no SAEs, not the one named, or sparsify cannot hold one.
     """
     parser = argparse.ArgumentParser(
         prog="python -m babelscope.export", description="Write data/sae/* as EleutherAI/sparsify keeps them."

@@ -85,9 +85,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> None:
-    """Read a Parquet file to its end, batch by batch, by pyarrow, which believes nothing that the file says.
+    """Read a Parquet file to its end, batch by batch, by pyarrow, which checks what the file says of itself.
 
-    Polars does: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
+    Polars believes it: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
 
     Parameters
     ----------

@@ -11,8 +11,8 @@ import torch
 from babelscope.errors import UserError
 from babelscope.sections import Hardware
 
-# Of glibc's malloc.h: blocks below 32 MiB come from the heap, of which 256 MiB are kept. By itself glibc soon puts
-# larger ones there, too, which leaves gaps: training took up to half as much memory again, `ablate` a quarter.
+# Of glibc's malloc.h: blocks below 32 MiB come from the heap, of which 256 MiB are kept. Left to itself, glibc
+# had training take up to half as much memory again, and `ablate` a quarter.
 _MALLOPT = {-3: 2**25, -1: 2**28}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 

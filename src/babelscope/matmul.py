@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 # oneDNN keeps the kernels that it compiled for the last 1,024 shapes. Passes over parts of texts (`ablate`, `browse`)
-# hardly ever have a shape twice: with 64 kept they take the same time, and 150 MiB less. Read at the first product.
+# hardly ever have a shape twice: 64 do as well, in less memory (`benchmarks/matmul.py`). Read at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 

@@ -85,10 +85,12 @@ def _in_a_line(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         first = " ".join(str(error).split())[:200]
         return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
-    # Polars panics by a `BaseException`.
-    is_damage = type(error).__module__.startswith("polars") and str(error).startswith("parquet: ")
-    if is_damage or type(error).__name__ == "PanicException":
-        return f"a Parquet file below data/ is damaged ({str(error).removeprefix('parquet: ')}); make verify says which"
+    # What pyarrow has read and Polars does not. Other libraries' panics have the same name, but are none of its class.
+    if (polars := sys.modules.get("polars")) is not None:
+        is_told = isinstance(error, polars.exceptions.PolarsError) and str(error).startswith("parquet: ")
+        if is_told or isinstance(error, polars.exceptions.PanicException):
+            reason = str(error).removeprefix("parquet: ")
+            return f"a Parquet file below data/ is damaged ({reason}); make verify says which"
     return None
 
 
