@@ -210,6 +210,22 @@ def test_the_size_of_the_passes_changes_nothing_but_rounding(model, saes):
         assert other.share == pytest.approx(found[0].share)
 
 
+def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes):
+    rows = {"mlp": set(), "head": set()}
+    whole = []
+    handles = [
+        model.model.layers[-1].mlp.register_forward_hook(lambda _m, _i, out: rows["mlp"].add(out.shape[1])),
+        model.lm_head.register_forward_hook(lambda _m, _i, out: rows["head"].add(out.shape[1])),
+        model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: whole.append(out.shape[1])),
+    ]
+    ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), 400)
+    for handle in handles:
+        handle.remove()
+    assert any(size % 64 for size in whole)  # the clean passes' number of tokens
+    assert {size for size in rows["mlp"] if size % 64} <= set(whole) and any(size % 64 == 0 for size in rows["mlp"])
+    assert rows["head"] <= {*whole, 128}
+
+
 def test_pairs_that_were_not_asked_for_are_not_computed(model, saes):
     sets, texts = make_conditions(model), make_texts()
     asked = torch.zeros(len(sets), len(texts), dtype=torch.bool)

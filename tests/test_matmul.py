@@ -35,3 +35,12 @@ def test_a_model_computes_the_same():
     before = model(input_ids=ids).logits
     matmul.use_in(model)
     assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+
+
+def test_filled_up_with_zeros_to_a_multiple():
+    for rows, expected in ((0, 0), (1, 64), (64, 64), (65, 128)):
+        x = torch.arange(1, 2 * rows + 1).view(rows, 2)
+        found = matmul.fill_up(x)
+        assert found.shape == (expected, 2) and found.dtype == x.dtype
+        assert torch.equal(found[:rows], x) and not found[rows:].any()
+    assert len(matmul.fill_up(torch.ones(3), 4)) == 4

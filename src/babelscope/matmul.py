@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-# oneDNN keeps the kernels that it compiled for the last 1,024 shapes. Passes over parts of texts (`ablate`, `browse`)
-# hardly ever have a shape twice: 64 do as well, in less memory (`benchmarks/matmul.py`). Read at the first product.
+# oneDNN keeps the kernels that it compiled for the last 1,024 shapes. Where shapes hardly ever come twice, 64 do as
+# well, in less memory (`benchmarks/matmul.py`). Read at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
@@ -42,3 +42,13 @@ def use_in(model: nn.Module) -> None:
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
+
+
+def fill_up(x: Tensor, multiple: int = 64) -> Tensor:
+    """`x` `[rows, ...]` with zeros behind it, up to a multiple of so many rows.
+
+    For passes over parts of texts: hardly ever have two the same number of tokens, and blocks of ever different sizes
+    leave the heap full of gaps (docs/reliability.md).
+    """
+    missing = -len(x) % multiple
+    return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.errors import UserError
+from babelscope.matmul import fill_up
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.shelf import Shelf, Shelved
 
@@ -59,20 +60,24 @@ class FeatureAblation:
 
     def touches(self, x: Tensor) -> Tensor:
         """Where one of a condition's units fires."""
-        values, indices = self.sae.encode(x)
+        values, indices = self._encode(x)
         hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
         hit[self.acts] = (self.removed[:-1, indices] & (values > 0)).any(-1)
         return hit
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
         """Subtract the units' part of the reconstruction."""
-        values, indices = self.sae.encode(x)
+        values, indices = self._encode(x)
         gone = torch.where(self.removed[self.row[condition].unsqueeze(1), indices], values, 0.0)
         hit = (gone > 0).any(1)
         part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
         changed = x.clone()
         changed[hit] = (x[hit].float() - part).to(x.dtype)
         return changed
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = self.sae.encode(fill_up(x))
+        return values[: len(x)], indices[: len(x)]
 
 
 class Directional:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from babelscope.matmul import fill_up
 from babelscope.models import hookpoints as hooks
 
 # Rows of logits held at once: 49k entries of float32 each make a row 200 KiB, and a cache holds some 100 of them.
@@ -33,11 +34,12 @@ def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
 
 def token_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
     """NLL of the token `wanted[i]` (int64) given the residual stream `hidden[i]` behind all blocks; float32 nats."""
+    hidden, filled = fill_up(hidden, _ROWS), fill_up(wanted, _ROWS)
     losses = [
-        cross_entropy(hooks.logits_of(model, hidden[i : i + _ROWS]), wanted[i : i + _ROWS])
-        for i in range(0, len(wanted), _ROWS)
+        cross_entropy(hooks.logits_of(model, hidden[i : i + _ROWS]), filled[i : i + _ROWS])
+        for i in range(0, len(filled), _ROWS)
     ]
-    return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
+    return torch.cat(losses)[: len(wanted)] if losses else torch.zeros(0, device=hidden.device)
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from babelscope.matmul import fill_up
 from babelscope.models import hookpoints as hooks
 
 _NAME = "babelscope_partial"
@@ -72,17 +73,22 @@ class _Attention:
         self.mask = (torch.arange(self.reach, device=last.device) <= last.unsqueeze(-1)).unsqueeze(1)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`."""
-        keys = self._complete(self.memory.keys, layer, key.transpose(0, 1))
-        values = self._complete(self.memory.values, layer, value.transpose(0, 1))
-        own = query.transpose(0, 1)
+        """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`.
+
+        What stands behind the tokens (`fill_up`) sees nothing, is seen by nothing, and comes out as 0.
+        """
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        own = query[: len(self.tokens.row)]
+        keys = self._complete(self.memory.keys, layer, key[: len(own)])
+        values = self._complete(self.memory.values, layer, value[: len(own)])
         padded = own.new_zeros((*self.shape, *own.shape[1:]))
         padded[self.tokens.row, self.slot] = own
         out = F.scaled_dot_product_attention(
             padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scale=scale,
             enable_gqa=own.shape[1] != keys.shape[2],
         )  # fmt: skip
-        return out.transpose(1, 2)[self.tokens.row, self.slot]
+        found = out.transpose(1, 2)[self.tokens.row, self.slot]
+        return F.pad(found, (0, 0, 0, 0, 0, len(query) - len(own)))
 
     def _complete(self, clean: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         """The clean tensor of every row with `new` at the tokens that are computed, `[rows, reach, heads, width]`."""
@@ -175,17 +181,18 @@ def partial_pass(
     tokens: those to compute. Exact if all others are as in the clean pass, where an attention of `layers` sees them.
     hidden: `[tokens, d]`, the residual stream before `layers`.
     layers: consecutive blocks.
-    edits: by hookpoint; they see `[1, tokens, d]`.
+    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`fill_up`).
 
     Returns
     -------
     `[tokens, d]`, the residual stream after `layers`.
     """
-    ids = memory.ids[tokens.text[tokens.row], tokens.position]
+    ids, position = memory.ids[tokens.text[tokens.row], tokens.position], tokens.position
+    ids, position, filled = (fill_up(x) for x in (ids, position, hidden))
     with hooks.editing(model, edits), _attending(model, _Attention(tokens, memory, record=False)):
         return hooks.run_blocks(
-            model, layers, hidden[None], input_ids=ids[None], position_ids=tokens.position[None]
-        )[0]  # fmt: skip
+            model, layers, filled[None], input_ids=ids[None], position_ids=position[None]
+        )[0, : len(hidden)]  # fmt: skip
 
 
 @torch.inference_mode()
