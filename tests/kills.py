@@ -167,7 +167,8 @@ def storm(calm: Path, stormy: Path, kills: int, seed: int) -> list[Kill]:
     took = durations(calm)
     draw = random.Random(seed)
     print(f"undisturbed: {len(took)} stages in {sum(took.values()):.0f} s")
-    # Some moments come when their stage is over, and cost one of the next.
+    # Some moments come when their stage is over, and cost one of the next; a stage that is over is not run again, and
+    # what else was planned for it goes unused: there may be fewer kills than asked for.
     stages = list(itertools.islice(itertools.cycle(draw.sample(list(took), len(took))), math.ceil(1.3 * kills)))
     plan = {name: [draw.uniform(0, took[name]) for _ in range(stages.count(name))] for name in took}
     done = ride(stormy, plan, (draw.choice(VICTIMS) for _ in itertools.count()), digests(calm), kills)

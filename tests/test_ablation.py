@@ -210,20 +210,46 @@ def test_the_size_of_the_passes_changes_nothing_but_rounding(model, saes):
         assert other.share == pytest.approx(found[0].share)
 
 
-def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes):
-    rows = {"mlp": set(), "head": set()}
-    whole = []
-    handles = [
-        model.model.layers[-1].mlp.register_forward_hook(lambda _m, _i, out: rows["mlp"].add(out.shape[1])),
-        model.lm_head.register_forward_hook(lambda _m, _i, out: rows["head"].add(out.shape[1])),
-        model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: whole.append(out.shape[1])),
-    ]
-    ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), 400)
-    for handle in handles:
-        handle.remove()
-    assert any(size % 64 for size in whole)  # the clean passes' number of tokens
-    assert {size for size in rows["mlp"] if size % 64} <= set(whole) and any(size % 64 == 0 for size in rows["mlp"])
-    assert rows["head"] <= {*whole, 128}
+def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes, monkeypatch):
+    sizes = {"blocks": [], "head": [], "sae": []}
+    run_blocks, logits_of, encode = hookpoints.run_blocks, hookpoints.logits_of, SAE.encode
+
+    def blocks(model, layers, hidden, **inputs):
+        if hidden is not None:  # the clean passes come in whatever size they have
+            sizes["blocks"].append(hidden.shape[1])
+        return run_blocks(model, layers, hidden, **inputs)
+
+    monkeypatch.setattr(hookpoints, "run_blocks", blocks)
+    monkeypatch.setattr(hookpoints, "logits_of", lambda model, x: sizes["head"].append(len(x)) or logits_of(model, x))
+    monkeypatch.setattr(SAE, "encode", lambda sae, x: sizes["sae"].append(len(x)) or encode(sae, x))
+    monkeypatch.setattr(partial, "suits", lambda *_: True)
+    for batch_tokens in (10, 400):
+        ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), batch_tokens)
+    few = {1, 2, 4, 8, 16, 32}
+    assert {size % 64 for size in sizes["blocks"] + sizes["sae"] if size not in few} == {0}
+    assert max(sizes["blocks"]) > 128 and few & {*sizes["blocks"]}
+    assert {*sizes["head"]} <= few | {64, 128} and 128 in sizes["head"]
+
+
+def test_what_fills_a_pass_up_widens_no_threshold_sae():
+    g = torch.Generator().manual_seed(4)
+    decoder, mean = F.normalize(torch.randn(64, D, generator=g), dim=1), torch.full((D,), 3.0)
+    sae = SAE(decoder, decoder, torch.zeros(64), mean, threshold=torch.full((64,), 2.5))
+    x = mean + decoder[:7] * 3
+    done = FeatureAblation(sae, [[0], [5]])
+    assert sae.encode(torch.zeros(1, D))[0].shape[1] > sae.encode(x)[0].shape[1]
+    assert done._encode(x)[0].shape == sae.encode(x)[0].shape
+    assert done.touches(x).nonzero().tolist() == [[0, 0], [1, 5]]
+
+
+def test_a_model_may_have_fewer_positions_than_a_pass_has_tokens():
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(**{**GPT2, "n_positions": 12})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    hidden, wanted = torch.randn(20, D), torch.arange(20)
+    expected = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden)), wanted, reduction="none")
+    assert torch.allclose(nll.token_nll(model, hidden, wanted), expected, atol=1e-5)
+    assert partial.suits(model, 12)
 
 
 def test_pairs_that_were_not_asked_for_are_not_computed(model, saes):

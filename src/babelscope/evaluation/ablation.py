@@ -37,7 +37,8 @@ class TextNLL:
         not asked for.
     tokens: target tokens, int64 `[texts]`.
     passes: how many (condition, text) pairs had to be computed.
-    share: what was computed of the (condition, text, token, block) that whole passes would have run, clean ones aside.
+    share: what was computed of the (condition, text, token, block) that whole passes would have run; clean passes, and
+        what passes are filled up with, aside.
     """
 
     clean: Tensor

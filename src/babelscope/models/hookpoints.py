@@ -250,9 +250,10 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits `[tokens, vocabulary]` from the residual stream after the last block, `[tokens, d]`."""
-    ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-    with starting_at(model, len(blocks(model)), hidden.unsqueeze(0)):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    # Each a text of its own: a model may have fewer positions than there are tokens.
+    ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+    with starting_at(model, len(blocks(model)), hidden.unsqueeze(1)):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
     return logits
 
 

@@ -1,8 +1,8 @@
 """Forward passes over the tokens that a change can reach; all others are taken from one clean pass.
 
 In a causal model a change at one token reaches that token and those behind it, from the block where it happens upwards.
-Rows (a text under some change) lie packed, one after the other and without padding, so that every product is over
-changed tokens only; just attention sees rows, and adds the clean keys and values of the tokens before the change.
+Rows (a text under some change) lie packed, one after the other, so that every product is over changed tokens only (and
+a few more, `fill_up`); just attention sees rows, and adds the clean keys and values of the tokens before the change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,7 +88,8 @@ class _Attention:
             enable_gqa=own.shape[1] != keys.shape[2],
         )  # fmt: skip
         found = out.transpose(1, 2)[self.tokens.row, self.slot]
-        return F.pad(found, (0, 0, 0, 0, 0, len(query) - len(own)))
+        behind = len(query) - len(own)
+        return F.pad(found, (0, 0, 0, 0, 0, behind)) if behind else found
 
     def _complete(self, clean: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         """The clean tensor of every row with `new` at the tokens that are computed, `[rows, reach, heads, width]`."""
