@@ -1,4 +1,4 @@
-"""Watch the memory of every stage in a long run: `python tests/soak.py` (three quarters of an hour on two cores).
+"""Watch the memory of every stage in a long run: `python tests/soak.py` (40 minutes on two cores).
 
 The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
 processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not
@@ -49,7 +49,7 @@ MEDIUM = {
     "ablate.bootstrap": 1000,
     "ablate.control_draws": 5,
     "steer.strengths": [4.0, 8.0, 16.0],
-    "steer.prompts": 8,
+    "steer.prompts": 60,
     "steer.new_tokens": 24,
     "browse.texts": 3,
     "browse.tokens": 8,
