@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.evaluation import ablation, conditions, controls, nll, results, selectivity
 from babelscope.evaluation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
-from babelscope.models import hookpoints, partial, tokens
+from babelscope.models import head, hookpoints, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
 D, LATENTS, K, VOCABULARY = 16, 64, 3, 60
@@ -228,7 +228,7 @@ def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes, monkeypatch):
     few = {1, 2, 4, 8, 16, 32}
     assert {size % 64 for size in sizes["blocks"] + sizes["sae"] if size not in few} == {0}
     assert max(sizes["blocks"]) > 128 and few & {*sizes["blocks"]}
-    assert {*sizes["head"]} <= few | {64, 128} and 128 in sizes["head"]
+    assert {*sizes["head"]} <= few | {64, 128, 256, 384, 512} and 128 in sizes["head"]
 
 
 def test_what_fills_a_pass_up_widens_no_threshold_sae():
@@ -248,7 +248,7 @@ def test_a_model_may_have_fewer_positions_than_a_pass_has_tokens():
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     hidden, wanted = torch.randn(20, D), torch.arange(20)
     expected = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden)), wanted, reduction="none")
-    assert torch.allclose(nll.token_nll(model, hidden, wanted), expected, atol=1e-5)
+    assert torch.allclose(head.stream_nll(model, hidden, wanted), expected, atol=1e-5)
     assert partial.suits(model, 12)
 
 
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, t
     assert len(kept) > 2
     kept[1].unlink()
     calls = []
-    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
     again = ablation.ablate(model, done, texts, 40, keep=tmp_path)
     some = len(calls)
     ablation.ablate(model, done, texts, 40)

@@ -63,7 +63,14 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def model_at(folder: Path, trust: bool = False) -> sections.Model:
-    known = {"source": "huggingface", "name": str(folder), "gguf_file": None, "revision": None, "quantization": None}
+    known = {
+        "source": "huggingface",
+        "name": str(folder),
+        "gguf_file": None,
+        "sha256": None,
+        "revision": None,
+        "quantization": None,
+    }
     return sections.Model(**known, trust_remote_code=trust)  # type: ignore[arg-type]
 
 

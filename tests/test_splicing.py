@@ -165,7 +165,7 @@ def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(tmp_path):
     assert len(kept) == len(done) > 3 and sum(done) == whole["tokens"][0]
     kept[1].unlink()
     passes = []
-    handle = model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    handle = model.lm_head.register_forward_pre_hook(lambda *_: passes.append(1))
     again = measure(model, saes, texts, keep=tmp_path)
     handle.remove()
     assert again.equals(whole) and len(passes) == 1 + 2 * len(saes)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
-from babelscope.values import Amount, Factor, Hookpoints, Inside, Name, Positive, Seed, Share, Size, Url
+from babelscope.values import Amount, Factor, Hookpoints, Inside, Name, Positive, Seed, Sha256, Share, Size, Url
 
 
 class Section(pydantic.BaseModel):
@@ -21,9 +21,16 @@ class Model(Section):
     source: Literal["package", "huggingface"]
     name: Name
     gguf_file: Inside | None
+    sha256: Sha256 | None
     revision: Name | None
     quantization: Literal["8bit", "4bit"] | None
     trust_remote_code: bool
+
+    @model_validator(mode="after")
+    def _a_file(self) -> "Model":
+        if self.sha256 is not None and self.gguf_file is None:
+            raise ValueError("model.sha256: it is that of model.gguf_file, which is null; allowed without it: null")
+        return self
 
 
 class Dataset(Section):

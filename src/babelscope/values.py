@@ -53,6 +53,7 @@ Factor = Annotated[float, Field(gt=0.0, le=1e6)]
 Amount = Annotated[float, Field(ge=0.0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A path below a folder that another key names.
 Inside = Annotated[Name, AfterValidator(_inside)]
 Url = Annotated[Name, AfterValidator(_without_credentials)]

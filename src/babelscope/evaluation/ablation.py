@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.evaluation.interventions import Intervention
-from babelscope.evaluation.nll import targets, text_nll, token_nll
+from babelscope.evaluation.nll import targets, text_nll
 from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial
+from babelscope.models.head import head_of, stream_nll
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
 
@@ -73,6 +74,7 @@ def ablate(
     conditions = len(next(iter(interventions.values())).acts)
     wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
     runner = _Partial if partial.suits(model, max((len(text.ids) for text in texts), default=0)) else _Whole
+    head_of(model)  # tried now, when no hook is open
     parts: list[dict[str, Tensor]] = []
     first = 0
     # Padding costs passes over whole texts only.
@@ -204,7 +206,7 @@ class _Partial(_Run):
             looks = self.look(self.here.flatten().nonzero().squeeze(1))
             self.memory, last = partial.clean_pass(model, self.ids, self.here, kept, looks)
             wanted = self.ids.roll(-1, 1)[self.target]
-            self.token[self.target] = token_nll(model, last[self.target[self.here]], wanted)
+            self.token[self.target] = stream_nll(model, last[self.target[self.here]], wanted)
         self.clean = self.token.double().sum(1)
 
     def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
@@ -235,7 +237,7 @@ class _Partial(_Run):
                 state = self._run(state, range(layer, then), behind, condition, text)
         nll = self.token[text]
         wanted = state.tokens & self.target[text]
-        nll[wanted] = token_nll(
+        nll[wanted] = stream_nll(
             self.model, state.hidden[wanted[state.tokens]], self.ids.roll(-1, 1)[text][wanted]
         )  # fmt: skip
         return nll.double().sum(1)

@@ -24,6 +24,7 @@ from torch import Tensor
 from babelscope.evaluation.nll import targets, text_nll
 from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
+from babelscope.models.head import head_of
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.shelf import Shelf, Shelved
@@ -68,6 +69,7 @@ def loss_recovered(
     UserError: the model has no such hookpoint.
     """
     hooks.resolve(model, list(saes))
+    head_of(model)  # tried now, when no hook is open
     parts: list[dict[str, Tensor]] = []
     first = 0
     for batch in batches(texts, batch_tokens):

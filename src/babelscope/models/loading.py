@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from babelscope.errors import UserError, nearest
 from babelscope.fingerprint import dvc_md5
+from babelscope.models import packaged
 from babelscope.sections import Model
 
 log = logging.getLogger(__name__)
@@ -35,30 +36,13 @@ _READERS = ("gguf", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-def _package_folder(package: str, file: str | None) -> Path:
-    """The folder that holds `file` (or config.json) inside an installed package."""
-    try:
-        files = importlib.metadata.distribution(package).files or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"params.yaml: model.name: no installed package {package!r}; install it, or set model.source to "
-            "'huggingface' for a folder or a hub id"
-        ) from None
-    wanted = file or "config.json"
-    for entry in files:
-        if entry.name == wanted:
-            return Path(str(entry.locate())).parent
-    have = [entry.name for entry in files if entry.suffix == (".gguf" if file else ".json")]
-    raise UserError(f"params.yaml: model.gguf_file: package {package!r} holds no {wanted!r}; {nearest(wanted, have)}")
-
-
 def _where(section: Model) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is given: a folder or a hub id, and the options that say which file and revision."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
     if section.source == "package":
-        place = str(_package_folder(section.name, section.gguf_file))
+        place = str(packaged.find(section.name, section.gguf_file)[0].parent)
     else:
         place = section.name
         if section.revision is not None:
@@ -68,45 +52,71 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
     if Path(place).expanduser().is_dir():
         place = str(Path(place).expanduser())
         options["local_files_only"] = True
-        if section.gguf_file is not None and not (Path(place) / section.gguf_file).is_file():
+        in_folder = section.source == "huggingface" and section.gguf_file is not None
+        if in_folder and not (Path(place) / str(section.gguf_file)).is_file():
             have = [p.name for p in Path(place).glob("*.gguf")]
-            raise UserError(f"params.yaml: model.gguf_file: {nearest(section.gguf_file, have)}")
+            raise UserError(f"params.yaml: model.gguf_file: {nearest(str(section.gguf_file), have)}")
     return place, options
 
 
-def _unpacked(place: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What to load in place of a local GGUF file: the same model and tokenizer, weights in float32, as safetensors.
+def _source(section: Model) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given: as `_where` says, or the unpacked copy of a local GGUF file.
 
-    It is made where it is not there yet, under the hash of the file and the versions of what reads it.
+    The copy holds the same model and tokenizer, the weights in float32, as safetensors. It is made if it does not exist
+    yet, under the hash of the file and the versions of what reads it.
     """
-    file = Path(place) / options.get("gguf_file", "")
-    if not file.is_file() or file.stat().st_size > _LARGEST:
+    place, options = _where(section)
+    files = _gguf_files(section, place)
+    if not files or (len(files) == 1 and files[0].stat().st_size > _LARGEST):
         return place, options
     from huggingface_hub import cached_assets_path
 
-    name = "-".join([dvc_md5(file), *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
+    content = section.sha256 or "-".join(map(dvc_md5, files))
+    name = "-".join([content, *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
     rest = {key: value for key, value in options.items() if key != "gguf_file"}
     try:
         folder = cached_assets_path("babelscope", "gguf") / name
         if not folder.is_dir():
-            log.info("%s: unpacked once, to %s", file.name, folder)
-            _unpack(place, options, folder)
+            log.info("%s: unpacked once, to %s", section.gguf_file, folder)
+            _unpack(files, section, options, folder)
     except PermissionError as error:
-        log.warning("%s: read slowly, for nothing can be kept: %s", file.name, error)
+        if len(files) > 1:
+            raise UserError(
+                f"{error.filename}: cannot be written, and {section.gguf_file} must be joined from {len(files)} parts; "
+                "set HF_HOME to a folder that can be written"
+            ) from None
+        log.warning("%s: read slowly, for nothing can be kept: %s", section.gguf_file, error)
         return place, options
     return str(folder), rest
 
 
-def _unpack(place: str, options: dict[str, Any], folder: Path) -> None:
+def _gguf_files(section: Model, place: str) -> list[Path]:
+    """A local GGUF file, or its parts in order; empty for other formats and for files on the hub."""
+    if section.gguf_file is None:
+        return []
+    if section.source == "package":
+        return packaged.find(section.name, section.gguf_file)
+    file = Path(place) / section.gguf_file
+    return [file] if file.is_file() else []
+
+
+def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: Path) -> None:
     from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     plain = {**options, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(place, **plain)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
+        place, joined = files[0].parent, temporary / str(section.gguf_file)
+        if len(files) > 1:
+            packaged.join(files, section.sha256, joined)
+            place = temporary
+        elif section.sha256 is not None:
+            packaged.check(files[0], section.sha256)
+        model = AutoModelForCausalLM.from_pretrained(place, **plain)
         AutoTokenizer.from_pretrained(place, **options).save_pretrained(temporary)
+        joined.unlink(missing_ok=True)
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
@@ -140,9 +150,8 @@ def load_tokenizer(section: Model) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place, options = _where(section)
     try:
-        place, options = _unpacked(place, options)
+        place, options = _source(section)
         return AutoTokenizer.from_pretrained(place, **options)
     except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
@@ -198,12 +207,11 @@ def load_model(section: Model, dtype: str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    place, options = _where(section)
     quantised = (
         {} if section.quantization is None else {"quantization_config": _quantised(section.quantization, DTYPES[dtype])}
     )
     try:
-        place, options = _unpacked(place, options)
+        place, options = _source(section)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None

@@ -1,0 +1,83 @@
+"""NLL without logits for the whole vocabulary: against float64, on the hardest rows, in every family."""
+
+import pytest
+import torch
+import transformers
+from test_model_families import FAMILIES, VOCABULARY, make
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from babelscope.models import head, hookpoints
+
+EXTRA = {
+    "cohere": ("CohereConfig", {"logit_scale": 0.0625}),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0}),
+    "gemma2-capped": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "gpt-j": ("GPTJConfig", {"n_embd": 16, "n_layer": 4, "n_head": 2, "rotary_dim": 4}),  # with a bias
+}
+
+
+def other(name: str) -> transformers.PreTrainedModel:
+    kind, options = EXTRA[name]
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "intermediate_size": 24, "pad_token_id": 0}  # fmt: skip
+    config = getattr(transformers, kind)(vocab_size=VOCABULARY, **({} if kind == "GPTJConfig" else sizes), **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    unembedding = model.get_output_embeddings()
+    unembedding.weight.mul_(40)
+    if unembedding.bias is not None:
+        unembedding.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *EXTRA])
+def test_every_family_is_read_in_chunks_and_gives_what_its_logits_give(name, monkeypatch):
+    monkeypatch.setattr(head, "COLUMNS", 7)
+    monkeypatch.setattr(head, "ROWS", 5)
+    model = make(name) if name in FAMILIES else other(name)
+    assert head.head_of(model) is not None
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask, target = torch.ones_like(ids), torch.ones((2, 8), dtype=torch.bool)
+    target[1, 4:] = False
+    logits = model(input_ids=ids, use_cache=False).logits.double()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 8)
+    found = head.pass_nll(model, ids, mask, target)
+    assert torch.allclose(found.double(), expected.where(target, 0.0), atol=1e-5)
+
+    stream = torch.randn((13, 16), generator=torch.Generator().manual_seed(1))
+    wanted = torch.arange(13) + 3
+    expected = F.cross_entropy(hookpoints.logits_of(model, stream).double(), wanted, reduction="none")
+    assert torch.allclose(head.stream_nll(model, stream, wanted).double(), expected, atol=1e-5)
+
+
+def test_rows_with_near_ties_and_large_logits_are_within_1e_4_of_float64():
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn((20_000, 64), generator=g)
+    weight[5_000:5_050] = weight[7] + 1e-4 * torch.randn((50, 64), generator=g)  # in another chunk than 7
+    x = torch.randn((40, 64), generator=g)
+    x[:10] = weight[7] * torch.linspace(0.01, 3, 10).unsqueeze(1)  # near ties, up to logits of 200
+    x[10:20] *= 30  # logits of a thousand
+    x[20] = 0
+    unembedding = nn.Linear(64, 20_000, bias=False)
+    unembedding.weight = nn.Parameter(weight, requires_grad=False)
+    wanted = torch.randint(0, 20_000, (40,), generator=g)
+    wanted[:10] = torch.tensor([7, 5_000, 5_049, 19_999, 0, 7, 5_001, 7, 5_002, 12])
+    expected = F.cross_entropy(x.double() @ weight.double().T, wanted, reduction="none")
+    found = head.Head(unembedding, 1.0, None).nll(x, wanted).double()
+    small = expected < 400
+    assert small.sum() >= 30 and (found - expected)[small].abs().max() < 1e-4
+    assert ((found - expected).abs() / expected.clamp(min=1)).max() < 1e-5
+
+
+def test_a_model_that_makes_its_logits_otherwise_is_asked_for_all_of_them():
+    model = make("llama")
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.sort(-1).values)
+    assert head.head_of(model) is None
+    ids = torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    found = head.pass_nll(model, ids, torch.ones_like(ids), torch.ones((1, 5), dtype=torch.bool))
+    assert torch.allclose(found[0], expected, atol=1e-6)
+    stream = torch.randn((4, 16))
+    expected = F.cross_entropy(hookpoints.logits_of(model, stream), torch.arange(4), reduction="none")
+    assert torch.allclose(head.stream_nll(model, stream, torch.arange(4)), expected, atol=1e-6)
