@@ -75,7 +75,7 @@ def read_also(params: config.Config) -> pl.DataFrame | None:
     else:
         if not Path(also).expanduser().is_dir():
             raise UserError(f"params.yaml: identify.also: no folder {also!r}")
-        section = params.corpus.model_copy(update={"source": "files", "path": also, "package": None})
+        section = params.corpus.model_copy(update={"source": "files", "path": also, "packages": []})
         raw, name = text_files.read(section, params.languages), also
     texts = sampling.clean(raw, min_characters=1)
     chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)

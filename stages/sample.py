@@ -78,23 +78,30 @@ def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float) ->
 
 
 def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:
-    """What metrics/sample.json holds: tokens and texts, in all and per language and split."""
-    short = totals.filter(pl.col("tokens") < pl.col("split").replace_strict(budgets))
+    """What metrics/sample.json holds: tokens and texts, in all, per language and split, and of each source."""
+    together = per_split(totals)
+    short = together.filter(pl.col("tokens") < pl.col("split").replace_strict(budgets))
     content = {
         "languages": totals["language"].n_unique(),
         "texts": int(totals["texts"].sum()),
         "tokens": int(totals["tokens"].sum()),
         "short_of_budget": short["language"].n_unique(),
     }
-    for language, split, texts, tokens in totals.iter_rows():
-        content[f"{split}_tokens/{language}"] = tokens
-        content[f"{split}_texts/{language}"] = texts
+    for language, split, texts, tokens in together.iter_rows():
+        content |= {f"{split}_tokens/{language}": tokens, f"{split}_texts/{language}": texts}
+    for language, split, source, texts, tokens in totals.iter_rows():
+        content |= {f"{split}_tokens/{language}/{source}": tokens, f"{split}_texts/{language}/{source}": texts}
     return content
+
+
+def per_split(totals: pl.DataFrame) -> pl.DataFrame:
+    """language, split, texts, tokens: of all sources together."""
+    return totals.group_by("language", "split", maintain_order=True).agg(pl.col("texts", "tokens").sum())
 
 
 def report(totals: pl.DataFrame) -> None:
     rows = []
-    for (language,), mine in totals.group_by("language", maintain_order=True):
+    for (language,), mine in per_split(totals).group_by("language", maintain_order=True):
         have = {split: (f"{tokens:,}", f"{texts:,}") for _, split, texts, tokens in mine.iter_rows()}
         rows.append([language, *have["train"], *have["eval"]])
     stage.table(["language", "train tokens", "texts", "eval tokens", "texts"], rows)

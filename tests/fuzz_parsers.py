@@ -29,7 +29,7 @@ from safetensors.torch import save as safetensors_bytes
 from babelscope import config
 from babelscope.activations.store import ActivationStore, write_index, write_shard
 from babelscope.corpus import gettext_catalogs, text_files
-from babelscope.corpus.languages import match
+from babelscope.corpus.languages import require
 from babelscope.corpus.messages import running_text
 from babelscope.errors import UserError
 from babelscope.explain.client import answer_in
@@ -94,7 +94,7 @@ def dumped(content: object) -> bytes:
 
 def section(folder: Path, source: str) -> Corpus:
     return Corpus(
-        source=source, datasets=[], package=None, path=str(folder), domain=None, source_language="en", lid=None,
+        source=source, datasets=[], packages=[], path=str(folder), domain=None, source_language="en", lid=None,
         min_characters=1, max_tokens=16, train_tokens=100, eval_tokens=10,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def words(draw: random.Random, folder: Path) -> object:
     answer = verdicts(text, 3)
     assert answer is None or len(answer) == 3
     assert layer_of(text) >= 0
-    return match([text], {"de", "pt_BR", text[::-1], "sr@latin"}, "x")
+    require([text], {"x": {"de", "pt_BR", text[::-1], "sr@latin"}})
 
 
 MARKUP = ["<b>", "</b>", "<b ", "</", "%s", "%(a)", "%(", "%0", "{0}", "{", "${", "\0", " \0", '"\0', "(\0", "_", "&",

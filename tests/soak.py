@@ -33,7 +33,7 @@ MEDIUM = {
     "hookpoints": ["layers.14.mlp", "layers.26.mlp"],
     "corpus.source": "files",
     "corpus.path": "texts",
-    "corpus.package": None,
+    "corpus.packages": [],
     "corpus.max_tokens": 64,
     "corpus.train_tokens": 32000,
     "corpus.eval_tokens": 4000,

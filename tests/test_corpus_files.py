@@ -10,7 +10,7 @@ from babelscope.sections import Corpus
 
 
 def read(folder: Path, *languages: str) -> pl.DataFrame:
-    section = Corpus(source="files", package=None, path=str(folder), domain=None, source_language="en",
+    section = Corpus(source="files", packages=[], path=str(folder), domain=None, source_language="en",
                      datasets=[], lid=None, min_characters=1, max_tokens=64, train_tokens=100,
                      eval_tokens=10)  # fmt: skip
     return text_files.read(section, languages)

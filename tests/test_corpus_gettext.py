@@ -9,7 +9,7 @@ from babelscope.sections import Corpus
 
 
 def section(**changes: object) -> Corpus:
-    values = dict(source="gettext", package=None, path=None, domain=None, source_language="en", datasets=[],
+    values = dict(source="gettext", packages=[], path=None, domain=None, source_language="en", datasets=[],
                   lid=None, min_characters=1,
                   max_tokens=64, train_tokens=100, eval_tokens=10)  # fmt: skip
     return Corpus.model_validate(values | changes)
@@ -113,11 +113,46 @@ def test_an_unknown_language_names_those_on_offer(locale: Path) -> None:
         pairs(locale, ["pt-BR", "pt_BR"])
 
 
+def test_the_texts_of_several_packages_are_put_together(packages: None, caplog: pytest.LogCaptureFixture) -> None:
+    both = section(packages=["bees", "cranes"])
+    frame = gettext_catalogs.read(both, ["en", "zh-CN", "fi"])
+    assert sorted(frame.select("language", "source", "text").unique().iter_rows()) == [
+        ("en", "gettext:bees", "One hive"), ("en", "gettext:bees", "The end"),
+        ("en", "gettext:cranes", "The end"), ("en", "gettext:cranes", "Two legs"),
+        ("fi", "gettext:bees", "Loppu"),
+        ("zh-CN", "gettext:bees", "一个蜂巢"), ("zh-CN", "gettext:cranes", "两条腿"),
+        ("zh-CN", "gettext:cranes", "结束"),
+    ]  # fmt: skip
+    group = dict(frame.select("text", "group").iter_rows())
+    assert group["The end"] == group["Loppu"] == group["结束"]
+    assert caplog.messages == ["gettext:cranes has no messages in fi"]
+    with pytest.raises(UserError, match="gettext:bees and gettext:cranes have no 'nn'; they offer: en, fi, zh-"):
+        gettext_catalogs.read(both, ["en", "nn"])
+    with pytest.raises(UserError, match=r"corpus\.domain: 'cranes' has no domain 'bees'"):
+        gettext_catalogs.read(section(packages=["bees", "cranes"], domain="bees"), ["en", "fi"])
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two installed packages with catalogs: `bees` (fi, zh_CN) and `cranes` (zh_Hans, and an empty fi)."""
+    install(tmp_path / "bees", "fi", catalog(The_end="Loppu"), domain="bees")
+    install(tmp_path / "bees", "zh_CN", catalog(One_hive="一个蜂巢"), domain="bees")
+    install(tmp_path / "cranes", "zh_Hans", catalog(Two_legs="两条腿", The_end="结束"))
+    install(tmp_path / "cranes", "fi", catalog(The_end=""))
+    for name in ("bees", "cranes"):
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        files = [str(path.relative_to(tmp_path)) for path in (tmp_path / name).rglob("*.mo")]
+        (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
 def test_missing_places_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"corpus\.package: no installed package 'no-such-package-anywhere'"):
-        gettext_catalogs.read(section(package="no-such-package-anywhere"), ["de"])
-    with pytest.raises(UserError, match=r"corpus\.package: 'polars' holds no catalogs"):
-        gettext_catalogs.read(section(package="polars"), ["de"])
+    with pytest.raises(UserError, match=r"corpus\.packages: no installed package 'no-such-package-anywhere'"):
+        gettext_catalogs.read(section(packages=["no-such-package-anywhere"]), ["de"])
+    with pytest.raises(UserError, match=r"corpus\.packages: 'polars' holds no catalogs"):
+        gettext_catalogs.read(section(packages=["polars"]), ["de"])
     with pytest.raises(UserError, match=r"corpus\.path: no folder"):
         pairs(tmp_path / "nowhere", ["de"])
     with pytest.raises(UserError, match=r"corpus\.path: .* holds no catalogs"):

@@ -161,7 +161,7 @@ def test_a_network_that_fails_in_the_middle_of_a_stream_is_told(
 
 def parsed(**corpus: Any) -> config.Config:
     content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
-    content["corpus"] |= {"source": "huggingface", "package": None, **corpus}
+    content["corpus"] |= {"source": "huggingface", "packages": [], **corpus}
     return config.parse(content)
 
 
@@ -203,9 +203,8 @@ def test_languages_are_told_apart_by_a_library(language: str, offered: list[str]
 
 
 def test_files_named_by_other_codes_match_too() -> None:
-    assert languages.match(["de", "zh-CN"], ["deu_Latn", "zh_CN"], "x") == {
+    assert languages.match(["de", "zh-CN"], ["deu_Latn", "zh_CN"]) == {
         "deu-latn": "de",
-        "de": "de",
         "zh-cn": "zh-CN",
     }
 

@@ -13,7 +13,7 @@ from babelscope.sections import Corpus
 
 
 def section(**changes: object) -> Corpus:
-    values = dict(source="files", package=None, path="texts", domain=None, source_language="en", datasets=[],
+    values = dict(source="files", packages=[], path="texts", domain=None, source_language="en", datasets=[],
                   lid=None, min_characters=1,
                   max_tokens=8, train_tokens=60, eval_tokens=20)  # fmt: skip
     return Corpus.model_validate(values | changes)
@@ -70,12 +70,12 @@ def test_budgets_are_filled_and_the_last_text_is_the_one_that_fills_them() -> No
     chosen, totals = sampling.sample(parallel(["en", "de"], 200), ["de", "en"], section(), 0, words)
     assert chosen.columns == list(sampling.COLUMNS)
     assert totals.rows() == [
-        ("de", "eval", 4, 20),
-        ("de", "train", 12, 60),
-        ("en", "eval", 4, 20),
-        ("en", "train", 12, 60),
+        ("de", "eval", "files:test", 4, 20),
+        ("de", "train", "files:test", 12, 60),
+        ("en", "eval", "files:test", 4, 20),
+        ("en", "train", "files:test", 12, 60),
     ]
-    order = [(language, split) for language, split, texts, _ in totals.iter_rows() for _ in range(texts)]
+    order = [(language, split) for language, split, _, texts, _ in totals.iter_rows() for _ in range(texts)]
     assert chosen.select("language", "split").rows() == order
     groups = {key: part["group"].to_list() for key, part in chosen.group_by("language", "split")}
     assert groups["de", "train"] == groups["en", "train"] and groups["de", "eval"] == groups["en", "eval"]
@@ -159,7 +159,7 @@ def test_properties_of_every_sample(rows: list[tuple[str, str, str]], seed: int,
     assert chosen.group_by("group").agg(pl.col("split").n_unique())["split"].eq(1).all()
     assert chosen["text_id"].is_unique().all() and chosen["text"].is_unique().all()
     assert totals["texts"].sum() == chosen.height
-    for language, split, _, tokens in totals.iter_rows():
+    for language, split, _, _, tokens in totals.iter_rows():
         part = chosen.filter(pl.col("language") == language, pl.col("split") == split)
         assert sum(words(part["text"].to_list())) == tokens
     for language in present:

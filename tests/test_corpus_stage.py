@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         params["languages"] = languages
         params["score"]["members"] = 1
         small = {"min_characters": 5, "max_tokens": 10, "train_tokens": 50, "eval_tokens": 20}
-        params["corpus"].update({"source": "files", "path": "texts", "package": None} | small | corpus)
+        params["corpus"].update({"source": "files", "path": "texts", "packages": []} | small | corpus)
         with open("params.yaml", "w", encoding="utf-8") as handle:
             yaml.dump(params, handle)
         runpy.run_path(str(ROOT / "stages/sample.py"))["main"]()
@@ -61,7 +61,11 @@ def test_outputs_metrics_and_closing_table(run: Any, caplog: pytest.LogCaptureFi
     assert metrics["train_tokens/no"] == 50 and metrics["train_texts/no"] == 10 and metrics["eval_tokens/no"] == 20
     assert metrics["train_tokens/zh-CN"] == 51 and metrics["eval_tokens/zh-CN"] == 21
     assert metrics["train_texts/he"] + metrics["eval_texts/he"] == 6
-    assert metrics["tokens"] == sum(number for key, number in metrics.items() if "_tokens/" in key)
+    for ending in ("", "/files:texts"):
+        totals = [
+            metrics[f"{split}_tokens/{name}{ending}"] for split in ("train", "eval") for name in ("no", "zh-CN", "he")
+        ]
+        assert metrics["tokens"] == sum(totals)
     assert "language" in caplog.text and "zh-CN" in caplog.text and "he: only" in caplog.text
 
 

@@ -62,7 +62,7 @@ class Corpus(Section):
 
     source: Literal["gettext", "files", "huggingface"]
     datasets: list[Dataset]
-    package: Name | None
+    packages: list[Name]
     path: Name | None
     domain: Inside | None
     source_language: Name
@@ -78,8 +78,11 @@ class Corpus(Section):
             raise ValueError("corpus.path: the source 'files' needs a folder")
         if self.source == "huggingface" and not self.datasets:
             raise ValueError("corpus.datasets: the source 'huggingface' needs at least one, such as '- name: xnli'")
-        if self.source == "gettext" and (self.package is None) == (self.path is None):
-            raise ValueError("corpus.package: the source 'gettext' needs either 'package' or 'path', the other null")
+        if self.source == "gettext" and bool(self.packages) == (self.path is not None):
+            raise ValueError("corpus.packages: the source 'gettext' needs either packages or a path: 'packages: []' "
+                             "with a path, 'path:' null with packages")  # fmt: skip
+        if len(set(self.packages)) < len(self.packages):
+            raise ValueError("corpus.packages: a package is listed twice")
         return self
 
 

@@ -1,11 +1,11 @@
-"""Texts from translated gettext catalogs (.mo, .po): those of an installed package, or of a folder."""
+"""Texts from translated gettext catalogs (.mo, .po): those of installed packages, or of a folder."""
 
 import hashlib
 import importlib.metadata
 import logging
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import polib
 
-from babelscope.corpus.languages import match, normalise
+from babelscope.corpus.languages import match, normalise, require
 from babelscope.corpus.messages import running_text
 from babelscope.errors import UserError, nearest
 from babelscope.sections import Corpus
@@ -34,7 +34,7 @@ class Catalog:
 
 
 def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
-    """The messages of `languages`, as running text.
+    """The messages of `languages` in the packages `section.packages`, or in the folder `section.path`, as running text.
 
     The language `section.source_language` is the message ids themselves, of the messages that are translated into one
     of the other `languages` (into any language, where no other is asked for). An entry with plural forms gives one
@@ -42,21 +42,38 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     header, translators' credits, fuzzy, obsolete and untranslated entries.
 
     `group` is a hash of the words of the message id, without case, punctuation, placeholders and context: all
-    translations of a sentence share it, and so do sentences that differ only in what was taken out.
+    translations of a sentence share it, whichever package they are from, and so do sentences that differ only in what
+    was taken out.
 
     Returns
     -------
-    language (as in `languages`), group, source, text; in the order of files and entries, with repetitions.
+    language (as in `languages`), group, source (`gettext:<package>`, or of a folder its name), text; in the order of
+    packages, files and entries, with repetitions. A language that a package lacks is logged.
 
     Raises
     ------
-    UserError: no such package, folder, domain or language, or a catalog that cannot be read.
+    UserError: no such package, folder or domain, a language that none of the packages has, or a catalog that cannot be
+        read.
     """
-    name, found = _find(section)
-    source = f"gettext:{name}"
-    catalogs = _of_domain(found, section.domain, name)
-    origin = normalise(section.source_language)
-    asked = match(languages, {c.language for c in catalogs} | {section.source_language}, source)
+    offered: dict[str, set[str]] = {}
+    parts = []
+    for name, found in _places(section):
+        source = f"gettext:{name}"
+        catalogs = _of_domain(found, section.domain, name)
+        offered[source] = {c.language for c in catalogs} | {section.source_language}
+        asked = match(languages, offered[source])
+        frame = _texts(catalogs, asked, section.source_language, source)
+        parts.append(frame)
+        lacks = [language for language in languages if language not in set(frame["language"])]
+        if lacks:
+            log.warning("%s has no messages in %s", source, ", ".join(lacks))
+    require(languages, offered)
+    return pl.concat(parts)
+
+
+def _texts(catalogs: list[Catalog], asked: Mapping[str, str], source_language: str, source: str) -> pl.DataFrame:
+    """The messages of one package; `asked` maps the normalised tags of its languages to their names in params.yaml."""
+    origin = normalise(source_language)
     wanted = [c for c in catalogs if normalise(c.language) in asked and normalise(c.language) != origin]
     rows: list[tuple[str, str, str]] = []
     for catalog in wanted or catalogs:
@@ -72,22 +89,28 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     return frame.select("language", "group", pl.lit(source).alias("source"), "text")
 
 
-def _find(section: Corpus) -> tuple[str, list[Catalog]]:
-    """A short name of the place, and every catalog in it, in a fixed order."""
-    if section.package is not None:
-        try:
-            files = importlib.metadata.distribution(section.package).files or []
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"params.yaml: corpus.package: no installed package {section.package!r}; install it, or "
-                            "set corpus.path to a folder of catalogs") from None  # fmt: skip
-        paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
-        name, folder, key = section.package, None, "package"
-    else:
+def _places(section: Corpus) -> list[tuple[str, list[Catalog]]]:
+    """A short name of each package (of the folder), and every catalog in it, in a fixed order."""
+    if not section.packages:
         folder = Path(str(section.path)).expanduser()
         if not folder.is_dir():
             raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
         paths = [path for suffix in ("mo", "po") for path in folder.rglob(f"*.{suffix}")]
-        name, key = folder.resolve().name, "path"
+        name = folder.resolve().name
+        return [(name, _catalogs(name, paths, "path", folder))]
+    places = []
+    for name in section.packages:
+        try:
+            files = importlib.metadata.distribution(name).files or []
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            raise UserError(f"params.yaml: corpus.packages: no installed package {name!r}; install it, or set "
+                            "corpus.path to a folder of catalogs") from None  # fmt: skip
+        paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
+        places.append((name, _catalogs(name, paths, "packages")))
+    return places
+
+
+def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None) -> list[Catalog]:
     found = []
     for path in paths:
         if path.parent.name == "LC_MESSAGES":
@@ -97,7 +120,7 @@ def _find(section: Corpus) -> tuple[str, list[Catalog]]:
     if not found:
         raise UserError(f"params.yaml: corpus.{key}: {name!r} holds no catalogs (<language>/LC_MESSAGES/<domain>.mo or "
                         ".po, or <language>.po in the folder itself)")  # fmt: skip
-    return name, sorted(found, key=lambda c: (c.language, c.domain or "", c.path))
+    return sorted(found, key=lambda c: (c.language, c.domain or "", c.path))
 
 
 def _of_domain(catalogs: list[Catalog], domain: str | None, name: str) -> list[Catalog]:

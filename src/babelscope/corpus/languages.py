@@ -1,7 +1,7 @@
 """Matching the languages of params.yaml with the names that catalogs and files carry."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import langcodes
 
@@ -39,20 +39,19 @@ def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
     return names[found] if distance <= _FARTHEST else None
 
 
-def match(languages: Iterable[str], offered: Iterable[str], source: str) -> dict[str, str]:
-    """Normalised tag of each asked language -> its spelling in `languages`.
+def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
+    """Normalised tag of each of `languages` that is offered -> its spelling in `languages`.
 
-    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag, too.
+    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag.
 
     Parameters
     ----------
     languages: the languages as params.yaml spells them.
     offered: the languages as the source spells them.
-    source: what to call the source in an error message, e.g. "gettext:gramps".
 
     Raises
     ------
-    UserError: two of `languages` are the same one, or the source does not offer one of them.
+    UserError: two of `languages` are the same one.
     """
     names = {normalise(name): name for name in sorted(offered)}
     asked: dict[str, str] = {}
@@ -61,15 +60,28 @@ def match(languages: Iterable[str], offered: Iterable[str], source: str) -> dict
         if tag in asked:
             raise UserError(f"params.yaml: languages: {asked[tag]!r} and {language!r} are the same language")
         asked[tag] = language
-    for tag, language in [(tag, name) for tag, name in asked.items() if tag not in names]:
-        if (other := nearest_tag(language, names.values())) is not None and normalise(other) not in asked:
-            asked[normalise(other)] = language
-            names[tag] = other
-    missing = [language for tag, language in asked.items() if tag not in names]
+    found = {tag: language for tag, language in asked.items() if tag in names}
+    for tag, language in asked.items():
+        if tag not in names and (other := nearest_tag(language, names.values())) is not None:
+            found.setdefault(normalise(other), language)
+    return found
+
+
+def require(languages: Sequence[str], offered: Mapping[str, Iterable[str]]) -> None:
+    """Raise a UserError if one of `languages` is in none of the sources.
+
+    Parameters
+    ----------
+    languages: the languages as params.yaml spells them.
+    offered: the name of each source (`gettext:gramps`) -> the languages that it has, as it spells them.
+    """
+    there = {language for names in offered.values() for language in match(languages, names).values()}
+    missing = [language for language in languages if language not in there]
     if missing:
+        names = {normalise(name): name.replace("_", "-") for found in offered.values() for name in sorted(found)}
         close = difflib.get_close_matches(normalise(missing[0]), names, n=1, cutoff=0.5)
-        hint = f" (did you mean {names[close[0]].replace('_', '-')!r}?)" if close else ""
-        allowed = ", ".join(name.replace("_", "-") for name in names.values())
-        raise UserError(f"params.yaml: languages: {source} has no {', '.join(map(repr, missing))}; "
-                        f"it offers: {allowed or 'nothing'}{hint}")  # fmt: skip
-    return asked
+        hint = f" (did you mean {names[close[0]]!r}?)" if close else ""
+        have, offer = ("has", "it offers") if len(offered) == 1 else ("have", "they offer")
+        allowed = ", ".join(names[tag] for tag in sorted(names))
+        raise UserError(f"params.yaml: languages: {' and '.join(offered)} {have} no {', '.join(map(repr, missing))}; "
+                        f"{offer}: {allowed or 'nothing'}{hint}")  # fmt: skip

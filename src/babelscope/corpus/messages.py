@@ -20,12 +20,15 @@ _PLACEHOLDER = re.compile(
     r"|%[-+#0]*+\d*+\.\d+[A-Za-z]"  # %.2f
     r"|%[-+#0]*+\d*+(?:hh|ll|[hlzjtL])?[A-Za-z](?![A-Za-z])"  # %f, %Y; not "50%now"
     r"|%\d+"  # %1 of Qt and KDE
+    r"|\{\{[^{}\n]*\}\}"  # {{name}} of Mustache and Jinja
     r"|[$%#]?\{[^{}\n]*\}"  # {}, {0}, {name:>5}, ${name}, %{name}
 )
+_PERCENT = re.compile(r"\x00\s?\x01")  # the sign of a number that was taken out: "%(share)s%% done"
+_CONSTANT = re.compile(r"(?<=[A-Z])_(?=[A-Z])")  # in a name such as LC_MESSAGES, no mnemonic
 _BRACKETED_MNEMONIC = re.compile(r"(?<!\s)\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
 
 _EMPTY = re.compile(
-    r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」"""
+    r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」|`+[\s\x00]*\x00[\s\x00]*`+"""
     r"""|["“”„][\s\x00]*\x00[\s\x00]*["“”]|['‘’‚][\s\x00]*\x00[\s\x00]*['‘’]"""
 )
 _GAP_BEFORE_STOP = re.compile(r"\x00 ?(?=[.,;:!?)\]。、，；：！？）])")
@@ -43,8 +46,10 @@ def running_text(message: str) -> str:
     with suppress(ValueError):  # `&#` before more digits than Python reads as a number: no character, left as it is
         message = html.unescape(message)
     text = _without_tags(message)
-    text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01")).replace("\x01", "%")
+    text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01"))
+    text = _PERCENT.sub(_GAP, text).replace("\x01", "%")
     text = _BRACKETED_MNEMONIC.sub("", text)
+    text = _CONSTANT.sub(" ", text)
     text = text.replace("_", "" if text.count("_") == 1 else " ")
     if text.count("&") == 1:
         text = re.sub(r"&(?=\w)", "", text)

@@ -51,7 +51,8 @@ def sample(
     Returns
     -------
     The sample (text_id, language, split, group, source, text), by language, split, order in the draw; and its totals
-    (language, split, texts, tokens), one row for each language and split, tokens counted up to max_tokens a text.
+    (language, split, source, texts, tokens), one row for each language, split and source of `texts` (0 included),
+    tokens counted up to max_tokens a text.
 
     Raises
     ------
@@ -64,6 +65,7 @@ def sample(
             raise UserError(_nothing_left(texts, ready, language, section.min_characters))
     ready = split(ready, eval_share(section.train_tokens, section.eval_tokens), seed)
     budgets = {"eval": section.eval_tokens, "train": section.train_tokens}
+    sources = texts["source"].unique().sort().to_list()
     parts, totals = [], []
     for language in languages:
         for name, budget in budgets.items():
@@ -78,9 +80,11 @@ def sample(
             if tokens < budget:
                 log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
             parts.append(part)
-            totals.append((language, name, part.height, tokens))
+            for source in sources:
+                mine = part.filter(source=source)
+                totals.append((language, name, source, mine.height, int(mine["tokens"].sum())))
         advance(1)
-    schema = {"language": pl.String, "split": pl.String, "texts": pl.Int64, "tokens": pl.Int64}
+    schema = dict.fromkeys(("language", "split", "source"), pl.String) | dict.fromkeys(("texts", "tokens"), pl.Int64)
     return pl.concat(parts).select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope.corpus.languages import match, normalise
+from babelscope.corpus.languages import match, normalise, require
 from babelscope.errors import UserError
 from babelscope.files import check_parquet
 from babelscope.sections import Corpus
@@ -42,7 +42,9 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     tables = [_table(path, language=None) for path in paths if path.name in _ALL]
     single = [path for path in paths if path.name not in _ALL]
     offered = {language for table in tables for language in table["language"].unique().to_list()}
-    asked = match(languages, offered | {path.stem for path in single}, source)
+    offered |= {path.stem for path in single}
+    require(languages, {source: offered})
+    asked = match(languages, offered)
     tables += [_table(path, path.stem) for path in single if normalise(path.stem) in asked]
     spelling = {
         name: asked[normalise(name)] for t in tables for name in t["language"].unique() if normalise(name) in asked
