@@ -1,5 +1,6 @@
-"""A GGUF file is unpacked once, into the same model and tokenizer that transformers reads from it."""
+"""Weights come from the file, all of them; a GGUF file is unpacked once, into what transformers reads from it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -8,12 +9,136 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from babelscope import sections
 from babelscope.errors import UserError
-from babelscope.models import loading
+from babelscope.models import hookpoints, loading
 
+Weights = dict[str, torch.Tensor]
+TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+MODELS = {
+    "llama": transformers.LlamaConfig(**TINY),
+    "tied": transformers.LlamaConfig(**TINY, tie_word_embeddings=True),
+    "gpt2": transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=4, n_head=2),
+    "mixtral": transformers.MixtralConfig(**TINY, num_local_experts=4, num_key_value_heads=1),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **TINY, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+        first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    ),
+}  # fmt: skip
+BERT_LIKE = {
+    name: getattr(transformers, name)(**TINY)
+    for name in ("BertConfig", "RobertaConfig", "XLMRobertaConfig", "ElectraConfig", "CamembertConfig")
+} | {
+    "XLNetConfig": transformers.XLNetConfig(vocab_size=60, d_model=32, n_layer=2, n_head=2, d_inner=48),
+    "Gemma3TextConfig": transformers.Gemma3TextConfig(
+        **TINY, head_dim=16, num_key_value_heads=1, use_bidirectional_attention=True
+    ),
+}
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "ab", "Ġc"]
+
+
+def model_at(folder: Path, gguf_file: str | None = None) -> sections.Model:
+    known = {"source": "huggingface", "name": str(folder), "gguf_file": gguf_file, "revision": None}
+    return sections.Model(**known, quantization=None, trust_remote_code=False)
+
+
+def written(
+    config: transformers.PretrainedConfig, folder: Path, change: Callable[[Weights], Weights]
+) -> transformers.PreTrainedModel:
+    """A model whose weights are in `folder`, changed."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("extra", [{}, {"mtp.head.weight": torch.ones(3), "vision.0.bias": torch.ones(2)}])
+def test_whole_weights_are_read_and_further_tensors_named(
+    tmp_path: Path, name: str, extra: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(weights: Weights) -> Weights:  # a buffer may be absent: it is 0 by the model's code
+        return {key: value for key, value in weights.items() if "e_score" not in key} | extra
+
+    weights = written(MODELS[name], tmp_path, change).state_dict()
+    with caplog.at_level("WARNING"):
+        read = loading.load_model(model_at(tmp_path), "float32").state_dict()
+    assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in read)
+    warnings = [record.getMessage() for record in caplog.records if record.name == loading.__name__]
+    assert [text.partition(": ")[2] for text in warnings] == (
+        [f"2 tensors of the file are not part of {MODELS[name].architectures[0]}: mtp.head.weight, vision.0.bias"]
+        if extra else []
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fault", ["_orig_mod.", "module.", "half of the blocks", "one weight", "narrower"])
+def test_weights_that_a_file_lacks_are_named(tmp_path: Path, name: str, fault: str) -> None:
+    def change(weights: Weights) -> Weights:
+        if fault.endswith("."):
+            return {fault + key: value for key, value in weights.items()}
+        if fault == "half of the blocks":
+            return {key: value for key, value in weights.items() if not any(f".{n}." in key for n in (2, 3))}
+        last = max(key for key in weights if key.endswith("norm.weight") or "ln_1.weight" in key)
+        if fault == "one weight":
+            return {key: value for key, value in weights.items() if key != last}
+        return weights | {last: weights[last][:-1].clone()}
+
+    written(MODELS[name], tmp_path, change)
+    lacking = r"has in another shape 1 of the \d+ .*norm\.weight \[31\] \(the model's: \[32\]\)"
+    if fault != "narrower":
+        lacking = r"lacks \d+ of the \d+ weights of \w+, which would stay random: \S+\.\S+"
+    if fault.endswith("."):
+        lacking += rf".*it holds tensors that the model has no place for: {fault}"
+    with pytest.raises(
+        UserError, match=f"^params.yaml: model.name: .*the file {lacking.replace('norm', '(norm|ln_1)')}"
+    ):
+        loading.load_model(model_at(tmp_path), "float32")
+
+
+def test_a_head_that_is_not_tied_must_be_in_the_file(tmp_path: Path) -> None:
+    written(MODELS["llama"], tmp_path, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
+    with pytest.raises(UserError, match=r"lacks 1 of the 39 weights of LlamaForCausalLM.*: lm_head\.weight; allowed"):
+        loading.load_model(model_at(tmp_path), "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # transformers 5.24 runs XLNet in float32 only
+    [
+        (name, kind)
+        for name in BERT_LIKE
+        for kind in ("float32", "bfloat16", "float16")
+        if name != "XLNetConfig" or kind == "float32"
+    ],
+)
+def test_a_model_that_reads_ahead_is_refused(tmp_path: Path, name: str, dtype: str) -> None:
+    written(BERT_LIKE[name], tmp_path, lambda weights: weights)
+    with pytest.raises(UserError, match=r"model\.name: .* is no causal language model"):
+        loading.load_model(model_at(tmp_path), dtype)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "bert as a decoder"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_causal_model_is_none_that_reads_ahead(name: str, dtype: torch.dtype) -> None:
+    config = MODELS[name] if name in MODELS else transformers.BertConfig(**TINY, is_decoder=True)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+    assert not hookpoints.reads_ahead(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=60, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    for load in (loading.load_skeleton, lambda section: loading.load_model(section, "float32")):
+        with pytest.raises(UserError, match=r"is an encoder-decoder model \(bart\)"):
+            load(model_at(tmp_path))
 
 
 @pytest.fixture
@@ -62,8 +187,7 @@ def section(tmp_path: Path) -> sections.Model:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    known = {"source": "huggingface", "name": str(tmp_path), "gguf_file": "tiny.gguf", "revision": None}
-    return sections.Model(**known, quantization=None, trust_remote_code=False)
+    return model_at(tmp_path, "tiny.gguf")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
