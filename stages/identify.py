@@ -121,6 +121,7 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
     tokenizer = loading.load_tokenizer(params.model)
     tokenized = tokens.tokenize(tokenizer, ids, texts["text"].to_list(), params.corpus.max_tokens)
     model = loading.load_model(params.model, params.extract.dtype).to(there.device)
+    tokens.check_fits(model, tokenized)
     store_dtype = loading.DTYPES[params.extract.store_dtype]
     knobs = params.model_dump(include={"extract", "languages", "model"}) | {"max_tokens": params.corpus.max_tokens}
     knobs |= {"hookpoints": hookpoints, "texts": texts["text_id"].to_list()}
