@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _onednn() -> Any:
-    """oneDNN's product; null where this PyTorch has none or, since the operator is private, another one."""
+    """The product of oneDNN; null where this PyTorch has none or, since the operator is private, another one."""
     ones = torch.ones(2, 2)
     try:
         product = torch.ops.mkldnn._linear_pointwise
