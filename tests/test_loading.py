@@ -156,7 +156,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def section(tmp_path: Path) -> sections.Model:
     """A Llama of one block with packed weights (Q8_0) and a byte-level tokenizer, in one GGUF file."""
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    write_gguf(tmp_path / "tiny.gguf")
+    return model_at(tmp_path, "tiny.gguf")
+
+
+def write_gguf(path: Path, lacking: str = "") -> None:
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -176,7 +181,7 @@ def section(tmp_path: Path) -> sections.Model:
     writer.add_pad_token_id(2)
     shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
               "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}  # fmt: skip
-    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items() if name != lacking}
     rng = np.random.default_rng(0)
     for name, shape in {"token_embd.weight": (len(WORDS), 32), **tensors}.items():
         packed = gguf.quants.quantize(rng.normal(size=shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
@@ -187,7 +192,6 @@ def section(tmp_path: Path) -> sections.Model:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model_at(tmp_path, "tiny.gguf")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -250,3 +254,11 @@ def test_a_cache_that_cannot_be_written_and_a_large_file_are_read_the_slow_way(
     monkeypatch.setattr(loading, "_LARGEST", 10)
     monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *names: pytest.fail("asked for"))
     assert loading.load_tokenizer(section)("ab")["input_ids"] == [7]
+
+
+def test_a_gguf_file_that_lacks_a_weight_is_refused_and_nothing_kept(section: sections.Model, cache: Path) -> None:
+    write_gguf(Path(section.name) / "tiny.gguf", lacking="ffn_down")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"lacks 1 of the \d+ weights .*: model\.layers\.0\.mlp\.down_proj\.weight"):
+            loading.load_model(section, "float32")
+    assert not [path for path in cache.rglob("*") if path.is_file()]

@@ -153,7 +153,8 @@ TEXT = "strike <s>this</s> out <pad> now, \u00e9 \u6728"
 
 def test_special_tokens_that_are_written_in_a_text_are_text():
     tokenizer = byte_level()
-    [text] = tokens.tokenize(tokenizer, ["t"], [TEXT], 100)
+    [text, first] = tokens.tokenize(tokenizer, ["t", "f"], [TEXT, "</s>a"], 100)
+    assert first == tokens.tokenize(tokenizer, ["f"], ["</s>a"], 100)[0] and first.special == 1
     assert text.ids[0] == tokenizer.bos_token_id and text.special == 1
     assert not set(text.ids[1:]) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(text.ids[1:]) == TEXT

@@ -255,7 +255,8 @@ def load_model(section: Model, dtype: str) -> Any:
     )
     try:
         place, options = _unpacked(place, options)
-        _check_decoder(section, AutoConfig.from_pretrained(place, **options))
+        if "gguf_file" not in options:  # whose configuration takes as long as its weights
+            _check_decoder(section, AutoConfig.from_pretrained(place, **options))
         model = _read_weights(place, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None

@@ -67,18 +67,20 @@ def _encode(
     """Ids and, if asked for, spans of the texts' own tokens."""
     if not texts:  # which tokenizers of `tokenizers` refuse
         return [], []
-    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    if type(tokenizer).__name__ != "MistralCommonBackend":  # never reads special tokens in a text, and has no option
-        options["split_special_tokens"] = True
-    if offsets:
-        options["return_offsets_mapping"] = True
-    found, special = tokenizer(list(texts), **options), _special_ids(tokenizer)
+    options = _as_text(tokenizer) | ({"return_offsets_mapping": True} if offsets else {})
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
+    special = _special_ids(tokenizer)
     kept = [[place for place, number in enumerate(ids) if number not in special] for ids in found["input_ids"]]
 
     def chosen(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
         return [[values[place] for place in places] for values, places in zip(lists, kept, strict=True)]
 
     return chosen(found["input_ids"]), chosen(found["offset_mapping"]) if offsets else []
+
+
+def _as_text(tokenizer: Any) -> dict[str, bool]:
+    """The option by which a tokenizer takes special tokens in a text for text; Mistral's own one always does."""
+    return {} if type(tokenizer).__name__ == "MistralCommonBackend" else {"split_special_tokens": True}
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -96,7 +98,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 def _leading_special_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     """What the tokenizer puts before `text`, which has tokens of its own."""
-    probe = tokenizer(text, return_special_tokens_mask=True)
+    probe = tokenizer(text, return_special_tokens_mask=True, verbose=False, **_as_text(tokenizer))
     mask = probe["special_tokens_mask"]
     count = mask.index(0) if 0 in mask else 0
     return tuple(probe["input_ids"][:count])
