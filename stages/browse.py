@@ -30,7 +30,7 @@ def main() -> None:
     features, rates = choose(params)
     from babelscope import hardware, matmul, sae
     from babelscope.browse import tables
-    from babelscope.models import loading
+    from babelscope.models import loading, tokens
 
     device = hardware.prepare(params.hardware)
     saes = sae.Shelf(SAES, features["hookpoint"].unique(maintain_order=True).to_list(), device)
@@ -43,7 +43,8 @@ def main() -> None:
         read_passes(firings, texts, tokenizer, params, device)
     ids = texts["text_id"].to_list()
     shown = {one.text for some in firings.values() for side in ("own", "other") for one in some.examples(side)}
-    in_pieces = cut(texts[sorted(shown)], tokenizer, params.corpus.max_tokens)
+    some = texts[sorted(shown)]
+    in_pieces = tables.cut(some, tokens.spelled(tokenizer, some["text"].to_list(), params.corpus.max_tokens))
 
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
@@ -164,17 +165,6 @@ def read_at(hookpoint: str, collector: Any) -> str:
     from babelscope.models.hookpoints import INPUT
 
     return hookpoint if collector.sae.b_in is None else hookpoint + INPUT
-
-
-def cut(texts: pl.DataFrame, tokenizer: Any, max_tokens: int) -> pl.DataFrame:
-    """The texts in pieces, see `babelscope.browse.tables.cut`."""
-    from babelscope.browse import tables
-
-    if texts.is_empty():
-        return tables.cut(texts, [])
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    spans = tokenizer(texts["text"].to_list(), **options)["offset_mapping"]
-    return tables.cut(texts, [own[:max_tokens] for own in spans])
 
 
 def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, count: int) -> pl.DataFrame:

@@ -65,7 +65,7 @@ def collect(params: config.Config) -> list[Case]:
     from babelscope.browse.pieces import by_piece
     from babelscope.browse.tables import cut
     from babelscope.explain.windows import windows
-    from babelscope.models import loading
+    from babelscope.models import loading, tokens
     from babelscope.models.hookpoints import INPUT
 
     knobs = params.explain
@@ -90,9 +90,7 @@ def collect(params: config.Config) -> list[Case]:
     tokenizer = loading.load_tokenizer(params.model)
     used = sorted({one.text for _, chosen in found for part in chosen for one in part})
     shown = texts[used]
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    offsets = tokenizer(shown["text"].to_list(), **options)["offset_mapping"] if used else []
-    in_pieces = cut(shown, [own[: params.corpus.max_tokens] for own in offsets])
+    in_pieces = cut(shown, tokens.spelled(tokenizer, shown["text"].to_list(), params.corpus.max_tokens))
     of = dict(zip(used, in_pieces.select("pieces", "piece").rows(), strict=True))
 
     def side(some: Any) -> list[tuple[list[str], list[float]]]:

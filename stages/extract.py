@@ -32,6 +32,7 @@ def main() -> None:
     table = extraction.token_table(shards, corpus)
     model = loading.load_model(params.model, params.extract.dtype)
     hookpoints.resolve(model, params.hookpoints)
+    tokens.check_fits(model, texts)
     names = reading.names_to_read(params.hookpoints, params.train.transcode)
     widths = reading.widths(model, names)
 

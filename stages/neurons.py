@@ -32,7 +32,7 @@ def count(params: config.Config) -> None:
     from babelscope import hardware
     from babelscope.activations import neurons
     from babelscope.activations.packed import pack
-    from babelscope.models import hookpoints, loading
+    from babelscope.models import hookpoints, loading, tokens
 
     device, names = hardware.prepare(params.hardware), params.neurons.hookpoints
     skeleton = loading.load_skeleton(params.model)
@@ -48,6 +48,7 @@ def count(params: config.Config) -> None:
     language = of["language"].cast(pl.Enum(params.languages))
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     hookpoints.resolve(model, names, "neurons.hookpoints")
+    tokens.check_fits(model, texts)
 
     knobs = params.model_dump(include={"extract", "languages", "model"})
     knobs |= {"hookpoints": names, "max_tokens": params.corpus.max_tokens}

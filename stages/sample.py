@@ -14,6 +14,7 @@ from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
 from babelscope.errors import UserError
 from babelscope.files import write_atomically, write_json
 from babelscope.models.loading import load_tokenizer
+from babelscope.models.tokens import content_ids
 from babelscope.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def main() -> None:
     tokenizer = load_tokenizer(params.model)
 
     def count_tokens(batch: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+        return [len(ids) for ids in content_ids(tokenizer, batch)]
 
     with Progress("sample", len(params.languages), "languages") as progress:
         chosen, totals = sampling.sample(

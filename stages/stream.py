@@ -39,7 +39,7 @@ def stream(params: config.Config) -> None:
     from babelscope.activations.measuring import measure
     from babelscope.activations.packed import pack
     from babelscope.activations.streaming import Stream
-    from babelscope.models import hookpoints, loading
+    from babelscope.models import hookpoints, loading, tokens
     from babelscope.progress import Progress
     from babelscope.sae import checkpoint, module
 
@@ -57,6 +57,8 @@ def stream(params: config.Config) -> None:
         raise UserError(f"{CORPUS}: no texts of split 'train' or none of split 'eval'")
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     hookpoints.resolve(model, params.hookpoints)
+    tokens.check_fits(model, training)
+    tokens.check_fits(model, pack(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
     dtype, steps = loading.DTYPES[params.extract.store_dtype], -(-params.train.tokens // params.train.batch)
     batches = Stream(
         model, training, params.hookpoints,

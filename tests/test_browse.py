@@ -181,7 +181,8 @@ def test_tables_of_what_was_collected() -> None:
     text, language = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
     found.add(x, text, language, text == 2)
     content = pl.DataFrame({"text_id": ["a", "b"], "language": ["en", "de"], "split": "train", "text": ["x yz", "மர"]})
-    cut = tables.cut(content, [[(0, 1), (1, 3), (3, 4)], [(0, 1), (1, 2)]])
+    spans = [[(0, 1), (1, 3), (3, 4)], [(0, 1), (1, 2)]]
+    cut = tables.cut(content, list(zip(content["text"], spans, strict=True)))
     assert cut["pieces"].to_list() == [["x", " y", "z"], ["ம", "ர"]]
     firings = {"layers.2.mlp": found}
     assert tables.examples(features, firings, ["a", "b", "c"], cut).drop("hookpoint", "layer").rows() == [

@@ -38,6 +38,19 @@ class Tokenizer:
         return f" {ids[0]}"
 
 
+class SlowTokenizer(Tokenizer):
+    """One that does not say where in a text its tokens are."""
+
+    is_fast = False
+
+    def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
+        assert not options.pop("return_offsets_mapping", False)
+        return super().__call__(texts, **options)
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(f" {number}" for number in ids)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[Path]:  # noqa: F811
     """A folder in which the stages before `browse` have run."""
@@ -134,6 +147,24 @@ def test_every_table_is_what_the_texts_and_the_model_give(folder: Path, model: A
     assert best["logit"].to_list() == pytest.approx(logits.topk(3).values.tolist(), rel=1e-3)
     assert browser.build(browser.BrowserInputs(LANGUAGES, [SAE_AT, WIDE], "tiny", found))
     assert not Path(".scratch").exists() or not list(Path(".scratch").iterdir())
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_on_the_decoded_texts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = tables()
+    monkeypatch.setattr(loading, "load_tokenizer", lambda section: SlowTokenizer())
+    browse()
+    stage("browse")
+    found = tables()
+    texts, decoded = before.pop("texts"), found.pop("texts")
+    whole = pl.col("pieces").list.join("")
+    assert decoded.select(whole)["pieces"].to_list() == [f" {text}" for text in texts.select(whole)["pieces"]]
+    assert decoded.drop("pieces").equals(texts.drop("pieces"))
+    assert all(found[name].equals(before[name]) for name in before)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda section: Tokenizer())
+    stage("browse")
 
 
 def test_a_second_run_gives_the_same_bytes_and_a_running_pass_the_same_tables(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The dense product against double precision, in every case that takes another path."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -18,6 +20,28 @@ def test_equals_the_product_in_double_precision(shape, with_bias, dtype):
     found = matmul.linear(x, weight, bias)
     assert found.dtype == dtype and found.shape == expected.shape
     assert torch.allclose(found.double(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("fault", ["absent", "other arguments", "other result"])
+def test_without_onednns_operator_the_plain_product_gives_the_same(fault, monkeypatch):
+    x, weight, bias = torch.randn(37, 64), torch.randn(11, 64), torch.randn(11)
+    usual = matmul.linear(x, weight, bias)
+
+    def other(x, weight, bias, *rest):
+        if fault == "other arguments":
+            raise RuntimeError("expected at most 3 arguments")
+        return torch.zeros(len(x), len(weight))
+
+    ops = SimpleNamespace() if fault == "absent" else SimpleNamespace(_linear_pointwise=other)
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    matmul._onednn.cache_clear()
+    try:
+        assert matmul._onednn() is None
+        found = matmul.linear(x, weight, bias)
+    finally:
+        matmul._onednn.cache_clear()
+    assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
+    assert torch.allclose(found, usual, rtol=0, atol=64 * torch.finfo().eps)
 
 
 def test_gradients_still_flow():

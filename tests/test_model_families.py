@@ -288,13 +288,14 @@ def test_leading_special_tokens_are_kept_apart_and_closing_ones_dropped(template
 def test_quantised_loading_is_asked_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def from_pretrained(place: str, **options: object) -> transformers.PreTrainedModel:
+    def from_pretrained(place: str, **options: object) -> tuple[transformers.PreTrainedModel, dict[str, list[str]]]:
         asked.update(options)
-        return make("llama")
+        return make("llama"), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda place, **options: SimpleNamespace())
     section = SimpleNamespace(
-        source="huggingface", name="owner/name", gguf_file=None, revision=None, trust_remote_code=False,
+        source="huggingface", name="owner/name", gguf_file=None, sha256=None, revision=None, trust_remote_code=False,
         quantization="4bit",
     )  # fmt: skip
     monkeypatch.setattr(loading, "_has_bitsandbytes", lambda: True)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
@@ -122,3 +123,102 @@ def test_texts_are_cut_and_no_text_gives_no_tokens():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
     assert tokens.tokenize(tokenizer, ["t"], ["a b a"], 2) == [tokens.TokenizedText("t", (1, 2), 0)]
     assert tokens.tokenize(tokenizer, [], [], 2) == []
+
+
+def fast(tokenizer: Tokenizer, **more: str) -> transformers.PreTrainedTokenizerFast:
+    """With `<s>` first and `</s>` last."""
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | more
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def byte_level(**more: str) -> transformers.PreTrainedTokenizerFast:
+    words = [*sorted(ByteLevel.alphabet()), "<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return fast(tokenizer, **more)
+
+
+def unigram() -> transformers.PreTrainedTokenizerFast:
+    """One that spells `<s>` with its special token even where it is told that special tokens are text."""
+    names = [("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("<unk>", 0.0)]
+    tokenizer = Tokenizer(Unigram(names + [(letter, -5.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz<>/"], 3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), decoders.Metaspace()
+    return fast(tokenizer, unk_token="<unk>")
+
+
+TEXT = "strike <s>this</s> out <pad> now, \u00e9 \u6728"
+
+
+def test_special_tokens_that_are_written_in_a_text_are_text():
+    tokenizer = byte_level()
+    [text, first] = tokens.tokenize(tokenizer, ["t", "f"], [TEXT, "</s>a"], 100)
+    assert first == tokens.tokenize(tokenizer, ["f"], ["</s>a"], 100)[0] and first.special == 1
+    assert text.ids[0] == tokenizer.bos_token_id and text.special == 1
+    assert not set(text.ids[1:]) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(text.ids[1:]) == TEXT
+    assert tokens.content_ids(tokenizer, [TEXT, ""]) == [list(text.ids[1:]), []]
+    # and are special where the tokenizer itself is asked
+    assert tokenizer.bos_token_id in tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+
+
+def test_special_tokens_are_left_out_where_nothing_else_spells_them_and_unknown_ones_stay():
+    tokenizer = unigram()
+    [ids] = tokens.content_ids(tokenizer, [TEXT])
+    assert tokenizer.decode(ids) == "strike this out  now<unk> <unk> <unk>"
+    [(shown, spans)] = tokens.spelled(tokenizer, [TEXT], 100)
+    assert shown == TEXT and len(spans) == len(ids)
+    read = "".join(shown[first:end] for first, end in dict.fromkeys(spans))
+    assert read == TEXT.replace("<s>", "").replace("</s>", "").replace("<pad>", "")
+
+
+def test_a_character_that_is_a_special_token_is_text():
+    tokenizer = byte_level(pad_token="!")
+    [ids] = tokens.content_ids(tokenizer, ["so!"])
+    assert tokenizer.decode(ids) == "so!"
+
+
+@pytest.mark.parametrize("unknown", [{}, {"unk_token": "<unk>"}])
+def test_a_vocabulary_of_another_script_has_its_first_token_too(unknown):
+    words = {name: number for number, name in enumerate(("<pad>", "<s>", "</s>", "<unk>", "\u043c\u0438\u0440"))}
+    tokenizer = Tokenizer(WordLevel(words, **unknown))
+    tokenizer.pre_tokenizer = Whitespace()
+    empty, text = tokens.tokenize(fast(tokenizer, **unknown), ["e", "t"], ["", "\u043c\u0438\u0440"], 9)
+    assert text == tokens.TokenizedText("t", (1, 4), 1)
+    assert empty.own == 0
+
+
+@pytest.mark.parametrize("name", ["byte level", "unigram", "ByT5", "Canine"])
+@pytest.mark.parametrize("most", [3, 30, 100])
+def test_every_token_has_its_place_in_the_text_with_a_fast_tokenizer_or_without(name, most):
+    make = {
+        "byte level": byte_level,
+        "unigram": unigram,
+        "ByT5": transformers.ByT5Tokenizer,
+        "Canine": transformers.CanineTokenizer,
+    }
+    tokenizer, texts = make[name](), ["plain text, in words", "\u6728\u306e \u00e9\u00e8 \U0001f600!", TEXT, ""]
+    for text, whole in zip(tokens.tokenize(tokenizer, texts, texts, most), texts, strict=True):
+        [(shown, spans)] = tokens.spelled(tokenizer, [whole], most)
+        assert len(spans) == text.own
+        assert spans == sorted(spans) and all(0 <= first <= end <= len(shown) for first, end in spans)
+        if name != "unigram":
+            assert whole.startswith(shown) or shown == whole
+            own = text.ids[text.special :]
+            for place, (_, end) in enumerate(spans[:-1]):  # a token ends where the text decoded up to it does
+                if spans[place + 1] != spans[place]:
+                    assert tokenizer.decode(own[: place + 1]).rstrip("\ufffd") == shown[:end]
+
+
+def test_a_text_must_fit_the_model():
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**LLAMA_LIKE, max_position_embeddings=6)
+    )
+    tokens.check_fits(model, [tokens.TokenizedText("t", (1, 3, 4, 5, 6, 49), 1)])
+    with pytest.raises(
+        UserError, match=r"corpus.max_tokens: a text has 7 tokens, 1 special .* 6 positions .* at most 5"
+    ):
+        tokens.check_fits(model, [tokens.TokenizedText("t", (1, 3, 4, 5, 6, 7, 8), 1)])
+    with pytest.raises(UserError, match=r"model.name: the tokenizer gives the token 50 \(text t\)"):
+        tokens.check_fits(model, [tokens.TokenizedText("t", (1, 50), 1)])

@@ -14,6 +14,7 @@ from closure import ROOT
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
+from babelscope.errors import UserError
 from babelscope.models import hookpoints, loading
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
@@ -162,3 +163,30 @@ def one_nll(model: Any, ids: list[int], units: dict[str, list[int]]) -> tuple[fl
     with hookpoints.editing(model, {name: edit(removed) for name, removed in units.items()}):
         logits = model(input_ids=whole, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1], whole[0, 1:], reduction="sum").item(), len(ids)
+
+
+@pytest.mark.parametrize("name", ["extract", "neurons", "stream"])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"max_position_embeddings": 8}, r"corpus\.max_tokens: a text has (9|10) tokens, 1 special .* 8 positions"),
+        ({"vocab_size": 60}, r"model\.name: the tokenizer gives the token \d+ .* 0 to 59 only"),
+    ],
+)
+def test_texts_that_do_not_fit_the_model_are_named_before_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sizes: dict[str, int], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2} | sizes
+    small = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(intermediate_size=24, **options))
+    small.eval().requires_grad_(False)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda section: tokenizer)
+    monkeypatch.setattr(loading, "load_skeleton", lambda section: small)
+    monkeypatch.setattr(loading, "load_model", lambda section, dtype: small)
+    monkeypatch.setattr(small, "forward", lambda **inputs: pytest.fail("a pass"))
+    monkeypatch.setattr(small.model, "forward", lambda **inputs: pytest.fail("a pass"))
+    Path("data/corpus").mkdir(parents=True)
+    corpus().write_parquet("data/corpus/texts.parquet")
+    set_params(neurons={"hookpoints": NEURONS}, train={"source": "stream" if name == "stream" else "stored"})
+    with pytest.raises(UserError, match=message):
+        stage(name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peers import assert_alike, in_its_environment
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from babelscope.errors import UserError
 from babelscope.sae.checkpoint import load
@@ -153,13 +153,20 @@ def test_gemma_scope_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(sae(x), z @ w["decoder.weight"].T + w["decoder.bias"], rtol=0, atol=1e-5)
 
 
-def test_a_llama_scope_transcoder_has_a_norm_at_each_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_of_output", [True, False])
+def test_a_llama_scope_transcoder_has_a_norm_at_each_end(tmp_path: Path, is_of_output: bool) -> None:
+    """The threshold is one of raw activations: of what a latent adds to the output (rows of norm 1), or of scores."""
     norms = {"in": 64.0, "out": 3.0}
-    write_llama_scope(tmp_path, hook_point_out="blocks.3.hook_mlp_out", dataset_average_activation_norm=norms)
+    write_llama_scope(
+        tmp_path, hook_point_out="blocks.3.hook_mlp_out", dataset_average_activation_norm=norms,
+        jump_relu_threshold=2.0, sparsity_include_decoder_norm=is_of_output,
+    )  # fmt: skip
     sae = load(tmp_path)
     w, x = weights(), torch.randn(7, D, generator=torch.Generator().manual_seed(0)) * 10
     score = x * 4 / 64 @ w["encoder.weight"].T + w["encoder.bias"]
-    z = torch.where(score > 0.4 * 4 / 64, score, 0)
+    raw_score, raw_output = score * 64 / 4, score * 3 / 4
+    z = torch.where((raw_output if is_of_output else raw_score) > 2.0, score, 0).clamp(min=0)
+    assert 0 < int((z > 0).sum()) < int((score > 0).sum())
     y = (z @ w["decoder.weight"].T + w["decoder.bias"]) * 3 / 4
     torch.testing.assert_close(sae(x), y, rtol=0, atol=1e-4)
     assert sae.b_in is not None
@@ -181,6 +188,137 @@ def test_what_a_release_says_and_we_cannot_compute_is_named(
 ) -> None:
     write(tmp_path / "sae", **changes)
     with pytest.raises(UserError, match=message):
+        load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("norms", [torch.ones(N), torch.linspace(0.5, 2, N)])
+def test_a_llama_scope_latent_fires_by_what_it_adds_to_the_output(tmp_path: Path, norms: torch.Tensor) -> None:
+    write_llama_scope(tmp_path)
+    w = weights() | {"decoder.weight": weights()["decoder.weight"] * norms}
+    save_file({name: value.contiguous() for name, value in w.items()}, tmp_path / "checkpoints/final.safetensors")
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score = x * 4 / 6.25 @ w["encoder.weight"].T + w["encoder.bias"]
+    fires = score * w["decoder.weight"].norm(dim=0) * 6.25 / 4 > 0.4
+    y = (torch.where(fires, score, 0) @ w["decoder.weight"].T + w["decoder.bias"]) * 6.25 / 4
+    torch.testing.assert_close(load(tmp_path)(x), y, rtol=0, atol=1e-4)
+
+
+def write_dictionary(folder: Path, kind: str, **changes: Any) -> None:
+    w, trainer = weights(), {"dict_class": kind, "activation_dim": D, "dict_size": N}
+    tensors = {"b_dec": w.pop("decoder.bias"), **w, "k": torch.tensor(4), "threshold": torch.tensor(1.5)}
+    if kind == "MatryoshkaBatchTopKSAE":
+        tensors |= {"W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"]}
+    folder.mkdir(parents=True)
+    torch.save(tensors | changes, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) -> None:
+    write_dictionary(tmp_path / "set", kind)
+    assert load(tmp_path / "set").threshold.unique().tolist() == [1.5]
+    write_dictionary(tmp_path / "unset", kind, threshold=torch.tensor(-1.0))
+    with pytest.raises(UserError, match=rf"config\.json: the threshold of {kind} was never set"):
+        load(tmp_path / "unset")
+    write_dictionary(tmp_path / "topk", "AutoEncoderTopK", threshold=torch.tensor(-1.0))
+    assert load(tmp_path / "topk").k == 4  # which does not use it
+
+
+def write_saelens(folder: Path, **changes: Any) -> None:
+    w = weights()
+    tensors = {
+        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
+        "b_dec": w["decoder.bias"],
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": N, **changes}))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", None])
+@pytest.mark.parametrize("key", ["activation_fn", "activation_fn_str"])
+def test_topk_of_saelens_before_release_6(tmp_path: Path, architecture: str | None, key: str) -> None:
+    changes = {key: "topk", "activation_fn_kwargs": {"k": 4}, "normalize_activations": False}
+    write_saelens(tmp_path / "old", architecture=architecture, **changes)
+    write_saelens(tmp_path / "new", architecture="topk", k=4)
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    old, new = load(tmp_path / "old"), load(tmp_path / "new")
+    assert old.k == 4 and torch.equal(old(x), new(x))
+
+
+def write_sparsify(folder: Path, **changes: Any) -> None:
+    w = weights()
+    tensors = {"encoder.weight": w["encoder.weight"], "encoder.bias": w["encoder.bias"], "b_dec": w["decoder.bias"],
+               "W_dec": w["decoder.weight"].T.contiguous()}  # fmt: skip
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "sae.safetensors")
+    settings = {"d_in": D, "k": 4, "num_latents": 0, "expansion_factor": N // D}
+    (folder / "cfg.json").write_text(json.dumps(settings | changes))
+
+
+FILES = {
+    "sae_weights.safetensors": write_saelens,
+    "sae.safetensors": write_sparsify,
+    "params.npz": write_gemma_scope,
+    "checkpoints/final.safetensors": write_llama_scope,
+    "ae.pt": lambda folder: write_dictionary(folder, "BatchTopKSAE"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("fault", ["module.", "_orig_mod.", "one lacks", "fewer latents", "narrower", "none"])
+def test_tensors_that_are_missing_or_misshapen_are_refused_in_every_format(
+    tmp_path: Path, file: str, fault: str
+) -> None:
+    FILES[file](tmp_path / "sae")
+    path = tmp_path / "sae" / file
+    read = {".npz": lambda: {k: torch.from_numpy(v) for k, v in np.load(path).items()}, ".pt": lambda: torch.load(path)}
+    tensors = read.get(path.suffix, lambda: load_file(path))()
+    decoder = "W_dec" if "W_dec" in tensors else "decoder.weight"
+    if fault.endswith("."):
+        changed = {fault + name: value for name, value in tensors.items()}
+    elif fault == "one lacks":
+        changed = {name: value for name, value in tensors.items() if name != decoder}
+    else:
+        axis = int((fault == "fewer latents") == (decoder == "decoder.weight"))
+        part = tensors[decoder].narrow(axis, 0, tensors[decoder].shape[axis] - (fault != "none"))
+        changed = tensors | {decoder: part.clone()}
+    if path.suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in changed.items()})
+    elif path.suffix == ".pt":
+        torch.save(changed, path)
+    else:
+        save_file(changed, path)
+    if fault == "none":
+        assert load(tmp_path / "sae").latents == N
+        return
+    message = rf"the key '[\w.]+'; the tensors there: {fault}" if fault.endswith(".") else f"the key '{decoder}'"
+    with pytest.raises(UserError, match=message if fault in ("module.", "_orig_mod.", "one lacks") else "sae"):
+        load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (write_saelens, {"d_sae": 2 * N}, f"d_sae is {2 * N}, but the weights have {N}"),
+        (write_saelens, {"d_in": 2 * D}, f"d_in is {2 * D}, but the weights have {D}"),
+        (write_sparsify, {"num_latents": 2 * N}, f"num_latents is {2 * N}, but the weights have {N}"),
+        (write_llama_scope, {"d_model": 2 * D}, f"d_model is {2 * D}, but the weights have {D}"),
+    ],
+)
+def test_settings_of_another_size_than_the_weights_are_refused(
+    tmp_path: Path, write: Any, changes: dict[str, int], message: str
+) -> None:
+    write(tmp_path / "sae", **changes)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "sae")
+
+
+def test_a_skip_connection_is_refused_though_the_settings_do_not_say_so(tmp_path: Path) -> None:
+    write_sparsify(tmp_path / "sae")
+    path = tmp_path / "sae/sae.safetensors"
+    save_file(load_file(path) | {"W_skip": torch.zeros(D, D)}, path)
+    with pytest.raises(UserError, match="skip connection, W_skip"):
         load(tmp_path / "sae")
 
 

@@ -50,6 +50,9 @@ class PackedTexts:
         ids = self._ids[self._ends[number] : self._ends[number + 1]]
         return TokenizedText(self.text_ids[number], tuple(ids), self._special[number])
 
+    def __iter__(self) -> Iterator[TokenizedText]:
+        return (self[number] for number in range(len(self)))
+
     def by_length(self) -> list[int]:
         """Numbers of the texts in the order of `babelscope.models.tokens.by_length`."""
         lengths = self._lengths.tolist()

@@ -11,19 +11,19 @@ from babelscope.browse.pieces import by_piece, pieces
 from babelscope.browse.units import KEY
 
 
-def cut(texts: pl.DataFrame, spans: Sequence[Sequence[tuple[int, int]]]) -> pl.DataFrame:
+def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:
     """Texts in pieces.
 
     Parameters
     ----------
-    texts: `text_id`, `language`, `split`, `text`.
-    spans: of each text's tokens, see `pieces`.
+    texts: `text_id`, `language`, `split`.
+    spelled: of each what is read, and the spans of its tokens, see `babelscope.models.tokens.spelled` and `pieces`.
 
     Returns
     -------
     `text_id`, `language`, `split`, `pieces` (list of strings), `piece` (the number of every token's piece, list).
     """
-    found = [pieces(text, some) for text, some in zip(texts["text"], spans, strict=True)]
+    found = [pieces(text, spans) for text, spans in spelled]
     return texts.select("text_id", "language", "split").with_columns(
         pl.Series("pieces", [part[0] for part in found], dtype=pl.List(pl.String)),
         pl.Series("piece", [part[1] for part in found], dtype=pl.List(pl.Int64)),

@@ -112,12 +112,12 @@ class Totals:
         tables = (F.pad(table, (0, 0, 0, 1)) for table in (mine.owns, mine.scale, mine.shift))
         return tuple(table.to(self.device) for table in (slot, *tables))
 
-    @torch.no_grad()
     def encodes(self, hookpoint: str) -> str:
         """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
         dictionary = self.saes.get(hookpoint)
         return hookpoint if dictionary is None or dictionary.b_in is None else f"{hookpoint}.input"
 
+    @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
         """Add tokens of any texts.
 

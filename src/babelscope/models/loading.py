@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from babelscope.errors import UserError, nearest
 from babelscope.fingerprint import dvc_md5
 from babelscope.models import packaged
+from babelscope.models.hookpoints import reads_ahead
 from babelscope.sections import Model
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def _gguf_files(section: Model, place: str) -> list[Path]:
 
 def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: Path) -> None:
     from safetensors.torch import save_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     plain = {**options, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -114,7 +116,7 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
             place = temporary
         elif section.sha256 is not None:
             packaged.check(files[0], section.sha256)
-        model = AutoModelForCausalLM.from_pretrained(place, **plain)
+        model = _read_weights(str(place), **plain)
         AutoTokenizer.from_pretrained(place, **options).save_pretrained(temporary)
         joined.unlink(missing_ok=True)
         model.config.save_pretrained(temporary)
@@ -157,6 +159,45 @@ def load_tokenizer(section: Model) -> Any:
         raise _refusal(section, "tokenizer", error) from None
 
 
+def _read_weights(place: str, **options: Any) -> Any:
+    """The model with all its weights from the file.
+
+    transformers draws at random what a file lacks or has in another shape, and says so in a report only.
+
+    Raises
+    ------
+    UserError: the file lacks a parameter of the model, or holds it in another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    # Tied weights are not in the report; a buffer that is absent keeps the value that the model's code gives it.
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing, unused = sorted(parameters & set(report["missing_keys"])), sorted(report["unexpected_keys"])
+    mismatched = [
+        f"{name} {list(found)} (the model's: {list(expected)})"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    for names, what in ((missing, "the file lacks"), (mismatched, "the file has in another shape")):
+        if names:
+            others = f"; it holds tensors that the model has no place for: {_first_of(unused)}" if unused else ""
+            raise UserError(
+                f"params.yaml: model.name: {place!r}: {what} {len(names)} of the {len(parameters)} weights of "
+                f"{type(model).__name__}, which would stay random: {_first_of(names)}{others}; allowed: files with all "
+                "weights under the names that transformers gives them (save_pretrained writes such)"
+            )
+    if unused:
+        log.warning("%s: %d tensors of the file are not part of %s: %s",
+                    place, len(unused), type(model).__name__, _first_of(unused))  # fmt: skip
+    return model
+
+
+def _first_of(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
 def load_skeleton(section: Model) -> torch.nn.Module | None:
     """The model without weights (on the meta device), to check names before a long load; null for a GGUF file."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,6 +207,7 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
     place, options = _where(section)
     try:
         config = AutoConfig.from_pretrained(place, **options)
+        _check_decoder(section, config)
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=section.trust_remote_code
@@ -173,6 +215,14 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
     except _FAILURES as error:
         raise _refusal(section, "configuration", error) from None
     return model
+
+
+def _check_decoder(section: Model, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"params.yaml: model.name: {section.name!r} is an encoder-decoder model ({config.model_type}), whose "
+            "decoder predicts nothing without the encoder; allowed: causal (decoder-only) language models"
+        )
 
 
 def _has_bitsandbytes() -> bool:
@@ -203,16 +253,26 @@ def load_model(section: Model, dtype: str) -> Any:
 
     Raises
     ------
-    UserError: the package, folder, file or hub id does not exist or holds no causal language model.
+    UserError: the package, folder, file or hub id does not exist or holds no causal language model; the file lacks
+        weights; or tokens depend on those that follow them (a masked language model).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     quantised = (
         {} if section.quantization is None else {"quantization_config": _quantised(section.quantization, DTYPES[dtype])}
     )
     try:
         place, options = _source(section)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options, **quantised)
+        if "gguf_file" not in options:  # whose configuration takes as long as its weights
+            _check_decoder(section, AutoConfig.from_pretrained(place, **options))
+        model = _read_weights(place, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if reads_ahead(model):
+        raise UserError(
+            f"params.yaml: model.name: {section.name!r} is no causal language model: in {type(model).__name__} as its "
+            "config.json sets it up, what is computed at a token depends on the tokens after it (as in masked language "
+            "models); allowed: models that predict each token from those before it"
+        )
+    return model

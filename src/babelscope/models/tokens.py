@@ -1,11 +1,13 @@
-"""Texts as token ids, and batches of texts of like length, so that padding costs little."""
+"""The only place that tokenizes texts; and batches of texts of like length, so that padding costs little."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from babelscope.errors import UserError
 
 # Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
 MOST_PADDING = 0.05
@@ -28,23 +30,120 @@ class TokenizedText:
 def tokenize(tokenizer: Any, text_ids: Sequence[str], texts: Sequence[str], max_tokens: int) -> list[TokenizedText]:
     """Token ids of each text, cut after `max_tokens` own tokens, with the tokenizer's leading special tokens.
 
-    Closing special tokens (EOS) are left out: in a causal model they change nothing before them.
+    Closing special tokens (EOS) are left out: in a causal model they change nothing before them. See `content_ids` for
+    special tokens that are written in a text.
     """
-    if not texts:  # which tokenizers of `tokenizers` refuse
-        return []
-    own = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    leading = _leading_special_tokens(tokenizer)
+    own = content_ids(tokenizer, texts)
+    leading = _leading_special_tokens(tokenizer, next((text for text, ids in zip(texts, own, strict=True) if ids), ""))
     return [
         TokenizedText(text_id, (*leading, *ids[:max_tokens]), len(leading))
         for text_id, ids in zip(text_ids, own, strict=True)
     ]
 
 
-def _leading_special_tokens(tokenizer: Any) -> tuple[int, ...]:
-    probe = tokenizer("a", return_special_tokens_mask=True)
+def content_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text itself, without special tokens.
+
+    What is spelled like a special token (`<s>`, `<|endoftext|>`) is text like any other, and is tokenized as such.
+    Vocabularies in which no other tokens spell it (Unigram) leave it out.
+    """
+    return _encode(tokenizer, texts, offsets=False)[0]
+
+
+def spelled(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Each text, and where in it every own token that `tokenize` gives begins and ends (in characters).
+
+    A tokenizer that cannot tell (one without a fast version) has each text decoded from its tokens instead.
+    """
+    if not getattr(tokenizer, "is_fast", True):
+        return [_decoded(tokenizer, ids[:max_tokens]) for ids in content_ids(tokenizer, texts)]
+    _, spans = _encode(tokenizer, texts, offsets=True)
+    return [(text, where[:max_tokens]) for text, where in zip(texts, spans, strict=True)]
+
+
+def _encode(
+    tokenizer: Any, texts: Sequence[str], *, offsets: bool
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Ids and, if asked for, spans of the texts' own tokens."""
+    if not texts:  # which tokenizers of `tokenizers` refuse
+        return [], []
+    options = _as_text(tokenizer) | ({"return_offsets_mapping": True} if offsets else {})
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
+    special = _special_ids(tokenizer)
+    kept = [[place for place, number in enumerate(ids) if number not in special] for ids in found["input_ids"]]
+
+    def chosen(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        return [[values[place] for place in places] for values, places in zip(lists, kept, strict=True)]
+
+    return chosen(found["input_ids"]), chosen(found["offset_mapping"]) if offsets else []
+
+
+def _as_text(tokenizer: Any) -> dict[str, bool]:
+    """The option by which a tokenizer takes special tokens in a text for text; Mistral's own one always does."""
+    return {} if type(tokenizer).__name__ == "MistralCommonBackend" else {"split_special_tokens": True}
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens that never stand for text: not the unknown token, and none of a single character.
+
+    Some models have a line feed or an exclamation mark as padding.
+    """
+    names = ("all_special_ids", "all_special_tokens")
+    tokens = dict(zip(*(getattr(tokenizer, name, []) for name in names), strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens |= {number: str(token) for number, token in added.items() if token.special}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return {number for number, token in tokens.items() if len(token.strip()) > 1 and number != unknown}
+
+
+def _leading_special_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """What the tokenizer puts before `text`, which has tokens of its own."""
+    probe = tokenizer(text, return_special_tokens_mask=True, verbose=False, **_as_text(tokenizer))
     mask = probe["special_tokens_mask"]
     count = mask.index(0) if 0 in mask else 0
     return tuple(probe["input_ids"][:count])
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that the tokens decode to, and the span of each; tokens that share a character have the same."""
+
+    def decode(first: int, last: int) -> str:
+        return str(tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    text, spans = "", list[tuple[int, int]]()
+    before, done = 0, 0  # the tokens before the next ones are decoded with them: at the start a space may be lost
+    for end in range(1, len(ids) + 1):
+        known, now = decode(before, done), decode(before, end)
+        if end < len(ids) and (len(now) <= len(known) or now.endswith("\ufffd")):
+            continue  # in the middle of a character
+        spans += [(len(text), len(text) + max(0, len(now) - len(known)))] * (end - done)
+        text += now[len(known) :]
+        before, done = done, end
+    return text, spans
+
+
+def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
+    """Check that the model knows all tokens and positions of the texts.
+
+    Raises
+    ------
+    UserError: a token id beyond the model's embedding, or a text longer than the lengths that the model was made for.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+    for text in texts:
+        if text.ids and max(text.ids) >= rows:
+            raise UserError(
+                f"params.yaml: model.name: the tokenizer gives the token {max(text.ids)} (text {text.text_id}), but "
+                f"{type(model).__name__} has embeddings of 0 to {rows - 1} only: the two do not belong together"
+            )
+        if 0 < positions < len(text.ids):
+            raise UserError(
+                f"params.yaml: corpus.max_tokens: a text has {len(text.ids)} tokens, {text.special} special ones among "
+                f"them, but {type(model).__name__} is made for {positions} positions (its config.json); allowed: at "
+                f"most {positions - text.special}"
+            )
 
 
 def by_length(texts: Sequence[TokenizedText]) -> list[TokenizedText]:

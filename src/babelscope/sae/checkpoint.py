@@ -128,6 +128,7 @@ def _read(folder: Path, kind: formats.Format) -> SAE:
         return kind.build(settings, tensors)
     except KeyError as error:
         beside = f"neither {kind.settings} nor {kind.weights} holds" if kind.settings else f"{kind.weights} lacks"
-        raise UserError(f"{folder}: {beside} the key {error}") from None
+        held = ", ".join(sorted(tensors)[:6])
+        raise UserError(f"{folder}: {beside} the key {error}; the tensors there: {held}") from None
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder / (kind.settings or kind.weights)}: {error}") from None

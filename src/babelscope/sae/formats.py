@@ -77,6 +77,18 @@ def _number(value: Any, key: str) -> float:
     return float(value)
 
 
+def _check_sizes(config: Settings, **sizes: int) -> None:
+    """Check that settings which give the sizes of the weights, where there, give those that the weights have."""
+    for key, size in sizes.items():
+        if isinstance(config.get(key), int) and config[key] not in (size, 0):  # 0: sparsify derives it
+            raise ValueError(f"{key} is {config[key]}, but the weights have {size}: they do not belong together")
+
+
+def _unscaled(tensors: Tensors) -> None:
+    if not bool((tensors.get("scaling_factor", torch.ones(1)) == 1).all()):
+        raise ValueError("scaling_factor is not 1; allowed: files without it")
+
+
 def _uncentred(encoder: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     """The bias for an encoder that takes nothing off its input: an autoencoder of ours takes b_dec off."""
     return (b_enc.double() + product(encoder, b_dec)).float()
@@ -86,13 +98,18 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
     architecture = _one_of(config, "architecture", tuple(ACTIVATIONS))
     activation = ACTIVATIONS[architecture]
     for key in ("normalize_activations", "reshape_activations"):
-        _one_of(config, key, ("none",))
-    for key in ("activation_fn", "activation_fn_str"):  # before release 6
+        _one_of(config, key, ("none", False))
+    old = config.get("activation_fn_kwargs") or {}  # before release 6, when `standard` had several activation functions
+    for key in ("activation_fn", "activation_fn_str"):
+        if architecture == "standard" and "k" in old and config.get(key) == "topk":
+            activation = "topk"
         _one_of(config, key, ("topk" if activation == "topk" else "relu",))
     _one_of(config, "finetuning_scaling_factor", (False,))
+    _unscaled(tensors)
 
     encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     encoder, b_in = encoder.mT, None
+    _check_sizes(config, d_in=encoder.shape[1], d_sae=encoder.shape[0], d_out=W_dec.shape[1])
     if architecture.endswith("transcoder") or "d_out" in config:
         _one_of(config, "apply_b_dec_to_input", (False,))
         b_in = torch.zeros(encoder.shape[1])
@@ -104,7 +121,7 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
             norms = W_dec.norm(dim=1)
             encoder, b_enc = encoder * norms[:, None], b_enc * norms
             W_dec = W_dec / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a latent of norm 0 stays at 0
-        return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
+        return SAE(encoder, W_dec, b_enc, b_dec, _whole(old | config, "k"), b_in=b_in)
     # Below a threshold under 0, SAELens' ReLU is what holds negative scores back: as a threshold of 0 does.
     threshold = tensors["threshold"].float().clamp(min=0) if activation == "jumprelu" else torch.zeros_like(b_enc)
     return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in)
@@ -114,8 +131,11 @@ def _sparsify(config: Settings, tensors: Tensors) -> SAE:
     _one_of(config, "activation", ("topk",))
     for key in ("skip_connection", "signed"):  # signed: early releases, the largest scores of either sign
         _one_of(config, key, (False,))
+    if "W_skip" in tensors:
+        raise ValueError("the weights hold a skip connection, W_skip; allowed: files without it")
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     encoder, W_dec, b_enc, b_dec = (tensors[name] for name in names)
+    _check_sizes(config, d_in=encoder.shape[1], num_latents=encoder.shape[0])
     transcoder = _one_of(config, "transcode", (False, True))  # whose input is encoded as it is
     b_in = torch.zeros(encoder.shape[1]) if transcoder else None
     return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
@@ -123,8 +143,7 @@ def _sparsify(config: Settings, tensors: Tensors) -> SAE:
 
 def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
     """Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): `relu(x W_enc + b_enc)` above a threshold per latent."""
-    if not bool((tensors.get("scaling_factor", torch.ones(1)) == 1).all()):
-        raise ValueError("scaling_factor is not 1; allowed: files without it")
+    _unscaled(tensors)
     W_enc, W_dec, b_enc, b_dec, threshold = (
         tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
     )
@@ -135,14 +154,17 @@ def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
 def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
     """Llama Scope (He et al. 2024, arXiv 2410.20526), of OpenMOSS' Language-Model-SAEs.
 
-    Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. A latent fires where its score, in the
-    units of the raw input (SAELens' loader multiplies the threshold by that factor, too), times the norm of its decoder
-    row exceeds `jump_relu_threshold`.
+    Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. `jump_relu_threshold` is in the units of
+    the raw activations, as their library folds the normalisation into the weights first: a latent fires where what it
+    adds to the raw output (its score times the norm of its decoder row, there) exceeds it, or, without
+    `sparsity_include_decoder_norm`, its score on the raw input. Of unit rows and one norm, as in the released SAEs,
+    that is what SAELens computes, which takes no account of the rows' norms.
     """
     _one_of(config, "act_fn", ("jumprelu",))
     _one_of(config, "apply_decoder_bias_to_pre_encoder", (False,))
     encoder, decoder, b_enc = (tensors[name].float() for name in ("encoder.weight", "decoder.weight", "encoder.bias"))
     d = encoder.shape[1]
+    _check_sizes(config, d_model=d, d_sae=encoder.shape[0])
     b_dec = tensors["decoder.bias"].float() if _one_of(config, "use_decoder_bias", (True, False)) else torch.zeros(d)
     into, out = 1.0, 1.0
     if _one_of(config, "norm_activation", ("dataset-wise", "inference")) == "dataset-wise":
@@ -150,9 +172,9 @@ def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
         into, out = (
             math.sqrt(d) / _number(norms[key], f"dataset_average_activation_norm.{key}") for key in ("in", "out")
         )
-    threshold = torch.full_like(b_enc, into * _number(config["jump_relu_threshold"], "jump_relu_threshold"))
-    if _one_of(config, "sparsity_include_decoder_norm", (True, False)):
-        threshold = threshold / decoder.norm(dim=0)
+    raw = torch.full_like(b_enc, _number(config["jump_relu_threshold"], "jump_relu_threshold"))
+    is_of_output = _one_of(config, "sparsity_include_decoder_norm", (True, False))
+    threshold = raw * out / decoder.norm(dim=0) if is_of_output else raw * into
     encoder, W_dec, b_dec = encoder * into, decoder.mT / out, b_dec / out
     if config["hook_point_in"] != config["hook_point_out"]:
         return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=torch.zeros(d))
@@ -174,12 +196,17 @@ def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
             f"trainer.dict_class is {kind!r}; allowed: AutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
             "JumpReluAutoEncoder, MatryoshkaBatchTopKSAE"
         )
+    _check_sizes(trainer, activation_dim=encoder.shape[1], dict_size=encoder.shape[0])
     if kind == "AutoEncoderTopK":
         return SAE(encoder, W_dec, b_enc, b_dec, int(tensors["k"]))
     if kind == "AutoEncoder":
         return SAE(encoder, W_dec, b_enc, b_dec, threshold=torch.zeros_like(b_enc))
     if kind == "JumpReluAutoEncoder":  # takes nothing off its input
         b_enc = _uncentred(encoder, b_enc, b_dec)
+    elif bool((tensors["threshold"] < 0).any()):  # -1 until training sets it, without which every positive score fires
+        raise ValueError(
+            f"the threshold of {kind} was never set; allowed: files trained past trainer.threshold_start_step"
+        )
     threshold = tensors["threshold"].float().clamp(min=0).expand(b_enc.shape)
     return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold)
 
@@ -204,6 +231,8 @@ def _npz(path: Path) -> Tensors:
 
 def _torch(path: Path) -> Tensors:
     tensors: Tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError("holds something else than tensors by name")
     return tensors
 
 
