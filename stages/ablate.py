@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    import numpy as np
     import torch
 
     from babelscope import hardware, matmul, sae
-    from babelscope.evaluation import ablation, results
+    from babelscope.evaluation import results, sequential
     from babelscope.evaluation.conditions import conditions
     from babelscope.evaluation.interventions import interventions, neurons
     from babelscope.models import hookpoints, loading, tokens
@@ -35,10 +37,9 @@ def main() -> None:
     features = read_table(FEATURES)
     corpus = read_table(CORPUS).filter(split="eval")
     tokenizer = loading.load_tokenizer(params.model)
-    texts = tokens.by_length(
-        tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
-    )
     of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
+    ready = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
+    texts = tokens.by_length(tokens.within(ready, of, knobs.tokens))
     language = [of[text.text_id] for text in texts]
     places = {method: hookpoints_of(method, features, params) for method in methods}
     counts = {name: read_counts(method, name) for method, names in places.items() for name in names}
@@ -48,7 +49,6 @@ def main() -> None:
     matmul.use_in(model)
     hookpoints.resolve(model, list(counts))
 
-    targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in texts)
     depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
     depends |= {"ratio": params.score.ratio}
@@ -63,19 +63,20 @@ def main() -> None:
             {name: counts[name] for name in names},
             totals[method],
             params.languages,
-            ratio=params.score.ratio, by_layer=knobs.by_layer, others=knobs.by_layer_others,
-            draws=knobs.control_draws, seed=params.seed,
+            ratio=params.score.ratio, by_layer=knobs.by_layer, draws=knobs.control_draws, seed=params.seed,
         )  # fmt: skip
         if method == "neuron":
-            done = neurons(what.units, {name: hookpoints.width(model, name) for name in names}, device)
+            width = {name: hookpoints.width(model, name) for name in names}
+            make = partial(neurons, width=width, device=device)
         else:
             largest = {name: largest_activation(counts[name], saes[name].latents) for name in names}
-            done = interventions(method, what.units, saes, largest, knobs.additive_factor)
-        with Progress(f"ablate {method}", targets, "tokens") as progress:
-            nll = ablation.ablate(
-                model, done, texts, knobs.batch_tokens,
-                asked=torch.from_numpy(what.asked(language)), keep=keep / method, advance=progress.update,
-            )  # fmt: skip
+            make = partial(interventions, method, saes=saes, largest=largest, m=knobs.additive_factor)
+        asked = what.asked(language, np.array([*map(targets, texts)]), knobs.others_tokens)
+        nll, what = sequential.measure(
+            what, texts, language, torch.from_numpy(asked),
+            partial(measure, model, make, method, knobs.batch_tokens), keep / method,
+            resamples=knobs.bootstrap, seed=params.seed,
+        )  # fmt: skip
         context = nll, what, method, language, params.languages, knobs.bootstrap, params.seed
         found, control = results.table(*context), results.control(*context)
         figures = results.figures(found, control, params.languages) | {"share_computed": nll.share}
@@ -85,6 +86,21 @@ def main() -> None:
         report(found, control, figures, params.languages)
     write(pl.concat(tables), pl.concat(controls), numbers)
     shutil.rmtree(keep, ignore_errors=True)
+
+
+def measure(
+    model: Any, make: Any, method: str, batch_tokens: int, what: Any, texts: list[Any], asked: Any, keep: Path
+) -> Any:
+    """The NLL of texts under the conditions `what`, of which `make` makes interventions."""
+    from babelscope.evaluation.ablation import ablate
+
+    with Progress(f"ablate {method}", sum(map(targets, texts)), "tokens") as progress:
+        return ablate(model, make(what.units), texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
+
+
+def targets(text: Any) -> int:
+    """The tokens of a text that have one before them and are not special."""
+    return max(len(text.ids) - max(text.special, 1), 0)
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) -> list[str]:

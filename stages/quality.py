@@ -1,10 +1,7 @@
 """Stage `quality`: how much of the model's loss on held-out text each SAE's reconstruction recovers, per language."""
 
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -27,7 +24,7 @@ def main() -> None:
     tokenizer = loading.load_tokenizer(params.model)
     of = dict(zip(corpus["text_id"], corpus["language"], strict=True))
     texts = tokens.by_length(
-        some(
+        tokens.within(
             tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens),
             of,
             params.quality.tokens,
@@ -53,18 +50,6 @@ def main() -> None:
     write_json(Path("metrics/quality.json"), figures(found))
     report(found)
     shutil.rmtree(keep, ignore_errors=True)
-
-
-def some(texts: Sequence[Any], of: Mapping[str, str], limit: int | None) -> list[Any]:
-    """The texts of each language, in the order of their ids (hashes of the texts), until they have `limit` tokens."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for text in sorted(texts, key=lambda text: text.text_id):
-        language = of[text.text_id]
-        if limit is None or taken[language] < limit:
-            taken[language] += text.own
-            chosen.append(text)
-    return chosen
 
 
 def figures(found: pl.DataFrame) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.evaluation import ablation, conditions, controls, nll, results, selectivity
+from babelscope.evaluation import ablation, conditions, controls, nll, results, selectivity, sequential
 from babelscope.evaluation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
 from babelscope.models import head, hookpoints, partial, tokens
 from babelscope.sae.autoencoder import SAE
@@ -407,14 +407,33 @@ def test_conditions_are_each_language_its_controls_and_each_hookpoint_alone():
         sizes, none = [len(units) for units in what.units[name]], [0] * 3
         assert sizes[:3] == own and sizes[9:] == (own + none if name == "layers.1" else none + own)
         assert all(n >= size and bool(n) == bool(size) for size, n in zip(np.repeat(own, 2), sizes[3:9], strict=True))
-    asked = what.asked(["en", "fi"])
-    assert asked[:3].all() and asked[9:].all()
-    own = conditions.conditions(
-        OWNED, {"layers.1": COUNTED}, TOTALS, ["fi", "en"], ratio=0.5, by_layer=True, others=False, draws=0, seed=0
+    only = what.only(pl.col("control") == 1, pl.col("hookpoint") == "layers.2")
+    assert only.keys["condition"].to_list() == list(range(6)) and only.keys["control"].to_list() == [1] * 3 + [None] * 3
+    assert only.units["layers.2"] == [*what.units["layers.2"][4:9:2], *what.units["layers.2"][12:]]
+
+
+def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others():
+    keys = pl.DataFrame(
+        {
+            "condition": [0, 1, 2],
+            "ablated": ["a", "a", "b"],
+            "hookpoint": [None, "h", None],
+            "control": [None, None, 0],
+        },
+        schema_overrides={"control": pl.Int32},
     )
-    assert own.asked(["en", "fi"]).tolist() == [[True, True]] * 2 + [[False, True], [True, False]]
-    # Half of the others' texts (1 / (3 - 1)), the second of two; all of one's own.
-    assert asked[3:9].tolist() == [[False, True]] * 2 + [[True, False]] * 2 + [[False, True]] * 2
+    language = ["a", "b", "c"] * 8
+    tokens = np.array([10] * 24)
+    what = conditions.Conditions(keys, {})
+    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 24, 8 + 4 + 4]
+    for others, each in ((80, 8), (40, 4), (20, 2), (1, 1)):
+        asked = what.asked(language, tokens, others)
+        by_language = asked.reshape(3, 8, 3).sum(1)  # conditions x languages
+        assert by_language[:2].tolist() == [[8, each, each]] * 2
+        assert by_language[2].tolist() == [min(each, 4), 8, min(each, 4)]
+        if others == 40:  # the sample of a control is in that of the others, and has all lengths
+            assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 2, 4, 6]
+            assert not (asked[2] & ~asked[0])[2::3].any()
 
 
 def test_against_the_control_by_hand():
@@ -456,6 +475,57 @@ def test_the_interval_against_the_control_pairs_the_texts():
     assert np.isnan(row["contrast"]) and not row["selective"]  # there is no other language
 
 
+def tokens_of(texts):
+    return np.array([max(len(text.ids) - text.special, 0) for text in texts])
+
+
+def test_later_draws_are_made_for_the_languages_that_the_first_do_not_decide(tmp_path):
+    texts = [tokens.TokenizedText(f"t{i}", (1, 2, 3), 1) for i in range(60)]
+    language = ["en", "fi", "sv"] * 20
+    keys = [(name, None, None) for name in ("en", "fi", "sv")]
+    keys += [(name, None, draw) for name in ("en", "fi", "sv") for draw in range(4)]
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
+    frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
+    frame = frame.with_columns(pl.col("condition").cast(pl.Int64))
+    what = conditions.Conditions(frame, {"h": [[row] for row in range(len(keys))]})
+    asked = torch.from_numpy(what.asked(language, np.full(60, 10), 50))
+    # en: far above its controls, and far more selective. fi: as its controls. sv: below them, for certain.
+    own, others = {"en": 9.0, "fi": 1.0, "sv": 0.5}, {"en": 0.1, "fi": 1.0, "sv": 4.0}
+    noise = torch.rand((len(keys), 60), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.2
+    steps = []
+
+    def run(some, chosen, pairs, keep):
+        steps.append((some.keys["ablated"].to_list(), some.keys["control"].to_list(), keep.name))
+        ablated = torch.full(pairs.shape, torch.nan, dtype=torch.float64)
+        for row, [number] in enumerate(some.units["h"]):
+            name, _, draw = keys[number]
+            for column, text in enumerate(chosen):
+                at = int(text.text_id[1:])
+                size = (own[name] if language[at] == name else others[name]) if draw is None else 1.0
+                ablated[row, column] = size + noise[number, at] if pairs[row, column] else torch.nan
+        zeros = torch.zeros(len(chosen), dtype=torch.float64)
+        return ablation.TextNLL(zeros, ablated, torch.full((len(chosen),), 10), int(pairs.sum()), 1, 2)
+
+    nll_of, made = sequential.measure(what, texts, language, asked, run, tmp_path, resamples=200, seed=0)
+    assert [step[2] for step in steps] == ["first", "later"]
+    assert steps[1][:2] == (["fi", "fi"], [2, 3])
+    assert made.keys["control"].drop_nulls().to_list() == [0, 1] * 3 + [2, 3]
+    numbers = [row for [row] in made.units["h"]]
+    assert torch.equal(nll_of.ablated.isnan(), ~asked[numbers]) and nll_of.passes == int(asked[numbers].sum())
+    assert nll_of.share == 0.5
+    found = results.control(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
+    assert found.select("above", "draws").rows() == [(True, 2), (False, 4), (False, 2)]
+
+
+def test_a_cell_is_of_the_texts_on_which_its_condition_was_evaluated():
+    nan = np.nan
+    ablated = np.array([[2.0, 4.0, 1.0], [2.0, nan, 1.0], [nan, nan, 3.0]])
+    found = selectivity.cells(np.ones(3), ablated, np.array([1, 3, 2]), ["en", "en", "fi"], 100, 0)
+    assert found.filter(evaluated="en").select("condition", "nll", "tokens", "delta").rows() == [
+        (-1, 0.5, 4, 0.0), (0, 1.5, 4, 1.0), (1, 1.5, 1, 1.0)]  # fmt: skip
+    assert found.filter(evaluated="fi")["delta"].to_list() == [0.0, 0.0, 0.0, 1.0]
+
+
 def test_the_tables_of_a_run(model, saes):
     texts = make_texts()
     language = ["en" if i % 2 else "fi" for i in range(len(texts))]
@@ -465,7 +535,9 @@ def test_the_tables_of_a_run(model, saes):
     )
     what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
-    nll_of = ablation.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language)))
+    nll_of = ablation.ablate(
+        model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None))
+    )
     found = results.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
     assert found.columns == [*results.COLUMNS, "hookpoint", "layer"]
     assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]

@@ -200,7 +200,8 @@ class Ablate(Section):
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Size
     by_layer: bool
-    by_layer_others: bool
+    tokens: Positive | None
+    others_tokens: Positive | None
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
     @field_validator("methods")

@@ -38,15 +38,28 @@ class TextNLL:
         not asked for.
     tokens: target tokens, int64 `[texts]`.
     passes: how many (condition, text) pairs had to be computed.
-    share: what was computed of the (condition, text, token, block) that whole passes would have run; clean passes, and
-        what passes are filled up with, aside.
+    computed, whole: how many (condition, text, token, block) were computed, and how many whole passes would have run;
+        clean passes, and what passes are filled up with, aside.
     """
 
     clean: Tensor
     ablated: Tensor
     tokens: Tensor
     passes: int
-    share: float
+    computed: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        """What was computed of what whole passes would have run."""
+        return self.computed / max(self.whole, 1)
+
+    def followed_by(self, later: "TextNLL", texts: Tensor) -> "TextNLL":
+        """With further conditions, measured on `texts` (int64, the numbers of those of `later` among these)."""
+        more = torch.full((len(later.ablated), len(self.clean)), torch.nan, dtype=self.ablated.dtype)
+        more[:, texts] = later.ablated
+        sums = (getattr(self, key) + getattr(later, key) for key in ("passes", "computed", "whole"))
+        return TextNLL(self.clean, torch.cat([self.ablated, more]), self.tokens, *sums)
 
 
 def ablate(
@@ -92,7 +105,7 @@ def ablate(
         advance(int(part["tokens"].sum()))
     clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
     passes, computed, whole = (sum(int(part[key]) for part in parts) for key in ("passes", "computed", "whole"))
-    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed / max(whole, 1))
+    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed, whole)
 
 
 def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is to be ablated: each language's units, at all hookpoints together and at each alone, and their controls."""
+"""What is ablated, and on which texts: each language's units, at all hookpoints and at each alone, and controls."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,34 +16,60 @@ class Conditions(NamedTuple):
     Attributes
     ----------
     keys: one row per condition: `condition` (its number), `ablated` (language), `hookpoint` (null: all together),
-        `control` (draw number; null: the language's own units), `share` (of the texts in other languages than
-        `ablated` about which the condition is asked).
+        `control` (draw number; null: the language's own units).
     units: by hookpoint, the unit numbers of every condition.
     """
 
     keys: pl.DataFrame
     units: dict[str, list[list[int]]]
 
-    def asked(self, language: Sequence[str]) -> NDArray[np.bool_]:
-        """Which pairs are wanted.
+    def numbers(self, chosen: pl.Expr) -> list[int]:
+        """The numbers of the conditions whose keys meet `chosen`."""
+        return self.keys.filter(chosen)["condition"].to_list()
 
-        Of the texts in other languages, a share at even distances.
+    def only(self, *chosen: pl.Expr) -> "Conditions":
+        """The conditions whose keys meet the first of `chosen`, then those that meet the next, numbered anew."""
+        rows = [number for some in chosen for number in self.numbers(some)]
+        keys = self.keys[rows].with_columns(condition=pl.int_range(len(rows), dtype=pl.Int64, eager=True))
+        return Conditions(keys, {name: [sets[row] for row in rows] for name, sets in self.units.items()})
+
+    def asked(self, language: Sequence[str], tokens: NDArray[np.int64], others_tokens: int | None) -> NDArray[np.bool_]:
+        """Which pairs of condition and text are evaluated.
+
+        A language's own texts are always evaluated. Of each other language, a sample of about `others_tokens` tokens;
+        under a control, of about as many tokens in all other languages together as the language itself has, never of
+        more than without it. The texts of a smaller sample are in every larger one.
 
         Parameters
         ----------
-        language: of each text; the texts in an order by which even distances give a fair sample (`by_length`).
+        language: of each text; the texts in `by_length` order, so that a sample has all lengths.
+        tokens: target tokens of each text.
+        others_tokens: null: all texts.
 
         Returns
         -------
         Bool `[conditions, texts]`.
         """
-        ablated, share = self.keys["ablated"].to_numpy(), self.keys["share"].to_numpy()[:, None]
-        other = ablated[:, None] != np.array(language, dtype=object)[None]
-        rank = other.cumsum(1)
-        # The small term keeps 14 * (1 / 14) from falling short of 1.
-        steps = np.floor(np.stack([rank - 1, rank]) * share + 1e-9)
-        wanted: NDArray[np.bool_] = ~other | (steps[1] > steps[0])
+        names, codes = np.unique(np.array(language, dtype=str), return_inverse=True)
+        total = np.bincount(codes, weights=tokens, minlength=len(names))
+        place = np.empty(len(codes))
+        for code in range(len(names)):
+            mine = np.flatnonzero(codes == code)
+            place[mine] = _spread(len(mine))
+        share = np.ones(len(names)) if others_tokens is None else others_tokens / np.maximum(total, 1)
+        control = np.minimum(share, 1 / max(1, len(names) - 1))
+        is_control = self.keys["control"].is_not_null().to_numpy()[:, None]
+        own = self.keys["ablated"].to_numpy()[:, None] == np.array(language, dtype=object)[None]
+        wanted: NDArray[np.bool_] = own | (place < np.where(is_control, control[codes], share[codes]))
         return wanted
+
+
+def _spread(count: int) -> NDArray[np.float64]:
+    """The first `count` terms of van der Corput's sequence, 0, 1/2, 1/4, ...: those below any limit lie evenly."""
+    numbers, result = np.arange(count), np.zeros(count)
+    for bit in range(max(1, count).bit_length()):
+        result += ((numbers >> bit) & 1) / 2 ** (bit + 1)
+    return result
 
 
 def conditions(
@@ -54,14 +80,10 @@ def conditions(
     *,
     ratio: float,
     by_layer: bool,
-    others: bool = True,
     draws: int,
     seed: int,
 ) -> Conditions:
     """Every condition of a run.
-
-    All languages are evaluated under what takes out a language's units at all hookpoints; under a control, its own
-    language and about as many texts in others.
 
     Parameters
     ----------
@@ -71,7 +93,6 @@ def conditions(
     languages: in the order wanted.
     ratio: `score.ratio`, see `controls.matched`.
     by_layer: also each hookpoint alone (without controls).
-    others: whether these are evaluated on all languages, or on their own only, which costs a fraction.
     draws: controls per language; 0 for none.
     seed: of the controls.
     """
@@ -82,7 +103,7 @@ def conditions(
         for hookpoint in counts
         for name in languages
     }
-    keys: list[tuple[str, str | None, int | None, float]] = [(name, None, None, 1.0) for name in languages]
+    keys: list[tuple[str, str | None, int | None]] = [(name, None, None) for name in languages]
     units = {hookpoint: [own[hookpoint, name] for name in languages] for hookpoint in counts}
     random = {
         (hookpoint, name): matched(table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed)
@@ -91,14 +112,14 @@ def conditions(
     }
     for name in languages:
         for draw in range(draws):
-            keys.append((name, None, draw, 1 / max(1, len(languages) - 1)))
+            keys.append((name, None, draw))
             for hookpoint in counts:
                 units[hookpoint].append(random[hookpoint, name][draw])
     for alone in counts if by_layer else ():
         for name in languages:
-            keys.append((name, alone, None, float(others)))
+            keys.append((name, alone, None))
             for hookpoint in counts:
                 units[hookpoint].append(own[hookpoint, name] if hookpoint == alone else [])
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "share": pl.Float64}
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
     frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
     return Conditions(frame.with_columns(pl.col("condition").cast(pl.Int64)), units)

@@ -8,12 +8,17 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+# Haybittle (1971) and Peto et al. (1976): a test that may end early ends where p < 0.001, so that its end has the level
+# that it would have had. 3.29 standard deviations.
+EARLY = 3.29
+
 _CONTROL = (
     {"language": polars.String}
     | dict.fromkeys(["own", "control", "control_high", "others", "control_others"], polars.Float64)
     | dict.fromkeys(["excess", "excess_low", "excess_high"], polars.Float64)
     | dict.fromkeys(["contrast", "contrast_low", "contrast_high"], polars.Float64)
-    | dict.fromkeys(["above", "selective"], polars.Boolean)
+    | dict.fromkeys(["above", "selective", "decided"], polars.Boolean)
+    | {"draws": polars.Int32}
 )
 
 
@@ -24,12 +29,13 @@ def cells(
 
     `nll = sum of NLL / number of target tokens` (not a mean of per-text means); `delta` is its difference to the clean
     run; `low`, `high` are the 2.5 % and 97.5 % quantiles of `delta` over resamples of the texts (Efron 1979, percentile
-    method). All conditions share the resamples, so that they can be compared.
+    method). Conditions that were evaluated on the same texts share the resamples, so that they can be compared.
 
     Parameters
     ----------
     clean: nats, `[texts]`.
-    ablated: nats, `[conditions, texts]`; NaN where a condition was not asked for: its cell is left out.
+    ablated: nats, `[conditions, texts]`; NaN for texts on which a condition was not evaluated. A cell is of the texts
+        on which it was; without any, it is left out.
     tokens: target tokens, `[texts]`.
     language: of each text.
     resamples: number of bootstrap resamples.
@@ -37,8 +43,8 @@ def cells(
 
     Returns
     -------
-    `condition` (row number in `ablated`; -1 is the clean run), `evaluated`, `nll`, `tokens`, `delta`, `low`, `high`,
-    the languages in order of first appearance.
+    `condition` (row number in `ablated`; -1 is the clean run), `evaluated`, `nll` (that of the clean run on all texts,
+    plus `delta`), `tokens` (those evaluated), `delta`, `low`, `high`, the languages in order of first appearance.
     """
     names = list(dict.fromkeys(language))
     of = np.array([names.index(name) for name in language], dtype=np.int64)
@@ -50,14 +56,17 @@ def cells(
         unchanged = {"delta": 0.0, "low": 0.0, "high": 0.0}
         rows.append({"condition": -1, "evaluated": name, "nll": base, "tokens": total, **unchanged})
         change = ablated[:, mine] - clean[mine]
-        _, resampled = _means(change, tokens[mine], resamples, np.random.default_rng([seed, code]))
-        low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
-        for condition, text_change in enumerate(change):
-            if np.isnan(text_change).any():  # not asked for
+        for known in np.unique(~np.isnan(change), axis=0):
+            if not known.any():
                 continue
-            delta = text_change.sum() / total if total else float("nan")
-            row = {"condition": condition, "evaluated": name, "nll": base + delta, "tokens": total, "delta": delta}
-            rows.append({**row, "low": low[condition], "high": high[condition]})
+            members = np.flatnonzero((~np.isnan(change) == known).all(axis=1))
+            count, random = tokens[mine][known], np.random.default_rng([seed, code])
+            deltas, resampled = _means(change[members][:, known], count, resamples, random)
+            low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
+            for place, condition in enumerate(members):
+                cell = {"delta": deltas[place], "low": low[place], "high": high[place]}
+                at = {"condition": int(condition), "evaluated": name, "nll": base + deltas[place]}
+                rows.append({**at, "tokens": int(count.sum()), **cell})
     return polars.DataFrame(rows, infer_schema_length=None).sort("condition", maintain_order=True)
 
 
@@ -123,7 +132,8 @@ def against_control(
     `language`; nats/token: `own`, `control` (mean over the draws), `control_high` (97.5 % quantile over texts and
     draws), `others`, `control_others` (both on the texts in other languages that the control was asked for), `excess`,
     `excess_low`, `excess_high` (own - control), `contrast`, `contrast_low`, `contrast_high` (of own - others to the
-    control's); `above`, `selective`. A language without draws has no row.
+    control's); `above`, `selective`; `decided`: both differences lie more than `EARLY` standard deviations of their
+    resamples from 0, so that more draws would not change what they say; `draws`. A language without draws has no row.
     """
     of = np.array(language, dtype=object)
     rows: list[dict[str, object]] = []
@@ -158,6 +168,8 @@ def against_control(
             "contrast_high": contrast_high,
             "above": bool(low > 0),
             "selective": bool(contrast_low > 0),
+            "decided": all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast)),
+            "draws": len(draws),
         })  # fmt: skip
     return polars.DataFrame(rows, schema=_CONTROL)
 

@@ -1,6 +1,7 @@
 """The only place that tokenizes texts; and batches of texts of like length, so that padding costs little."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,3 +180,20 @@ def pad(batch: Sequence[TokenizedText], pad_id: int = 0) -> tuple[Tensor, Tensor
         ids[row, : len(text.ids)] = torch.tensor(text.ids)
         mask[row, : len(text.ids)] = 1
     return ids, mask
+
+
+def within(texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None) -> list[TokenizedText]:
+    """The texts of each language, in the order of their ids (hashes of the texts), until they have `limit` tokens.
+
+    Parameters
+    ----------
+    language: by text id.
+    limit: content tokens per language; null: all texts.
+    """
+    taken: Counter[str] = Counter()
+    chosen = []
+    for text in sorted(texts, key=lambda text: text.text_id):
+        if limit is None or taken[language[text.text_id]] < limit:
+            taken[language[text.text_id]] += text.own
+            chosen.append(text)
+    return chosen
