@@ -257,7 +257,8 @@ def _suits(model: Any, longest: int) -> bool:
         # A partial pass may start before any block.
         memory.hidden[len(layers)] = whole.new_zeros((*ids.shape, whole.shape[-1]))
         memory.hidden[len(layers)][here] = whole
-        for layer in layers:
+        # From above: no block is to find what those below it have just left in the model for the same tokens.
+        for layer in reversed(layers):
             hidden, wanted = (memory.hidden[at][row, position].float() for at in (layer, layer + 1))
             part = partial_pass(model, memory, tokens, hidden, range(layer, layer + 1), {})
             if not probing.agree(part, wanted, precision):

@@ -90,7 +90,8 @@ def stays_in_place(model: Any, hookpoint: str) -> bool:
         clean = hooks.run_blocks(model, layers, None, input_ids=ids)
         with hooks.editing(model, {hookpoint: change}):
             other = hooks.run_blocks(model, layers, None, input_ids=ids)
-        same = (clean == other).all(-1)
+        # Some families hand on several residual streams, `[streams, batch, tokens, d]`.
+        same = (clean == other).reshape(-1, *clean.shape[-3:]).all(-1).all(0)
         for place in places:
             same[place] = True
         return is_seen == [True] and same.shape == ids.shape and bool(same.all())
