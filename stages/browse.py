@@ -172,10 +172,11 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
     import torch
 
     from babelscope.browse import tables
-    from babelscope.browse.lens import extremes, readable
+    from babelscope.browse.lens import extremes, readable, tokens_of
     from babelscope.models import unembedding
 
     found = {}
+    has_text = tokens_of(tokenizer, model.get_output_embeddings().weight.shape[0])
     with torch.inference_mode():
         for name, dictionary in saes.items():
             if dictionary.d != unembedding.width(model):
@@ -183,7 +184,11 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
                 continue
             chosen = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
             directions = dictionary.W_dec[chosen.to(dictionary.b_dec.device)]
-            found[name] = extremes(unembedding.direct_logits(model, directions), count)
+            try:
+                found[name] = extremes(unembedding.direct_logits(model, directions), count, has_text)
+            except UserError as error:
+                log.warning("browse: no tokens are listed: %s", error)
+                break
     ids = {
         token
         for ends in found.values()

@@ -306,6 +306,27 @@ def test_directions_are_projected_out_by_hand(saes):
     assert basis(sae.W_dec).shape == (3, 2)
 
 
+def test_many_conditions_take_memory_by_their_units_and_give_what_a_table_of_all_pairs_gives():
+    g = torch.Generator().manual_seed(6)
+    latents, decoder = 512, F.normalize(torch.randn(512, D, generator=g), dim=1)
+    sae, x = SAE(decoder, decoder, torch.zeros(latents), torch.zeros(D), 8), torch.randn(40, D, generator=g)
+    sets = [[n] for n in range(0, latents, 2)] + [[], [3, 3, 9, 4], list(range(100, 180)), [4]]
+    done = FeatureAblation(sae, sets)
+    kept = [value for value in vars(done).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.numel() for value in kept) < 3 * (latents + len(sets) + sum(map(len, sets)))
+    values, indices = sae.encode(x)
+    table = torch.zeros(len(sets), latents, dtype=torch.bool)
+    for row, units in enumerate(sets):
+        table[row, units] = True
+    assert torch.equal(done.touches(x), (table[:, indices] & (values > 0)).any(-1))
+    dense = torch.zeros(len(x), latents).scatter(1, indices, values)
+    condition = torch.randint(len(sets), (len(x),), generator=g)
+    condition[:4] = torch.arange(len(sets) - 4, len(sets))
+    torch.testing.assert_close(done.change(x, condition), x - (dense * table[condition]) @ decoder)
+    nothing = FeatureAblation(sae, [[], []])
+    assert torch.equal(nothing.change(x, condition * 0), x) and not nothing.touches(x).any()
+
+
 def test_the_additive_vector_by_hand():
     sae = SAE(torch.eye(3), torch.tensor([[2.0, 0, 0], [1.0, 1, 0], [3.0, 3, 0]]), torch.zeros(3), torch.ones(3), 1)
     done = Additive(sae, [[0, 1], []], torch.tensor([10.0, 5.0, 99.0]), -0.2)

@@ -1,6 +1,7 @@
 """What the feature browser is made of: each computed thing by hand or against the straightforward way."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -238,6 +239,17 @@ def test_extremes_come_from_both_ends_and_ties_go_to_the_smaller_id() -> None:
     assert found.promoted_logits.tolist() == [[3.0, 3.0], [1.0, 1.0]]
     assert found.suppressed_logits.tolist() == [[-1.0, -1.0], [-3.0, -3.0]]
     assert lens.extremes([], 2).promoted.shape == (0, 2)
+
+
+def test_rows_of_the_embedding_without_a_token_are_not_listed() -> None:
+    rows = torch.tensor([[3.0, 9.0, -1.0, 2.0, 8.0, -7.0]])  # ids 1, 4 and 5 are no tokens
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 2, "c": 3, "beyond": 6})
+    has_text = lens.tokens_of(tokenizer, 6)
+    assert has_text.tolist() == [True, False, True, True, False, False]
+    found = lens.extremes([rows, rows], 2, has_text)
+    assert found.promoted.tolist() == [[0, 3]] * 2 and found.promoted_logits.tolist() == [[3.0, 2.0]] * 2
+    assert found.suppressed.tolist() == [[2, 3]] * 2 and found.suppressed_logits.tolist() == [[-1.0, 2.0]] * 2
+    assert lens.extremes([rows], 5, has_text).promoted.tolist() == [[0, 3, 2]]
 
 
 class Bytes:

@@ -16,7 +16,7 @@ from test_neurons_stages import LANGUAGES, SAE_AT, corpus, model, set_params, st
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.errors import UserError
-from babelscope.models import hookpoints, loading
+from babelscope.models import hookpoints, loading, unembedding
 from babelscope.report import browser
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
@@ -25,8 +25,14 @@ NAMES = ("features", "probabilities", "histograms", "texts", "examples", "tokens
 WIDE = "layers.2.mlp.act_fn"  # 24 neurons: not as wide as the residual stream
 
 
+TOKENS = 60  # of the 99 rows of the embedding: the others have no text
+
+
 class Tokenizer:
     """A token per number, behind one special token."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f" {number}": number for number in range(TOKENS)}
 
     def __call__(self, texts: Any, return_offsets_mapping: bool = False, **options: Any) -> dict[str, Any]:
         found = neurons.tokenizer(texts, **options)
@@ -35,6 +41,7 @@ class Tokenizer:
         return found
 
     def decode(self, ids: list[int]) -> str:
+        assert ids[0] < TOKENS
         return f" {ids[0]}"
 
 
@@ -141,7 +148,7 @@ def test_every_table_is_what_the_texts_and_the_model_give(folder: Path, model: A
     assert tokens["token"].equals(" " + tokens["token_id"].cast(pl.String))
     head = model.get_output_embeddings().weight * model.base_model.norm.weight
     first = features.filter(hookpoint=SAE_AT)["unit"][0]
-    logits = head @ saes[SAE_AT].W_dec[first]
+    logits = (head @ saes[SAE_AT].W_dec[first])[:TOKENS]
     best = tokens.filter(unit=first, side="promoted")
     assert best["token_id"].to_list() == logits.topk(3).indices.tolist()
     assert best["logit"].to_list() == pytest.approx(logits.topk(3).values.tolist(), rel=1e-3)
@@ -213,6 +220,19 @@ def test_transcoders_are_read_at_their_input_and_none_is_removed(
     peaks = found[0]["examples"].group_by("unit").agg(pl.col("activations").list.max().max())
     largest = features.join(peaks, on="unit")
     assert largest["activations"].to_list() == pytest.approx(largest["largest"].to_list(), rel=1e-3)
+
+
+def test_a_model_without_a_logit_lens_has_no_tokens_to_list(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(unembedding, "_moves_as", lambda *_: False)
+        browse()
+        stage("browse")
+    assert tables()["tokens"].is_empty() and tables()["features"].height
+    assert "no tokens are listed: params.yaml: model.name: LlamaForCausalLM has no logit lens" in caplog.text
+    stage("browse")
+    assert tables()["tokens"].height
 
 
 def test_no_feature_at_all_is_a_result(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

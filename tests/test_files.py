@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from closure import ROOT
@@ -102,6 +103,33 @@ def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):
         progress.skip(30)
         progress.update(40)
     assert "extract: 40 of 100 tokens" in caplog.text and "s left" in caplog.text
+
+
+def test_progress_says_when_it_began_to_work_and_how_long_it_took(caplog, monkeypatch):
+    clock = iter([100.0, 100.5, 101.5, 105.0, 112.0, 120.0])
+    monkeypatch.setattr("babelscope.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.delenv("CI", raising=False)
+    with caplog.at_level(logging.INFO), Progress("encode", 500, "tokens") as progress:
+        for _ in range(4):
+            progress.update(100)
+    assert caplog.messages == [
+        "encode: 200 of 500 tokens, 133 tokens/s, 2 s left",
+        "encode: 400 of 500 tokens, 33 tokens/s, 3 s left",
+        "encode: 400 tokens in 20 s, 20 tokens/s",
+    ]
+
+
+def test_work_that_fails_or_takes_no_time_has_no_closing_line(caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with caplog.at_level(logging.INFO), Progress("encode", 10, "tokens") as progress:
+        progress.update(10)
+    with (
+        caplog.at_level(logging.INFO), pytest.raises(ValueError), Progress("encode", 9, "tokens", every=0) as progress
+    ):  # fmt: skip
+        progress.update(9)
+        raise ValueError
+    assert not caplog.messages
 
 
 class Terminal(io.StringIO):

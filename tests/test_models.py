@@ -10,6 +10,9 @@ from tokenizers.processors import TemplateProcessing
 
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, tokens
+from babelscope.models import names as names_of
+from babelscope.report import data
+from babelscope.tracking import summary
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
 LLAMA_LIKE = {**TINY, "num_key_value_heads": 1, "intermediate_size": 24, "pad_token_id": 0, "bos_token_id": 1}
@@ -98,10 +101,23 @@ def test_what_was_read_is_not_changed_by_what_the_block_does_next(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("layers.14.mlp", 14), ("layers.3", 3), ("h.0.attn", 0), ("layers.12.mlp.act_fn", 12), ("x", 0)]
+    ("name", "layer"),
+    [
+        ("layers.14.mlp", 14),
+        ("layers.3", 3),
+        ("h.0.attn", 0),
+        ("layers.12.mlp.act_fn", 12),
+        ("x", 0),
+        ("h2o.layers.3", 3),
+        ("h2o.layers.3.mlp", 3),
+        ("layers.3.mlp.experts.5", 3),
+    ],
 )
 def test_layer_of(name, layer):
-    assert hookpoints.layer_of(name) == layer
+    assert hookpoints.layer_of(name) == names_of.layer_of(name) == layer
+    labels = data.layer_labels([name, "layers.77"])
+    assert labels[name] == (str(layer) if name != "x" else "x")
+    assert summary.layers([name])[name] == (layer, "")
 
 
 def test_batches_hold_every_text_once_and_pad_little():

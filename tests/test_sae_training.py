@@ -1,7 +1,9 @@
 """Training end to end on a small made-up store: quality, exact resume, and the units of the result."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +211,29 @@ def test_whitening_evens_out_the_spectrum() -> None:
     torch.testing.assert_close(forth @ back, torch.eye(4), rtol=1e-4, atol=1e-4)
     mapped = (forth.double() @ found.covariance @ forth.double()).diagonal().sqrt()
     torch.testing.assert_close(mapped / mapped[2], deviations.double().sqrt(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_moments_of_activations_far_from_zero_keep_their_digits(mean: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.tensor([4.0, 1.0, 0.25])
+    x = torch.randn(30000, 3, generator=generator) * deviations + mean
+    found = moments(torch.split(x, 4096))
+    torch.testing.assert_close(found.mean, x.double().mean(0).float(), rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(found.covariance, x.double().T.cov(correction=0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_logged_batch_without_variance_has_no_fvu() -> None:
+    written: list[Mapping[str, float]] = []
+    training = SETTINGS.model_copy(update={"log_every": 1})
+    steps = SAETraining(
+        batches_of(FakeStore(), training), training, seed=1,
+        write=[lambda _step, row: written.append(row)], checkpoint=Path("none"),
+    )  # fmt: skip
+    steps._trainer = SimpleNamespace(world_size=1, is_global_zero=True)  # type: ignore[assignment]
+    steps._record(0, torch.tensor([1.0, 0.5, 0.0, 4.0, 0.0]), 0.1)
+    steps._record(0, torch.tensor([1.0, 0.5, 2.0, 4.0, 0.0]), 0.1)
+    assert math.isnan(written[0]["fvu"]) and written[1]["fvu"] == 0.25
 
 
 def test_the_auxiliary_loss_is_the_residual_that_dead_latents_leave() -> None:

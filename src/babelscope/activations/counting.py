@@ -40,14 +40,15 @@ class Counter:
         fires = values > 0
         place = (language.unsqueeze(1) * self.units + indices)[fires]
         value = values[fires].float()
-        self._tokens += torch.bincount(place, minlength=len(self._tokens))
+        # Not by bincount, which would go through all languages x units for every chunk.
+        self._tokens.index_add_(0, place, torch.ones_like(place))
         self._sum.index_add_(0, place, value.double())
         self._max.scatter_reduce_(0, place, value, "amax")
         self._min.scatter_reduce_(0, place, value, "amin")
         first = int(text.min()) if len(text) else 0
         owner = (text - first).unsqueeze(1).expand_as(indices)[fires]
-        distinct = torch.unique(owner * len(self._tokens) + place)
-        self._texts += torch.bincount(distinct % len(self._tokens), minlength=len(self._tokens))
+        distinct = torch.unique(owner * len(self._tokens) + place) % len(self._tokens)
+        self._texts.index_add_(0, distinct, torch.ones_like(distinct))
 
     def add_dense(self, activations: Tensor, language: Tensor, text: Tensor) -> None:
         """Count a chunk of whole texts in which every unit has a value: `add` without the indices.

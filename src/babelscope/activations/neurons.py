@@ -58,10 +58,12 @@ def count(
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`, or the forward pass never reaches a hookpoint.
+    UserError: an activation is not finite in `dtype`, the forward pass never reaches a hookpoint, or one does not give
+        one vector per token, in the order of the tokens.
     """
     device = hooks.device_of(model)
-    counters = {name: Counter(languages, d, device) for name, d in widths(model, hookpoints).items()}
+    found = widths(model, hookpoints, "neurons.hookpoints")
+    counters = {name: Counter(languages, d, device) for name, d in found.items()}
     finished = _restore(checkpoint, counters)
     saved = time.monotonic()
     with Progress("neurons", int(texts.own.sum()), "tokens") as progress:

@@ -16,19 +16,25 @@ class Extremes(NamedTuple):
     suppressed_logits: Tensor
 
 
-def extremes(logits: Iterable[Tensor], tokens: int) -> Extremes:
+def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = None) -> Extremes:
     """The `tokens` largest and smallest logits of every row, the farthest first; ties go to the smaller token id.
 
     Parameters
     ----------
     logits: float32 `[rows, vocabulary]` each, see `babelscope.models.unembedding.direct_logits`.
     tokens: how many; no more than there are.
+    has_text: bool `[vocabulary]`, which ids are tokens of the tokenizer, see `tokens_of`; others are left out. By
+        default all.
     """
+    most = tokens if has_text is None else min(tokens, int(has_text.sum()))
     parts: list[list[Tensor]] = []
     for rows in logits:
         ends = []
         for sign in (1.0, -1.0):
-            ids = _largest(rows * sign, min(tokens, rows.shape[1]))
+            signed = rows * sign
+            if has_text is not None:
+                signed[:, ~has_text.to(rows.device)] = -torch.inf
+            ids = _largest(signed, min(most, rows.shape[1]))
             ends += [ids.cpu(), rows.gather(1, ids).cpu()]
         parts.append(ends)
     if not parts:
@@ -48,6 +54,17 @@ def _largest(rows: Tensor, count: int) -> Tensor:
         among = (rows[row] >= least[row]).nonzero().squeeze(1)
         ids[row] = among[rows[row, among].sort(descending=True, stable=True).indices[:count]]
     return ids
+
+
+def tokens_of(tokenizer: Any, vocabulary: int) -> Tensor:
+    """Which of the ids below `vocabulary` are tokens: bool `[vocabulary]`.
+
+    Embeddings often have more rows than the tokenizer has tokens, for the sake of round sizes.
+    """
+    ids = torch.tensor(sorted(tokenizer.get_vocab().values()), dtype=torch.int64)
+    known = torch.zeros(vocabulary, dtype=torch.bool)
+    known[ids[ids < vocabulary]] = True
+    return known
 
 
 def readable(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:

@@ -4,7 +4,7 @@ Only what can change is computed. One clean pass over a batch of texts shows whi
 where first. Where it changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint
 at which a token changes, over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in
 the clean pass. The last token of a text predicts nothing and is left out. A model whose attention does not allow for
-this runs whole texts, from the first hookpoint at which a token changes.
+this runs whole texts, from the first hookpoint at which a token changes; one that cannot start there, all blocks.
 """
 
 import functools
@@ -22,7 +22,7 @@ from babelscope.evaluation.interventions import Intervention
 from babelscope.evaluation.nll import targets, text_nll
 from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
-from babelscope.models import partial
+from babelscope.models import partial, probing
 from babelscope.models.head import head_of, stream_nll
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
@@ -86,12 +86,12 @@ def ablate(
     """
     conditions = len(next(iter(interventions.values())).acts)
     wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
-    runner = _Partial if partial.suits(model, max((len(text.ids) for text in texts), default=0)) else _Whole
+    runner = _runner(model, interventions, max((len(text.ids) for text in texts), default=0))
     head_of(model)  # tried now, when no hook is open
     parts: list[dict[str, Tensor]] = []
     first = 0
     # Padding costs passes over whole texts only.
-    for batch in batches(texts, batch_tokens, math.inf if runner is _Partial else MOST_PADDING):
+    for batch in batches(texts, batch_tokens, math.inf if runner.func is _Partial else MOST_PADDING):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
         part = None if file is None else read_part(file)
         if part is None:
@@ -106,6 +106,18 @@ def ablate(
     clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
     passes, computed, whole = (sum(int(part[key]) for part in parts) for key in ("passes", "computed", "whole"))
     return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed, whole)
+
+
+def _runner(
+    model: Any, interventions: Mapping[str, Intervention], longest: int
+) -> "functools.partial[_Partial] | functools.partial[_Whole]":
+    """How the model runs under interventions, measured on it; `longest`: tokens of the longest text."""
+    layers = sorted({hooks.layer_of(name) for name in interventions})
+    if not partial.suits(model, longest):
+        return functools.partial(_Whole, can_restart=probing.can_restart(model, layers))
+    stays = {name: probing.stays_in_place(model, name) for name in interventions}
+    in_place = {layer: all(stays[name] for name in stays if hooks.layer_of(name) == layer) for layer in layers}
+    return functools.partial(_Partial, in_place=in_place)
 
 
 def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
@@ -198,17 +210,24 @@ def _first(hit: Tensor) -> Tensor:
 
 
 class _Partial(_Run):
-    """Passes over the tokens that can differ."""
+    """Passes over the tokens that can differ.
+
+    Parameters
+    ----------
+    in_place: by block that holds hookpoints, whether a change at them is seen by other tokens only in the blocks above.
+    """
 
     def __init__(
-        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+        self,
+        model: Any,
+        interventions: Mapping[str, Intervention],
+        batch: Sequence[TokenizedText],
+        batch_tokens: int,
+        *,
+        in_place: Mapping[int, bool],
     ) -> None:
         super().__init__(model, interventions, batch, batch_tokens)
-        self.blocks = len(hooks.blocks(model))
-        self.in_place = {
-            layer: all(hooks.stays_in_place(name) for name in interventions if hooks.layer_of(name) == layer)
-            for layer in self.layers
-        }
+        self.blocks, self.in_place = len(hooks.blocks(model)), in_place
         self.here = torch.zeros_like(self.own)
         self.here[:, :-1] = self.mask[:, 1:].bool()
         self.target = torch.zeros_like(self.own)
@@ -278,14 +297,20 @@ class _State:
 
 
 class _Whole(_Run):
-    """Passes over whole texts, from the first hookpoint at which a token changes."""
+    """Passes over whole texts, from the first hookpoint at which a token changes if the model `can_restart` there."""
 
     def __init__(
-        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+        self,
+        model: Any,
+        interventions: Mapping[str, Intervention],
+        batch: Sequence[TokenizedText],
+        batch_tokens: int,
+        *,
+        can_restart: bool,
     ) -> None:
         super().__init__(model, interventions, batch, batch_tokens)
         looks = self.look(torch.arange(self.ids.numel(), device=self.ids.device))
-        with hooks.block_inputs(model, self.layers) as hidden, hooks.editing(model, looks):
+        with hooks.block_inputs(model, self.layers if can_restart else []) as hidden, hooks.editing(model, looks):
             self.clean = text_nll(model, self.ids, self.mask, self.special)
         self.hidden = dict(hidden)
 
@@ -299,9 +324,10 @@ class _Whole(_Run):
     def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
         """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
         first = self.layers[int(_first((self.first_hits(condition, text) < self.ids.shape[1]).T)[0])]
-        layers = range(first, len(hooks.blocks(self.model)))
+        hidden = self.hidden[first][text] if first in self.hidden else None
+        layers = range(0 if hidden is None else first, len(hooks.blocks(self.model)))
         own = self.own[text]
         edits = self.edits(layers, condition.unsqueeze(1).expand_as(own).flatten(), own.flatten())
         self.computed += int(self.mask[text].sum()) * len(layers)
-        with hooks.starting_at(self.model, first, self.hidden[first][text]), hooks.editing(self.model, edits):
+        with hooks.starting_at(self.model, first, hidden), hooks.editing(self.model, edits):
             return text_nll(self.model, self.ids[text], self.mask[text], self.special[text])

@@ -53,22 +53,36 @@ class FeatureAblation:
 
     def __init__(self, sae: SAE | Shelved, units: Units) -> None:
         device = sae.b_dec.device
-        # Of many conditions most may have their units at other hookpoints: they share the last row, which is empty.
-        self.sae, self.removed = sae, members([*(some for some in units if len(some)), ()], sae.latents, device)
+        self.sae = sae
         self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
-        self.row = (self.acts.cumsum(0) - 1).where(self.acts, len(self.removed) - 1)
+        # Pairs of a latent and a condition that takes it out, ascending: a table of all pairs would be conditions x
+        # latents, gigabytes where every feature of a large dictionary is a condition of its own.
+        pairs = sorted({(unit, number) for number, some in enumerate(units) for unit in some})
+        latent, self.condition = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
+        self.pair = latent * len(units) + self.condition
+        # The pairs of latent i are those from start[i] to start[i + 1].
+        self.start = F.pad(torch.bincount(latent, minlength=sae.latents).cumsum(0), (1, 0))
 
     def touches(self, x: Tensor) -> Tensor:
         """Where one of a condition's units fires."""
         values, indices = self._encode(x)
         hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
-        hit[self.acts] = (self.removed[:-1, indices] & (values > 0)).any(-1)
+        token, column = (values > 0).nonzero(as_tuple=True)
+        first = self.start[indices[token, column]]
+        count = self.start[indices[token, column] + 1] - first
+        # Each firing once for every condition that takes its latent out.
+        offset = torch.arange(int(count.sum()), device=x.device) - (count.cumsum(0) - count).repeat_interleave(count)
+        hit[self.condition[first.repeat_interleave(count) + offset], token.repeat_interleave(count)] = True
         return hit
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
         """Subtract the units' part of the reconstruction."""
         values, indices = self._encode(x)
-        gone = torch.where(self.removed[self.row[condition].unsqueeze(1), indices], values, 0.0)
+        if not len(self.pair):
+            return x
+        wanted = indices * len(self.acts) + condition.unsqueeze(1)
+        place = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
+        gone = torch.where(self.pair[place] == wanted, values, 0.0)
         hit = (gone > 0).any(1)
         part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
         changed = x.clone()

@@ -8,7 +8,8 @@ below 0: worse than that. (Rajamanoharan et al. 2024, arXiv 2404.16014, section 
 1 - (CE_sae - CE_clean) / (CE_zero - CE_clean), which is the same.)
 
 Only the positions of the text's own tokens are changed, as in ablation: special tokens (BOS) stay as they are in both
-passes, for the SAE has seen none. The clean pass is computed once; the two passes of a hookpoint start at its block.
+passes, for the SAE has seen none. The clean pass is computed once; the two passes of a hookpoint start at its block if
+the model allows for it (`probing.can_restart`).
 """
 
 import functools
@@ -24,6 +25,7 @@ from torch import Tensor
 from babelscope.evaluation.nll import targets, text_nll
 from babelscope.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
+from babelscope.models import probing
 from babelscope.models.head import head_of
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
@@ -70,6 +72,9 @@ def loss_recovered(
     """
     hooks.resolve(model, list(saes))
     head_of(model)  # tried now, when no hook is open
+    layers = sorted({hooks.layer_of(name) for name in saes})
+    # Where no pass can start in the middle, all of them run from the embeddings.
+    kept = layers if probing.can_restart(model, layers) else []
     parts: list[dict[str, Tensor]] = []
     first = 0
     for batch in batches(texts, batch_tokens):
@@ -77,7 +82,7 @@ def loss_recovered(
         part = None if file is None else read_part(file)
         if part is None:
             with torch.inference_mode():
-                part = _batch(model, saes, batch)
+                part = _batch(model, saes, batch, kept)
             if file is not None:
                 write_atomically(file, functools.partial(save_file, part))
         parts.append(part)
@@ -110,20 +115,24 @@ def zero(own: Tensor) -> hooks.Edit:
     return lambda x: x.masked_fill(own.unsqueeze(-1), 0.0)
 
 
-def _batch(model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText]) -> dict[str, Tensor]:
-    """NLL sums of a batch, on the CPU: `clean`, `tokens` `[texts]`; `sae`, `zero` `[hookpoints, texts]`."""
+def _batch(
+    model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText], kept: Sequence[int]
+) -> dict[str, Tensor]:
+    """NLL sums of a batch, on the CPU: `clean`, `tokens` `[texts]`; `sae`, `zero` `[hookpoints, texts]`.
+
+    `kept`: the blocks before which passes can start.
+    """
     device = hooks.device_of(model)
     ids, mask = (t.to(device) for t in pad(batch))
     special = torch.tensor([text.special for text in batch], device=device)
     own = mask.bool() & (torch.arange(ids.shape[1], device=device) >= special.unsqueeze(1))
-    layers = sorted({hooks.layer_of(name) for name in saes})
-    with hooks.block_inputs(model, layers) as before:
+    with hooks.block_inputs(model, kept) as before:
         clean = text_nll(model, ids, mask, special)
     hidden = dict(before)
 
     def nll(name: str, edit: hooks.Edit) -> Tensor:
         layer = hooks.layer_of(name)
-        with hooks.starting_at(model, layer, hidden[layer]), hooks.editing(model, {name: edit}):
+        with hooks.starting_at(model, layer, hidden.get(layer)), hooks.editing(model, {name: edit}):
             return text_nll(model, ids, mask, special)
 
     with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.b_in is not None]) as entering:

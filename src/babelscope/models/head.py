@@ -70,7 +70,7 @@ _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head | None:
-    """The head of a causal language model, tried on random activations once; null: its logits are made otherwise."""
+    """The head of a causal language model, tried on a pass without hooks once; null: its logits are made otherwise."""
     if model not in _heads:
         _heads[model] = _find(model)
     return _heads[model]
@@ -81,19 +81,26 @@ def _find(model: Any) -> Head | None:
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear:  # quantised, or wrapped
         return None
-    with hooks.block_inputs(model, []):  # notes what the blocks return
-        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=hooks.device_of(model)), use_cache=False)
-    dtype, generator = module.weight.dtype, torch.Generator().manual_seed(0)
-    stream = torch.randn((8, module.in_features), generator=generator).to(hooks.device_of(model), dtype)
-    whole = hooks.logits_of(model, stream).float()
-    product = linear(_entering(model, stream), module.weight, module.bias).float()
+    # Tokens from the middle of the vocabulary: padding and the like are at its ends.
+    count = model.config.get_text_config().vocab_size
+    ids = torch.arange(count // 2 - 4, count // 2 + 4, device=hooks.device_of(model)).clamp(0, count - 1).unsqueeze(0)
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].shape[:-1] != ids.shape:
+        return None
+    product = linear(seen[0][0], module.weight, module.bias).float()
+    if product.shape != whole.shape:
+        return None
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     scale = 1.0 if cap is not None else float((whole * product).sum() / product.square().sum())
-    scale = 1.0 if abs(scale - 1) < 1e-3 else scale
-    head = Head(module, scale, cap)
-    found = head.logits(_entering(model, stream), 0, module.out_features)
-    tolerance = 16 * torch.finfo(dtype).eps * whole.abs().max()
-    return head if found.shape == whole.shape and bool(((found - whole).abs() <= tolerance).all()) else None
+    head = Head(module, 1.0 if abs(scale - 1) < 1e-3 else scale, cap)
+    found = head.logits(seen[0][0], 0, module.out_features)
+    tolerance = 16 * torch.finfo(module.weight.dtype).eps * whole.abs().max()
+    return head if bool(((found - whole).abs() <= tolerance).all()) else None
 
 
 class _Reached(Exception):

@@ -5,7 +5,7 @@ the MLP of block 14, `layers.14` the residual stream after it, `layers.14.mlp.ac
 """
 
 import logging
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from babelscope.errors import UserError, nearest
+from babelscope.models.names import layer_of as layer_of
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +24,13 @@ Edit = Callable[[Tensor], Tensor]
 INPUT = ".input"
 
 
-def layer_of(hookpoint: str) -> int:
-    """The number of the block that `hookpoint` lies in (0 where its path holds no number)."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", hookpoint)
-    return int(found.group(1)) if found else 0
-
-
 def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, nn.Module]:
     """The module behind each hookpoint; `key` is where params.yaml names them.
 
     Raises
     ------
-    UserError: a hookpoint that the model does not have in its blocks; the message names the nearest that it has.
+    UserError: a hookpoint that the model does not have in its blocks (the message names the nearest that it has), or
+        whose name gives another number than that of its block.
     """
     body = getattr(model, "base_model", model)
     modules = dict(body.named_modules())
@@ -42,22 +38,34 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
     for name in hookpoints:
         if name not in modules:
             raise UserError(f"params.yaml: {key}: the model has no {name!r}; {nearest(name, modules)}")
-    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    # A module that several blocks share lies in each of them.
+    inside: dict[int, set[int]] = {}
+    for number, block in enumerate(blocks(model)):
+        for module in block.modules():
+            inside.setdefault(id(module), set()).add(number)
     for name in hookpoints:
-        if id(modules[name]) not in inside:
+        numbers = inside.get(id(modules[name]), set())
+        if not numbers:
             allowed = nearest(name, (key for key, module in modules.items() if id(module) in inside))
             raise UserError(f"params.yaml: {key}: {name!r} lies outside the model's blocks; {allowed}")
+        if layer_of(name) not in numbers:
+            raise UserError(
+                f"params.yaml: {key}: {name!r} lies in block {min(numbers)} of the model, but the first number of its "
+                f"path is {layer_of(name)}; allowed: modules of blocks whose path has the block's number first"
+            )
     return {name: modules[name] for name in hookpoints}
 
 
 def _first(output: Any) -> Tensor:
-    """The activations in a module's output: blocks and attentions of some families return tuples."""
-    activations: Tensor = output[0] if isinstance(output, tuple) else output
+    """The activations in a module's output: blocks and attentions of some families return tuples or lists."""
+    activations: Tensor = output[0] if isinstance(output, tuple | list) else output
     return activations
 
 
 def _with_first(output: Any, changed: Tensor) -> Any:
-    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    if not isinstance(output, tuple | list):
+        return changed
+    return [changed, *output[1:]] if isinstance(output, list) else (changed, *output[1:])
 
 
 class _DeepestReached(Exception):
@@ -167,6 +175,22 @@ def reads_ahead(model: Any) -> bool:
     return bool(by_token[-1] > 1e-4 * by_token[:-1].max())
 
 
+def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:
+    """How often one forward pass over `ids` (int64 `[batch, tokens]`) runs the module of each hookpoint."""
+    found: Counter[str] = Counter()
+
+    def note(name: str) -> Edit:
+        def edit(activations: Tensor) -> Tensor:
+            found[name] += 1
+            return activations
+
+        return edit
+
+    with editing(model, {name: note(name) for name in hookpoints}):
+        getattr(model, "base_model", model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return {name: found[name] for name in hookpoints}
+
+
 def width(model: Any, hookpoint: str) -> int:
     """The number of dimensions of the activations at `hookpoint`."""
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device_of(model))
@@ -217,8 +241,19 @@ def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor
 
 
 def _note_form(block: nn.Module, _inputs: Any, output: Any) -> None:
-    """Remember how many values a block returns (0: no tuple), for the one that may stand in for it."""
-    block.__dict__["_returned"] = len(output) if isinstance(output, tuple) else 0
+    """Remember in which form a block returns its result, for the one that may stand in for it."""
+    block.__dict__["_form"] = [None] * len(output) if isinstance(output, tuple | list) else None
+
+
+def _learn_forms(model: Any) -> None:
+    """Run one token through the model if no pass has shown yet in which form its blocks return their results."""
+    unknown = [block for block in blocks(model) if "_form" not in block.__dict__]
+    if unknown:
+        with ExitStack() as stack:
+            for block in unknown:
+                stack.callback(block.register_forward_hook(_note_form).remove)
+            ids = torch.zeros((1, 1), dtype=torch.int64, device=device_of(model))
+            getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
 
 
 class _Skipped(nn.Module):
@@ -233,18 +268,23 @@ class _Skipped(nn.Module):
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        values = self.__dict__["_block"].__dict__.get("_returned", 0)
-        return (hidden_states, *[None] * (values - 1)) if values else hidden_states
+        form = self.__dict__["_block"].__dict__["_form"]
+        return hidden_states if form is None else (hidden_states, *form[1:])
 
 
 @contextmanager
-def starting_at(model: Any, layer: int, hidden: Tensor) -> Iterator[None]:
+def starting_at(model: Any, layer: int, hidden: Tensor | None) -> Iterator[None]:
     """While open, a forward pass starts before block `layer` with the residual stream `hidden` `[batch, tokens, d]`.
 
     The blocks below are skipped, not computed: only embedding, positions and mask are. The result is bit for bit that
-    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch. With `layer` the number of
-    blocks, all of them are skipped and only what follows them is computed.
+    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch; `probing.can_restart` says
+    whether a model allows for it. With `layer` the number of blocks, all of them are skipped and only what follows is
+    computed. Without `hidden` nothing is skipped.
     """
+    if hidden is None:
+        yield
+        return
+    _learn_forms(model)
     stack_of_blocks = blocks(model)
     originals = list(stack_of_blocks[:layer])
 
@@ -280,8 +320,7 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
 
     with ExitStack() as stack:
         stack.callback(blocks(model)[layers[-1]].register_forward_hook(stop).remove)
-        if hidden is not None:
-            stack.enter_context(starting_at(model, layers[0], hidden))
+        stack.enter_context(starting_at(model, layers[0], hidden))
         try:
             getattr(model, "base_model", model)(**inputs, use_cache=False)
         except _DeepestReached:
@@ -296,16 +335,6 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     with starting_at(model, len(blocks(model)), hidden.unsqueeze(1)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
     return logits
-
-
-def stays_in_place(hookpoint: str) -> bool:
-    """Whether a change at one token's hookpoint reaches other tokens only in the blocks above.
-
-    It is so behind the block's attention: at the block's output, and in the feed-forward part under its usual name.
-    Where this is not known the answer is no, which costs time only.
-    """
-    found = re.search(r"(?:^|\.)\d+(?:\.(.*))?$", hookpoint)
-    return found is not None and (found.group(1) is None or found.group(1).split(".")[0] == "mlp")
 
 
 def device_of(model: Any) -> torch.device:

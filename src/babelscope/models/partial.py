@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_map_only
 
 from babelscope.matmul import fill_up
 from babelscope.models import hookpoints as hooks
+from babelscope.models import probing
 
 _NAME = "babelscope_partial"
 # What attention may be asked for beyond a scaled dot product. Who asks is served by passes over whole texts.
@@ -196,30 +198,69 @@ def partial_pass(
         )[0, : len(hidden)]  # fmt: skip
 
 
-@torch.inference_mode()
+@contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """While open, every block computes in float32: its weights are widened while it runs, one block at a time."""
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def widen(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        for tensor in (*block.parameters(), *block.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                held.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
+
+    def restore(*_: Any) -> None:
+        while held:
+            tensor, data = held.pop()
+            tensor.data = data
+
+    with ExitStack() as stack:
+        stack.callback(restore)
+        for block in hooks.blocks(model):
+            stack.callback(block.register_forward_pre_hook(widen, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(restore).remove)
+        yield
+
+
+@torch.no_grad()
 def suits(model: Any, longest: int) -> bool:
-    """Whether partial passes of texts of up to `longest` tokens give what whole passes give: tried on two texts."""
-    device = hooks.device_of(model)
-    longest = max(longest, 2)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = ((torch.arange(2 * longest, device=device) * 7919 + 1) % vocabulary).view(2, longest)
+    """Whether partial passes of texts of up to `longest` tokens give what whole passes give: tried on two texts.
+
+    The blocks compute in float32 for it, whatever the model's dtype: an attention that sees more than it should must
+    not pass for rounding. Only quantised weights are compared as they are.
+    """
+    try:
+        return _suits(model, max(longest, 2))
+    except Exception:  # whatever a foreign model raises here: it is served by passes over whole texts
+        return False
+
+
+def _suits(model: Any, longest: int) -> bool:
+    ids = probing.probe_ids(model, 2, longest)
     here = torch.ones_like(ids, dtype=torch.bool)
     here[1, (longest + 1) // 2 :] = False
-    whole = torch.cat(
-        [model(input_ids=row[real][None], use_cache=False).logits[0] for row, real in zip(ids, here, strict=True)]
-    )
-    middle = len(hooks.blocks(model)) // 2
-    try:
-        memory, last = clean_pass(model, ids, here, [middle], {})
-        row, position = (here & (torch.arange(longest, device=device) >= longest // 3)).nonzero(as_tuple=True)
-        tokens = Tokens(row, position, torch.arange(2, device=device))
-        part = partial_pass(
-            model, memory, tokens, memory.hidden[middle][row, position], range(middle, len(hooks.blocks(model))), {}
-        )
-        found = torch.zeros((*ids.shape, last.shape[-1]), dtype=last.dtype, device=device)
-        found[here], found[row, position] = last, part
-        packed = hooks.logits_of(model, found[here])
-    except (Unsuited, TypeError):
+    layers, rows = range(len(hooks.blocks(model))), [row[real][None] for row, real in zip(ids, here, strict=True)]
+    logits = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+    last = [hooks.run_blocks(model, layers, None, input_ids=row)[0] for row in rows]
+    if not probing.agree(hooks.logits_of(model, torch.cat(last)), logits):
         return False
-    tolerance = 64 * torch.finfo(whole.dtype).eps * whole.abs().max()
-    return bool(((packed - whole).abs() <= tolerance).all())
+    is_quantised = not all(weight.is_floating_point() for block in hooks.blocks(model) for weight in block.parameters())
+    precision = logits.dtype if is_quantised else torch.float32
+    row, position = (here & (torch.arange(longest, device=ids.device) >= longest // 3)).nonzero(as_tuple=True)
+    tokens = Tokens(row, position, torch.arange(2, device=ids.device))
+    with _in_float32(model):
+        whole = torch.cat([hooks.run_blocks(model, layers, None, input_ids=row)[0] for row in rows])
+        memory, found = clean_pass(model, ids, here, layers, {})
+        if not probing.agree(found, whole, precision):
+            return False
+        # A partial pass may start before any block.
+        memory.hidden[len(layers)] = whole.new_zeros((*ids.shape, whole.shape[-1]))
+        memory.hidden[len(layers)][here] = whole
+        # From above: no block is to find what those below it have just left in the model for the same tokens.
+        for layer in reversed(layers):
+            hidden, wanted = (memory.hidden[at][row, position].float() for at in (layer, layer + 1))
+            part = partial_pass(model, memory, tokens, hidden, range(layer, layer + 1), {})
+            if not probing.agree(part, wanted, precision):
+                return False
+    return True

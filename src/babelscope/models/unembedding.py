@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from babelscope.errors import UserError
 from babelscope.matmul import linear
 from babelscope.models import hookpoints as hooks
 
 # Directions unembedded at once: 256 x 49k float32 logits are 50 MB.
 _ROWS = 256
+# The cosine of what the logits do with what the lens says: it is 1 up to rounding, or the lens is wrong.
+_ALIKE = 0.95
 
 
 def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
@@ -32,9 +35,18 @@ def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
     Yields
     ------
     Float32 `[at most 256, vocabulary]`, row after row of `directions`.
+
+    Raises
+    ------
+    UserError: the logits do not move in that way; measured, see `_moves_as`.
     """
     weight: Tensor = model.get_output_embeddings().weight.float()
     gain, centred = final_norm(model)
+    if not _moves_as(model, weight, gain, centred):
+        raise UserError(
+            f"params.yaml: model.name: {type(model).__name__} has no logit lens: what lies between its blocks and its "
+            "logits is not a norm and the unembedding alone"
+        )
     for first in range(0, len(directions), _ROWS):
         rows = directions[first : first + _ROWS].float()
         if centred:
@@ -45,6 +57,35 @@ def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
 def width(model: Any) -> int:
     """The width d of the residual stream, as the unembedding reads it."""
     return int(model.get_output_embeddings().weight.shape[1])
+
+
+@torch.no_grad()
+def _moves_as(model: Any, weight: Tensor, gain: Tensor, centred: bool) -> bool:
+    """Whether a direction in the residual stream after the last block moves the logits along its lens.
+
+    Written into a stream that is orthogonal to it, with either sign: the norm divides both by the same size. The logits
+    are those that the unembedding gives, before the family's caps.
+    """
+    d, device = weight.shape[1], weight.device
+    stream, direction = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(device)
+    stream, direction = stream - stream.mean(), direction - direction.mean()
+    stream = stream - (stream @ direction) / (direction @ direction) * direction
+    lens = linear((direction * gain).unsqueeze(0), weight)[0]
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    with ExitStack() as stack:
+        stack.callback(model.get_output_embeddings().register_forward_hook(keep).remove)
+        try:
+            both = torch.stack([stream + direction, stream - direction]).to(next(model.parameters()).dtype)
+            logits = hooks.logits_of(model, both)
+            logits = seen[-1].reshape(logits.shape) if seen else logits
+            moved = (logits[0] - logits[1]).float()
+        except Exception:  # whatever a foreign model raises here
+            return False
+    return float(torch.nn.functional.cosine_similarity(moved, lens, dim=0)) > _ALIKE
 
 
 @torch.no_grad()
@@ -71,18 +112,21 @@ def final_norm(model: Any) -> tuple[Tensor, bool]:
 
 
 def _last_norm(model: Any, d: int) -> nn.Module | None:
-    """The module outside of the blocks with a gain `[d]`, or a norm without one (OLMo's), that a pass runs last."""
-    inside = {id(module) for block in hooks.blocks(model) for module in block.modules()}
+    """The module behind the blocks with a gain `[d]`, or a norm without one (OLMo's), that a pass runs last."""
+    blocks = hooks.blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
     ran: list[nn.Module] = []
 
     def note(module: nn.Module, _inputs: Any, _output: Any) -> None:
         ran.append(module)
 
     with ExitStack() as stack:
+        # Norms before or between the blocks are not meant.
+        stack.callback(blocks[-1].register_forward_hook(lambda *_: ran.clear()).remove)
         for module in model.modules():
             own = [tuple(p.shape) for p in module.parameters(recurse=False)]
             bare = not own and "norm" in type(module).__name__.lower()
             if id(module) not in inside and (bare or set(own) == {(d,)}):
                 stack.callback(module.register_forward_hook(note).remove)
-        hooks.logits_of(model, torch.zeros((1, d), device=hooks.device_of(model), dtype=next(model.parameters()).dtype))
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=hooks.device_of(model)), use_cache=False)
     return ran[-1] if ran else None

@@ -1,6 +1,5 @@
 """What the report is given, and the small frames behind its pictures: filled grids in the order of params.yaml."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.errors import UserError
+from babelscope.models.names import parts_of
 from babelscope.report.relatives import relatives
 
 FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
@@ -89,8 +89,8 @@ def _require(file: str, frame: pl.DataFrame, columns: tuple[str, ...]) -> None:
 
 def layer_labels(hookpoints: list[str]) -> dict[str, str]:
     """Short names for an axis: the layer's number where it tells the hookpoints apart, else the whole name."""
-    found = {name: re.search(r"\d+", name) for name in hookpoints}
-    numbers = {name: match.group() for name, match in found.items() if match is not None}
+    found = {name: parts_of(name) for name in hookpoints}
+    numbers = {name: str(parts[0]) for name, parts in found.items() if parts is not None}
     return numbers if len(set(numbers.values())) == len(hookpoints) else {name: name for name in hookpoints}
 
 

@@ -1,6 +1,7 @@
 """Training SAEs: the LightningModule around the fast step, and the run with its checkpoints to resume from."""
 
 import logging
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,7 +140,9 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="mean")
         loss, error, variance, l0, dead = sums.tolist()
-        metrics = {"loss": loss, "fvu": error / variance, "l0": l0, "dead_share": dead, "learning_rate": rate}
+        # A batch in which all activations are the training mean has no variance to explain.
+        fvu = error / variance if variance else math.nan
+        metrics = {"loss": loss, "fvu": fvu, "l0": l0, "dead_share": dead, "learning_rate": rate}
         row: dict[str, float] = {"tokens": self.done * self.batches.size, **metrics}
         self.histories[number].append({"step": self.done, **row})
         if self.trainer.is_global_zero:

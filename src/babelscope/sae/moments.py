@@ -65,12 +65,17 @@ def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
     UserError: all rows are the same, or there are some that are not finite; it calls them the activations of `name`.
     """
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
-    one, others = torch.zeros(()), False
+    first = origin = torch.zeros(())
+    others = False
     for chunk in chunks:
         x = chunk.float()
-        one = x[0] if not rows and len(x) else one
-        others = others or bool((x != one).any())
+        if not rows and len(x):
+            # About the mean of the first chunk: about 0 the products of a mean far from it would, in float32, leave
+            # nothing of a small variance.
+            first, origin = x[0], x.mean(0, dtype=torch.float64).float()
+        others = others or bool((x != first).any())
         rows += len(x)
+        x = x - origin
         total = total + x.sum(0, dtype=torch.float64)
         products = products + (x.T @ x).double()
     if not rows:
@@ -81,5 +86,5 @@ def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
         raise UserError(
             f"data/activations: {name} has some that are infinite or not a number; make verify says if they are damaged"
         )
-    mean = total / rows
-    return Moments(mean.float(), products / rows - mean.outer(mean))
+    shift = total / rows
+    return Moments((origin.double() + shift).float(), products / rows - shift.outer(shift))

@@ -87,8 +87,10 @@ class QualitySums:
         self._fired[indices[values > 0]] = True
         self._counts += torch.bincount(group, minlength=len(self._counts))
         self._active.index_add_(0, group, (values > 0).sum(1, dtype=torch.float64).cpu())
-        self._sums.index_add_(0, group, target.double().cpu())
-        self._squares.index_add_(0, group, target.square().sum(1, dtype=torch.float64).cpu())
+        # In float32 the squares of a mean far from 0 would leave nothing of a small variance.
+        wide = target.double()
+        self._sums.index_add_(0, group, wide.cpu())
+        self._squares.index_add_(0, group, wide.square().sum(1).cpu())
         self._errors.index_add_(0, group, error.cpu())
 
     def result(self) -> Quality:

@@ -9,6 +9,8 @@ from typing import Any
 
 import polars as pl
 
+from babelscope.models.names import parts_of
+
 Figures = dict[str, float]
 Series = dict[tuple[str, int], float]
 
@@ -70,8 +72,8 @@ def layers(hookpoints: Sequence[str]) -> dict[str, tuple[int, str]]:
     """The layer of each hookpoint, and what tells it apart where two share a layer (`mlp`, `residual`), else ""."""
     found: dict[str, tuple[int, str]] = {}
     for hookpoint in hookpoints:
-        match = re.search(r"(?:^|\.)(\d+)(?:\.(.+))?$", hookpoint)
-        found[hookpoint] = (int(match[1]), match[2] or "residual") if match else (0, hookpoint)
+        parts = parts_of(hookpoint)
+        found[hookpoint] = (parts[0], parts[1] or "residual") if parts else (0, hookpoint)
     crowded = len({layer for layer, _ in found.values()}) < len(found)
     return {hookpoint: (layer, part if crowded else "") for hookpoint, (layer, part) in found.items()}
 
