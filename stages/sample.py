@@ -32,12 +32,13 @@ def main() -> None:
         texts = texts.filter(~foreign)
     tokenizer = load_tokenizer(params.model)
 
-    def count_tokens(batch: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+    def tokenize(batch: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     with Progress("sample", len(params.languages), "languages") as progress:
         chosen, totals = sampling.sample(
-            texts, params.languages, section, params.seed, count_tokens, advance=progress.update
+            texts, params.languages, section, params.seed, tokenize, advance=progress.update
         )
     write_atomically(TEXTS, chosen.write_parquet)
     write_json(SOURCES, {"sources": sources})
