@@ -218,7 +218,10 @@ def test_wrong_entries_are_named_by_their_key(datasets: list[dict[str, Any]], me
         ("tl", ["tgl_Latn", "fil_Latn"], "fil_Latn"),
         # The only script that there is, of a language that CLDR hardly knows.
         ("crh", ["crh_Latn"], "crh_Latn"),
-        ("crh", ["crh_Latn", "crh_Cyrl"], "crh_Cyrl"),
+        ("crh", ["crh_Latn", "crh_Cyrl"], "crh_Latn"),
+        ("crh_Latn", ["crh"], "crh"),
+        ("ko", ["kor_Hang", "zho_Hans"], "kor_Hang"),
+        ("ur", ["urd_Aran"], "urd_Aran"),
         ("hi", ["hin_Latn"], None),
         ("az", ["azb_Arab"], None),
         ("az-Arab", ["azb_Arab", "azj_Latn"], "azb_Arab"),

@@ -253,6 +253,8 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
 def test_relatives() -> None:
     assert relatives("pt-BR") == ("Romance", "Latin") and relatives("sr-Latn") == ("Slavic", "Latin")
     assert relatives("zh-CN") == ("Sinitic", "Han") and relatives("xx") is None
+    assert relatives("deu_Latn") == relatives("de") and relatives("cmn_Hant") == relatives("zh")
+    assert relatives("not a tag") is None
 
 
 def test_steering_begins_with_the_untouched_model() -> None:

@@ -22,6 +22,18 @@ _ALIASES = {
     "zh-classical": "lzh", "zh-min-nan": "nan", "zh-yue": "yue",
     "azb": "az-arab", "ckb": "ku-arab", "pnb": "pa-arab",
 }  # fmt: skip
+# Scripts that are part, or a style, of another one.
+_SCRIPTS = {
+    "Hang": "Kore",
+    "Hira": "Jpan",
+    "Kana": "Jpan",
+    "Hrkt": "Jpan",
+    "Aran": "Arab",
+    "Latf": "Latn",
+    "Latg": "Latn",
+}
+# The usual script of a language, where CLDR has another one.
+_WRITTEN = {"crh": "Latn"}
 # `langcodes` writes Serbo-Croatian as Serbian in Latin script, which is one of its standards.
 _SERBO_CROATIAN = frozenset({"sh", "hbs"})
 # Macrolanguages whose name means one standard language: the others of theirs (Cantonese, Egyptian Arabic, Indonesian)
@@ -45,9 +57,11 @@ class _Tag(NamedTuple):
     @property
     def written(self) -> str | None:
         """The script, the usual one of the language where none is named; null: nobody knows."""
+        if self.script or self.language in _WRITTEN:
+            return self.script or _WRITTEN[self.language]
         tag = f"{self.language}-{self.region}" if self.region else self.language
-        if self.script or (tag not in LIKELY_SUBTAGS and self.language not in LIKELY_SUBTAGS):
-            return self.script
+        if tag not in LIKELY_SUBTAGS and self.language not in LIKELY_SUBTAGS:
+            return None
         return langcodes.Language.get(tag).maximize().script
 
 
@@ -74,14 +88,15 @@ def _parse(name: str) -> _Tag | None:
     script = None if first in _SERBO_CROATIAN and tag.script == "Latn" else tag.script
     own = langcodes.Language.make(code.partition("-")[0])
     replaced = own.to_alpha3() != langcodes.Language.make(language).to_alpha3()
+    script = _SCRIPTS.get(script, script) if script else None
     return _Tag(str(language), script, tag.territory, tuple(tag.variants or ()), replaced)
 
 
 def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int, ...] | None:
     """How far `offered` is from what is wanted, in an order to compare; null: it is another language.
 
-    `others`: everything that is offered. A member of a macrolanguage (`pbt` of `ps`) and a script that is not named
-    (`crh`, in Latin script) are found where there is one only.
+    `others`: everything that is offered. A member of a macrolanguage (`pbt` of `ps`), and the script of a language that
+    has no code of two letters, are found where there is one only.
     """
     same = wanted.language == offered.language
     if not same:
@@ -91,7 +106,7 @@ def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int,
         if len({tag.language for tag in others if MACROLANGUAGES.get(tag.language) in macro}) > 1:
             return None
     scripts = {tag.written for tag in others if tag.language == offered.language}
-    other_script = wanted.written is not None and wanted.written != offered.written
+    other_script = None not in (wanted.written, offered.written) and wanted.written != offered.written
     # Of languages without a code of two letters CLDR hardly knows the script.
     if other_script and (wanted.script or len(scripts) > 1 or (same and len(wanted.language) == 2)):
         return None
