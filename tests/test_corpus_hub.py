@@ -235,6 +235,8 @@ def test_wrong_entries_are_named_by_their_key(datasets: list[dict[str, Any]], me
         ("lzh", ["zh", "zh-classical"], "zh-classical"),
         ("nan", ["zh-min-nan"], "zh-min-nan"),
         ("eml", ["eml"], "eml"),
+        ("und", ["und-Latn", "mul"], None),
+        ("de", ["i-klingon", "x-foo", "i-default", "", "mul", "art-lojban"], None),
         ("de", ["not a tag", "all_languages"], None),
     ],
 )

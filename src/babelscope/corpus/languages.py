@@ -6,7 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 import langcodes
-from langcodes.data_dicts import LIKELY_SUBTAGS, MACROLANGUAGES
+from langcodes.data_dicts import LANGUAGE_ALPHA3, LIKELY_SUBTAGS, MACROLANGUAGES
 
 from babelscope.errors import UserError
 
@@ -83,13 +83,14 @@ def _parse(name: str) -> _Tag | None:
     if not langcodes.tag_is_valid(code):
         return None
     tag = langcodes.Language.get(code)
+    if tag.language in (None, "und", "mul", "zxx"):  # no language, or several
+        return None
     macro = tag.prefer_macrolanguage()
-    language = "sh" if first in _SERBO_CROATIAN else "no" if macro.language == "nb" else macro.language
+    language = "sh" if first in _SERBO_CROATIAN else "no" if macro.language == "nb" else str(macro.language)
     script = None if first in _SERBO_CROATIAN and tag.script == "Latn" else tag.script
-    own = langcodes.Language.make(code.partition("-")[0])
-    replaced = own.to_alpha3() != langcodes.Language.make(language).to_alpha3()
+    replaced = LANGUAGE_ALPHA3.get(language, language) not in (first, LANGUAGE_ALPHA3.get(first))
     script = _SCRIPTS.get(script, script) if script else None
-    return _Tag(str(language), script, tag.territory, tuple(tag.variants or ()), replaced)
+    return _Tag(language, script, tag.territory, tuple(tag.variants or ()), replaced)
 
 
 def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int, ...] | None:
