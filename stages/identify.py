@@ -154,43 +154,70 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
 def write(
     name: str, texts: pl.DataFrame, totals: dict[str, Any], features: pl.DataFrame, lid: Any, params: config.Config
 ) -> dict[str, float]:
-    """Predict, write predictions and confusion matrices, and return the numbers (their keys begin with `name`)."""
-    from babelscope.evaluation import agreement, identify
-    from babelscope.evaluation.totals import METHODS
+    """Predict, write predictions and confusion matrices, and return the numbers (their keys begin with `name`).
 
-    base = texts.select("text_id", "language")
-    parts = []
-    for kind, methods in METHODS.items():
-        mine = features.filter(kind=kind)
-        units = {language: mine.filter(pl.col("language") == language).height for language in params.languages}
-        for method in (method for method in methods if method in totals and any(units.values())):
-            table = pl.DataFrame(totals[method].numpy(), schema=params.languages)
-            for normalize in ("units", "none"):
-                found = identify(table.with_row_index("text"), units, normalize=normalize)
-                labels = {"method": pl.lit(method), "normalize": pl.lit(normalize)}
-                parts.append(base.with_columns(**labels).hstack(found.select("predicted", "score")))
+    Texts in languages that fastText does not know, or does not tell apart, are left out for all methods; what the units
+    make of all texts, among all languages, is in the numbers `all_languages/...`.
+    """
+    from babelscope.evaluation import agreement
+
     among, refused = lid.match(params.languages)
+    # Both are asked about the same texts and for the same languages; a single one is no question.
+    baseline = len(among) > 1 or not refused
+    compared = list(among.values()) if baseline else params.languages
     for language, reason in refused.items():
-        log.warning("%s: no baseline on its texts: %s", language, reason)
-    known = texts.filter(pl.col("language").is_in(list(among.values())))
-    if len(known):
-        found = lid.predict(known["text"].to_list(), among)
+        log.warning("%s: %s: %s", language, "left out for both" if baseline else "not compared with fastText", reason)
+    known = texts.filter(pl.col("language").is_in(compared))
+    parts = by_units(texts, totals, features, compared, params.languages)
+    if baseline and len(known):
         labels = {"method": pl.lit(BASELINE), "normalize": pl.lit("none")}
+        found = lid.predict(known["text"].to_list(), among)
         parts.append(known.select("text_id", "language").with_columns(**labels).hstack(found))
     if not parts:
-        raise UserError(f"{FEATURES}: no features, and fastText knows none of params.yaml's languages")
+        raise UserError(f"{FEATURES}: no features, and fastText knows less than two of params.yaml's languages")
     predictions = pl.concat(parts)
     write_atomically(OUT / f"{name or 'predictions'}.parquet", predictions.write_parquet)
     matrices = [
-        agreement.confusion(rows["language"], rows["predicted"], params.languages).select(
+        agreement.confusion(rows["language"], rows["predicted"], compared).select(
             pl.lit(method).alias("method"), pl.lit(normalize).alias("normalize"), "language", "predicted", "texts"
         )
         for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True)
     ]
     write_atomically(OUT / f"{name}_confusion.parquet".lstrip("_"), pl.concat(matrices).write_parquet)
-    numbers = agreement.figures(predictions, params.languages, BASELINE) | {"texts": len(texts)}
+    numbers = agreement.figures(predictions, compared, BASELINE) | {"texts": len(known), "languages": len(compared)}
     report(name or "held out", numbers)
+    if len(compared) < len(params.languages) and (
+        parts := by_units(texts, totals, features, params.languages, params.languages)
+    ):
+        alone = agreement.figures(pl.concat(parts), params.languages, BASELINE) | {"texts": len(texts)}
+        report(f"{name or 'held out'}, all languages", alone)
+        numbers |= {f"all_languages/{key}": value for key, value in alone.items()}
     return {f"{name}/{key}".lstrip("/"): value for key, value in numbers.items()}
+
+
+def by_units(
+    texts: pl.DataFrame, totals: dict[str, Any], features: pl.DataFrame, among: list[str], languages: list[str]
+) -> list[pl.DataFrame]:
+    """What every method predicts for those of `texts` that are in `among`, and of these languages only.
+
+    `totals`: for each method `[texts, languages]`, float64.
+    """
+    from babelscope.evaluation import identify
+    from babelscope.evaluation.totals import METHODS
+
+    mask = texts["language"].is_in(among)
+    base = texts.filter(mask).select("text_id", "language")
+    parts = []
+    for kind, methods in METHODS.items():
+        mine = features.filter(kind=kind)
+        units = {language: mine.filter(pl.col("language") == language).height for language in among}
+        for method in (method for method in methods if method in totals and any(units.values())):
+            table = pl.DataFrame(totals[method].numpy(), schema=languages).filter(mask).select(among)
+            for normalize in ("units", "none"):
+                found = identify(table.with_row_index("text"), units, normalize=normalize)
+                labels = {"method": pl.lit(method), "normalize": pl.lit(normalize)}
+                parts.append(base.with_columns(**labels).hstack(found.select("predicted", "score")))
+    return parts if len(base) else []
 
 
 def report(texts: str, numbers: dict[str, float]) -> None:

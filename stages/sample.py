@@ -27,18 +27,19 @@ METRICS = Path("metrics/sample.json")
 def main() -> None:
     params = config.load()
     section = params.corpus
+    warn_of_unidentifiable(params.languages)
     texts, sources = read(section, params.languages)
     foreign = contaminated(texts, params.languages, section.lid) if section.lid is not None else None
     if foreign is not None:
         texts = texts.filter(~foreign)
     tokenizer = load_tokenizer(params.model)
 
-    def count_tokens(batch: list[str]) -> list[int]:
-        return [len(ids) for ids in content_ids(tokenizer, batch)]
+    def tokenize(batch: list[str]) -> list[list[int]]:
+        return content_ids(tokenizer, batch)
 
     with Progress("sample", len(params.languages), "languages") as progress:
         chosen, totals = sampling.sample(
-            texts, params.languages, section, params.seed, count_tokens, advance=progress.update
+            texts, params.languages, section, params.seed, tokenize, advance=progress.update
         )
     write_atomically(TEXTS, chosen.write_parquet)
     write_json(SOURCES, {"sources": sources})
@@ -57,6 +58,14 @@ def read(section: sections.Corpus, languages: list[str]) -> tuple[pl.DataFrame, 
     reader = gettext_catalogs.read if section.source == "gettext" else text_files.read
     texts = reader(section, languages)
     return texts, [{"path": name, "revision": None, "license": None} for name in sorted(set(texts["source"]))]
+
+
+def warn_of_unidentifiable(languages: list[str]) -> None:
+    """Say before any long work which languages `identify` leaves out, and `steer` does not steer."""
+    from babelscope.evaluation.lid import FastText
+
+    for language, reason in FastText().match(languages)[1].items():
+        log.warning("%s: left out where fastText is compared with (identify), and not steered: %s", language, reason)
 
 
 def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float) -> pl.Series:

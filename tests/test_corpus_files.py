@@ -1,5 +1,7 @@
 import json
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -53,6 +55,35 @@ def test_one_table_for_all_languages(tmp_path: Path, kind: str) -> None:
     ]
     with pytest.raises(UserError, match=r"has no 'it'; it offers: fr, he, pt-br"):
         read(tmp_path, "it", "he")
+
+
+def test_a_group_is_the_same_in_every_spelling_of_a_number(tmp_path: Path) -> None:
+    pl.DataFrame({"text": list("abc"), "id": [1, 2, 3]}).write_parquet(tmp_path / "de.parquet")
+    gaps = pl.Series([1.0, None, float("nan"), 2.5])  # integers with gaps, as pandas stores them
+    pl.DataFrame({"text": list("defg"), "id": gaps}).write_parquet(tmp_path / "en.parquet")
+    lines = [
+        '{"text": "h", "id": 1.0}',
+        '{"text": "i", "id": "1"}',
+        '{"text": "j", "id": NaN}',
+        '{"text": "k", "id": ""}',
+    ]
+    (tmp_path / "fr.jsonl").write_text("\n".join(lines))
+    pl.DataFrame({"text": list("lm"), "id": [Decimal("1.00"), None]}).write_parquet(tmp_path / "it.parquet")
+    groups = dict(read(tmp_path, "de", "en", "fr", "it").select("text", "group").iter_rows())
+    assert {text for text, group in groups.items() if group == "1"} == set("adhil")
+    assert {text for text, group in groups.items() if group is None} == set("efjkm")
+    assert (groups["b"], groups["g"]) == ("2", "2.5")
+
+
+@pytest.mark.parametrize("value", [[1, 2], b"x", {"a": 1}])
+def test_a_group_of_another_kind_is_an_error(tmp_path: Path, value: Any) -> None:
+    pl.DataFrame({"text": ["a"], "group": [value]}).write_parquet(tmp_path / "de.parquet")
+    with pytest.raises(UserError, match=r"de\.parquet: column 'group' holds \w+ instead of a string or a number"):
+        read(tmp_path, "de")
+    if not isinstance(value, bytes):
+        write_jsonl(tmp_path / "fr.jsonl", {"text": "a", "id": value})
+        with pytest.raises(UserError, match=r"fr\.jsonl: line 1: 'group' \(or 'id'\) is \w+ instead of a string"):
+            read(tmp_path, "fr")
 
 
 def test_lone_surrogates_of_json_are_dropped(tmp_path: Path) -> None:

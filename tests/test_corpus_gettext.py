@@ -97,6 +97,13 @@ def test_fuzzy_obsolete_and_credit_entries_of_a_po_file_are_dropped(tmp_path: Pa
     }
 
 
+def test_a_catalog_is_read_once_where_its_source_lies_beside_it(tmp_path: Path) -> None:
+    install(tmp_path, "de", catalog(One="Eins"))
+    install(tmp_path, "de", catalog(One="Eins", Two="Zwei, noch nicht übersetzt"), suffix="po")
+    frame = gettext_catalogs.read(section(path=str(tmp_path)), ["de"])
+    assert frame["text"].to_list() == ["Eins"]
+
+
 def test_a_domain_restricts_the_catalogs(tmp_path: Path) -> None:
     install(tmp_path, "de", catalog(One="Eins"), domain="app")
     install(tmp_path, "de", catalog(Two="Zwei"), domain="other")

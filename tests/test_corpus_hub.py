@@ -78,12 +78,12 @@ def test_every_ready_made_entry_reads_its_own_layout(tmp_path: Path, name: str) 
         mine = texts.filter(language=language)
         assert len(mine) == 6 * len(used) * len(known.text or [])
         assert mine["text"].str.starts_with(code).all()
-    # Translations of each other are one group, in which every language has a text of the same split and column.
+    # Translations of each other are one group, in which every language has the texts of one row.
     if known.group is None:
         assert texts["group"].null_count() == len(texts)
     else:
         sizes = texts.group_by("group").agg(pl.col("language").n_unique(), pl.len())
-        assert (sizes["language"] == len(codes)).all() and (sizes["len"] == len(codes)).all()
+        assert (sizes["language"] == len(codes)).all() and (sizes["len"] == len(codes) * len(known.text or [])).all()
 
 
 def test_wili_tells_the_language_by_numbered_labels(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_wili_tells_the_language_by_numbered_labels(tmp_path: Path) -> None:
     Table.from_dict(rows, features=features).to_parquet(folder / "test-00000-of-00001.parquet")
     texts, _ = hub.read([Dataset(name="wili-2018", path=str(folder))], ["ta", "zh-CN"])
     assert texts.select("language", "text").rows() == [
-        ("ta", "sentence 2"), ("zh-CN", "sentence 3"), ("ta", "sentence 6"), ("zh-CN", "sentence 7"),
+        ("ta", "sentence 2"), ("ta", "sentence 6"), ("zh-CN", "sentence 3"), ("zh-CN", "sentence 7"),
     ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_data_sets_are_put_together_and_a_language_may_be_in_one_of_them_only(tm
 @pytest.mark.parametrize(
     ("changes", "asked", "message"),
     [
-        ({}, ["de", "ja"], r"languages: 'ja' in none of .*xnli"),
+        ({}, ["de", "ja"], "languages: xnli has no 'ja'; it offers: de, zh"),
         (
             {"path": "facebook/no-such-data-set"},
             ["de"],
@@ -132,7 +132,8 @@ def test_data_sets_are_put_together_and_a_language_may_be_in_one_of_them_only(tm
         ({"path": "./nowhere"}, ["de"], r"corpus\.datasets: path: no folder './nowhere'"),
         ({"splits": ["dev"]}, ["de"], r"corpus\.datasets: path: cannot read .*dev"),
         ({"text": ["sentence"]}, ["de"], r"has no column 'sentence'; it has: premise, hypothesis, label"),
-        ({}, ["de", "de_"], "languages"),
+        ({}, ["de", "de-AT"], "languages: xnli has only 'de' for both 'de' and 'de-AT'; keep one of them"),
+        ({"group": "pair"}, ["de"], r"has no column 'pair'"),
     ],
 )
 def test_what_cannot_be_had_is_named(tmp_path: Path, changes: dict[str, Any], asked: list[str], message: str) -> None:
@@ -195,6 +196,47 @@ def test_wrong_entries_are_named_by_their_key(datasets: list[dict[str, Any]], me
         ("sr-Latn", ["srp_Cyrl"], None),
         ("hr", ["bos_Latn"], None),
         ("xx", ["de"], None),
+        # A region, where the language is offered without one, and the other way round; another region is not taken.
+        ("en-GB", ["eng_Latn"], "eng_Latn"),
+        ("pt-PT", ["pt_BR", "pt"], "pt"),
+        ("pt", ["pt_PT", "pt_BR"], "pt_BR"),
+        ("es", ["es-MX"], "es-MX"),
+        ("pt-PT", ["pt_BR"], None),
+        ("de-CH", ["de_AT"], "de_AT"),
+        ("zh-HK", ["cmn_Hans", "cmn_Hant"], "cmn_Hant"),
+        ("ca-valencia", ["cat_Latn"], "cat_Latn"),
+        # Members of macrolanguages, both ways; not of those that have a standard language.
+        ("ps", ["pbt_Arab"], "pbt_Arab"),
+        ("quy_Latn", ["qu"], "qu"),
+        ("ff", ["fuv_Latn", "fra_Latn"], "fuv_Latn"),
+        ("ff", ["fuv_Latn", "fub_Latn"], None),
+        ("ms", ["id"], None),
+        ("zh", ["yue_Hant"], None),
+        ("arz", ["ar"], None),
+        ("fa", ["pes_Arab", "prs_Arab"], "pes_Arab"),
+        ("prs", ["pes_Arab", "prs_Arab"], "prs_Arab"),
+        ("tl", ["tgl_Latn", "fil_Latn"], "fil_Latn"),
+        # The only script that there is, of a language that CLDR hardly knows.
+        ("crh", ["crh_Latn"], "crh_Latn"),
+        ("crh", ["crh_Latn", "crh_Cyrl"], "crh_Latn"),
+        ("crh_Latn", ["crh"], "crh"),
+        ("ko", ["kor_Hang", "zho_Hans"], "kor_Hang"),
+        ("ur", ["urd_Aran"], "urd_Aran"),
+        ("hi", ["hin_Latn"], None),
+        ("az", ["azb_Arab"], None),
+        ("az-Arab", ["azb_Arab", "azj_Latn"], "azb_Arab"),
+        ("pa-Arab", ["pan_Guru", "pnb_Arab"], "pnb_Arab"),
+        ("sr-Latn", ["sh", "sr"], None),
+        ("sh", ["hbs", "hr"], "hbs"),
+        # Wikipedia's codes; `als` is Alemannic beside Albanian only.
+        ("gsw", ["als", "sq"], "als"),
+        ("als", ["als", "sq"], "sq"),
+        ("sq", ["als_Latn", "gsw_Latn"], "als_Latn"),
+        ("lzh", ["zh", "zh-classical"], "zh-classical"),
+        ("nan", ["zh-min-nan"], "zh-min-nan"),
+        ("eml", ["eml"], "eml"),
+        ("und", ["und-Latn", "mul"], None),
+        ("de", ["i-klingon", "x-foo", "i-default", "", "mul", "art-lojban"], None),
         ("de", ["not a tag", "all_languages"], None),
     ],
 )
@@ -207,6 +249,12 @@ def test_files_named_by_other_codes_match_too() -> None:
         "deu-latn": "de",
         "zh-cn": "zh-CN",
     }
+    # What is there once goes to the one that it fits best, whatever their order.
+    assert languages.match(["pt-PT", "pt-BR"], ["pt", "pt_BR"]) == {"pt": "pt-PT", "pt-br": "pt-BR"}
+    assert languages.match(["de-AT", "de"], ["de"]) == {"de": "de"}
+    with pytest.raises(UserError, match="x and y have only 'nob-Latn' for both 'no' and 'nb'; keep one of them"):
+        languages.require(["no", "nb"], {"x": ["nob_Latn"], "y": ["eng_Latn"]})
+    assert languages.require(["no", "nb"], {"x": ["nob_Latn"], "y": ["nb"]}) is None
 
 
 def test_rows_without_a_group_or_a_label_are_not_put_together(tmp_path: Path) -> None:
@@ -222,4 +270,45 @@ def test_rows_without_a_group_or_a_label_are_not_put_together(tmp_path: Path) ->
     texts, _ = hub.read([section], ["de", "fi"])
     # -1 is no label: not the last language.
     assert texts.select("language", "text").rows() == [("de", "a"), ("fi", "c")]
-    assert texts["group"].to_list() == [None, "huggingface:labelled:test:text:7"]
+    assert texts["group"].to_list() == [None, "huggingface:labelled:test:7"]
+
+
+def one_table(folder: Path, **columns: list[Any]) -> dict[str, Any]:
+    """An entry that is spelled out, of one table with a column `language`."""
+    folder.mkdir()
+    pl.DataFrame(columns, strict=False).write_parquet(folder / "train.parquet")
+    return {"path": str(folder), "splits": ["train"], "language": "language", "text": ["text"]}
+
+
+def test_a_table_sorted_by_language_is_read_to_the_rows_of_each(tmp_path: Path) -> None:
+    names = ["de"] * 7 + ["deu"] * 2 + ["en"] * 3 + ["fr"] * 9
+    entry = one_table(tmp_path / "t", text=[f"text {i}" for i in range(len(names))], language=names)
+    texts, _ = hub.read([Dataset(**entry, rows=4)], ["fr", "de", "en"])
+    assert texts.select("language", "text").rows() == [
+        *(("fr", f"text {i}") for i in range(12, 16)), *(("de", f"text {i}") for i in range(4)),
+        *(("en", f"text {i}") for i in range(9, 12)),
+    ]  # fmt: skip
+
+
+def test_the_columns_of_a_row_are_one_group_whether_it_names_one_or_not(tmp_path: Path) -> None:
+    entry = one_table(tmp_path / "t", text=["a", "b", "c", "d"], other=["a2", "b2", None, "d2"],
+                      language=["de", "en", "de", "en"], pair=[1.0, 1.0, None, float("nan")])  # fmt: skip
+    texts, _ = hub.read([Dataset(**entry | {"text": ["text", "other"], "group": "pair"})], ["de", "en"])
+    groups = texts.group_by("group").agg(pl.col("text").sort()).sort("text")["text"].to_list()
+    assert groups == [["a", "a2", "b", "b2"], ["c"], ["d", "d2"]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [["a"], ["b"]]}, "text: column 'text' of .* holds list instead of strings"),
+        ({"text": [{"a": "x"}, {"a": "y"}]}, "text: column 'text' of .* holds dict instead of strings"),
+        ({"language": [1, 2]}, "language: column 'language' of .* holds int instead of strings"),
+        ({"pair": [[1], [2]]}, "group: column 'pair' of .* holds list instead of a string or a number"),
+        ({"pair": [b"a", b"b"]}, "group: column 'pair' of .* holds bytes instead of a string or a number"),
+    ],
+)
+def test_columns_of_other_kinds_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    rows = {"text": ["a", "b"], "language": ["de", "en"], "pair": [1, 2]} | columns
+    with pytest.raises(UserError, match=message):
+        hub.read([Dataset(**one_table(tmp_path / "t", **rows), group="pair")], ["de", "en"])

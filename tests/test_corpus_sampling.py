@@ -19,8 +19,9 @@ def section(**changes: object) -> Corpus:
     return Corpus.model_validate(values | changes)
 
 
-def words(texts: list[str]) -> list[int]:
-    return [len(text.split()) for text in texts]
+def words(texts: list[str]) -> list[list[int]]:
+    """A token per word: its bytes as a number."""
+    return [[int.from_bytes(word.encode(), "big") for word in text.split()] for text in texts]
 
 
 def corpus(*rows: tuple[str, str | None, str]) -> pl.DataFrame:
@@ -90,6 +91,35 @@ def test_long_texts_count_up_to_max_tokens_and_single_tokens_are_dropped() -> No
     assert chosen["text"].str.starts_with("long").all()
 
 
+def headed(header: str, number: int) -> str:
+    return f"{header} " * 4 + f"page {number}"  # eight words and two: max_tokens cuts them off
+
+
+def test_texts_that_are_equal_up_to_the_cut_are_one() -> None:
+    rows = [
+        *(("en", f"h{i}", headed("read more", i)) for i in range(40)),  # the header of every page
+        *(("de", f"h{i}", f"der eigene Text Nummer {i} dazu") for i in range(40)),  # what translates them
+        *((lang, f"c{i}", headed("cookie banner", i)) for lang in ("en", "de") for i in range(40)),
+        *((lang, f"g{i}", f"{lang}{i} eigene Wörter own words") for lang in ("en", "de") for i in range(60)),
+    ]
+    chosen, _ = sampling.sample(corpus(*rows), ["en", "de"], section(train_tokens=400, eval_tokens=90), 0, words)
+    cut = chosen.with_columns(used=pl.col("text").str.split(" ").list.head(8).list.join(" "))
+    assert cut["used"].is_unique().all()
+    assert not cut["text"].str.contains("cookie").any()
+    assert cut["text"].str.contains("read more").sum() == 1
+    # The pages that share a header are one group, so that their translations are in one split.
+    assert chosen.filter(pl.col("text").str.contains("Nummer"))["split"].n_unique() == 1
+    assert chosen.filter(pl.col("text").str.contains("own"))["split"].n_unique() == 2
+
+
+def test_merging_by_hand() -> None:
+    texts = corpus(("en", "a", "x y 1"), ("en", "b", "x y 2"), ("de", "b", "b"), ("de", "c", "u v"), ("fi", "d", "u w"))
+    texts = texts.with_columns(text_id=pl.Series(list("12345")))
+    merged = sampling.merge(texts, {"1": "x y", "2": "x y", "4": "u", "5": "u"})
+    assert merged.select("text_id", "group").sort("text_id").rows() == [("1", "a"), ("3", "a")]
+    assert sampling.merge(texts, {"1": "x y"}).sort("text_id").equals(texts)
+
+
 def test_a_short_language_is_reported_with_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
     few = parallel(["fi"], 9)
     with caplog.at_level(logging.WARNING):
@@ -118,7 +148,7 @@ def test_a_language_without_texts_is_an_error() -> None:
 def test_only_as_many_texts_are_tokenized_as_are_needed() -> None:
     counted: list[str] = []
 
-    def count(texts: list[str]) -> list[int]:
+    def count(texts: list[str]) -> list[list[int]]:
         counted.extend(texts)
         return words(texts)
 
@@ -161,7 +191,7 @@ def test_properties_of_every_sample(rows: list[tuple[str, str, str]], seed: int,
     assert totals["texts"].sum() == chosen.height
     for language, split, _, _, tokens in totals.iter_rows():
         part = chosen.filter(pl.col("language") == language, pl.col("split") == split)
-        assert sum(words(part["text"].to_list())) == tokens
+        assert sum(map(len, words(part["text"].to_list()))) == tokens
     for language in present:
         clean = sampling.clean(texts, 1)
         alone = sampling.split(clean.filter(language=language), 0.3, seed)

@@ -85,6 +85,13 @@ def test_an_unknown_language_leaves_no_output(run: Any) -> None:
     assert not Path("data").exists() and not Path("metrics").exists()
 
 
+def test_languages_that_fasttext_cannot_tell_are_said_before_anything_is_read(run: Any, caplog: Any) -> None:
+    with pytest.raises(UserError, match="corpus.path: 'texts' holds no"), caplog.at_level("WARNING"):
+        run({}, ["en", "zh-CN", "zh-TW", "tlh"])
+    assert [message.partition(":")[0] for message in caplog.messages] == ["zh-CN", "zh-TW", "tlh"]
+    assert "not steered: fastText's lid.176 does not tell it from zh-TW" in caplog.text
+
+
 GERMAN = [f"Das ist der {i}. Satz, und er steht in deutscher Sprache da." for i in range(40)]
 ENGLISH = [f"This is sentence number {i}, which is written in plain English." for i in range(40)]
 

@@ -1,12 +1,17 @@
 """Language identification and the measures of agreement."""
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
 import torch
+from closure import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812
 
 from babelscope.errors import UserError
 from babelscope.evaluation import identify, totals
@@ -152,6 +157,67 @@ def test_fasttext_is_restricted_to_the_languages_that_it_can_tell_apart() -> Non
     assert set(lid.predict(texts, known)["predicted"]) <= {"pt-BR", "nb"}
     with pytest.raises(UserError, match="none of the languages"):
         lid.predict(texts, {})
+
+
+@pytest.mark.parametrize(
+    ("languages", "labels"),
+    [
+        (["eng_Latn", "zho_Hans", "arb_Arab", "pbt_Arab", "nob_Latn"], ["en", "zh", "ar", "ps", "no"]),
+        (["als", "gsw", "hbs", "fil", "iw", "sr-Latn"], ["sq", "als", "sh", "tl", "he", "sr"]),
+        (["zh-TW", "yue", "wuu", "lzh"], ["zh", "yue", "wuu", None]),
+        (["fa", "prs", "nb", "no", "hi-Latn"], [None] * 5),
+    ],
+)
+def test_fasttext_s_labels_are_found_from_any_code(languages: list[str], labels: list[str | None]) -> None:
+    known, refused = FastText().match(languages)
+    found = {name: label for label, name in known.items()}
+    assert [found.get(name) for name in languages] == labels
+    assert set(refused) == {name for name, label in zip(languages, labels, strict=True) if label is None}
+
+
+NUMBER = {
+    "en": "This is the text number",
+    "de": "Das hier ist der Text Nummer",
+    "zh-CN": "这是文本第",
+    "zh-TW": "這是文本第",
+}
+
+
+def identified(languages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, float]]:
+    """What the stage writes of texts in `languages`, whose units are right but for Chinese: all of it is zh-CN."""
+    monkeypatch.chdir(tmp_path)
+    texts = [(f"{name}{i}", name, f"{NUMBER[name]} {i}.") for name in languages for i in range(5)]
+    frame = pl.DataFrame(texts, schema=["text_id", "language", "text"], orient="row")
+    owner = [languages.index(name if name != "zh-TW" else "zh-CN") for name in frame["language"]]
+    totals = {"sae-count": F.one_hot(torch.tensor(owner), len(languages)).double()}
+    features = pl.DataFrame({"kind": "sae", "language": languages, "unit": range(len(languages))})
+    write = runpy.run_path(str(ROOT / "stages/identify.py"))["write"]
+    numbers = write("", frame, totals, features, FastText(), SimpleNamespace(languages=languages))
+    return pl.read_parquet("data/identify/predictions.parquet"), numbers
+
+
+def test_both_are_asked_about_the_same_texts_and_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions, numbers = identified(["en", "zh-CN", "de", "zh-TW"], tmp_path, monkeypatch)
+    asked = predictions.group_by("method", "normalize").agg(pl.col("text_id").sort())["text_id"].to_list()
+    assert len(asked) == 3 and all(ids == [f"{name}{i}" for name in ("de", "en") for i in range(5)] for ids in asked)
+    assert set(predictions["predicted"]) == {"en", "de"}
+    assert numbers["texts"] == 10 and numbers["languages"] == 2
+    for method in ("sae-count/units", "fasttext/none"):
+        assert numbers[f"accuracy/{method}"] == numbers[f"macro_f1/{method}"] == 1.0
+    assert numbers["mcnemar_p/sae-count/units"] == 1.0
+    # What the units make of Chinese is said, too, by itself.
+    assert numbers["all_languages/accuracy/sae-count/units"] == 15 / 20 and numbers["all_languages/texts"] == 20
+    assert not any(key.startswith("all_languages/") and "fasttext" in key for key in numbers)
+    assert set(pl.read_parquet("data/identify/confusion.parquet")["language"]) == {"en", "de"}
+
+
+def test_without_two_languages_that_fasttext_knows_the_units_are_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions, numbers = identified(["en", "zh-CN", "zh-TW"], tmp_path, monkeypatch)
+    assert set(predictions["method"]) == {"sae-count"} and len(set(predictions["text_id"])) == 15
+    assert numbers["accuracy/sae-count/units"] == 10 / 15 and numbers["texts"] == 15
+    assert not any("fasttext" in key or "mcnemar" in key or "all_languages" in key for key in numbers)
 
 
 def test_totals_are_those_of_a_loop_over_tokens_and_units() -> None:

@@ -253,6 +253,8 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
 def test_relatives() -> None:
     assert relatives("pt-BR") == ("Romance", "Latin") and relatives("sr-Latn") == ("Slavic", "Latin")
     assert relatives("zh-CN") == ("Sinitic", "Han") and relatives("xx") is None
+    assert relatives("deu_Latn") == relatives("de") and relatives("cmn_Hant") == relatives("zh")
+    assert relatives("not a tag") is None
 
 
 def test_steering_begins_with_the_untouched_model() -> None:
@@ -343,6 +345,20 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
                  tables.metrics):  # fmt: skip
         table = make(inputs())
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
+
+
+def test_languages_that_are_not_identified_are_named() -> None:
+    whole = inputs()
+    assert "Left out for both" not in page.build(whole)
+    assert whole.confusion is not None
+    confusion = whole.confusion.filter(~pl.col("language").is_in(["ja", "fi"]))
+    metrics = whole.metrics["identify"] | {"all_languages/accuracy/sae-count/units": 0.9, "all_languages/texts": 500}
+    some = dataclasses.replace(whole, confusion=confusion, metrics=whole.metrics | {"identify": metrics})
+    assert "Left out for both: ja, fi, which fastText does not know" in page.build(some)
+    rows = tables.identified(some).rows
+    assert [row[:3] for row in rows if "among all languages" in row[0]] == [
+        ["sae-count, by units owned, among all languages", "500", "90.0\u202f%"]
+    ]
 
 
 def test_features_found_again_stand_beside_other_latents() -> None:

@@ -66,11 +66,18 @@ def test_the_limits_may_be_met_by_different_languages_unless_asked_otherwise() -
     assert len(sae_lape(frame, TOTALS, **PAPER | {"ratio": 0.9}, same_language=True)) == 0
 
 
-def test_an_example_limit_of_no_text_is_met_by_units_that_never_fire_there() -> None:
+def test_a_language_of_one_text_does_not_let_every_unit_pass() -> None:
     totals = TOTALS.with_columns(texts=pl.Series([1, 20]))  # int(0.98 * 1) = 0
-    frame = counts((0, 0, "en", 30, 3))
-    assert selected(sae_lape(frame, totals, **PAPER)) == [("en", 0, 0)]
-    assert len(sae_lape(frame, totals, **PAPER, same_language=True)) == 0
+    frame = counts((0, 0, "en", 30, 3), (0, 1, "en", 30, 19), (0, 2, "de", 20, 1), (0, 3, "de", 20, 0))
+    for same_language in (False, True):
+        found = sae_lape(frame, totals, **PAPER, same_language=same_language)
+        assert selected(found) == [("de", 0, 2), ("en", 0, 1)]
+
+
+def test_an_example_rate_of_0_leaves_the_texts_out() -> None:
+    frame = counts((0, 0, "en", 30, 0))
+    assert selected(sae_lape(frame, TOTALS, **PAPER | {"example_rate": 0.0})) == [("en", 0, 0)]
+    assert len(sae_lape(frame, TOTALS, **PAPER | {"example_rate": 0.001})) == 0
 
 
 def test_without_texts_only_tokens_count() -> None:

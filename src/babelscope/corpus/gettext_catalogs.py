@@ -112,7 +112,10 @@ def _places(section: Corpus) -> list[tuple[str, list[Catalog]]]:
 
 def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None) -> list[Catalog]:
     found = []
+    compiled = {path.with_suffix("") for path in paths if path.suffix == ".mo"}
     for path in paths:
+        if path.suffix == ".po" and path.with_suffix("") in compiled:
+            continue  # the source of a catalog that is there, without its fuzzy messages
         if path.parent.name == "LC_MESSAGES":
             found.append(Catalog(path.parent.parent.name, path.stem, path))
         elif path.parent == folder:

@@ -7,6 +7,7 @@ the same in translations of each other. Codes of languages are matched by `langu
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,8 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.corpus.languages import nearest_tag, normalise
+from babelscope.corpus.groups import name_of
+from babelscope.corpus.languages import match, nearest_tag, normalise, require
 from babelscope.errors import UserError
 from babelscope.sections import Dataset
 
@@ -44,7 +46,6 @@ _ENTRIES: dict[str, dict[str, Any]] = {
     },
     "wili-2018": {
         "path": "MartinThoma/wili_2018", "splits": ["test"], "text": ["sentence"], "language": "label",
-        "rows": 200_000,  # of all languages together
     },
     "wikipedia": {
         "path": "wikimedia/wikipedia", "subset": f"20231101.{LANGUAGE}", "splits": ["train"], "text": ["text"],
@@ -90,27 +91,25 @@ def read(
     ------
     UserError: a data set cannot be had, lacks a column or split, or none of them has one of the languages.
     """
-    twice = [name for name in languages if [normalise(other) for other in languages].count(normalise(name)) > 1]
-    if twice:
-        raise UserError(f"params.yaml: languages: {' and '.join(map(repr, twice))} are the same language")
     rows: list[tuple[str, str | None, str, str]] = []
-    records, offered = [], {}
+    records: list[dict[str, str | None]] = []
+    offered: dict[str, list[str]] = {}
     for number, section in enumerate(sections):
         known, place = entry(section), f"params.yaml: {key}.{number}" if len(sections) > 1 else f"params.yaml: {key}"
         if known.revision is None and not Path(str(known.path)).expanduser().is_dir():
             log.warning("%s: %s is not pinned; set its revision to a commit hash", place, known.path)
         found = _DataSet(known, place)
-        where = found.languages(languages)
-        offered.update(where)
-        for row in found.rows(where):
+        read = len(rows)
+        for row in found.rows(languages):
             rows.append(row)
             if len(rows) % 1000 == 0:
                 advance(1000)
+        offered[f"{found.name} ({number})" if found.name in offered else found.name] = found.codes
+        lacks = [name for name in languages if name not in {row[0] for row in rows[read:]}]
+        if lacks and len(sections) > 1:
+            log.warning("%s has no texts in %s", found.name, ", ".join(lacks))
         records.append({"path": found.name, "revision": known.revision, "license": found.license()})
-    missing = [name for name in languages if name not in offered]
-    if missing:
-        paths = ", ".join(str(record["path"]) for record in records)
-        raise UserError(f"params.yaml: languages: {', '.join(map(repr, missing))} in none of {paths}")
+    require(languages, offered)
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row"), records
 
 
@@ -119,6 +118,7 @@ class _DataSet:
 
     def __init__(self, section: Dataset, place: str) -> None:
         self.section, self.place = section, place
+        self.codes: list[str] = []  # of the languages that it offers, once `rows` has run
         folder = Path(str(section.path)).expanduser()
         self.local = folder.is_dir()
         if str(section.path).startswith((".", "/", "~")) and not self.local:
@@ -140,82 +140,116 @@ class _DataSet:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"{self.place}: path: cannot read {self.section.path!r}: {reason}") from None
 
-    def languages(self, wanted: Sequence[str]) -> dict[str, str]:
-        """Those of `wanted` that there are, and what each is called here (in the subsets' names, or in the column)."""
-        column, subset = self.section.language, self.section.subset or ""
-        if column is None:
-            from datasets import get_dataset_config_names
-
-            form = re.compile(re.escape(subset).replace(re.escape(LANGUAGE), "(.+)"))
-            subsets = [form.fullmatch(name) for name in self._call(get_dataset_config_names)]
-            codes = [found[1] for found in subsets if found]
-        else:
-            codes = self._codes() or sorted({self._code(row[column]) for row in self._stream(self.section.subset)})
-        here = {name: nearest_tag(name, codes) for name in wanted}
-        return {name: code for name, code in here.items() if code is not None}
-
-    def rows(self, where: Mapping[str, str]) -> Iterator[tuple[str, str | None, str, str]]:
-        """(language, group, source, text) of the languages in `where`."""
-        column = self.section.language
-        if column is not None:
-            names = {code: name for name, code in where.items()}
-            for number, row in enumerate(self._stream(self.section.subset)):
-                if (name := names.get(self._code(row[column]))) is not None:
-                    yield from self._texts(name, number, row)
+    def rows(self, languages: Sequence[str]) -> Iterator[tuple[str, str | None, str, str]]:
+        """(language, group, source, text) of those of `languages` that there are; then `codes` are what it offers."""
+        if self.section.language is not None:
+            for split in self.section.splits or []:
+                yield from self._of_column(languages, split)
             return
-        for name, code in where.items():
-            for number, row in enumerate(self._stream(str(self.section.subset).replace(LANGUAGE, code))):
-                yield from self._texts(name, number, row)
+        from datasets import get_dataset_config_names
 
-    def _texts(self, language: str, number: int, row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str, str]]:
-        source = f"huggingface:{self.name}"
-        for column in self.section.text or []:
+        subset = str(self.section.subset)
+        form = re.compile(re.escape(subset).replace(re.escape(LANGUAGE), "(.+)"))
+        subsets = [form.fullmatch(name) for name in self._call(get_dataset_config_names)]
+        self.codes = [found[1] for found in subsets if found]
+        spelled = {normalise(code): code for code in sorted(self.codes, reverse=True)}
+        for tag, name in sorted(match(languages, self.codes).items(), key=lambda pair: languages.index(pair[1])):
+            for split in self.section.splits or []:
+                stream = self._stream(subset.replace(LANGUAGE, spelled[tag]), split)
+                for number, row in enumerate(islice(stream, self.section.rows or ROWS)):
+                    yield from self._texts(name, split, number, row)
+
+    def _of_column(self, languages: Sequence[str], split: str) -> Iterator[tuple[str, str | None, str, str]]:
+        """The rows of one split, the language of each in a column: read until every language has as many as wanted."""
+        labels, most = self._labels(), self.section.rows or ROWS
+        if labels:
+            self.codes = sorted(labels)
+        kept: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        for number, row in enumerate(self._stream(self.section.subset, split)):
+            code = self._code(row[str(self.section.language)], labels)
+            if code is None:
+                continue
+            if code not in kept:
+                kept[code] = []
+                self.codes = sorted({*self.codes, code})
+            # Which code fits a language best is known at the end only: what might be one of them is kept until then.
+            if len(kept[code]) < most and _might_be(code, tuple(languages)):
+                kept[code].append((number, row))
+                full = len(kept[code]) == most
+                if full and [len(kept.get(c, [])) for c in self._wanted(languages)] == [most] * len(languages):
+                    break
+        for code, name in self._wanted(languages).items():
+            for number, row in kept.get(code, []):
+                yield from self._texts(name, split, number, row)
+
+    def _wanted(self, languages: Sequence[str]) -> dict[str, str]:
+        """Code in the column -> language, for those of `languages` that were seen, in their order."""
+        given = match(languages, self.codes)
+        found = {code: given[normalise(code)] for code in self.codes if normalise(code) in given}
+        return dict(sorted(found.items(), key=lambda pair: languages.index(pair[1])))
+
+    def _texts(
+        self, language: str, split: str, number: int, row: Mapping[str, Any]
+    ) -> Iterator[tuple[str, str | None, str, str]]:
+        """The texts of one row. All of them are one group, and with them those of its translations."""
+        source, columns = f"huggingface:{self.name}", self.section.text or []
+        # A row that names no group is a group of its own, not one with all others that name none.
+        group = f"{source}:{split}:{language}:row {number}" if len(columns) > 1 else None
+        if self.section.group is not None:
+            try:
+                mark = str(number) if self.section.group == ROW else name_of(row[self.section.group])
+            except TypeError as error:
+                raise UserError(f"{self.place}: group: column {self.section.group!r} of {self.section.path!r} holds "
+                                f"{error}") from None  # fmt: skip
+            group = group if mark is None else f"{source}:{split}:{mark}"
+        for column in columns:
             text = row[column]
             if isinstance(text, str):
-                group = None
-                if self.section.group is not None:
-                    mark = number if self.section.group == ROW else row[self.section.group]
-                    # A row that names no group is a group of its own, not one with all others that name none.
-                    group = None if mark is None else f"{source}:{row['__split__']}:{column}:{mark}"
                 yield language, group, source, text
+            elif text is not None:
+                raise UserError(f"{self.place}: text: column {column!r} of {self.section.path!r} holds "
+                                f"{type(text).__name__} instead of strings")  # fmt: skip
 
-    def _stream(self, subset: str | None) -> Iterator[dict[str, Any]]:
-        """The first rows of every split, with the split's name."""
+    def _stream(self, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+        """The rows of a split."""
         from datasets import load_dataset
 
         column, group = self.section.language, self.section.group
         needed = [*(self.section.text or []), *filter(None, [column, None if group == ROW else group])]
-        for split in self.section.splits or []:
-            stream = self._call(load_dataset, name=subset, split=split, streaming=True)
-            rows = iter(islice(stream, self.section.rows or ROWS))
-            while (row := self._next(rows)) is not None:
-                lacking = [name for name in needed if name not in row]
-                if lacking:
-                    raise UserError(
-                        f"{self.place}: {self.section.path!r} has no column {lacking[0]!r}; it has: {', '.join(row)}"
-                    )
-                yield {**row, "__split__": split}
+        rows = iter(self._call(load_dataset, name=subset, split=split, streaming=True))
+        while (row := self._next(rows)) is not None:
+            lacking = [name for name in needed if name not in row]
+            if lacking:
+                raise UserError(
+                    f"{self.place}: {self.section.path!r} has no column {lacking[0]!r}; it has: {', '.join(row)}"
+                )
+            yield row
 
     def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         row: dict[str, Any] | None = self._call(lambda _path, revision: next(rows, None))
         return row
 
-    def _codes(self) -> list[str]:
+    def _labels(self) -> list[str]:
         """The names behind a language column of numbers (a `ClassLabel`), in their order; else none."""
         from datasets import load_dataset
 
-        if not hasattr(self, "_labels"):
-            options = {"name": self.section.subset, "split": (self.section.splits or [""])[0], "streaming": True}
-            stream = self._call(load_dataset, **options)
-            # Of parquet files whose card says nothing, the features are known once one is opened.
-            features = stream.features or self._call(lambda _path, revision: stream._resolve_features()).features or {}
-            self._labels = list(getattr(features.get(self.section.language), "names", None) or [])
-        return self._labels
+        options = {"name": self.section.subset, "split": (self.section.splits or [""])[0], "streaming": True}
+        stream = self._call(load_dataset, **options)
+        # Of parquet files whose card says nothing, the features are known once one is opened.
+        features = stream.features or self._call(lambda _path, revision: stream._resolve_features()).features or {}
+        return list(getattr(features.get(self.section.language), "names", None) or [])
 
-    def _code(self, value: Any) -> str:
-        names = self._codes()
-        # -1 is how `datasets` writes "no label".
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
+    def _code(self, value: Any, labels: Sequence[str]) -> str | None:
+        """The language that a row's column names; null: none."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int) and labels:
+            # -1 is how `datasets` writes "no label".
+            return labels[value] if 0 <= value < len(labels) else None
+        if value is not None:
+            raise UserError(f"{self.place}: language: column {self.section.language!r} of {self.section.path!r} holds "
+                            f"{type(value).__name__} instead of strings")  # fmt: skip
+        return None
 
     def license(self) -> str | None:
         """As the card's metadata has it; null where there is none, or no card."""
@@ -227,3 +261,9 @@ class _DataSet:
             return None
         found = card.data.to_dict().get("license")
         return ", ".join(found) if isinstance(found, list) else found
+
+
+@cache
+def _might_be(code: str, languages: tuple[str, ...]) -> bool:
+    """Whether a code can be one of the languages, whatever else there is (with Albanian, `als` is Alemannic)."""
+    return any(nearest_tag(name, others) == code for name in languages for others in ([code], [code, "sq"]))

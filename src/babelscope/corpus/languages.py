@@ -1,18 +1,68 @@
-"""Matching the languages of params.yaml with the names that catalogs and files carry."""
+"""Matching the languages of params.yaml with the names that catalogs, files, data sets and fastText's labels carry."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import langcodes
+from langcodes.data_dicts import LANGUAGE_ALPHA3, LIKELY_SUBTAGS, MACROLANGUAGES
 
 from babelscope.errors import UserError
 
-# By CLDR's distances (`langcodes`): another region of the same language passes (de-AT for de), another script does not
-# (sr-Latn for sr-Cyrl), nor one that its speakers merely understand (hr for bs).
-_FARTHEST = 4
+# By CLDR's distances (`langcodes`) a region stands for another one up to here: de-CH for de-AT, not pt-BR for pt-PT.
+_FARTHEST_REGION = 4
 
 # POSIX locale modifiers that BCP-47 spells as a script or a variant.
 _MODIFIERS = {"latin": "latn", "cyrillic": "cyrl", "devanagari": "deva"}
+
+# Codes that are older than BCP-47's (Wikipedia's), and ISO 639-3 codes of what CLDR writes as a script of a language.
+_ALIASES = {
+    "bat-smg": "sgs", "be-x-old": "be-tarask", "cbk-zam": "cbk", "fiu-vro": "vro", "roa-rup": "rup",
+    "zh-classical": "lzh", "zh-min-nan": "nan", "zh-yue": "yue",
+    "azb": "az-arab", "ckb": "ku-arab", "pnb": "pa-arab",
+}  # fmt: skip
+# Scripts that are part, or a style, of another one.
+_SCRIPTS = {
+    "Hang": "Kore",
+    "Hira": "Jpan",
+    "Kana": "Jpan",
+    "Hrkt": "Jpan",
+    "Aran": "Arab",
+    "Latf": "Latn",
+    "Latg": "Latn",
+}
+# The usual script of a language, where CLDR has another one.
+_WRITTEN = {"crh": "Latn"}
+# `langcodes` writes Serbo-Croatian as Serbian in Latin script, which is one of its standards.
+_SERBO_CROATIAN = frozenset({"sh", "hbs"})
+# Macrolanguages whose name means one standard language: the others of theirs (Cantonese, Egyptian Arabic, Indonesian)
+# are languages of their own. In the rest, such as Pashto, Quechua or Fula, a member stands for the whole.
+_STANDARD = frozenset(
+    ["ar", "az", "et", "fa", "ku", "lv", "mn", "ms", "ne", "no", "or", "sh", "sq", "sw", "uz", "yi", "zh"]
+)
+# So many languages are listed in a message; some data sets have 1,800.
+_LISTED = 60
+
+
+class _Tag(NamedTuple):
+    """What a code says: `script` and `region` are null unless it names them."""
+
+    language: str
+    script: str | None
+    region: str | None
+    variants: tuple[str, ...]
+    replaced: bool  # by another code of the language: `tgl` by `fil`
+
+    @property
+    def written(self) -> str | None:
+        """The script, the usual one of the language where none is named; null: nobody knows."""
+        if self.script or self.language in _WRITTEN:
+            return self.script or _WRITTEN[self.language]
+        tag = f"{self.language}-{self.region}" if self.region else self.language
+        if tag not in LIKELY_SUBTAGS and self.language not in LIKELY_SUBTAGS:
+            return None
+        return langcodes.Language.get(tag).maximize().script
 
 
 def normalise(tag: str) -> str:
@@ -22,27 +72,101 @@ def normalise(tag: str) -> str:
     return f"{parts}-{_MODIFIERS.get(modifier.lower(), modifier.lower())}" if modifier else parts
 
 
+@cache
+def _parse(name: str) -> _Tag | None:
+    """Read a code; null if it is none that is registered."""
+    # FineWeb-2 writes Chinese in both its scripts as `cmn_Hani`.
+    code = normalise(name).removesuffix("-hani")
+    first, _, rest = code.partition("-")
+    code = _ALIASES.get(code) or "-".join(filter(None, [_ALIASES.get(first, first), rest]))
+    code = code.replace("-arab-arab", "-arab").replace("-arab-latn", "-latn")
+    if not langcodes.tag_is_valid(code):
+        return None
+    tag = langcodes.Language.get(code)
+    if tag.language in (None, "und", "mul", "zxx"):  # no language, or several
+        return None
+    macro = tag.prefer_macrolanguage()
+    language = "sh" if first in _SERBO_CROATIAN else "no" if macro.language == "nb" else str(macro.language)
+    script = None if first in _SERBO_CROATIAN and tag.script == "Latn" else tag.script
+    replaced = LANGUAGE_ALPHA3.get(language, language) not in (first, LANGUAGE_ALPHA3.get(first))
+    script = _SCRIPTS.get(script, script) if script else None
+    return _Tag(language, script, tag.territory, tuple(tag.variants or ()), replaced)
+
+
+def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int, ...] | None:
+    """How far `offered` is from what is wanted, in an order to compare; null: it is another language.
+
+    `others`: everything that is offered. A member of a macrolanguage (`pbt` of `ps`), and the script of a language that
+    has no code of two letters, are found where there is one only.
+    """
+    same = wanted.language == offered.language
+    if not same:
+        macro = {MACROLANGUAGES.get(wanted.language), MACROLANGUAGES.get(offered.language)} - {None}
+        if not macro & {wanted.language, offered.language} or macro & _STANDARD:
+            return None
+        if len({tag.language for tag in others if MACROLANGUAGES.get(tag.language) in macro}) > 1:
+            return None
+    scripts = {tag.written for tag in others if tag.language == offered.language}
+    other_script = None not in (wanted.written, offered.written) and wanted.written != offered.written
+    # Of languages without a code of two letters CLDR hardly knows the script.
+    if other_script and (wanted.script or len(scripts) > 1 or (same and len(wanted.language) == 2)):
+        return None
+    if wanted.region == offered.region:
+        region = 0
+    elif wanted.region is None or offered.region is None:
+        region = 1
+    else:
+        region = langcodes.tag_distance(f"{wanted.language}-{wanted.region}", f"{wanted.language}-{offered.region}")
+        if region > _FARTHEST_REGION:
+            return None
+    # Of several regions the language's own comes first: `pt` is `pt-BR` where `pt-PT` is there, too.
+    usual = langcodes.Language.get(wanted.language).maximize().territory
+    return (
+        int(not same), int(other_script), region, int(wanted.variants != offered.variants),
+        int(offered.region not in (None, usual)), int(offered.replaced),
+    )  # fmt: skip
+
+
+def _nearest(language: str, offered: Iterable[str]) -> tuple[tuple[int, ...], str] | None:
+    names = sorted(set(offered))
+    tags = {name: tag for name in names if (tag := _parse(name)) is not None}
+    languages = {tag.language for name, tag in tags.items() if normalise(name) != "als"}
+    # Beside Albanian `als` is Alemannic, as Wikipedia, and with it WiLI and fastText, write it; elsewhere it is Tosk.
+    alemannic = {name for name in names if normalise(name) == "als" and "sq" in languages and "gsw" not in languages}
+    exact = [name for name in names if normalise(name) == normalise(language) and name not in alemannic]
+    if exact:
+        return (0,), exact[0]
+    wanted = _parse(language)
+    if wanted is None:
+        return None
+    tags |= {name: tag for name in alemannic if (tag := _parse("gsw")) is not None}
+    others = list(tags.values())
+    found = [(distance, name) for name, tag in tags.items() if (distance := _distance(wanted, tag, others))]
+    return min(found, default=None)
+
+
 def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
     """The one of `offered` that is the same language, however either is spelled: `zh-CN` is `zho_Hans`, `de` `deu`.
 
+    A code with a region is found where only the language is offered, and the other way round (`en-GB`, `en`). Another
+    script is not the same language (`sr-Latn`, `srp_Cyrl`), nor is one that its speakers merely understand (`hr`,
+    `bs`). Returns null if nothing is.
+
     Parameters
     ----------
-    language: a BCP-47 tag.
-    offered: tags, ISO 639-3 codes, or codes with a script as FLORES and FineWeb-2 write them (`nob_Latn` is `no`).
+    language: a BCP-47 tag, or any of the codes of `offered`.
+    offered: tags, ISO 639-3 codes, Wikipedia's codes, or codes with a script as FLORES and FineWeb-2 write them
+        (`nob_Latn` is `no`).
     """
-    # FineWeb-2 writes Chinese in both its scripts as `cmn_Hani`.
-    names = {name.replace("_", "-").removesuffix("-Hani"): name for name in sorted(offered, reverse=True)}
-    valid = [name for name in names if langcodes.tag_is_valid(name)]
-    if not langcodes.tag_is_valid(language):
-        return None
-    found, distance = langcodes.closest_match(language, valid, max_distance=_FARTHEST + 1)
-    return names[found] if distance <= _FARTHEST else None
+    found = _nearest(language, offered)
+    return found[1] if found else None
 
 
 def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
     """Normalised tag of each of `languages` that is offered -> its spelling in `languages`.
 
-    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag.
+    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag. What
+    is offered once goes to one language, to the one that it fits best: with `de` for [de-AT, de], to `de`.
 
     Parameters
     ----------
@@ -53,18 +177,18 @@ def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
     ------
     UserError: two of `languages` are the same one.
     """
-    names = {normalise(name): name for name in sorted(offered)}
+    names = sorted(offered)
     asked: dict[str, str] = {}
     for language in languages:
         tag = normalise(language)
         if tag in asked:
             raise UserError(f"params.yaml: languages: {asked[tag]!r} and {language!r} are the same language")
         asked[tag] = language
-    found = {tag: language for tag, language in asked.items() if tag in names}
-    for tag, language in asked.items():
-        if tag not in names and (other := nearest_tag(language, names.values())) is not None:
-            found.setdefault(normalise(other), language)
-    return found
+    wishes = [(found, language) for language in asked.values() if (found := _nearest(language, names))]
+    given: dict[str, str] = {}
+    for (_, name), language in sorted(wishes, key=lambda wish: wish[0][0]):
+        given.setdefault(normalise(name), language)
+    return given
 
 
 def require(languages: Sequence[str], offered: Mapping[str, Iterable[str]]) -> None:
@@ -75,13 +199,19 @@ def require(languages: Sequence[str], offered: Mapping[str, Iterable[str]]) -> N
     languages: the languages as params.yaml spells them.
     offered: the name of each source (`gettext:gramps`) -> the languages that it has, as it spells them.
     """
-    there = {language for names in offered.values() for language in match(languages, names).values()}
-    missing = [language for language in languages if language not in there]
-    if missing:
-        names = {normalise(name): name.replace("_", "-") for found in offered.values() for name in sorted(found)}
-        close = difflib.get_close_matches(normalise(missing[0]), names, n=1, cutoff=0.5)
-        hint = f" (did you mean {names[close[0]]!r}?)" if close else ""
-        have, offer = ("has", "it offers") if len(offered) == 1 else ("have", "they offer")
-        allowed = ", ".join(names[tag] for tag in sorted(names))
-        raise UserError(f"params.yaml: languages: {' and '.join(offered)} {have} no {', '.join(map(repr, missing))}; "
-                        f"{offer}: {allowed or 'nothing'}{hint}")  # fmt: skip
+    given = [match(languages, names) for names in offered.values()]
+    missing = [language for language in languages if all(language not in found.values() for found in given)]
+    if not missing:
+        return
+    have, offer = ("has", "it offers") if len(offered) == 1 else ("have", "they offer")
+    names = {normalise(name): name.replace("_", "-") for found in offered.values() for name in sorted(found)}
+    for found in given:
+        other = nearest_tag(missing[0], [names[tag] for tag in found])
+        if other is not None:
+            raise UserError(f"params.yaml: languages: {' and '.join(offered)} {have} only {other!r} for both "
+                            f"{found[normalise(other)]!r} and {missing[0]!r}; keep one of them")  # fmt: skip
+    close = difflib.get_close_matches(normalise(missing[0]), names, n=1, cutoff=0.5)
+    hint = f" (did you mean {names[close[0]]!r}?)" if close else ""
+    allowed = ", ".join(names[tag] for tag in sorted(names)[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    raise UserError(f"params.yaml: languages: {' and '.join(offered)} {have} no {', '.join(map(repr, missing))}; "
+                    f"{offer}: {allowed or 'nothing'}{hint}")  # fmt: skip

@@ -28,7 +28,7 @@ _CONSTANT = re.compile(r"(?<=[A-Z])_(?=[A-Z])")  # in a name such as LC_MESSAGES
 _BRACKETED_MNEMONIC = re.compile(r"(?<!\s)\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
 
 _EMPTY = re.compile(
-    r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」|`+[\s\x00]*\x00[\s\x00]*`+"""
+    r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」|(?<!`)`++[\s\x00]*\x00[\s\x00]*`++"""
     r"""|["“”„][\s\x00]*\x00[\s\x00]*["“”]|['‘’‚][\s\x00]*\x00[\s\x00]*['‘’]"""
 )
 _GAP_BEFORE_STOP = re.compile(r"\x00 ?(?=[.,;:!?)\]。、，；：！？）])")
@@ -39,9 +39,9 @@ _LEADING = re.compile(r"^[\s.,;:!?)\]–—。、，；：！？）-]+")
 def running_text(message: str) -> str:
     """Reduce a gettext message to its words, as a reader of the interface would see them, in one line.
 
-    Taken out: HTML and Pango tags, the placeholders of printf, Python (`%(name)s`, `{name}`) and Qt (`%1`), the
-    mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become their
-    characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
+    Taken out: HTML and Pango tags, the placeholders of printf, Python (`%(name)s`, `{name}`), Jinja (`{{name}}`) and Qt
+    (`%1`), the mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become
+    their characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
     """
     with suppress(ValueError):  # `&#` before more digits than Python reads as a number: no character, left as it is
         message = html.unescape(message)

@@ -2,17 +2,18 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import polars as pl
 
+from babelscope.corpus import groups
 from babelscope.errors import UserError
 from babelscope.sections import Corpus
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("text_id", "language", "split", "group", "source", "text")
-CountTokens = Callable[[list[str]], list[int]]
+Tokenize = Callable[[list[str]], list[list[int]]]
 
 # The evaluation split gets this many times its share of the budgets: it is the smaller one, so that chance, and texts
 # that fall away, hit it harder. With 12,000 + 1,500 tokens: 1/6 of the groups instead of 1/9.
@@ -30,14 +31,15 @@ def sample(
     languages: Sequence[str],
     section: Corpus,
     seed: int,
-    count_tokens: CountTokens,
+    tokenize: Tokenize,
     advance: Callable[[int], None] = lambda languages: None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
 
     A group's split and its place in the order are a hash of (seed, group) alone, so that parallel texts tend to be
     taken together, and that other languages change them only where a text of theirs joins two groups. A language that
-    cannot fill a budget gets what there is, with a warning.
+    cannot fill a budget gets what there is, with a warning. Texts that are equal in the tokens that are used, the first
+    max_tokens, are one text (see `merge`).
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ def sample(
     languages: the languages wanted, in the order of the result.
     section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
     seed: another seed, another sample.
-    count_tokens: the number of the model's tokens in each text, special tokens not counted.
+    tokenize: the ids of the model's tokens in each text, without special tokens.
     advance: called with 1 after each language.
 
     Returns
@@ -59,33 +61,98 @@ def sample(
     UserError: a language has no text of min_characters that it does not share with another language, or none in one of
         the splits.
     """
+    used = UsedTokens(tokenize, section.max_tokens)
     ready = clean(texts, section.min_characters)
     for language in languages:
         if ready.filter(pl.col("language") == language).is_empty():
             raise UserError(_nothing_left(texts, ready, language, section.min_characters))
-    ready = split(ready, eval_share(section.train_tokens, section.eval_tokens), seed)
-    budgets = {"eval": section.eval_tokens, "train": section.train_tokens}
+    chosen = _draw(ready, languages, section, seed, used, advance)
+    # What the draw has tokenized may be equal up to the cut. Without it the draw goes on, to texts that are tokenized
+    # then, until all that it has seen differ.
+    while (merged := merge(ready, used.digests)).height < ready.height:
+        ready = merged
+        chosen = _draw(ready, languages, section, seed, used)
     sources = texts["source"].unique().sort().to_list()
-    parts, totals = [], []
-    for language in languages:
-        for name, budget in budgets.items():
-            there = ready.filter(pl.col("language") == language, pl.col("split") == name)
-            part = fill(there, budget, section.max_tokens, count_tokens)
-            tokens = int(part["tokens"].sum())
-            if not tokens:
-                raise UserError(
-                    f"params.yaml: languages: {language!r} has no text for the {name} split (of {ready.height} texts "
-                    "in all); it needs more texts, or a smaller corpus.min_characters"
-                )
-            if tokens < budget:
-                log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
-            parts.append(part)
-            for source in sources:
-                mine = part.filter(source=source)
-                totals.append((language, name, source, mine.height, int(mine["tokens"].sum())))
-        advance(1)
+    totals = []
+    for language, name, budget in _parts(languages, section):
+        part = chosen.filter(pl.col("language") == language, pl.col("split") == name)
+        tokens = int(part["tokens"].sum())
+        if not tokens:
+            raise UserError(
+                f"params.yaml: languages: {language!r} has no text for the {name} split (of {ready.height} texts "
+                "in all); it needs more texts, or a smaller corpus.min_characters"
+            )
+        if tokens < budget:
+            log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
+        for source in sources:
+            mine = part.filter(source=source)
+            totals.append((language, name, source, mine.height, int(mine["tokens"].sum())))
     schema = dict.fromkeys(("language", "split", "source"), pl.String) | dict.fromkeys(("texts", "tokens"), pl.Int64)
-    return pl.concat(parts).select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
+    return chosen.select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
+
+
+class UsedTokens:
+    """What is used of each text, its first `max_tokens` tokens: tokenized when asked for, once.
+
+    Attributes
+    ----------
+    digests: text_id -> a hash of the tokens used, of every text that was asked for.
+    """
+
+    def __init__(self, tokenize: Tokenize, max_tokens: int) -> None:
+        self._tokenize, self._max_tokens = tokenize, max_tokens
+        self._counts: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
+
+    def count(self, texts: pl.DataFrame) -> pl.Series:
+        """How many tokens are used of each of `texts` (text_id, text)."""
+        new = [row for row in texts.select("text_id", "text").iter_rows() if row[0] not in self._counts]
+        for (text_id, _), ids in zip(new, self._tokenize([text for _, text in new]) if new else [], strict=True):
+            cut = ids[: self._max_tokens]
+            self._counts[text_id], self.digests[text_id] = len(cut), _digest(*map(str, cut))
+        return pl.Series("tokens", [self._counts[text_id] for text_id in texts["text_id"]], dtype=pl.Int64)
+
+
+def merge(texts: pl.DataFrame, digests: Mapping[str, str]) -> pl.DataFrame:
+    """Drop texts that are equal in the tokens used, as `clean` drops those that are equal as a whole.
+
+    Of several in one language one is kept, and their groups become one; those in several languages are dropped from
+    all of them. `digests`: text_id -> hash of the tokens used; texts that are not in it are left as they are.
+    """
+    used = pl.DataFrame({"text_id": list(digests), "used": list(digests.values())},
+                        schema={"text_id": pl.String, "used": pl.String})  # fmt: skip
+    texts = texts.join(used, on="text_id", how="left", maintain_order="left")
+    texts = texts.with_columns(pl.col("used").fill_null(pl.col("text_id")))
+    return _one_of_each(groups.join(texts, "used"), ["language", "used"], "used").drop("used")
+
+
+def _one_of_each(texts: pl.DataFrame, same: Sequence[str], across: str) -> pl.DataFrame:
+    """One text of those that are equal in the columns `same`, none of those that are in several languages."""
+    first = texts.sort("text_id", "group", "source").unique(same, keep="first", maintain_order=True)
+    return first.filter(pl.len().over(across) == 1)
+
+
+def _parts(languages: Sequence[str], section: Corpus) -> list[tuple[str, str, int]]:
+    """(language, split, budget in tokens) of every part of the sample, in its order."""
+    budgets = {"eval": section.eval_tokens, "train": section.train_tokens}
+    return [(language, split, budget) for language in languages for split, budget in budgets.items()]
+
+
+def _draw(
+    ready: pl.DataFrame,
+    languages: Sequence[str],
+    section: Corpus,
+    seed: int,
+    used: UsedTokens,
+    advance: Callable[[int], None] = lambda languages: None,
+) -> pl.DataFrame:
+    """The texts that fill the budgets, with `split` and `tokens`."""
+    drawn = split(ready, eval_share(section.train_tokens, section.eval_tokens), seed)
+    parts = []
+    for number, (language, name, budget) in enumerate(_parts(languages, section)):
+        parts.append(fill(drawn.filter(pl.col("language") == language, pl.col("split") == name), budget, used))
+        advance(number % 2)
+    return pl.concat(parts)
 
 
 def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
@@ -104,32 +171,8 @@ def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
     texts = texts.with_columns(text).filter(pl.col("text").str.len_chars() >= min_characters)
     ids = [_digest(language, text) for language, text in texts.select("language", "text").iter_rows()]
     texts = texts.with_columns(text_id=pl.Series(ids, dtype=pl.String))
-    return (
-        join_groups(texts.with_columns(pl.col("group").fill_null(pl.col("text_id"))))
-        .sort("text_id", "group", "source")
-        .unique("text_id", keep="first", maintain_order=True)
-        .filter(pl.len().over("text") == 1)
-    )
-
-
-def join_groups(texts: pl.DataFrame) -> pl.DataFrame:
-    """Groups that share a text are one group: else the text could be in one split and its translation in the other.
-
-    `texts` has `text_id` and `group`; the joined group takes the smallest of the names.
-    """
-    shared = texts.select("text_id", "group").unique().filter(pl.len().over("text_id") > 1).sort("text_id", "group")
-    parent: dict[str, str] = {}
-
-    def root(group: str) -> str:
-        while parent.get(group, group) != group:
-            group = parent[group]
-        return group
-
-    for groups in shared.group_by("text_id", maintain_order=True).agg("group")["group"].to_list():
-        roots = sorted({root(group) for group in groups})
-        parent.update(dict.fromkeys(roots, roots[0]))
-    names = {group: root(group) for group in sorted(set(shared["group"].to_list()))}
-    return texts.with_columns(pl.col("group").replace(names)) if names else texts
+    texts = groups.join(texts.with_columns(pl.col("group").fill_null(pl.col("text_id"))))
+    return _one_of_each(texts, ["text_id"], "text")
 
 
 def eval_share(train_tokens: int, eval_tokens: int) -> float:
@@ -142,24 +185,23 @@ def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
 
     Both are a hash of (seed, group), seen as a number: below `share` of its range is "eval", and the order ascends.
     """
-    groups = texts["group"].unique().sort()
-    places = pl.DataFrame({"group": groups, "place": [int(_digest(str(seed), group), 16) for group in groups]},
+    names = texts["group"].unique().sort()
+    places = pl.DataFrame({"group": names, "place": [int(_digest(str(seed), group), 16) for group in names]},
                           schema={"group": pl.String, "place": pl.UInt64})  # fmt: skip
     name = pl.when(pl.col("place") < int(share * 2**64)).then(pl.lit("eval")).otherwise(pl.lit("train"))
     return texts.join(places, on="group").with_columns(split=name).sort("place", "group", "text_id").drop("place")
 
 
-def fill(texts: pl.DataFrame, budget: int, max_tokens: int, count_tokens: CountTokens) -> pl.DataFrame:
+def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:
     """The first `texts` that hold at least `budget` tokens together (all, where they hold less), with `tokens`.
 
-    A text counts `max_tokens` at most (it is cut there later); texts of a single token are dropped, since nothing can
-    be predicted within them. Only as many texts are tokenized as are needed.
+    A text counts as many tokens as are used of it; texts of a single token are dropped, since nothing can be predicted
+    within them. Only as many texts are tokenized as are needed.
     """
     taken = [texts.clear().with_columns(tokens=pl.lit(0, dtype=pl.Int64))]
     total = 0
     for chunk in texts.iter_slices(_CHUNK):
-        tokens = pl.Series(count_tokens(chunk["text"].to_list()), dtype=pl.Int64).clip(upper_bound=max_tokens)
-        chunk = chunk.with_columns(tokens=tokens).filter(pl.col("tokens") >= 2)
+        chunk = chunk.with_columns(used.count(chunk)).filter(pl.col("tokens") >= 2)
         chunk = chunk.filter(total + pl.col("tokens").cum_sum() - pl.col("tokens") < budget)
         taken.append(chunk)
         total += int(chunk["tokens"].sum())

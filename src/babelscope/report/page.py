@@ -104,6 +104,7 @@ def _headline(inputs: ReportInputs) -> dict[str, str]:
         "accuracy": percent(figure("identify", "accuracy/sae-count/units")),
         "accuracy_fasttext": percent(figure("identify", "accuracy/fasttext/none")),
         "identified": plain(figure("identify", "texts")),
+        "unidentified": ", ".join(data.unidentified(inputs)),
         "success": percent(figure("steer", "success")),
         "success_unsteered": percent(figure("steer", "success_unsteered")),
         "above": of_all("languages_above_control"),

@@ -1,5 +1,7 @@
 """What is known of languages from elsewhere: the branch of its family and the script that each is mostly written in."""
 
+import langcodes
+
 # Branches as in Glottolog 5 (Hammarstroem et al.), scripts as ISO 15924 names them in Unicode's CLDR.
 _KNOWN = {
     "Romance": {"Latin": "ca es fr gl it oc pt ro", "Cyrillic": "mo"},
@@ -47,6 +49,8 @@ _SCRIPTS = {"arab": "Arabic", "cyrl": "Cyrillic", "deva": "Devanagari", "latn": 
 def relatives(language: str) -> tuple[str, str] | None:
     """(branch, script) of a BCP-47 tag, e.g. ("Romance", "Latin") of pt-BR; None where it is not known here."""
     code, *parts = language.lower().replace("_", "-").split("-")
+    if code not in _BY_CODE and langcodes.tag_is_valid(code):
+        code = langcodes.Language.get(code).prefer_macrolanguage().language or code  # deu is de, arb ar
     if code not in _BY_CODE:
         return None
     branch, script = _BY_CODE[code]

@@ -147,14 +147,17 @@ def shared(inputs: ReportInputs) -> Table:
 def identified(inputs: ReportInputs) -> Table:
     """Every method of language identification."""
     rows = []
-    for key in sorted(inputs.metrics.get("identify", {})):
-        kind, _, rest = key.partition("/")
-        if kind == "accuracy":
-            method, _, normalize = rest.partition("/")
-            f1, p = (inputs.figure("identify", f"{name}/{rest}") for name in ("macro_f1", "mcnemar_p"))
-            name = f"{method}, by units owned" if normalize == "units" else method
-            rows.append([name, percent(inputs.figure("identify", key)), percent(f1), p_value(p)])
-    return Table("Language identification of held-out texts", ["method", "accuracy", "macro F1", "McNemar p"], rows)
+    for prefix, note in (("", ""), ("all_languages/", ", among all languages")):
+        texts = plain(inputs.figure("identify", f"{prefix}texts"))
+        for key in sorted(inputs.metrics.get("identify", {})):
+            if key.startswith(f"{prefix}accuracy/"):
+                rest = key.removeprefix(f"{prefix}accuracy/")
+                method, _, normalize = rest.partition("/")
+                f1, p = (inputs.figure("identify", f"{prefix}{name}/{rest}") for name in ("macro_f1", "mcnemar_p"))
+                name = f"{method}, by units owned{note}" if normalize == "units" else f"{method}{note}"
+                rows.append([name, texts, percent(inputs.figure("identify", key)), percent(f1), p_value(p)])
+    head = ["method", "texts", "accuracy", "macro F1", "McNemar p"]
+    return Table("Language identification of held-out texts", head, rows)
 
 
 def confusion(inputs: ReportInputs) -> Table:

@@ -30,8 +30,9 @@ def sae_lape(
     fires, and P(l, u) = c / T:
 
     1. Candidates: e >= int(example_rate * N) in some language and c > int(token_rate * T) in some language (the same
-       one where `same_language`). Both limits truncate, as in the paper's code. A limit of 0 texts is met by every
-       unit. Without `texts`, the first condition is skipped.
+       one where `same_language`). Both limits truncate, as in the paper's code; that of e is at least 1, or a language
+       of a single text would let every unit pass. An `example_rate` of 0, and `counts` without `texts`, leave the first
+       condition out.
     2. Members of u: the languages with P >= ratio * max_l P. Selected are the units with exactly `members` of them:
        1 gives language-specific features, k those shared by k languages, once for each of the k, None every candidate.
     3. Rank within a language: by entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), ascending, or
@@ -112,13 +113,18 @@ def _check(
 
 
 def _limits(totals: pl.DataFrame, example_rate: float, token_rate: float) -> pl.DataFrame:
-    """The limits per language, truncated by Python's own `int(rate * total)`: the paper's arithmetic to the bit."""
+    """The limits per language, truncated by Python's own `int(rate * total)`: the paper's arithmetic to the bit.
+
+    But for a limit of 0 texts, which is none: with an `example_rate` it is at least 1.
+    """
     limits = {
         "language": totals["language"],
         "_tokens": pl.Series([int(token_rate * total) for total in totals["tokens"]], dtype=pl.Int64),
     }
     if "texts" in totals.columns:
-        limits["_texts"] = pl.Series([int(example_rate * total) for total in totals["texts"]], dtype=pl.Int64)
+        fewest = 1 if example_rate > 0 else 0
+        texts = [max(fewest, int(example_rate * total)) for total in totals["texts"]]
+        limits["_texts"] = pl.Series(texts, dtype=pl.Int64)
     return pl.DataFrame(limits)
 
 
