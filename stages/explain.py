@@ -52,7 +52,7 @@ def main() -> None:
     )
     from babelscope.explain.client import Client
 
-    client = Client(knobs.endpoint, str(knobs.model), scratch(work), knobs.parallel)
+    client = Client(knobs.endpoint, str(knobs.model), scratch(work), params.hardware.parallel)
     rows = ask(collect(params), client, params)
     write(rows)
     shutil.rmtree(scratch(work), ignore_errors=True)

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     from babelscope import hardware
     from babelscope.activations import extraction, reading, store
     from babelscope.models import hookpoints, loading, tokens

@@ -25,6 +25,7 @@ METRICS = Path("metrics/sample.json")
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     section = params.corpus
     texts, sources = read(section, params.languages)
     foreign = contaminated(texts, params.languages, section.lid) if section.lid is not None else None

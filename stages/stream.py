@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     shutil.rmtree(OUT, ignore_errors=True)
     if params.train.source == "stream":
         stream(params)

@@ -26,6 +26,7 @@ TOKENS = Path("data/activations/tokens.parquet")
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     hookpoint = config.hookpoint_argument(sys.argv, params)
     source = {"stored": trained, "stream": published, "pretrained": fetched}[params.train.source]
     figures = source(hookpoint, params)

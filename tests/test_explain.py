@@ -215,9 +215,9 @@ def on(folder: Path, server: Server) -> Iterator[Server]:  # noqa: F811
 
 def explain(**knobs: Any) -> None:
     """Write params.yaml as the stages before `explain` read it, and these knobs."""
-    off = {"endpoint": None, "model": None, "per_language": 2, "examples": 2, "scored": 2, "parallel": 2}
+    off = {"endpoint": None, "model": None, "per_language": 2, "examples": 2, "scored": 2}
     prices = {"price_in": 0.0, "price_out": 0.0, "max_cost": 0.0}
-    set_params(explain=off | prices | knobs)
+    set_params(hardware={"parallel": 2}, explain=off | prices | knobs)
     content = json.loads(Path("params.yaml").read_text()) | {"hookpoints": [SAE_AT, WIDE]}
     Path("params.yaml").write_text(json.dumps(content))
 

@@ -84,9 +84,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(model):
     prompts = torch.cat([PROMPTS] * 3)
     whole = steering.generate(model, prompts, {}, **how)
     for size in (1, 2, 4):
-        parts = [
-            steering.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in range(0, 9, size)
-        ]
+        parts = [steering.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in range(0, 9, size)]
         assert torch.equal(torch.cat(parts), whole)
     assert whole[0].tolist() != whole[3].tolist()  # the same prompt in another row
 

@@ -102,7 +102,6 @@ class Train(Section):
     aux_k_coefficient: Amount
     dead_after: Positive | None
     log_every: Positive
-    checkpoint_seconds: Amount
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
@@ -241,7 +240,6 @@ class Explain(Section):
     per_language: Size
     examples: Size
     scored: Size
-    parallel: Annotated[int, Field(gt=0, le=1000)]
     price_in: Amount
     price_out: Amount
     max_cost: Amount
@@ -267,6 +265,8 @@ class Hardware(Section):
     num_nodes: Annotated[int, Field(gt=0, le=65536)]
     strategy: Name
     threads: Annotated[int, Field(ge=0, le=4096)]
+    checkpoint_seconds: Amount
+    parallel: Annotated[int, Field(gt=0, le=1000)]
 
     @field_validator("strategy")
     @classmethod
