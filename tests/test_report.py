@@ -106,7 +106,7 @@ def test_counts_fill_the_whole_grid_in_the_order_of_params() -> None:
     assert frame.filter(language="ta")["value"].to_list() == [0] * 7
     assert frame.filter(language="ru")["value"].to_list() == [0, 0, 1, 0, 0, 0, 0]
     totals = frame.group_by("hookpoint", maintain_order=True).agg(pl.col("value").sum())["value"].to_list()
-    assert totals == [68, 73, 105, 116, 132, 257, 157]  # DESIGN.md, the prototype
+    assert totals == [68, 73, 105, 116, 132, 257, 157]
 
 
 def test_a_row_with_a_null_unit_is_no_feature() -> None:

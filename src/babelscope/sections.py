@@ -1,6 +1,7 @@
 """The sections of params.yaml, each by itself: one class per section, every knob documented in `params.yaml` itself."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -152,7 +153,7 @@ class Quality(Section):
 
 
 class Score(Section):
-    """SAE-LAPE (METHODS: Andrylie et al. 2025)."""
+    """SAE-LAPE (Andrylie et al. 2025, arXiv 2507.11230)."""
 
     example_rate: Share
     token_rate: Share
@@ -165,7 +166,7 @@ class Score(Section):
 
 
 class Neurons(Section):
-    """LAPE for the model's own neurons (METHODS: Tang et al. 2024)."""
+    """LAPE for the model's own neurons (Tang et al. 2024, arXiv 2402.16438)."""
 
     hookpoints: Hookpoints
     quantile: Share
@@ -198,6 +199,11 @@ class Ablate(Section):
         if len(set(names)) < len(names):
             raise ValueError("a method stands twice")
         return names
+
+
+def primary_method(methods: Sequence[str]) -> str:
+    """The ablation method of the headline, the pictures and the tables: `feature` if it is used, else the first."""
+    return "feature" if "feature" in methods or not methods else methods[0]
 
 
 class Identify(Section):
