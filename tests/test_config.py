@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 from babelscope.errors import UserError
+from babelscope.values import local_name
 
 DEFAULT = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
 
@@ -122,6 +123,14 @@ def test_a_folder_that_a_late_stage_reads_is_looked_for_by_the_first(
     for stage in ("sample", "extract", "stream", "train"):
         with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
             runpy.run_path(str(ROOT / f"stages/{stage}.py"))["main"]()
+
+
+def test_a_folder_is_called_by_its_last_part_and_a_hub_id_by_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    for name in (str(tmp_path / "models/tiny"), "models/tiny", "./models/tiny", "/gone/by/now/tiny", "~/no/such/tiny"):
+        assert local_name(name) == "tiny"
+    assert local_name("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
 
 
 def test_names_of_the_hub_and_what_is_not_read_are_no_folders():
