@@ -28,8 +28,9 @@ def child(d: int, latents: int, batch: int) -> None:
 
     params = config.load()
     rows, steps = 16 * batch, 12
-    changes = {"latents": latents, "batch": batch, "tokens": steps * batch, "checkpoint_seconds": 0, "log_every": 2}
+    changes = {"latents": latents, "batch": batch, "tokens": steps * batch, "log_every": 2}
     settings = params.train.model_copy(update=changes)
+    hardware = params.hardware.model_copy(update={"checkpoint_seconds": 0})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"activations": torch.randn(rows, d).half()}, folder / store.shard_name(0))
@@ -37,7 +38,7 @@ def child(d: int, latents: int, batch: int) -> None:
         before = race.memory("VmRSS")
         batches = Batches(store.ActivationStore(folder), torch.arange(rows), batch, steps, 0)
         trained = train(
-            batches, settings, params.hardware,
+            batches, settings, hardware,
             seed=0, write=[lambda step, metrics: None], checkpoint=folder / "state.pt",
         )  # fmt: skip
         assert trained is not None

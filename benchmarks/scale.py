@@ -28,7 +28,9 @@ from babelscope.sae.autoencoder import initialise
 from babelscope.sections import Hardware
 
 LENGTH, LANGUAGES = 128, 15
-HARDWARE = Hardware(accelerator="auto", devices=1, num_nodes=1, strategy="auto", threads=0)
+HARDWARE = Hardware(
+    accelerator="auto", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
+)
 # Shapes: width, width of the MLP, blocks, heads, heads of keys; rows of a training batch, latents.
 MODELS = {
     "Llama 3.2 1B": (2048, 8192, 16, 32, 8, 8192, 131072),

@@ -53,9 +53,9 @@ def fvu(found: store.ActivationStore, original: store.ActivationStore, params: c
     train, held_out = (table.filter(split=split)["row"].to_torch() for split in ("train", "eval"))
     steps = -(-params.train.tokens // params.train.batch)
     batches = Batches(found, train, params.train.batch, steps, seed)
-    settings = params.train.model_copy(update={"checkpoint_seconds": 1e9})
+    hardware = params.hardware.model_copy(update={"checkpoint_seconds": 1e9})
     trained = module.train(
-        batches, settings, params.hardware, seed=seed, write=[lambda step, metrics: None], checkpoint=Path("none.pt")
+        batches, params.train, hardware, seed=seed, write=[lambda step, metrics: None], checkpoint=Path("none.pt")
     )
     assert trained is not None
     [(sae, _)] = trained

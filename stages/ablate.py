@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
+from babelscope import config, sections, stage
 from babelscope.errors import UserError
 from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
@@ -56,7 +56,8 @@ def main() -> None:
     keep = scratch(fingerprint("ablate", depends, hashes))
     tables: list[pl.DataFrame] = []
     controls: list[pl.DataFrame] = []
-    numbers: dict[str, float] = {}
+    primary = sections.primary_method(methods)
+    numbers: dict[str, float | str] = {"primary_method": primary}
     for method, names in places.items():
         what = conditions(
             features.filter(kind="neuron" if method == "neuron" else "sae"),
@@ -80,7 +81,7 @@ def main() -> None:
         context = nll, what, method, language, params.languages, knobs.bootstrap, params.seed
         found, control = results.table(*context), results.control(*context)
         figures = results.figures(found, control, params.languages) | {"share_computed": nll.share}
-        numbers |= {key if method == methods[0] else f"{method}/{key}": value for key, value in figures.items()}
+        numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)
         controls.append(control)
         report(found, control, figures, params.languages)
@@ -100,7 +101,7 @@ def measure(
 
 def targets(text: Any) -> int:
     """The tokens of a text that have one before them and are not special."""
-    return max(len(text.ids) - max(text.special, 1), 0)
+    return int(max(len(text.ids) - max(text.special, 1), 0))
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: config.Config) -> list[str]:
@@ -138,7 +139,7 @@ def largest_activation(counts: pl.DataFrame, latents: int) -> Any:
     return largest
 
 
-def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, float]) -> None:
+def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, float | str]) -> None:
     """Write the matrix of all hookpoints together, that of each alone, the controls, and the numbers that sum up."""
     from babelscope.evaluation.results import COLUMNS
 
@@ -169,9 +170,11 @@ def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, flo
     if alone:
         stage.table(["alone", "own dNLL", "others' dNLL"], alone)
     log.info(
-        "own %+.4f, others %+.5f nats/token; diagonal largest in %d of %d rows, %d columns; above the control in %s, "
-        "selective beyond it in %s; %.1f %% of whole passes computed",
-        numbers["own"], numbers["others"], numbers["rows"], len(languages), numbers["columns"],
+        "own %+.4f nats/token, others %.5f in mean size (%+.5f in mean); diagonal largest in %d of %d rows (its 95 %% "
+        "interval above 0 in %d), %d columns; above the control in %s, selective beyond it in %s; "
+        "%.1f %% of whole passes computed",
+        numbers["own"], numbers["others_abs"], numbers["others"],
+        numbers["rows"], len(languages), numbers["rows_above_zero"], numbers["columns"],
         numbers.get("languages_above_control", "-"), numbers.get("languages_selective", "-"),
         100 * numbers["share_computed"],
     )  # fmt: skip

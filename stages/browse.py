@@ -216,7 +216,15 @@ def measure(
         held_out = [[] for _ in held_out]
     used = texts.filter(pl.col("text_id").is_in(sorted({one for some in held_out for one in some})))
     tokenized = tokens.tokenize(tokenizer, used["text_id"].to_list(), used["text"].to_list(), params.corpus.max_tokens)
-    knobs = params.model_dump(include={"ablate", "extract", "hookpoints", "languages", "model"})
+    knobs = params.model_dump(
+        include={
+            "ablate": {"batch_tokens", "dtype"},
+            "extract": True,
+            "hookpoints": True,
+            "languages": True,
+            "model": True,
+        }
+    )
     knobs |= {"max_tokens": params.corpus.max_tokens, "texts": held_out}
     keep = scratch(fingerprint("browse", knobs, {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, SAES)}))
     targets = sum(max(len(text.ids) - max(text.special, 1), 0) for text in tokenized)

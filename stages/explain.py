@@ -26,6 +26,8 @@ SCHEMA = {
 }  # fmt: skip
 # Texts in one question, and tokens of an answer: a sentence, or a list.
 TOGETHER, SENTENCE, LIST = 5, 80, 40
+# Bytes of an explanation: what is longer is cut, so that the cost of asking with it is bounded.
+LONGEST = 8 * SENTENCE
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ def main() -> None:
     )
     from babelscope.explain.client import Client
 
-    client = Client(knobs.endpoint, str(knobs.model), scratch(work), knobs.parallel)
+    client = Client(knobs.endpoint, str(knobs.model), scratch(work), params.hardware.parallel)
     rows = ask(collect(params), client, params)
     write(rows)
     shutil.rmtree(scratch(work), ignore_errors=True)
@@ -70,12 +72,16 @@ def collect(params: config.Config) -> list[Case]:
 
     knobs = params.explain
     device = hardware.prepare(params.hardware)
-    first = read_table(FEATURES).filter(pl.col("kind") == "sae", pl.col("rank") <= knobs.per_language)
+    # Where each layer has ranks of its own (score.per_layer), several features of a language have the same.
+    order = pl.col("rank").rank("ordinal").over("language")
+    first = read_table(FEATURES).filter(kind="sae").filter(order <= knobs.per_language)
     table = read_table(TOKENS).filter(split="train").select("row", "text_id")
     row = table["row"].to_torch()
     ends = table.with_row_index("at").group_by("text_id", maintain_order=True).agg(pl.col("at").min(), pl.len())
     spans = [(at, at + count) for _, at, count in ends.rows()]
     texts = ends.select("text_id").join(read_table(CORPUS), on="text_id", how="left", maintain_order="left")
+    if texts["text"].null_count():
+        raise UserError(f"{TOKENS}: holds texts that {CORPUS} lacks; run `dvc repro extract`")
     found: list[tuple[dict[str, Any], Any]] = []
     hookpoints = first["hookpoint"].unique(maintain_order=True).to_list()
     with Progress("explain, reading", len(row) * len(hookpoints), "tokens") as progress:
@@ -134,9 +140,9 @@ def ask(cases: list[Case], client: Any, params: config.Config) -> list[tuple[Any
             for some in groups
         ]
 
-    announce(questions + judged(["x" * 4 * SENTENCE] * len(cases)), params)
+    announce(questions + judged(["x" * LONGEST] * len(cases)), params)
     with Progress("explain", len(questions) + len(groups), "requests") as progress:
-        explanations = [" ".join(answer.split()) for answer in client.ask(questions, progress.update)]
+        explanations = [short(answer) for answer in client.ask(questions, progress.update)]
         answers = client.ask(judged(explanations), progress.update)
     said: dict[tuple[int, str], list[tuple[bool, bool | None]]] = {}
     for some, answer in zip(groups, answers, strict=True):
@@ -154,6 +160,11 @@ def ask(cases: list[Case], client: Any, params: config.Config) -> list[tuple[Any
     return rows
 
 
+def short(answer: str) -> str:
+    """An explanation in one line of at most `LONGEST` bytes."""
+    return " ".join(answer.split()).encode()[:LONGEST].decode(errors="ignore")
+
+
 def announce(everything: list[Any], params: config.Config) -> None:
     """Log what the requests will cost at most.
 
@@ -167,7 +178,7 @@ def announce(everything: list[Any], params: config.Config) -> None:
     sent, back = tokens(everything)
     cost = (sent * knobs.price_in + back * knobs.price_out) / 1e6
     log.info(
-        "explain: %d requests, about %d tokens sent (of 3 bytes each), at most %d back: %.2f at most",
+        "explain: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
         len(everything), sent, back, cost,
     )  # fmt: skip
     if cost > knobs.max_cost:

@@ -10,6 +10,7 @@ from pathlib import Path
 from babelscope import config, stage
 from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.values import local_name
 
 CORPUS, OUT, METRICS = Path("data/corpus/texts.parquet"), Path("data/activations"), Path("metrics/extract.json")
 log = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     from babelscope import hardware
     from babelscope.activations import extraction, reading, store
     from babelscope.models import hookpoints, loading, tokens
@@ -50,7 +52,7 @@ def main() -> None:
             (source / store.shard_name(shard.number)).replace(target / store.shard_name(shard.number))
         rows = [shard.rows for shard in stored]
         store.write_index(
-            target, rows, widths[name], params.extract.store_dtype, loading.name_of(params.model), name
+            target, rows, widths[name], params.extract.store_dtype, local_name(params.model.name), name
         )  # fmt: skip
     write_atomically(OUT / "tokens.parquet", table.write_parquet)
     shutil.rmtree(resume, ignore_errors=True)

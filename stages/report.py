@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -10,6 +11,7 @@ from babelscope import config, stage
 from babelscope.errors import UserError
 from babelscope.files import read_json, read_table, write_atomically
 from babelscope.report import browser, charts, data, page
+from babelscope.values import local_name
 
 FEATURES = Path("data/scores/features.parquet")
 NLL = Path("data/ablation/nll.parquet")
@@ -42,6 +44,18 @@ def metric_files(hookpoints: list[str]) -> dict[str, Path]:
     return {name: Path(f"metrics/{name}.json") for name in names}
 
 
+def portable(content: Any) -> Any:
+    """`content` with the last part of every absolute path, whose rest differs between machines."""
+    match content:
+        case dict():
+            return {key: portable(value) for key, value in content.items()}
+        case list():
+            return [portable(value) for value in content]
+        case str() if content.startswith(("/", "~")):
+            return local_name(content)
+    return content
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -60,7 +74,7 @@ def read(params: config.Config) -> data.ReportInputs:
     frames = {name: read_table(path) for name, path in there.items()}
     return data.ReportInputs(
         # Neither the hardware nor the tracking changes a result, so neither changes the page.
-        params=params.model_dump(exclude={"hardware", "track"}),
+        params=portable(params.model_dump(exclude={"hardware", "track"}, exclude_unset=True)),
         features=read_table(FEATURES),
         nll=read_table(NLL),
         by_layer=frames.pop("by_layer", None),
@@ -79,7 +93,7 @@ def read_features(params: config.Config) -> browser.BrowserInputs:
     frames = {name: read_table(path) for name, path in files.items()}
     if EXPLANATIONS.is_file():
         frames["explanations"] = read_table(EXPLANATIONS)
-    return browser.BrowserInputs(params.languages, params.hookpoints, params.model.name, frames)
+    return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
 
 
 def training_curves(hookpoints: list[str], pretrained: bool) -> pl.DataFrame:

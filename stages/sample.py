@@ -26,6 +26,7 @@ METRICS = Path("metrics/sample.json")
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     section = params.corpus
     warn_of_unidentifiable(params.languages)
     texts, sources = read(section, params.languages)

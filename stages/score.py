@@ -1,6 +1,7 @@
 """Stage `score`: which features belong to which language, and which neurons where `neurons.hookpoints` names any."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,7 +90,11 @@ def with_monolinguality(features: pl.DataFrame, counts: list[pl.LazyFrame], tota
 def numbers(
     features: pl.DataFrame, counts: list[pl.LazyFrame], languages: list[str], what: str
 ) -> dict[str, int | float]:
-    """How many units the languages own; every key names `what` they are, but for the means over features."""
+    """How many units the languages own; every key names `what` they are, but for the means over features.
+
+    `effective_languages` is e to the mean entropy: 1 for units that fire in one language, n for units that fire at the
+    same rate in n languages.
+    """
     layers = pl.concat([frame.select(pl.col("layer").unique()) for frame in counts]).collect(engine="in-memory")
     owned, units = summary(features, languages), features.unique(KEY)
     by_layer = dict(units.group_by("layer").len().iter_rows())
@@ -100,16 +105,22 @@ def numbers(
         mean = features[name].mean()
         if isinstance(mean, float):  # without features there is no mean
             content[f"mean_{name}" if what == "features" else f"{what}_mean_{name}"] = mean
+    effective = "effective_languages" if what == "features" else f"{what}_effective_languages"
+    if len(features):
+        content[effective] = math.exp(features["entropy"].mean())  # type: ignore[arg-type]
+    for language, entropy in owned.drop_nulls("mean_entropy").select("language", "mean_entropy").iter_rows():
+        content[f"{effective}/{language}"] = math.exp(entropy)
     return content
 
 
 def report(features: pl.DataFrame, languages: list[str], what: str, advice: str) -> None:
     owned = summary(features, languages)
+    every = len(features.unique(KEY)), features["entropy"].mean(), features["probability"].mean()
     stage.table(
-        ["language", what, "mean entropy", "mean probability"],
+        ["language", what, "effective languages", "mean entropy", "mean probability"],
         [
-            [language, units, *((f"{entropy:.4f}", f"{probability:.4f}") if units else "--")]
-            for language, units, entropy, probability in owned.iter_rows()
+            [language, units, *((f"{math.exp(h):.2f}", f"{h:.4f}", f"{p:.4f}") if units else "---")]
+            for language, units, h, p in [*owned.iter_rows(), ("all", *every)]
         ],
     )
     without = owned.filter(units=0)["language"].to_list()

@@ -39,6 +39,7 @@ def main() -> None:
     label = {language: code for code, language in labels.items()}
     tokenizer = loading.load_tokenizer(params.model)
     prompts = first_tokens(tokenizer, params)
+    special = len(prompts[0]) - section.prompt_tokens
     added = directions(params, list(label))
     vectors = sorted({key for table in added.values() for key in table}, key=lambda key: (str(key[0]), str(key[1])))
     order = [name for name in label if any(key[0] == name for key in vectors)]
@@ -47,6 +48,7 @@ def main() -> None:
     rows = [(*group, number) for group in groups for number in range(len(prompts))]
 
     knobs = params.model_dump(include={"hookpoints", "languages", "model", "seed", "steer"})
+    knobs |= {"ratio": params.score.ratio}
     inputs = {str(path): dvc_md5(path) for path in (CORPUS, FEATURES, COUNTS, SAES)}
     keep = scratch(fingerprint("steer", knobs, inputs))
     model = loading.load_model(params.model, section.dtype).to(device)
@@ -68,7 +70,7 @@ def main() -> None:
             }  # fmt: skip
             generated = steering.generate(
                 model, ids, pushes, new_tokens=section.new_tokens, temperature=section.temperature,
-                seed=params.seed + first,
+                seed=params.seed, special=special, first_row=first,
             )  # fmt: skip
             nll, distinct = steering.fluency(model, ids, generated)
             part = {"ids": ids, "generated": generated.contiguous(), "nll": nll, "distinct": distinct}
@@ -102,19 +104,20 @@ def main() -> None:
 
 
 def first_tokens(tokenizer: Any, params: config.Config) -> list[list[int]]:
-    """The first tokens of held-out texts in `steer.prompt_language`: the same for every language that is amplified."""
+    """The first tokens of held-out texts in `steer.prompt_language`: the same for every language that is amplified.
+
+    Each begins with the special tokens that the tokenizer puts first, as in every other pass over the model.
+    """
+    from babelscope.models.tokens import tokenize
+
     section = params.steer
-    if section.prompt_language not in params.languages:
-        raise UserError(f"params.yaml: steer.prompt_language: {section.prompt_language!r} is not one of languages: "
-                        f"{', '.join(params.languages)}")  # fmt: skip
     corpus = read_table(CORPUS).filter(pl.col("split") == "eval", pl.col("language") == section.prompt_language)
-    ids = tokenizer(corpus["text"].to_list(), add_special_tokens=False, verbose=False)["input_ids"]
-    starts = [one[: section.prompt_tokens] for one in ids if len(one) >= section.prompt_tokens]
-    distinct = [list(one) for one in dict.fromkeys(map(tuple, starts))]
+    texts = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), section.prompt_tokens)
+    distinct = list(dict.fromkeys(text.ids for text in texts if text.own == section.prompt_tokens))
     if len(distinct) < section.prompts:
         raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted, but the held-out texts in "
                         f"{section.prompt_language!r} begin in {len(distinct)} ways")  # fmt: skip
-    return distinct[: section.prompts]
+    return [list(ids) for ids in distinct[: section.prompts]]
 
 
 def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tuple[str | None, int | None], Any]]:

@@ -13,6 +13,7 @@ from babelscope.activations.streamed import MODE, OUT
 from babelscope.errors import UserError
 from babelscope.files import read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.values import local_name
 
 CORPUS = Path("data/corpus/texts.parquet")
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     shutil.rmtree(OUT, ignore_errors=True)
     if params.train.source == "stream":
         stream(params)
@@ -74,7 +76,7 @@ def stream(params: config.Config) -> None:
     if trained is None:
         return
     for name, (dictionary, history) in zip(params.hookpoints, trained, strict=True):
-        checkpoint.save(dictionary, OUT / name, {"model_name": loading.name_of(params.model), "hook_name": name})
+        checkpoint.save(dictionary, OUT / name, {"model_name": local_name(params.model.name), "hook_name": name})
         write_atomically(OUT / name / "history.csv", pl.DataFrame(history).write_csv)
     del batches, training, trained, dictionary
     # As `encode` reads them: what is counted is what the files say.

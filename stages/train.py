@@ -20,12 +20,14 @@ from babelscope.models.hookpoints import layer_of
 from babelscope.sae import SAE, checkpoint
 from babelscope.sae.batches import Batches
 from babelscope.sae.quality import quality
+from babelscope.values import local_name
 
 TOKENS = Path("data/activations/tokens.parquet")
 
 
 def main() -> None:
     params = config.load()
+    config.check_folders(params)
     hookpoint = config.hookpoint_argument(sys.argv, params)
     source = {"stored": trained, "stream": published, "pretrained": fetched}[params.train.source]
     figures = source(hookpoint, params)
@@ -70,10 +72,7 @@ def fetched(hookpoint: str, params: config.Config) -> dict[str, float]:
             f"params.yaml: train.transcode: {transcode}, but {folder!r} holds "
             f"{'an autoencoder' if transcode else 'a transcoder'}; allowed: {not transcode}"
         )
-    place = Path(released.name or "").expanduser()
-    # Of a local folder the last part only: the rest is of this machine, and the file is hashed.
-    name = place.resolve().name if place.is_dir() else released.name
-    origin = {"released_as": f"{name}/{folder}", "revision": released.revision}
+    origin = {"released_as": f"{local_name(released.name or '')}/{folder}", "revision": released.revision}
     out = Path("data/sae") / hookpoint
     checkpoint.save(sae, out, {"model_name": held_out.store.index["model"], "hook_name": hookpoint, **origin})
     (out / "history.csv").unlink(missing_ok=True)

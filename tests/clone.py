@@ -26,7 +26,7 @@ SMALL = {
     "train.tokens": 20000,
     "train.batch": 512,
     "train.log_every": 5,
-    "train.checkpoint_seconds": 0.1,
+    "hardware.checkpoint_seconds": 0.1,
     "quality.tokens": 100,
     "stability.hookpoints": ["layers.26.mlp"],
     "ablate.bootstrap": 100,

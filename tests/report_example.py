@@ -11,7 +11,7 @@ from babelscope.files import write_json
 LANGUAGES = ["en", "de", "fr", "it", "pt-BR", "es", "ru", "bg", "tr", "vi", "ja", "zh-CN", "he", "ta", "fi"]
 LAYERS = [6, 10, 14, 18, 22, 26, 29]
 HOOKPOINTS = [f"layers.{layer}.mlp" for layer in LAYERS]
-# Features per layer as the prototype found them (DESIGN: 68 to 257 a hookpoint), and the effect by language.
+# Features per layer as the prototype found them, 68 to 257 a hookpoint, and the effect by language.
 _TOTALS = [68, 73, 105, 116, 132, 257, 157]
 _EFFECT = dict(
     zip(

@@ -41,7 +41,7 @@ MEDIUM = {
     "train.k": 32,
     "train.tokens": 6_000_000,
     "train.batch": 1024,
-    "train.checkpoint_seconds": 5,
+    "hardware.checkpoint_seconds": 5,
     "quality.tokens": None,
     "stability.hookpoints": ["layers.26.mlp"],
     "neurons.hookpoints": ["layers.14.mlp.act_fn", "layers.26.mlp.act_fn"],

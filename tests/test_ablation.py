@@ -571,6 +571,8 @@ def test_the_tables_of_a_run(model, saes):
     numbers = results.figures(found, control, ["en", "fi"])
     own = found.filter(ablated="fi", evaluated="fi").filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
     assert numbers["dnll_own/fi"] == own["delta"].item()
+    known = found.with_columns(low=pl.when(pl.col("ablated") == "fi").then(0.1).otherwise(-0.1))
+    assert results.figures(known, control, ["en", "fi"])["rows_above_zero"] == 1
     assert {
         "own_alone/layers.1", "others_alone/layers.2.mlp", "control_high/en", "languages_above_control",
         "languages_selective",

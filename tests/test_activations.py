@@ -16,7 +16,9 @@ from babelscope.models import hookpoints, tokens
 from babelscope.sae import SAE
 from babelscope.sections import Hardware
 
-HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
+HARDWARE = Hardware(
+    accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
+)
 
 
 def write_store(folder, *shards):

@@ -1,6 +1,8 @@
 """params.yaml: bad input gives one clear message that names the key; good input keeps its meaning."""
 
 import copy
+import json
+import runpy
 
 import pytest
 from closure import ROOT
@@ -10,6 +12,7 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 from babelscope.errors import UserError
+from babelscope.values import local_name
 
 DEFAULT = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
 
@@ -80,6 +83,10 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("corpus.path", "x", "corpus.packages: the source 'gettext' needs either"),
         ("seed", -1, "seed: input should be greater than or equal to 0"),
         ("traim", {}, "traim: unknown key; allowed: .*did you mean 'train'"),
+        ("steer.prompt_language", "nl", "steer.prompt_language: 'nl' is not one of languages; allowed: en, de"),
+        ("hardware.devices", 3, "train.batch: 1024 does not divide among 3 devices .* a multiple of 3"),
+        ("hardware.num_nodes", 5, "train.batch: 1024 does not divide among 5 devices"),
+        ("train.checkpoint_seconds", 30, "train.checkpoint_seconds: unknown key"),
         ("train", None, "train: input should be a valid dictionary or instance of Train, got None"),
     ],
 )
@@ -93,6 +100,46 @@ def test_without_a_second_training_its_seed_and_the_source_are_free():
     content["stability"]["seed"] = content["seed"]
     content["train"]["source"] = "stream"
     assert config.parse(content).stability.hookpoints == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "others", "message"),
+    [
+        ("identify.also", "texts/of/mine", {}, "identify.also: no folder 'texts/of/mine'"),
+        ("identify.also", {"path": "./mine", "splits": ["a"], "text": ["t"], "language": "l"}, {},
+         "identify.also.path: no folder './mine'"),
+        ("pretrained.name", "~/no/saes", {"train.source": "pretrained", "stability.hookpoints": []},
+         "pretrained.name: no folder '~/no/saes'"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_a_late_stage_reads_is_looked_for_by_the_first(
+    key, value, others, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content = changed(key, value)
+    for other, setting in others.items():
+        section, _, name = other.partition(".")
+        content[section][name] = setting
+    (tmp_path / "params.yaml").write_text(json.dumps(content))  # which is YAML, too
+    for stage in ("sample", "extract", "stream", "train"):
+        with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
+            runpy.run_path(str(ROOT / f"stages/{stage}.py"))["main"]()
+
+
+def test_a_folder_is_called_by_its_last_part_and_a_hub_id_by_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    for name in (str(tmp_path / "models/tiny"), "models/tiny", "./models/tiny", "/gone/by/now/tiny", "~/no/such/tiny"):
+        assert local_name(name) == "tiny"
+    assert local_name("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+
+
+def test_names_of_the_hub_and_what_is_not_read_are_no_folders():
+    for key, value in (("identify.also", {"name": "wili-2018"}), ("pretrained.name", "./not/read")):
+        config.check_folders(config.parse(changed(key, value)))
+    content = changed("train.source", "pretrained")
+    content["pretrained"]["name"], content["stability"]["hookpoints"] = "owner/saes", []
+    config.check_folders(config.parse(content))
 
 
 def test_int8_is_for_stored_activations():
@@ -132,12 +179,12 @@ def test_yaml_1_2(tmp_path):
     text = (
         (ROOT / "params.yaml")
         .read_text()
-        .replace("- en\n", "- no\n")
+        .replace("- de\n", "- no\n")
         .replace("learning_rate: 0.0035", "learning_rate: 1e-3")
     )
     (tmp_path / "params.yaml").write_text(text)
     params = config.load(tmp_path / "params.yaml")
-    assert params.languages[0] == "no" and params.train.learning_rate == 0.001
+    assert params.languages[1] == "no" and params.train.learning_rate == 0.001
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- a", "", "a: 1\na: 2", "\x00"])

@@ -20,7 +20,7 @@ from babelscope.sae.step import sparse_step
 from babelscope.sections import Hardware
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-GPU = Hardware(accelerator="gpu", devices=1, num_nodes=1, strategy="auto", threads=0)
+GPU = Hardware(accelerator="gpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1)
 
 
 def test_the_kernels_are_used() -> None:

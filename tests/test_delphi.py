@@ -41,8 +41,17 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delphi.loading, "load_tokenizer", lambda section: WithPad())
 
 
-def test_every_hookpoint_of_params_is_written(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_every_hookpoint_of_params_is_written(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = config.load()
+    model = params.model.model_copy(update={"name": "/some/where/models/tiny"})  # noqa: F811
+    monkeypatch.setattr(config, "load", lambda: params.model_copy(update={"model": model}))
     delphi.main([str(tmp_path)])
+    settings = json.loads((tmp_path / SAE_AT / "config.json").read_text())
+    assert settings["model_name"] == "tiny"  # as on every other machine
     assert {path.name for path in tmp_path.iterdir()} == set(config.load().hookpoints)
 
 

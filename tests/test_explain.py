@@ -90,6 +90,31 @@ def test_the_texts_of_a_unit_are_its_strongest_and_further_ones_and_silent_ones(
     assert again == chosen
 
 
+def test_texts_are_encoded_many_at_once_to_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    decoder, x = torch.randn(16, 8, generator=g), torch.randn(90, 8, generator=g)
+    sae = SAE(decoder, decoder, torch.zeros(16), torch.zeros(8), 4)
+    spans = [(at, at + 3) for at in range(0, 90, 3)]
+    asked: list[int] = []
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows))
+        return x[rows]
+
+    read: list[int] = []
+    whole = windows(sae, [3, 7], gather, spans, examples=4, scored=3, seed=0, advance=read.append)
+    assert asked[0] == sum(read) == 90 and len(asked) == 2  # all texts, then those that are shown
+    for chunk in (1, 10):
+        monkeypatch.setattr("babelscope.explain.windows.CHUNK", chunk)
+        again = windows(sae, [3, 7], gather, spans, examples=4, scored=3, seed=0)
+        for one, other in zip(whole, again, strict=True):
+            for part, same in zip(one, other, strict=True):
+                assert [w.text for w in part] == [w.text for w in same]
+                for a, b in zip(part, same, strict=True):
+                    assert a.activations == pytest.approx(b.activations, rel=1e-5)
+    assert max(asked[2:]) <= 12
+
+
 class Server(ThreadingHTTPServer):
     """Speaks the protocol; `script` holds (status, content) to answer first, before it answers as it should."""
 
@@ -98,6 +123,7 @@ class Server(ThreadingHTTPServer):
         self.script: list[tuple[int, str]] = []
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.retry_after: str | None = None
 
     @property
     def url(self) -> str:
@@ -115,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         reply = content.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
+        if status != 200 and self.server.retry_after is not None:
+            self.send_header("Retry-After", self.server.retry_after)
         self.end_headers()
         self.wfile.write(reply)
 
@@ -160,6 +188,24 @@ def test_passing_failures_are_tried_again_and_answers_are_kept(server: Server, t
     assert Client(server.url, "other", tmp_path, 1).ask(ASKED[:1]) != ["first"]
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("0", 1.0), ("99999", 300.0), ("soon", 1.0), ("nan", 1.0), ("-5", 1.0),
+     ("Wed, 21 Oct 2099 07:28:00 GMT", 300.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 1.0)],
+)  # fmt: skip
+def test_a_server_says_when_to_try_again(server: Server, tmp_path: Path, header: str, seconds: float) -> None:
+    pauses: list[float] = []
+    server.script, server.retry_after = [(429, "slow down")], header
+    assert Client(server.url, "m", tmp_path, 1, pauses.append).ask(ASKED[:1]) and pauses == [seconds]
+
+
+def test_a_refusal_ends_what_waits_to_be_tried_again(server: Server, tmp_path: Path) -> None:
+    server.script, server.retry_after = [(503, "later"), (401, "who are you"), (401, "who are you")], "200"
+    with pytest.raises(UserError, match=r"explain\.endpoint: http.*: status 401: who are you"):
+        Client(server.url, "m", tmp_path, 2).ask(ASKED)
+    assert len(server.seen) <= 3  # one each; the first waits for 200 s otherwise
+
+
 def test_what_was_answered_before_a_failure_is_kept(server: Server, tmp_path: Path) -> None:
     server.script = [(200, completion("one")), (401, "who are you")]
     client = Client(server.url, "m", tmp_path, 1)
@@ -201,8 +247,8 @@ def test_no_server_at_all_is_a_clear_error(tmp_path: Path) -> None:
         Client("http://127.0.0.1:9/v1", "m", tmp_path, 2, lambda seconds: None).ask(ASKED)
 
 
-def test_the_estimate_counts_bytes_and_the_longest_answers() -> None:
-    assert tokens([Request([{"role": "user", "content": "ä" * 3}], 7)] * 2) == (2 * (2 + 8), 14)
+def test_the_bound_counts_bytes_and_the_longest_answers() -> None:
+    assert tokens([Request([{"role": "user", "content": "ä" * 3}], 7)] * 2) == (2 * (6 + 8), 14)
 
 
 @pytest.fixture
@@ -215,9 +261,9 @@ def on(folder: Path, server: Server) -> Iterator[Server]:  # noqa: F811
 
 def explain(**knobs: Any) -> None:
     """Write params.yaml as the stages before `explain` read it, and these knobs."""
-    off = {"endpoint": None, "model": None, "per_language": 2, "examples": 2, "scored": 2, "parallel": 2}
+    off = {"endpoint": None, "model": None, "per_language": 2, "examples": 2, "scored": 2}
     prices = {"price_in": 0.0, "price_out": 0.0, "max_cost": 0.0}
-    set_params(explain=off | prices | knobs)
+    set_params(hardware={"parallel": 2}, explain=off | prices | knobs)
     content = json.loads(Path("params.yaml").read_text()) | {"hookpoints": [SAE_AT, WIDE]}
     Path("params.yaml").write_text(json.dumps(content))
 
@@ -262,6 +308,35 @@ def test_a_killed_stage_does_not_ask_again(on: Server) -> None:
     assert len(answered_twice) <= 2  # the refused one, and what was under way beside it
 
 
+def test_each_language_has_as_many_features_whatever_their_ranks(on: Server) -> None:
+    path = Path("data/scores/features.parquet")
+    before = pl.read_parquet(path)
+    # As with score.per_layer: every layer has a first one.
+    before.with_columns(rank=pl.lit(1, before.schema["rank"])).write_parquet(path)
+    stage("explain")
+    before.write_parquet(path)
+    table = pl.read_parquet("data/explain/explanations.parquet")
+    owned = dict(before.filter(kind="sae").group_by("language").len().iter_rows())
+    assert dict(table.group_by("language").len().iter_rows()) == {name: min(2, n) for name, n in owned.items()}
+    assert max(owned.values()) > 2
+
+
+def test_a_text_that_the_corpus_lacks_is_named(on: Server) -> None:
+    path = Path("data/corpus/texts.parquet")
+    before = pl.read_parquet(path)
+    before.filter(split="eval").write_parquet(path)
+    with pytest.raises(UserError, match=r"tokens\.parquet: holds texts that data/corpus/texts\.parquet lacks"):
+        stage("explain")
+    before.write_parquet(path)
+
+
+def test_a_long_explanation_is_cut_so_that_the_bound_holds(on: Server) -> None:
+    on.script = [(200, completion("ä " * 5000))] * 2
+    stage("explain")
+    longest = max(len(text.encode()) for text in pl.read_parquet("data/explain/explanations.parquet")["explanation"])
+    assert 630 < longest <= 640
+
+
 def test_too_dear_is_refused_before_the_first_request(on: Server, caplog: pytest.LogCaptureFixture) -> None:
     explain(endpoint=on.url, model="m", price_in=5.0, price_out=20.0, max_cost=0.001)
     with (
@@ -269,7 +344,7 @@ def test_too_dear_is_refused_before_the_first_request(on: Server, caplog: pytest
         pytest.raises(UserError, match=r"explain\.max_cost: this would cost up to 0\.\d\d; allo"),
     ):
         stage("explain")
-    assert not on.seen and "tokens sent (of 3 bytes each)" in caplog.text
+    assert not on.seen and "tokens sent (one a byte)" in caplog.text
 
 
 def test_off_it_asks_nothing_and_leaves_an_empty_table(folder: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811

@@ -1,6 +1,7 @@
 """Neurons from the texts to identification and ablation: the stages themselves, on a tiny model."""
 
 import copy
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -13,11 +14,13 @@ import transformers
 from closure import ROOT
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope import config
+from babelscope import config, sections
 from babelscope.errors import UserError
 from babelscope.models import hookpoints, loading
+from babelscope.report import data
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
+from babelscope.tracking import sync
 
 LANGUAGES, SAE_AT = ["en", "de", "fi"], "layers.1.mlp"
 NEURONS = ["layers.2.mlp.act_fn", "layers.0.mlp.act_fn"]
@@ -71,6 +74,30 @@ def stage(name: str, *arguments: str) -> None:
         runpy.run_path(str(ROOT / f"stages/{name}.py"))["main"]()
 
 
+def check_primary_method() -> None:
+    """The headline, the pictures and MLflow show the same method, whatever the order of `ablate.methods`."""
+    for methods, primary in ((["additive", "feature"], "feature"), (["directional", "additive"], "directional")):
+        set_params(ablate={"methods": methods})
+        stage("ablate")
+        numbers = json.loads(Path("metrics/ablate.json").read_text())
+        nll, by_layer = (pl.read_parquet(f"data/ablation/{name}.parquet") for name in ("nll", "by_layer"))
+        mine = nll.filter(pl.col("control").is_null(), pl.col("ablated") == pl.col("evaluated"), method=primary)
+        own = dict(mine.select("ablated", "delta").iter_rows())
+        assert numbers["primary_method"] == primary
+        assert {name: numbers[f"dnll_own/{name}"] for name in LANGUAGES} == own
+        other = next(name for name in methods if name != primary)
+        assert numbers[f"{other}/own"] != numbers["own"]
+        features = pl.read_parquet("data/scores/features.parquet")
+        params = config.load().model_dump()
+        inputs = data.ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
+        shown = data.own_and_others(inputs)
+        assert dict(zip(shown["language"], shown["own"], strict=True)) == own
+        assert data.ablation_method(dataclasses.replace(inputs, metrics={})) == sections.primary_method(sorted(methods))
+        series = sync._numbers(Path(), params, {"ablate": numbers})[1]
+        at = by_layer.filter(method=primary, ablated="en", evaluated="en")["delta"].item()
+        assert series["dnll_own_by_layer/en", 1] == at
+
+
 def own_neurons(model: Any, ids: list[int]) -> dict[str, torch.Tensor]:
     """The neurons' activations on a text's own tokens, `[tokens, 24]` by hookpoint."""
     seen = hookpoints.read(model, NEURONS, input_ids=torch.tensor([[1, *ids]]))
@@ -104,6 +131,7 @@ def test_neurons_from_the_texts_to_identification_and_ablation(
     for name in ("neurons", "score", "identify", "ablate"):
         stage(name)
     both = tables()
+    check_primary_method()
     assert not Path(".scratch").exists() or not list(Path(".scratch").iterdir())
 
     features = both["scores/features"]

@@ -165,8 +165,8 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
 
 
 def test_norway_is_a_language(tmp_path):
-    (tmp_path / "params.yaml").write_text(FILES[0].read_text().replace("- en\n", "- no\n"))
-    assert config.load(tmp_path / "params.yaml").languages[0] == "no"
+    (tmp_path / "params.yaml").write_text(FILES[0].read_text().replace("- de\n", "- no\n"))
+    assert config.load(tmp_path / "params.yaml").languages[1] == "no"
 
 
 def test_the_password_in_an_endpoint_is_not_repeated(tmp_path):

@@ -1,5 +1,6 @@
 """dvc.yaml and params.yaml against the code: nothing is read that is not declared, and the other way round."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,13 +31,59 @@ def test_a_stage_declares_exactly_the_code_that_it_may_import(name):
         assert assets == {str(p.relative_to(ROOT)) for p in folder.iterdir() if p.suffix not in (".py", "")}
 
 
+FIELDS = set(config.Config.model_fields)
+
+
+def dumped(call):
+    """What `params.model_dump(include=...)` or `(exclude=...)` reads."""
+    for argument in call.keywords:
+        if argument.arg in ("include", "exclude"):
+            named = ast.literal_eval(argument.value)
+            if isinstance(named, dict):
+                parts = {
+                    section: [""] if some is True else [f".{key}" for key in some] for section, some in named.items()
+                }
+                return {section + key for section, some in parts.items() for key in some}
+            return named if argument.arg == "include" else FIELDS - named
+    return FIELDS
+
+
+def params_read(source):
+    """The keys of params.yaml that a stage's code reads by name: `section`, or `section.key`."""
+    found, part_of = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "params.model_dump":
+            found |= dumped(node)
+        if not isinstance(node, ast.Attribute):
+            continue
+        above = ast.unparse(node.value)
+        if above.removeprefix("params.") in FIELDS and above.startswith("params."):
+            section = above.removeprefix("params.")
+            of = config.Config.model_fields[section].annotation
+            found.add(f"{section}.{node.attr}" if node.attr in getattr(of, "model_fields", {}) else section)
+            part_of.add(node.value)
+        elif above == "params" and node.attr in FIELDS and node not in part_of:
+            found.add(node.attr)
+    return found
+
+
+def test_what_a_stage_reads_is_seen():
+    assert params_read("f(params.train.k, params.score.model_dump())\nx = params.steer") == {
+        "train.k",
+        "score",
+        "steer",
+    }
+    assert params_read('params.model_dump(include={"seed"})') == {"seed"}
+    assert params_read('params.model_dump(exclude={"track"}, exclude_unset=True)') == FIELDS - {"track"}
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_declares_the_sections_that_its_code_reads(name):
-    source = (ROOT / STAGES[name]).read_text()
-    read = set(re.findall(r"params\.(\w+)", source)) & set(config.Config.model_fields)
-    declared = {param.split(".")[0] for param in PIPELINE[name].get("params", [])}
-    assert read - {"hardware", "track"} <= declared
-    assert declared <= set(config.Config.model_fields) - {"hardware", "track"}
+def test_a_stage_declares_the_params_that_its_code_reads(name):
+    read = params_read((ROOT / STAGES[name]).read_text())
+    declared = set(PIPELINE[name].get("params", []))
+    free = ("hardware", "track")
+    assert {key for key in read if key.split(".")[0] not in free and not {key, key.split(".")[0]} & declared} == set()
+    assert {param.split(".")[0] for param in declared} <= set(config.Config.model_fields) - set(free)
 
 
 def test_every_stage_finds_the_library_in_its_own_checkout_and_ends_with_dvc():

@@ -106,7 +106,7 @@ def test_counts_fill_the_whole_grid_in_the_order_of_params() -> None:
     assert frame.filter(language="ta")["value"].to_list() == [0] * 7
     assert frame.filter(language="ru")["value"].to_list() == [0, 0, 1, 0, 0, 0, 0]
     totals = frame.group_by("hookpoint", maintain_order=True).agg(pl.col("value").sum())["value"].to_list()
-    assert totals == [68, 73, 105, 116, 132, 257, 157]  # DESIGN.md, the prototype
+    assert totals == [68, 73, 105, 116, 132, 257, 157]
 
 
 def test_a_row_with_a_null_unit_is_no_feature() -> None:
@@ -490,6 +490,8 @@ def params_file(folder: Path) -> None:
     yaml = YAML()
     content = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content |= {"languages": example.LANGUAGES, "hookpoints": example.HOOKPOINTS}
+    content["model"] |= {"source": "huggingface", "name": f"{folder}/models/tiny", "gguf_file": None}
+    content["identify"]["also"] = f"{folder}/other-domain"
     with (folder / "params.yaml").open("w", encoding="utf-8") as handle:
         yaml.dump(content, handle)
 
@@ -501,6 +503,7 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     assert (done := run_stage(first)).returncode == 0, done.stderr
     shutil.copytree(first, second, ignore=shutil.ignore_patterns("reports"))
     text = (second / "params.yaml").read_text(encoding="utf-8").replace("threads: 0", "threads: 1")
+    text = text.replace(str(first), str(second))  # which is where model and texts lie
     (second / "params.yaml").write_text("# another comment\n" + text, encoding="utf-8")
     assert run_stage(second).returncode == 0
     assert digests(first) == digests(second)
@@ -513,6 +516,7 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     cells = pl.read_csv(first / "reports/plots/ablation.csv")
     assert len(cells) == 15 * 15 and cells["delta"].is_not_null().all()
     html = (first / "reports/report.html").read_text(encoding="utf-8")
+    assert "language features of tiny<" in html and "also: other-domain" in html and str(first) not in html
     assert hashlib.md5((first / "data/ablation/by_layer.parquet").read_bytes()).hexdigest() in html
     for name in ("ablation.png", "features_by_layer.png"):
         assert (first / "reports" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     Learner.after_update = count_rows
     folder, devices, activation, strategy = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
     stop, accelerator = int(sys.argv[5]), sys.argv[6]
-    settings = SETTINGS.model_copy(update={{"activation": activation, "checkpoint_seconds": 0.0}})
+    settings = SETTINGS.model_copy(update={{"activation": activation}})
     hardware = HARDWARE.model_copy(update={{"devices": devices, "strategy": strategy, "accelerator": accelerator}})
     trained = train(
         batches_of(FakeStore(), settings), settings, hardware, seed=1, write=[write], checkpoint=folder / "state.pt"

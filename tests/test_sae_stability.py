@@ -108,13 +108,13 @@ def load_stage(name: str) -> ModuleType:
 
 def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1) -> None:
     """Let the stages read the shipped params.yaml with a small SAE on the CPU, and these for `stability`."""
-    train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10, "checkpoint_seconds": 0}
+    train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10}
     params = SHIPPED.model_copy(
         update={
             "hookpoints": [HOOKPOINT],
             "train": SHIPPED.train.model_copy(update=train),
             "stability": SHIPPED.stability.model_copy(update={"hookpoints": hookpoints, "seed": seed}),
-            "hardware": SHIPPED.hardware.model_copy(update={"accelerator": "cpu"}),
+            "hardware": SHIPPED.hardware.model_copy(update={"accelerator": "cpu", "checkpoint_seconds": 0}),
         }
     )
     monkeypatch.setattr(config, "load", lambda: params)

@@ -20,11 +20,13 @@ from babelscope.sae.quality import quality
 from babelscope.sae.schedule import learning_rate, rate_share
 from babelscope.sections import Hardware, Train
 
-HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
+HARDWARE = Hardware(
+    accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
+)
 SETTINGS = Train(
     source="stored", activation="topk", matryoshka=None, transcode=False,
     latents=128, k=4, tokens=64 * 120, batch=64, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=640, log_every=7, checkpoint_seconds=0,
+    aux_k_coefficient=0.03125, dead_after=640, log_every=7,
 )  # fmt: skip
 
 
@@ -129,8 +131,8 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(module, "write_atomically", write)
     monkeypatch.setattr(module.Learner, "before_update", step)
-    settings = SETTINGS.model_copy(update={"checkpoint_seconds": 10})
-    train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[silent], checkpoint=tmp_path / "none")
+    hardware = HARDWARE.model_copy(update={"checkpoint_seconds": 10})
+    train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, write=[silent], checkpoint=tmp_path / "none")
     assert saved == [10.0, 35.5, 61.0, 86.5, 112.0]  # after 10 s, then 50 times 0.5 s after each
 
 
@@ -163,7 +165,9 @@ def test_dead_latents_come_back(tmp_path: Path) -> None:
     for coefficient in (0.0, SETTINGS.aux_k_coefficient):
         settings = SETTINGS.model_copy(update={"aux_k_coefficient": coefficient, "tokens": 64 * 200})
         file = tmp_path / f"{coefficient}.pt"
-        training = SAETraining(batches_of(FakeStore(), settings), settings, seed=1, write=[silent], checkpoint=file)
+        training = SAETraining(
+            batches_of(FakeStore(), settings), settings, seed=1, write=[silent], checkpoint=file, checkpoint_seconds=0
+        )
         with torch.no_grad():
             training.each[0].sae.b_enc[:40] = -0.6
         training.each[0].idle[:40] = 10**6
@@ -257,7 +261,9 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 
 def test_the_rule_for_the_learning_rate_takes_over_where_none_is_given(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"learning_rate": None, "dead_after": None})
-    training = SAETraining(batches_of(FakeStore()), settings, seed=1, write=[silent], checkpoint=tmp_path / "none.pt")
+    training = SAETraining(
+        batches_of(FakeStore()), settings, seed=1, write=[silent], checkpoint=tmp_path / "none.pt", checkpoint_seconds=0
+    )
     assert training.rate == learning_rate(128, 120)
     assert training.each[0].dead_after == 32 * 128 // 4
     assert learning_rate(4096, 1000) > learning_rate(16384, 1000) > learning_rate(16384, 10000)

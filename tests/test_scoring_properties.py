@@ -48,7 +48,7 @@ def naive_entropy(shares: list[float]) -> float:
 
 
 def naive_sae_lape(totals: Totals, cells: Cells, **kw: Any) -> dict[str, list[tuple[int, int, float, float]]]:
-    """Straight from METHODS: loops over every unit and language; (layer, unit, P, H) by rank."""
+    """Straight from the definition: loops over every unit and language; (layer, unit, P, H) by rank."""
     found: dict[str, list[tuple[int, int, float, float]]] = {name: [] for name in totals}
     for unit in UNITS:
         c = {name: cells.get((unit, name), (0, 0))[0] for name in totals}

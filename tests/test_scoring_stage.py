@@ -61,11 +61,21 @@ def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixtur
         ("sae", HIGH, 11, 0, "de", 0.8, 1, 2.4, 1),
     ]
     metrics = json.loads(Path("metrics/score.json").read_text())
-    assert {key: value for key, value in metrics.items() if not key.startswith("mean_")} == {
+    assert {key: value for key, value in metrics.items() if not key.startswith(("mean_", "effective_"))} == {
         "features": 3, "features/en": 2, "features/de": 1, "features/fi": 0,
         "features_in_layer/2": 2, "features_in_layer/11": 1, "languages_without_features": 1,
             "shared_by/1": 3, "shared_by/2": 0, "shared_by/3": 0,
     }  # fmt: skip
+    entropy = features["entropy"].to_list()
+    assert {key: value for key, value in metrics.items() if key.startswith("effective_")} == {
+        "effective_languages": pytest.approx(math.exp(sum(entropy) / 3)),
+        "effective_languages/en": pytest.approx(math.exp(sum(entropy[:2]) / 2)),
+        "effective_languages/de": pytest.approx(math.exp(entropy[2])),
+    }
+    table = [line.split() for line in caplog.messages if line.startswith(("language", "en", "all", "fi"))]
+    assert table[1][:3] == ["en", "2", f"{metrics['effective_languages/en']:.2f}"]
+    assert table[2] == ["fi", "0", "-", "-", "-"]
+    assert table[3][:3] == ["all", "3", f"{metrics['effective_languages']:.2f}"]
     assert metrics["mean_probability"] == pytest.approx((0.6 + 0.5 + 0.8) / 3)
     assert "no features: fi" in caplog.text
     before = path.read_bytes(), Path("metrics/score.json").read_bytes()
@@ -116,6 +126,9 @@ def test_neurons_stand_behind_the_features_and_change_none(
     assert {key: value for key, value in metrics.items() if key not in before and "mean" not in key} == {
         "neurons": 3, "neurons_counted": 8, "neurons/en": 2, "neurons/de": 2, "neurons/fi": 0,
         "neurons_in_layer/2": 2, "neurons_in_layer/11": 1, "languages_without_neurons": 1,
+            "neurons_effective_languages/en": pytest.approx(2**0.5),
+            "neurons_effective_languages/de": pytest.approx(math.exp((mixed + math.log(2)) / 2)),
+            "neurons_effective_languages": pytest.approx(math.exp((2 * math.log(2) + mixed) / 4)),
     }  # fmt: skip
     assert metrics["neurons_mean_probability"] == pytest.approx((0.9 + 0.6 + 0.8 + 0.6) / 4)
     assert "no neurons: fi (a lower neurons.quantile" in caplog.text

@@ -1,10 +1,15 @@
 """Steering on a tiny model, and what is made of the generated texts."""
 
+import runpy
+
 import polars as pl
 import pytest
 import torch
 import transformers
+from closure import ROOT
+from test_neurons_stages import tokenizer
 
+from babelscope import config
 from babelscope.evaluation import steering
 from babelscope.sae.autoencoder import SAE
 
@@ -54,6 +59,68 @@ def test_sampling_depends_on_the_seed_only_and_leaves_the_global_one(model):
     a, b, c = (steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=1.0, seed=s) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(3, 50))},
+        {"bad_words_ids": [[i] for i in range(3, 50)]}, {"do_sample": True, "min_p": 0.9, "top_k": 2, "top_p": 0.1},
+        {"num_beams": 3}, {"sequence_bias": [[[7], 50.0]]}, {"forced_eos_token_id": 9},
+    ],
+    ids=lambda one: next(iter(one)),
+)  # fmt: skip
+def test_the_models_own_generation_config_changes_nothing(model, monkeypatch, theirs, temperature):
+    plain = steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0)
+    own = transformers.GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **theirs)
+    monkeypatch.setattr(model, "generation_config", own)
+    assert torch.equal(plain, steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0))
+    assert model.generation_config is own
+
+
+def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(model):
+    how = {"new_tokens": 8, "temperature": 0.7, "seed": 3}
+    prompts = torch.cat([PROMPTS] * 3)
+    whole = steering.generate(model, prompts, {}, **how)
+    for size in (1, 2, 4):
+        parts = [steering.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in range(0, 9, size)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert whole[0].tolist() != whole[3].tolist()  # the same prompt in another row
+
+
+def test_tokens_are_drawn_by_their_probability():
+    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(20_000, 4)
+    drawn = steering._sampler(0.5, 0, range(20_000))(torch.empty(0), logits).argmax(1)
+    wanted = (logits[0] / 0.5).softmax(0)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20_000, wanted, atol=0.01, rtol=0)
+
+
+def test_special_tokens_are_in_the_prompt_and_are_not_pushed(model, tmp_path, monkeypatch):
+    rows = [("a", "en", "eval", "5 6 7 8"), ("b", "en", "eval", "5 6 7 9"), ("c", "en", "eval", "5"),
+            ("d", "en", "eval", "8 9 5"), ("e", "de", "eval", "4 4 4"), ("f", "en", "train", "3 3 3")]  # fmt: skip
+    (tmp_path / "data/corpus").mkdir(parents=True)
+    pl.DataFrame(rows, schema=["text_id", "language", "split", "text"], orient="row").write_parquet(
+        tmp_path / "data/corpus/texts.parquet"
+    )
+    monkeypatch.chdir(tmp_path)
+    params = config.load(ROOT / "params.yaml")
+    params = params.model_copy(
+        update={"steer": params.steer.model_copy(update={"prompts": 2, "prompt_tokens": 3, "prompt_language": "en"})}
+    )
+    first_tokens = runpy.run_path(str(ROOT / "stages/steer.py"))["first_tokens"]
+    assert first_tokens(tokenizer, params) == [[1, 5, 6, 7], [1, 8, 9, 5]]
+
+    x = torch.zeros(1, 4, 2)
+    added = torch.ones(1, 2)
+    assert steering.push(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
+    assert steering.push(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
+    seen = []
+    monkeypatch.setattr(steering, "push", lambda vectors, spared: seen.append(spared) or (lambda y: y))
+    for special in (0, 1, 2):
+        added = {"layers.1.mlp": torch.ones(3, 16)}
+        steering.generate(model, PROMPTS, added, new_tokens=2, temperature=0.0, seed=0, special=special)
+    assert seen == [1, 1, 2]
 
 
 def test_fluency_by_hand(model):

@@ -29,12 +29,14 @@ from babelscope.sae.module import train
 from babelscope.sae.quality import quality
 from babelscope.sections import Hardware, Train
 
-HARDWARE = Hardware(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0)
+HARDWARE = Hardware(
+    accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
+)
 NAMES = ["layers.0.mlp", "layers.2"]
 SETTINGS = Train(
     source="stream", activation="topk", matryoshka=None, transcode=False,
     latents=64, k=4, tokens=32 * 40, batch=32, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=10**6, log_every=5, checkpoint_seconds=0,
+    aux_k_coefficient=0.03125, dead_after=10**6, log_every=5,
 )  # fmt: skip
 
 

@@ -238,6 +238,7 @@ def check_summary(repo: Repo) -> None:
     figures |= {"tokens/sample": 7, "tokens/score": 3, "texts": 3}
     assert {key: run.value(key) for key in figures} == figures
     assert run.params["languages"] == "en, no, fi"
+    assert ": 75 language-specific features of 3 languages at 2 hookpoints." in run.tags["mlflow.note.content"]
     assert not any(key.startswith("hardware") for key in run.params)
     assert run.tags["mlflow.source.git.commit"] == repo.run("git", "rev-parse", "HEAD").strip()
     files = {path.relative_to(run.artifacts).as_posix() for path in run.artifacts.rglob("*") if path.is_file()}

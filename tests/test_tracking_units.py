@@ -2,17 +2,22 @@
 
 import base64
 import json
+import runpy
+import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
+from closure import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from babelscope import config
 from babelscope.errors import UserError
 from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.tracking import state, store, summary, training, view
+from babelscope.tracking import state, store, summary, sync, training, view
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -170,6 +175,45 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").unlink()
     with pytest.raises(UserError, match=r"dvc\.lock: no such file"):
         state.read(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    "file", ["params.yaml", *sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml"))]
+)
+def test_a_lock_of_the_present_params_is_not_outdated(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set in dvc.lock has the keys that params.yaml gives it, and no others."""
+    params = config.read_yaml(ROOT / file)
+    params["corpus"] |= {"source": "huggingface", "datasets": [{"name": "xnli"}, {"name": "paws-x", "rows": 9}]}
+    params["identify"]["also"] = {"name": "wili-2018"}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    stages = config.read_yaml(ROOT / "dvc.yaml")["stages"]
+    lock = {
+        name: {"params": {"params.yaml": {key: state._get(params, key) for key in entry["params"]}}}
+        for name, entry in stages.items()
+        if "matrix" not in entry and "params" in entry
+    }
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": lock}))
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr(sync, "sync", lambda folder, params: seen.append(state.read(folder, params).outdated))
+    track = runpy.run_path(str(ROOT / "stages/track.py"))["main"]
+    track()
+    params["corpus"]["datasets"][0]["rows"] = 5
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    track()
+    assert seen == [[], ["identify", "report", "sample"]]
+
+
+def test_the_layers_of_a_summary_are_of_the_primary_method() -> None:
+    rows = [(m, "sae", "layers.2", "en", None, "en", d) for m, d in (("additive", 9.0), ("feature", 0.5))]
+    columns = ["method", "kind", "hookpoint", "ablated", "control", "evaluated", "delta"]
+    frame = pl.DataFrame(rows, schema=columns, orient="row")
+    for method, delta in (("feature", 0.5), ("additive", 9.0)):
+        found = summary.ablation_series(frame, ["en"], ["layers.2"], method)
+        assert found == {("dnll_own_by_layer/en", 2): delta}
 
 
 def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

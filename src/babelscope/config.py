@@ -14,6 +14,7 @@ from babelscope.sections import (
     Ablate,
     Browse,
     Corpus,
+    Dataset,
     Encode,
     Explain,
     Extract,
@@ -147,6 +148,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _prompts_fit(self) -> "Config":
+        if self.steer.prompt_language not in self.languages:
+            raise ValueError(
+                f"steer.prompt_language: {self.steer.prompt_language!r} is not one of languages; "
+                f"allowed: {', '.join(self.languages)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> "Config":
+        devices = self.hardware.devices * self.hardware.num_nodes
+        if self.train.source != "pretrained" and self.train.batch % devices:
+            raise ValueError(
+                f"train.batch: {self.train.batch} does not divide among {devices} devices (hardware.devices times "
+                f"hardware.num_nodes); allowed: a multiple of {devices}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _members_fit(self) -> "Config":
         if self.score.members > len(self.languages):
             raise ValueError(f"score.members: {self.score.members} of only {len(self.languages)} languages")
@@ -177,6 +197,25 @@ def load(path: Path = Path("params.yaml")) -> Config:
     UserError: the file is missing, is not YAML, or holds something that is not allowed.
     """
     return parse(read_yaml(path), str(path))
+
+
+def check_folders(params: Config) -> None:
+    """Refuse local folders that do not exist and that are read only by stages behind the long ones.
+
+    Raises
+    ------
+    UserError: names the key and the folder.
+    """
+    also = params.identify.also
+    folders = {"identify.also": also} if isinstance(also, str) else {}
+    # These may also be names on the Hugging Face hub.
+    names = {"identify.also.path": also.path} if isinstance(also, Dataset) else {}
+    if params.train.source == "pretrained":
+        names["pretrained.name"] = params.pretrained.name
+    folders |= {key: name for key, name in names.items() if name and name.startswith((".", "/", "~"))}
+    for key, name in folders.items():
+        if not Path(name).expanduser().is_dir():
+            raise UserError(f"params.yaml: {key}: no folder {name!r}")
 
 
 def read_yaml(path: Path) -> Any:
@@ -212,6 +251,6 @@ def hookpoint_argument(arguments: list[str], params: Config) -> str:
 
 if __name__ == "__main__":  # before DVC reads the file, whose own messages name no key
     try:
-        load()
+        check_folders(load())
     except UserError as wrong:
         sys.exit(f"error: {wrong}")

@@ -25,6 +25,7 @@ from babelscope.files import read_table, write_atomically, write_json
 from babelscope.models import loading
 from babelscope.models.hookpoints import INPUT
 from babelscope.progress import Progress
+from babelscope.values import local_name
 
 SAES, ACTIVATIONS = Path("data/sae"), Path("data/activations")
 # Files per hookpoint, and rows encoded at once.
@@ -119,8 +120,8 @@ def main(arguments: list[str]) -> None:
     tokenizer = loading.load_tokenizer(params.model)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     about = {
-        "model_name": params.model.name, "dataset_repo": "data/corpus/texts.parquet", "dataset_split": "train",
-        "dataset_name": "", "dataset_column": "text", "batch_size": 1,
+        "model_name": local_name(params.model.name), "dataset_repo": "data/corpus/texts.parquet",
+        "dataset_split": "train", "dataset_name": "", "dataset_column": "text", "batch_size": 1,
     }  # fmt: skip
     found = [(name, export(name, chosen.target, table, pad, about)) for name in names]
     stage.table(["hookpoint", "firings"], [(name, f"{count:,}") for name, count in found])

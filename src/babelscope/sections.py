@@ -1,6 +1,7 @@
 """The sections of params.yaml, each by itself: one class per section, every knob documented in `params.yaml` itself."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -112,7 +113,6 @@ class Train(Section):
     aux_k_coefficient: Amount
     dead_after: Positive | None
     log_every: Positive
-    checkpoint_seconds: Amount
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
@@ -163,7 +163,7 @@ class Quality(Section):
 
 
 class Score(Section):
-    """SAE-LAPE (METHODS: Andrylie et al. 2025)."""
+    """SAE-LAPE (Andrylie et al. 2025, arXiv 2507.11230)."""
 
     example_rate: Share
     token_rate: Share
@@ -176,7 +176,7 @@ class Score(Section):
 
 
 class Neurons(Section):
-    """LAPE for the model's own neurons (METHODS: Tang et al. 2024)."""
+    """LAPE for the model's own neurons (Tang et al. 2024, arXiv 2402.16438)."""
 
     hookpoints: Hookpoints
     quantile: Share
@@ -210,6 +210,11 @@ class Ablate(Section):
         if len(set(names)) < len(names):
             raise ValueError("a method stands twice")
         return names
+
+
+def primary_method(methods: Sequence[str]) -> str:
+    """The ablation method of the headline, the pictures and the tables: `feature` if it is used, else the first."""
+    return "feature" if "feature" in methods or not methods else methods[0]
 
 
 class Identify(Section):
@@ -252,7 +257,6 @@ class Explain(Section):
     per_language: Size
     examples: Size
     scored: Size
-    parallel: Annotated[int, Field(gt=0, le=1000)]
     price_in: Amount
     price_out: Amount
     max_cost: Amount
@@ -278,6 +282,8 @@ class Hardware(Section):
     num_nodes: Annotated[int, Field(gt=0, le=65536)]
     strategy: Name
     threads: Annotated[int, Field(ge=0, le=4096)]
+    checkpoint_seconds: Amount
+    parallel: Annotated[int, Field(gt=0, le=1000)]
 
     @field_validator("strategy")
     @classmethod

@@ -4,7 +4,7 @@ The upper bounds are far beyond any honest value: a slip of the keyboard is refu
 """
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
@@ -69,6 +69,15 @@ def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
             return []
         model = field.annotation
     return list(model.model_fields)
+
+
+def local_name(name: str) -> str:
+    """What outputs call a model or a folder: a hub id as it is, of a local folder the last part.
+
+    The rest of a folder's path differs between machines.
+    """
+    folder = Path(name).expanduser()
+    return folder.resolve().name if name.startswith((".", "/", "~")) or folder.is_dir() else name
 
 
 def explain(model: type[BaseModel], error: Any) -> str:

@@ -24,8 +24,8 @@ def matched(
     """Random units of `hookpoint` that fire as often on `language` as those that it owns there.
 
     For every owned unit u, from the one that fires most down: one unit at random of the `NEAR` not yet drawn whose
-    log c(l, u) is nearest to its own (METHODS: c(l, u) the tokens of l on which u fires; as all are counted on the same
-    tokens, counts are matched as rates). Among units that belong to no language few fire as often as the owned ones
+    log c(l, u) is nearest to its own (c(l, u): the tokens of l on which u fires; as all are counted on the same
+    tokens, counts are matched as rates). Among units that are not selected few fire as often as the owned ones
     that fire most; so more are drawn, each in the same way for what is lacking, until the draw fires at least as often
     in all. Not drawn are units that never fire on this language, that are specific to any, and that would be specific
     to this one if they fired often enough for the thresholds of `sae_lape`: P(l', u) < ratio * P(l, u) in every other

@@ -67,11 +67,17 @@ def control(
 
 
 def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
-    """What `table` and `control` come to, by flat key: see `selectivity`; and the clean NLL per language."""
+    """What `table` and `control` come to, by flat key.
+
+    See `selectivity`; `rows_above_zero`: in how many rows the 95 % interval of the diagonal lies above 0;
+    `nll_clean/<language>`.
+    """
     together = found.filter(pl.col("hookpoint").is_null())
     matrix = together.filter(pl.col("ablated").is_not_null(), pl.col("control").is_null())
     clean = together.filter(pl.col("ablated").is_null())
     numbers: dict[str, float] = selectivity(matrix, languages)
+    diagonal = matrix.filter(pl.col("ablated") == pl.col("evaluated"))
+    numbers["rows_above_zero"] = int((diagonal["low"] > 0).sum())
     numbers |= {f"nll_clean/{name}": value for name, value in clean.select("evaluated", "nll").iter_rows()}
     numbers["tokens"] = int(clean["tokens"].sum())
     if len(controls):

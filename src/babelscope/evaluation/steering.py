@@ -6,10 +6,10 @@ text. (Andrylie et al. 2025, arXiv 2507.11230, add multiples of the largest acti
 perplexity; with hundreds of units a language that is far from anything that the model has seen.)
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -26,15 +26,15 @@ def direction(sae: SAE, units: Sequence[int], means: Sequence[float]) -> Tensor:
     return weight @ sae.W_dec.detach()[index]
 
 
-def push(added: Tensor) -> hooks.Edit:
-    """The edit that adds `added[row]` (`[rows, d]`) to every position of a text but its first.
+def push(added: Tensor, spared: int = 1) -> hooks.Edit:
+    """The edit that adds `added[row]` (`[rows, d]`) to every position of a text but the first `spared`.
 
-    The first position, on which attention rests whatever the text, stays as it is: a pass over several positions is the
-    prompt's, and with a key-value cache every later pass is over one.
+    Attention rests on the first position whatever the text, so the special tokens there (BOS) stay as they are. A pass
+    over several positions is the prompt's; with a key-value cache every later pass is over one.
     """
 
     def edit(x: Tensor) -> Tensor:
-        first = 1 if x.shape[1] > 1 else 0
+        first = spared if x.shape[1] > 1 else 0
         return torch.cat([x[:, :first], (x[:, first:].float() + added.unsqueeze(1)).to(x.dtype)], dim=1)
 
     return edit
@@ -48,8 +48,13 @@ def generate(
     new_tokens: int,
     temperature: float,
     seed: int,
+    special: int = 0,
+    first_row: int = 0,
 ) -> Tensor:
     """Generate from every prompt while its row's vectors are added at the hookpoints.
+
+    The model's own `generation_config` (repetition_penalty, top_k, ...) has no effect: tokens are drawn from the
+    probabilities of the model, at `temperature`.
 
     Parameters
     ----------
@@ -58,26 +63,52 @@ def generate(
     pushes: by hookpoint, float32 `[rows, d]`.
     new_tokens: how many tokens to generate; the end of the text is not generated before.
     temperature: of the sampling; 0 takes the most probable token.
-    seed: of the sampling; the same rows in the same call give the same tokens.
+    seed: of the sampling.
+    special: how many leading tokens of each prompt are special (BOS); they, and the first token in any case, are not
+        pushed.
+    first_row: number of the first row in the whole. A row's draws depend on `seed` and its number, not on the batch.
 
     Returns
     -------
     The generated tokens, int64 `[rows, new_tokens]`.
     """
+    from transformers import GenerationConfig
+
     device = hooks.device_of(model)
     ids = prompts.to(device)
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if temperature == 0:
-        how = {"do_sample": False}
-    with torch.random.fork_rng(), torch.inference_mode(), ExitStack() as stack:
-        torch.manual_seed(seed)
-        stack.enter_context(hooks.editing(model, {name: push(added.to(device)) for name, added in pushes.items()}))
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            pad_token_id=0, use_cache=True, **how,
-        )  # fmt: skip
+    edits = {name: push(added.to(device), max(special, 1)) for name, added in pushes.items()}
+    draw = [] if temperature == 0 else [_sampler(temperature, seed, range(first_row, first_row + len(ids)))]
+    theirs = model.generation_config
+    # `generate` takes what a config leaves unset from the model's own, so that one is replaced.
+    model.generation_config = GenerationConfig(eos_token_id=theirs.eos_token_id)
+    try:
+        with torch.inference_mode(), hooks.editing(model, edits):
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                pad_token_id=0, use_cache=True, do_sample=False, logits_processor=draw,
+            )  # fmt: skip
+    finally:
+        model.generation_config = theirs
     generated: Tensor = out[:, ids.shape[1] :].cpu()
     return generated
+
+
+def _sampler(temperature: float, seed: int, rows: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Turn logits into scores whose largest is a token drawn from `softmax(logits / temperature)`.
+
+    `logits / temperature - log(e)`, e exponential (Gumbel-max trick); every row has a generator of its own.
+    """
+    states = [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in rows]
+    generators = [torch.Generator().manual_seed(state) for state in states]
+
+    def draw(_ids: Tensor, logits: Tensor) -> Tensor:
+        noise = torch.empty(logits.shape)
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+        noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+        return logits.float() / temperature - noise.to(logits.device)
+
+    return draw
 
 
 def fluency(model: Any, prompts: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Texts to explain a feature by, and others to test the explanation on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from babelscope.sae.autoencoder import SAE
+
+# Tokens encoded at once: bounds the memory.
+CHUNK = 8192
 
 
 class Window(NamedTuple):
@@ -62,16 +65,40 @@ def windows(
     column = torch.full((sae.latents,), -1)
     column[torch.tensor(list(units))] = torch.arange(len(units))
     peak = torch.zeros((len(spans), len(units)))
-    for number, (start, end) in enumerate(spans):
-        peak[number] = _dense(sae, gather(torch.arange(start, end)), column, len(units)).amax(0)
-        advance(end - start)
+    for numbers, dense in _chunks(sae, gather, spans, range(len(spans)), column, len(units)):
+        for number, part in zip(numbers, dense, strict=True):
+            peak[number] = part.amax(0)
+        advance(sum(map(len, dense)))
     picked = [_pick(peak[:, place].numpy(), examples, scored, [seed, unit]) for place, unit in enumerate(units)]
     needed = sorted({text for some in picked for part in some for text in part})
-    shown = {text: _dense(sae, gather(torch.arange(*spans[text])), column, len(units)) for text in needed}
+    chunks = _chunks(sae, gather, spans, needed, column, len(units))
+    shown = {text: part for texts, dense in chunks for text, part in zip(texts, dense, strict=True)}
     return [
         Chosen(*([Window(text, shown[text][:, place].tolist()) for text in part] for part in some))
         for place, some in enumerate(picked)
     ]
+
+
+def _chunks(
+    sae: SAE,
+    gather: Callable[[Tensor], Tensor],
+    spans: Sequence[tuple[int, int]],
+    texts: Sequence[int],
+    column: Tensor,
+    count: int,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The activations of `texts`, many at once: each encoding reads the whole encoder, so a text alone is dear."""
+    chunk: list[int] = []
+    tokens = 0
+    for place, text in enumerate(texts):
+        chunk.append(text)
+        tokens += spans[text][1] - spans[text][0]
+        if tokens < CHUNK and place + 1 < len(texts):
+            continue
+        rows = torch.cat([torch.arange(*spans[one]) for one in chunk])
+        lengths = [spans[one][1] - spans[one][0] for one in chunk]
+        yield chunk, list(torch.split(_dense(sae, gather(rows), column, count), lengths))
+        chunk, tokens = [], 0
 
 
 def _dense(sae: SAE, x: Tensor, column: Tensor, count: int) -> Tensor:

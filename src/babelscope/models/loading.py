@@ -128,12 +128,6 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def name_of(section: Model) -> str:
-    """What outputs call the model: its package, hub id, or the last part of its folder, which is the same elsewhere."""
-    folder = Path(section.name).expanduser()
-    return folder.resolve().name if folder.is_dir() else section.name
-
-
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, UnpicklingError):  # torch's own words recommend to run it all the same

@@ -160,7 +160,7 @@
       return button;
     };
     const what = one.of.length === 1
-      ? `Fires for one language: ${called(one.names[0])}` : `Shared by ${one.of.length} languages: ${one.names.map(called).join(", ")}`;
+      ? `Specific to one language: ${called(one.names[0])}` : `Shared by ${one.of.length} languages: ${one.names.map(called).join(", ")}`;
     return make("div", {},
       make("div", { class: "title" }, make("h2", {}, one.id), make("div", {}, step(-1, "← previous"), " ", step(1, "next →"))),
       make("p", { class: "what", role: "status" }, what),

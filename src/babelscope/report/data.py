@@ -9,6 +9,7 @@ import polars as pl
 from babelscope.errors import UserError
 from babelscope.models.names import parts_of
 from babelscope.report.relatives import relatives
+from babelscope.sections import primary_method
 
 FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
 CONTROL_COLUMNS = ("method", "language", *(
@@ -128,20 +129,15 @@ def counts(inputs: ReportInputs) -> pl.DataFrame:
     return grid.with_columns(pl.col("value").fill_null(0))
 
 
-def _method(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the default method (METHODS: feature ablation) on SAE features, or of the first there is."""
-    frame = frame.filter(pl.col("kind") == "sae") if frame["kind"].eq("sae").any() else frame
-    frame = frame.with_columns(pl.col("delta", "low", "high").cast(pl.Float64).fill_nan(None))
-    methods = frame["method"].drop_nulls().unique().sort().to_list()
-    return (
-        frame if not methods else frame.filter(pl.col("method") == ("feature" if "feature" in methods else methods[0]))
-    )
-
-
 def ablation_method(inputs: ReportInputs) -> str:
-    """The method whose rows are shown."""
-    methods = _method(inputs.nll)["method"].drop_nulls().unique().sort().to_list()
-    return str(methods[0]) if methods else "feature"
+    """The method that the page shows: that of the unprefixed figures in `metrics/ablate.json`."""
+    return str(inputs.figure("ablate", "primary_method") or primary_method(sorted(set(inputs.nll["method"]) - {None})))
+
+
+def _method(inputs: ReportInputs, frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of `ablation_method`; what is not a number becomes null."""
+    frame = frame.with_columns(pl.col("delta", "low", "high").cast(pl.Float64).fill_nan(None))
+    return frame.filter(pl.col("method") == ablation_method(inputs))
 
 
 def matrix(inputs: ReportInputs) -> pl.DataFrame:
@@ -153,7 +149,7 @@ def matrix(inputs: ReportInputs) -> pl.DataFrame:
     row), in the order of params.yaml; a language that was not ablated has no row.
     """
     languages = pl.Enum(inputs.languages)
-    cells = _method(inputs.nll).filter(
+    cells = _method(inputs, inputs.nll).filter(
         pl.col("control").is_null(),
         pl.col("ablated").is_in(inputs.languages),
         pl.col("evaluated").is_in(inputs.languages),
@@ -194,7 +190,7 @@ def own_and_others(inputs: ReportInputs) -> pl.DataFrame:
         .agg(others=pl.col("value").mean(), others_low=pl.col("value").min(), others_high=pl.col("value").max())
     )
     control = (
-        _method(inputs.nll)
+        _method(inputs, inputs.nll)
         .filter(pl.col("control").is_not_null(), pl.col("ablated") == pl.col("evaluated"))
         .group_by("ablated", maintain_order=True)
         .agg(random=pl.col("delta").mean())
@@ -216,7 +212,7 @@ def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
     """
     if inputs.by_layer is None or inputs.by_layer.is_empty():
         return pl.DataFrame()
-    cells = _method(inputs.by_layer).filter(pl.col("control").is_null(), pl.col("ablated").is_not_null())
+    cells = _method(inputs, inputs.by_layer).filter(pl.col("control").is_null(), pl.col("ablated").is_not_null())
     own = cells.filter(pl.col("ablated") == pl.col("evaluated"))
     others = (
         cells.filter(pl.col("ablated") != pl.col("evaluated"))

@@ -11,6 +11,7 @@ from babelscope.report import charts, data, tables
 from babelscope.report.assets import asset, source_hash
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import percent, plain, significant
+from babelscope.values import local_name
 
 
 class _Representer(RoundTripRepresenter):
@@ -90,6 +91,7 @@ def _headline(inputs: ReportInputs) -> dict[str, str]:
 
     return {
         "features": plain(data.found(inputs)),
+        "effective": plain(figure("score", "effective_languages"), 2),
         "with_features": plain(data.features(inputs)["language"].n_unique()),
         "tokens": plain(figure("extract", "tokens") or figure("sample", "tokens")),
         "texts": plain(figure("extract", "texts") or figure("sample", "texts")),
@@ -100,6 +102,7 @@ def _headline(inputs: ReportInputs) -> dict[str, str]:
         "others_abs": significant(figure("ablate", "others_abs"), digits=2),
         "ratio": significant(figure("ablate", "ratio")),
         "rows": f"{plain(figure('ablate', 'rows'))} of {count}",
+        "rows_above_zero": f"{plain(figure('ablate', 'rows_above_zero'))} of {count}",
         "columns": f"{plain(figure('ablate', 'columns'))} of {count}",
         "accuracy": percent(figure("identify", "accuracy/sae-count/units")),
         "accuracy_fasttext": percent(figure("identify", "accuracy/fasttext/none")),
@@ -157,5 +160,6 @@ def build(inputs: ReportInputs) -> str:
         method=data.ablation_method(inputs),
         params=_yaml(dict(inputs.params)),
         members=inputs.params.get("score", {}).get("members", 1),
-        model=inputs.params.get("model", {}).get("name", "the model"),
+        ratio=inputs.params.get("score", {}).get("ratio"),
+        model=local_name(inputs.params.get("model", {}).get("name", "the model")),
     )

@@ -32,13 +32,18 @@ def _wide(frame: pl.DataFrame, decimals: int) -> list[list[str]]:
 
 
 def counts(inputs: ReportInputs) -> Table:
-    """Features per language and hookpoint, with sums."""
+    """Features per language and hookpoint, with sums, and the languages that they fire in (effective number)."""
     frame = data.counts(inputs)
     sums = {key: frame.filter(pl.col("language") == key)["value"].sum() for key in inputs.languages}
-    rows = [[*row, plain(sums[row[0]])] for row in _wide(frame, 0)]
+
+    def effective(end: str) -> str:
+        return plain(inputs.figure("score", f"effective_languages{end}"), 2)
+
+    rows = [[*row, plain(sums[row[0]]), effective(f"/{row[0]}")] for row in _wide(frame, 0)]
     totals = [frame.filter(pl.col("hookpoint") == key)["value"].sum() for key in inputs.hookpoints]
-    rows.append(["all", *(plain(total) for total in totals), plain(sum(totals))])
-    return Table("Features per language and hookpoint", ["language", *inputs.hookpoints, "all"], rows)
+    rows.append(["all", *(plain(total) for total in totals), plain(data.found(inputs)), effective("")])
+    head = ["language", *inputs.hookpoints, "all", "effective languages"]
+    return Table("Features per language and hookpoint", head, rows)
 
 
 def top_features(inputs: ReportInputs) -> Table:

@@ -48,7 +48,14 @@ class SAETraining(LightningModule):  # type: ignore[misc]
     """
 
     def __init__(
-        self, batches: Source, settings: Train, *, seed: int, write: Sequence[Write], checkpoint: Path
+        self,
+        batches: Source,
+        settings: Train,
+        *,
+        seed: int,
+        write: Sequence[Write],
+        checkpoint: Path,
+        checkpoint_seconds: float,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # one optimizer, no closures: a third of the overhead
@@ -62,7 +69,8 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         self._moments: dict[str, Any] | None = None
         self._graphs: list[Graph] = []
         self._sharded = False
-        self._due = time.monotonic() + settings.checkpoint_seconds
+        self.checkpoint_seconds = checkpoint_seconds
+        self._due = time.monotonic() + checkpoint_seconds
         if checkpoint.exists():
             self._load()
 
@@ -170,7 +178,7 @@ class SAETraining(LightningModule):  # type: ignore[misc]
         if self.trainer.is_global_zero:
             write_atomically(self.checkpoint, lambda path: torch.save(state, path))
         end = time.monotonic()
-        self._due = end + max(self.settings.checkpoint_seconds, _APART * (end - start))
+        self._due = end + max(self.checkpoint_seconds, _APART * (end - start))
 
     def _load(self) -> None:
         try:
@@ -216,7 +224,10 @@ def train(
     devices = hardware.devices * hardware.num_nodes
     if settings.batch % devices:
         raise UserError(f"params.yaml: train.batch: {settings.batch} does not divide among {devices} devices")
-    training = SAETraining(batches, settings, seed=seed, write=write, checkpoint=checkpoint)
+    training = SAETraining(
+        batches, settings,
+        seed=seed, write=write, checkpoint=checkpoint, checkpoint_seconds=hardware.checkpoint_seconds,
+    )  # fmt: skip
     loop = trainer(hardware, max_epochs=1)
     loop.fit(training)
     if not (loop.is_global_zero or is_sharding(loop)):

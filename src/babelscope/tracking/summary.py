@@ -106,16 +106,16 @@ def feature_figures(features: pl.DataFrame, languages: Sequence[str], hookpoints
     return {f"features/{language}": found[language] for language in languages}
 
 
-def ablation_series(by_layer: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str]) -> Series:
+def ablation_series(by_layer: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str], method: str) -> Series:
     """What ablating a language's features at one layer costs it, nats/token: `dnll_own_by_layer/<language>`.
 
     Parameters
     ----------
     by_layer: `data/ablation/by_layer.parquet`.
+    method: whose rows; `primary_method` of `metrics/ablate.json`.
     """
     own = by_layer.filter(
-        pl.col("kind") == "sae",
-        pl.col("method") == pl.col("method").min(),  # "feature", the default, where there are several
+        pl.col("method") == method,
         pl.col("ablated") == pl.col("evaluated"),
         pl.col("control").is_null(),
     )
@@ -136,7 +136,7 @@ def language_table(values: Figures, languages: Sequence[str]) -> dict[str, list[
         if all(f"{name}/{language}" in values for language in languages)
     }
     # What the pipeline is about comes first.
-    first = [name for name in ("features", "dnll_own") if name in columns]
+    first = [name for name in ("features", "effective_languages", "dnll_own") if name in columns]
     return {"language": list(languages)} | {name: columns[name] for name in dict.fromkeys([*first, *sorted(columns)])}
 
 

@@ -12,12 +12,15 @@ from typing import Any
 
 from babelscope.files import read_table
 from babelscope.redact import redact
+from babelscope.report.numbers import plain, significant
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, training, view
+from babelscope.values import local_name
 
 log = logging.getLogger(__name__)
 
 TEXTS = "data/corpus/texts.parquet"
+Metrics = Mapping[str, Mapping[str, Any]]  # the content of metrics/<name>.json by name
 
 
 def sync(folder: Path, params: Mapping[str, Any]) -> None:
@@ -122,12 +125,13 @@ def _summary(opened: store.Store, folder: Path, params: Mapping[str, Any], state
             opened.client.delete_run(run.info.run_id)  # half-written, by an older version, or its artifacts are gone
     if whole:
         return False
-    figures, series = _numbers(folder, params)
+    metrics = summary.read_metrics(folder / "metrics")
+    figures, series = _numbers(folder, params, metrics)
     tags = {
         **store.git_tags(folder),
         "babelscope.kind": "summary",
         "dvc.state": state.hash,
-        "mlflow.note.content": _note(params, figures, state),
+        "mlflow.note.content": _note(params, metrics, state),
     }
     flat = training.flatten({key: value for key, value in params.items() if key not in ("hardware", "track")})
     released = flat.get("train.source") == "pretrained"
@@ -153,34 +157,41 @@ def _has_artifacts(run: Any) -> bool:
     return "://" in place or place.startswith("mlflow-artifacts:") or Path(place).is_dir()
 
 
-def _numbers(folder: Path, params: Mapping[str, Any]) -> tuple[summary.Figures, summary.Series]:
+def _numbers(folder: Path, params: Mapping[str, Any], metrics: Metrics) -> tuple[summary.Figures, summary.Series]:
     """The figures and the series over the layers of the files in `folder`."""
     languages, hookpoints = params["languages"], params["hookpoints"]
-    figures, series = summary.figures(summary.read_metrics(folder / "metrics"), hookpoints)
+    figures, series = summary.figures(metrics, hookpoints)
     series |= {(view.X_AXIS, layer): layer for layer, _ in summary.layers(hookpoints).values()}
     if (path := folder / "data/scores/features.parquet").is_file():
         features = read_table(path)
         figures |= summary.feature_figures(features, languages, hookpoints)
         series |= summary.feature_series(features, languages, hookpoints)
     if (path := folder / "data/ablation/by_layer.parquet").is_file():
-        series |= summary.ablation_series(read_table(path), languages, hookpoints)
+        method = metrics.get("ablate", {}).get("primary_method", "feature")
+        series |= summary.ablation_series(read_table(path), languages, hookpoints, method)
     return figures, series
 
 
-def _note(params: Mapping[str, Any], figures: summary.Figures, state: states.State) -> str:
-    """A few lines that say what the run is; no figure that is not in the files."""
-    features = sum(int(value) for key, value in figures.items() if key.startswith("features/"))
-    effect = ""
-    if {"own", "others"} <= set(figures):
-        effect = (
-            f" Ablating a language's features costs it {figures['own']:+.3g} nats/token,"
-            f" the other languages {figures['others']:+.2g}."
+def _note(params: Mapping[str, Any], metrics: Metrics, state: states.State) -> str:
+    """A few lines that say what the run is, with the figures of the report's headline."""
+    score, ablate = metrics.get("score", {}), metrics.get("ablate", {})
+    members = params["score"]["members"]
+    kind = "language-specific features" if members == 1 else f"features shared by exactly {members} languages"
+    sentences = [
+        f"{plain(score.get('features'))} {kind} of {len(params['languages'])} languages"
+        f" at {len(params['hookpoints'])} hookpoints."
+    ]
+    if "effective_languages" in score:
+        sentences.append(f"Effective languages of a feature: {plain(score['effective_languages'], 2)}.")
+    if {"own", "others_abs"} <= set(ablate):
+        sentences.append(
+            f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
+            f" each other language's by {significant(ablate['others_abs'], digits=2)} in mean size."
         )
     # As code: MLflow shows a note as Markdown, and would fetch a picture that a name refers to.
-    model = " ".join(params["model"]["name"].replace("`", "'").split())
+    model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())
     return (
-        f"`{model}`: {features} language-specific features of {len(params['languages'])} languages"
-        f" at {len(params['hookpoints'])} hookpoints.{effect}\n\n"
+        f"`{model}`: {' '.join(sentences)}\n\n"
         f"DVC state `{state.hash}`; its dvc.lock and params.yaml are among the artifacts."
     )
 
