@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from babelscope import config, stage
-from babelscope.files import read_table, scratch, write_atomically, write_json
+from babelscope.files import move, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 
 CORPUS, OUT, METRICS = Path("data/corpus/texts.parquet"), Path("data/activations"), Path("metrics/extract.json")
@@ -44,9 +44,8 @@ def main() -> None:
         return
     for name in names:
         source, target = store.place(resume, name), store.place(OUT, name)
-        target.mkdir(parents=True, exist_ok=True)
         for shard in stored:
-            (source / store.shard_name(shard.number)).replace(target / store.shard_name(shard.number))
+            move(source / store.shard_name(shard.number), target / store.shard_name(shard.number))
         rows = [shard.rows for shard in stored]
         store.write_index(
             target, rows, widths[name], params.extract.store_dtype, loading.name_of(params.model), name

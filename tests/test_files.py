@@ -1,5 +1,6 @@
 """Writing whole or not at all, re-hashing the cache, progress lines, and errors that a user can read."""
 
+import errno
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from closure import ROOT
 
-from babelscope import files, stage, verify
+from babelscope import files, fingerprint, stage, verify
 from babelscope.errors import UserError, nearest
 from babelscope.fingerprint import dvc_md5
 from babelscope.progress import Progress
@@ -157,3 +158,81 @@ def test_verify_reports_through_the_same_door(tmp_path, monkeypatch):
     cache_with(tmp_path / ".dvc/cache/files/md5", b"a").write_bytes(b"b")
     with pytest.raises(UserError, match="1 of 1 cached files are corrupt"):
         verify.main()
+
+
+def stores_differ(monkeypatch):
+    """Renames from one folder to another fail, as they do between two file systems."""
+    rename = Path.replace
+
+    def replace(source, target):
+        if source.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_file_moves_also_to_another_file_system(tmp_path, monkeypatch, across):
+    if across:
+        stores_differ(monkeypatch)
+    source, target = tmp_path / "scratch/shard", tmp_path / "data/h/shard"
+    source.parent.mkdir()
+    source.write_bytes(b"rows")
+    files.move(source, target)
+    assert target.read_bytes() == b"rows" and not source.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["shard"]
+
+
+def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["stages/train.py", "layers.6"])
+
+    def leave(name):
+        folder = tmp_path / ".scratch" / name
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_text("x")
+
+    own, old, other = (f"train@layers.6.{'a' * 32}", f"train@layers.6.{'b' * 32}", f"train@layers.6.mlp.{'c' * 32}")
+    for name in (own, old, other):
+        leave(name)
+    assert files.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
+    with stage.alone():
+        assert files.scratch("a" * 32) == tmp_path / ".scratch" / own
+        assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {own, other, "locks"}
+        leave(old)
+    # At the end there is nothing to resume: whatever is left of this stage goes.
+    assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {other, "locks"}
+    leave(old)
+    with pytest.raises(UserError), stage.alone():
+        raise UserError("a failed run may be resumed")
+    assert (tmp_path / ".scratch" / old).is_dir()
+    # Without locks nobody knows whether another process is at work on it.
+    monkeypatch.setattr(stage.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+    with stage.alone():
+        files.scratch("a" * 32)
+    assert (tmp_path / ".scratch" / old).is_dir()
+
+
+def test_what_dvc_has_hashed_is_not_read_again(tmp_path, monkeypatch):
+    run = lambda *command: subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)  # noqa: E731
+    run(sys.executable, "-m", "dvc", "init", "--no-scm", "-q")
+    (tmp_path / ".dvcignore").write_text("*.tmp\n")
+    folder = tmp_path / "data/h"
+    (folder / "input").mkdir(parents=True)
+    for name in ("shard-0", "input/shard-0", "x.tmp"):
+        (folder / name).write_bytes(name.encode())
+    expected = fingerprint.content_md5(folder)
+    assert fingerprint.dvc_md5(folder) == expected
+
+    import dvc_data.hashfile.hash as hashing
+
+    read = []
+    original = hashing._hash_file
+    monkeypatch.setattr(
+        hashing, "_hash_file", lambda path, *rest, **more: read.append(path) or original(path, *rest, **more)
+    )
+    assert fingerprint.dvc_md5(folder) == expected
+    assert not [path for path in read if str(path).startswith(str(tmp_path))]
+    (folder / "shard-0").write_bytes(b"others")
+    assert fingerprint.dvc_md5(folder) == fingerprint.content_md5(folder) != expected
