@@ -63,6 +63,7 @@ def run(main: Callable[[], None]) -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     end_with_dvc()
+    keep_caches()
     try:
         with alone():
             main()
@@ -72,6 +73,27 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {redact(told)}", file=sys.stderr)
         sys.exit(1)
+
+
+def keep_caches() -> None:
+    """Where the home folder is read-only or there is none, let libraries keep their caches below `.scratch/`.
+
+    Models that are in the cache of the home folder are still found there. Works before they are imported; a user's own
+    settings win.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface"))).expanduser()
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if cache.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return
+    ours = files.scratch_root().absolute() / "caches"
+    log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
+    if (cache / "hub").is_dir():
+        os.environ.setdefault("HF_HUB_CACHE", str(cache / "hub"))
+    if (cache / "token").is_file():
+        os.environ.setdefault("HF_TOKEN_PATH", str(cache / "token"))
+    os.environ["HF_HOME"] = str(ours / "huggingface")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ours / "triton"))
 
 
 # What is to be blamed on the machine, not on the program.

@@ -88,12 +88,17 @@ def _unpacked(place: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]
     rest = {key: value for key, value in options.items() if key != "gguf_file"}
     try:
         folder = cached_assets_path("babelscope", "gguf") / name
-        if not folder.is_dir():
-            log.info("%s: unpacked once, to %s", file.name, folder)
-            _unpack(place, options, folder)
-    except PermissionError as error:
-        log.warning("%s: read slowly, for nothing can be kept: %s", file.name, error)
+        if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder.parent}: cannot be written")
+    except OSError as error:  # the home folder is read-only or missing, say
+        log.warning(
+            "%s: read slowly every time, since nothing can be kept (%s); set HF_HOME to a folder that can be written",
+            file.name, error,
+        )  # fmt: skip
         return place, options
+    if not folder.is_dir():
+        log.info("%s: unpacked once, to %s", file.name, folder)
+        _unpack(place, options, folder)
     return str(folder), rest
 
 
