@@ -93,7 +93,8 @@ audit: .bench/audit/.ready
 	touch $@
 
 # Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
-# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size. torchvision, which one peer
+# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size;
+# stages beside a busy core. torchvision, which one peer
 # asks for, is built for one build of torch only, and breaks the import of transformers beside another.
 bench: setup $(PEERS)
 	python benchmarks/sae_step.py
@@ -102,6 +103,7 @@ bench: setup $(PEERS)
 	python benchmarks/extract.py
 	python benchmarks/encode.py
 	python benchmarks/scoring.py
+	python benchmarks/busy.py
 
 # FVU at equal tokens against the peers at their best learning rates, and our own rate at other widths and lengths: hours.
 sweeps: setup $(PEERS)
