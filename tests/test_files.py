@@ -1,14 +1,17 @@
 """Writing whole or not at all, re-hashing the cache, progress lines, and errors that a user can read."""
 
+import ast
 import errno
 import hashlib
 import io
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -236,3 +239,75 @@ def test_what_dvc_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     assert not [path for path in read if str(path).startswith(str(tmp_path))]
     (folder / "shard-0").write_bytes(b"others")
     assert fingerprint.dvc_md5(folder) == fingerprint.content_md5(folder) != expected
+
+
+def caches(monkeypatch, folder, **variables):
+    """HF_HOME and others, as `stage.keep_caches` leaves them."""
+    names = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"DVC_ROOT": str(folder), **variables}.items():
+        monkeypatch.setenv(name, value)
+    stage.keep_caches()
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, caplog):
+    home, ours = tmp_path / "home", tmp_path / ".scratch/caches"
+    (home / ".cache/huggingface/hub").mkdir(parents=True)
+    assert caches(monkeypatch, tmp_path, HOME=str(home)) == {} and not caplog.text
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(home) and allowed(path, mode))
+    expected = {"HF_HOME": str(ours / "huggingface"), "TRITON_CACHE_DIR": str(ours / "triton")}
+    assert caches(monkeypatch, tmp_path, HOME=str(home)) == {
+        **expected, "HF_HUB_CACHE": str(home / ".cache/huggingface/hub"),
+    }  # fmt: skip
+    assert f"{home}/.cache/huggingface: cannot be written; {ours} is used instead" in caplog.text
+    assert caches(monkeypatch, tmp_path, HOME=str(home / "missing")) == expected
+    (tmp_path / "file").touch()
+    assert caches(monkeypatch, tmp_path, HOME=str(tmp_path / "file/x")) == expected
+    # A user's own setting wins.
+    own = str(tmp_path / "own")
+    assert caches(monkeypatch, tmp_path, HOME=str(home), HF_HOME=own) == {"HF_HOME": own}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+def test_a_stage_whose_dvc_was_gone_before_it_began_ends(monkeypatch, tmp_path):
+    # The process that started it is another one than that which it saw first.
+    code = "import os; from babelscope import stage; stage._PARENT += {}; stage.end_with_dvc(); print('goes on')"
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path)}
+    for other, rc, out in ((0, 0, "goes on\n"), (1, -9, "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(other)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (rc, out), done.stderr
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    code = "import sys, babelscope, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    for own, found in ((None, "passive"), ("active", "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{found}\n"
+
+
+def test_everything_that_is_imported_is_declared():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[><=\[]", entry)[0].lower().replace("-", "_") for entry in declared}
+    known = {
+        "ruamel": "ruamel.yaml",
+        "fasttext": "fasttext_predict",
+        "vl_convert": "vl_convert_python",
+        "dvc_data": "dvc_data",
+    }
+    optional = {"triton"}  # comes with CUDA builds of torch
+    imported = set()
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"babelscope"} - optional
+    assert sorted(name for name in others if known.get(name, name).lower() not in names) == []
