@@ -25,15 +25,26 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# In a download without .git DVC works only where it is told to do without; then there are no experiments.
+IN_GIT = test -e .git || git rev-parse --git-dir >/dev/null 2>&1
+define no_scm
+@$(IN_GIT) || { echo "no git repository here: DVC keeps no experiments (git init, and dvc config --local --unset core.no_scm)"; \
+  $(BIN)/dvc config --local core.no_scm true; }
+endef
+
 # DVC's own words for a list that is none ("'Value' object is not iterable") name no key: params.yaml is read before.
 repro: setup
 	@$(BIN)/python -m babelscope.config
+	$(no_scm)
 	$(BIN)/dvc repro
 
 # `make experiment NAME=llama-3.2-1b`: experiments/NAME.yaml takes the place of params.yaml, then all stages run.
 experiment: setup
 	@test -f "experiments/$(NAME).yaml" || { \
 	  echo "NAME=$(NAME): no such experiment; allowed: $(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml))" >&2; \
+	  exit 1; }
+	@$(IN_GIT) || { \
+	  echo "params.yaml: its changes would be lost, for there is no git repository here; git init and commit first" >&2; \
 	  exit 1; }
 	@cmp -s "experiments/$(NAME).yaml" params.yaml || git diff --quiet HEAD -- params.yaml || { \
 	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
@@ -82,7 +93,8 @@ audit: .bench/audit/.ready
 	touch $@
 
 # Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
-# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size. torchvision, which one peer
+# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size;
+# stages beside a busy core. torchvision, which one peer
 # asks for, is built for one build of torch only, and breaks the import of transformers beside another.
 bench: setup $(PEERS)
 	python benchmarks/sae_step.py
@@ -91,6 +103,7 @@ bench: setup $(PEERS)
 	python benchmarks/extract.py
 	python benchmarks/encode.py
 	python benchmarks/scoring.py
+	python benchmarks/busy.py
 
 # FVU at equal tokens against the peers at their best learning rates, and our own rate at other widths and lengths: hours.
 sweeps: setup $(PEERS)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from babelscope import config, stage
-from babelscope.files import read_table, scratch, write_atomically, write_json
+from babelscope.files import move, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.values import local_name
 
@@ -47,9 +47,8 @@ def main() -> None:
         return
     for name in names:
         source, target = store.place(resume, name), store.place(OUT, name)
-        target.mkdir(parents=True, exist_ok=True)
         for shard in stored:
-            (source / store.shard_name(shard.number)).replace(target / store.shard_name(shard.number))
+            move(source / store.shard_name(shard.number), target / store.shard_name(shard.number))
         rows = [shard.rows for shard in stored]
         store.write_index(
             target, rows, widths[name], params.extract.store_dtype, local_name(params.model.name), name

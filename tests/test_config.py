@@ -205,3 +205,33 @@ def test_a_stage_is_told_which_hookpoints_there_are():
     for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
         with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.6.mlp, "):
             config.hookpoint_argument(wrong, params)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", {**DEFAULT["model"], "source": "huggingface", "name": "my/data", "gguf_file": None}),
+        ("corpus.path", "my/data"),
+        ("corpus.datasets", [{"name": "xnli"}, {"name": "xnli", "path": "my/data"}]),
+        ("identify.also", "my/data"),
+        ("identify.also", {"name": "wili-2018", "path": "my/data"}),
+        ("pretrained.name", "my/data"),
+    ],
+)
+def test_what_a_temporary_copy_of_the_repository_lacks_is_named(tmp_path, monkeypatch, key, value):
+    main, copy_ = tmp_path / "main", tmp_path / "main/.dvc/tmp/exps/x"
+    (main / "my/data").mkdir(parents=True)
+    copy_.mkdir(parents=True)
+    content = changed(key, value) if "." in key else {**DEFAULT, key: value}
+    if key == "corpus.path":
+        content["corpus"]["source"] = "files"
+    for folder in (main, copy_):
+        (folder / "params.yaml").write_text(json.dumps(content))
+    monkeypatch.setenv("DVC_ROOT", str(main))
+    assert config.load(main / "params.yaml") == config.parse(content)
+    with pytest.raises(UserError) as raised:
+        config.load(copy_ / "params.yaml")
+    assert "'my/data' is missing in the temporary copy" in str(raised.value) and key in str(raised.value)
+    assert f"Write the absolute path, {main / 'my/data'}; or track it" in str(raised.value)
+    (copy_ / "my/data").mkdir(parents=True)
+    assert config.load(copy_ / "params.yaml") == config.parse(content)

@@ -78,3 +78,18 @@ def test_make_experiment_loses_no_changes_and_names_what_there_is(checkout):
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
     done = make(checkout, "llama")
     assert done.returncode != 0 and "allowed: gemma-2-2b llama-3.2-1b pythia-160m qwen3-0.6b" in done.stderr
+
+
+def test_a_download_without_git_runs_and_is_told_what_it_lacks(checkout):
+    shutil.rmtree(checkout / ".git")
+    done = make(checkout, "llama-3.2-1b")
+    assert done.returncode != 0 and "there is no git repository here; git init and commit first" in done.stderr
+    assert (checkout / "params.yaml").read_text() == "seed: 0\n"
+    shutil.copy(ROOT / "params.yaml", checkout)
+    done = subprocess.run(["make", "repro"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "no git repository here" in done.stdout, done.stderr
+    called = [line for line in done.stdout.splitlines() if line.startswith("dvc ")]
+    assert called == ["dvc config --local core.no_scm true", "dvc repro"]
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    done = subprocess.run(["make", "repro"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert [line for line in done.stdout.splitlines() if line.startswith("dvc ")] == ["dvc repro"]

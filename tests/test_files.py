@@ -1,20 +1,24 @@
 """Writing whole or not at all, re-hashing the cache, progress lines, and errors that a user can read."""
 
+import ast
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from closure import ROOT
 
-from babelscope import files, stage, verify
+from babelscope import files, fingerprint, stage, verify
 from babelscope.errors import UserError, nearest
 from babelscope.fingerprint import dvc_md5
 from babelscope.progress import Progress
@@ -185,3 +189,153 @@ def test_verify_reports_through_the_same_door(tmp_path, monkeypatch):
     cache_with(tmp_path / ".dvc/cache/files/md5", b"a").write_bytes(b"b")
     with pytest.raises(UserError, match="1 of 1 cached files are corrupt"):
         verify.main()
+
+
+def stores_differ(monkeypatch):
+    """Renames from one folder to another fail, as they do between two file systems."""
+    rename = Path.replace
+
+    def replace(source, target):
+        if source.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_file_moves_also_to_another_file_system(tmp_path, monkeypatch, across):
+    if across:
+        stores_differ(monkeypatch)
+    source, target = tmp_path / "scratch/shard", tmp_path / "data/h/shard"
+    source.parent.mkdir()
+    source.write_bytes(b"rows")
+    files.move(source, target)
+    assert target.read_bytes() == b"rows" and not source.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["shard"]
+
+
+def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["stages/train.py", "layers.6"])
+
+    def leave(name):
+        folder = tmp_path / ".scratch" / name
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_text("x")
+
+    own, old, other = (f"train@layers.6.{'a' * 32}", f"train@layers.6.{'b' * 32}", f"train@layers.6.mlp.{'c' * 32}")
+    for name in (own, old, other):
+        leave(name)
+    assert files.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
+    with stage.alone():
+        assert files.scratch("a" * 32) == tmp_path / ".scratch" / own
+        assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {own, other, "locks"}
+        leave(old)
+    # At the end there is nothing to resume: whatever is left of this stage goes.
+    assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {other, "locks"}
+    leave(old)
+    with pytest.raises(UserError), stage.alone():
+        raise UserError("a failed run may be resumed")
+    assert (tmp_path / ".scratch" / old).is_dir()
+    # Without locks nobody knows whether another process is at work on it.
+    monkeypatch.setattr(stage.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+    with stage.alone():
+        files.scratch("a" * 32)
+    assert (tmp_path / ".scratch" / old).is_dir()
+
+
+def test_what_dvc_has_hashed_is_not_read_again(tmp_path, monkeypatch):
+    run = lambda *command: subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)  # noqa: E731
+    run(sys.executable, "-m", "dvc", "init", "--no-scm", "-q")
+    (tmp_path / ".dvcignore").write_text("*.tmp\n")
+    folder = tmp_path / "data/h"
+    (folder / "input").mkdir(parents=True)
+    for name in ("shard-0", "input/shard-0", "x.tmp"):
+        (folder / name).write_bytes(name.encode())
+    expected = fingerprint.content_md5(folder)
+    assert fingerprint.dvc_md5(folder) == expected
+
+    import dvc_data.hashfile.hash as hashing
+
+    read = []
+    original = hashing._hash_file
+    monkeypatch.setattr(
+        hashing, "_hash_file", lambda path, *rest, **more: read.append(path) or original(path, *rest, **more)
+    )
+    assert fingerprint.dvc_md5(folder) == expected
+    assert not [path for path in read if str(path).startswith(str(tmp_path))]
+    (folder / "shard-0").write_bytes(b"others")
+    assert fingerprint.dvc_md5(folder) == fingerprint.content_md5(folder) != expected
+
+
+def caches(monkeypatch, folder, **variables):
+    """HF_HOME and others, as `stage.keep_caches` leaves them."""
+    names = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"DVC_ROOT": str(folder), **variables}.items():
+        monkeypatch.setenv(name, value)
+    stage.keep_caches()
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, caplog):
+    home, ours = tmp_path / "home", tmp_path / ".scratch/caches"
+    (home / ".cache/huggingface/hub").mkdir(parents=True)
+    assert caches(monkeypatch, tmp_path, HOME=str(home)) == {} and not caplog.text
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(home) and allowed(path, mode))
+    expected = {"HF_HOME": str(ours / "huggingface"), "TRITON_CACHE_DIR": str(ours / "triton")}
+    assert caches(monkeypatch, tmp_path, HOME=str(home)) == {
+        **expected, "HF_HUB_CACHE": str(home / ".cache/huggingface/hub"),
+    }  # fmt: skip
+    assert f"{home}/.cache/huggingface: cannot be written; {ours} is used instead" in caplog.text
+    assert caches(monkeypatch, tmp_path, HOME=str(home / "missing")) == expected
+    (tmp_path / "file").touch()
+    assert caches(monkeypatch, tmp_path, HOME=str(tmp_path / "file/x")) == expected
+    # A user's own setting wins.
+    own = str(tmp_path / "own")
+    assert caches(monkeypatch, tmp_path, HOME=str(home), HF_HOME=own) == {"HF_HOME": own}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+def test_a_stage_whose_dvc_was_gone_before_it_began_ends(monkeypatch, tmp_path):
+    # The process that started it is another one than that which it saw first.
+    code = "import os; from babelscope import stage; stage._PARENT += {}; stage.end_with_dvc(); print('goes on')"
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path)}
+    for other, rc, out in ((0, 0, "goes on\n"), (1, -9, "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(other)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (rc, out), done.stderr
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    code = "import sys, babelscope, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    for own, found in ((None, "passive"), ("active", "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{found}\n"
+
+
+def test_everything_that_is_imported_is_declared():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[><=\[]", entry)[0].lower().replace("-", "_") for entry in declared}
+    known = {
+        "ruamel": "ruamel.yaml",
+        "fasttext": "fasttext_predict",
+        "vl_convert": "vl_convert_python",
+        "dvc_data": "dvc_data",
+    }
+    optional = {"triton"}  # comes with CUDA builds of torch
+    imported = set()
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"babelscope"} - optional
+    assert sorted(name for name in others if known.get(name, name).lower() not in names) == []

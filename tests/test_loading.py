@@ -245,12 +245,25 @@ def test_a_cache_that_cannot_be_written_and_a_large_file_are_read_the_slow_way(
 ) -> None:
     kept = loading.load_model(section, "float32").state_dict()
 
-    def refuse(*names: str) -> Path:
-        raise PermissionError(13, "Permission denied")
+    def check() -> None:
+        slow = loading.load_model(section, "float32").state_dict()
+        assert all(torch.equal(kept[name], weight) for name, weight in slow.items())
 
-    monkeypatch.setattr(huggingface_hub, "cached_assets_path", refuse)
-    slow = loading.load_model(section, "float32").state_dict()
-    assert all(torch.equal(kept[name], weight) for name, weight in slow.items())
+    # No home folder, a read-only one, one that belongs to somebody else; and a cache whose folder exists.
+    for error in (FileNotFoundError(2, "x"), OSError(30, "x"), PermissionError(13, "x"), NotADirectoryError(20, "x")):
+
+        def refuse(*names: str, error: OSError = error) -> Path:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "cached_assets_path", refuse)
+        check()
+    empty = cache.parent / "empty"
+    empty.mkdir()
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *names: empty)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading.os, "access", lambda path, mode: Path(path) != empty)
+        check()
+    assert not list(empty.iterdir())
     monkeypatch.setattr(loading, "_LARGEST", 10)
     monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *names: pytest.fail("asked for"))
     assert loading.load_tokenizer(section)("ab")["input_ids"] == [7]

@@ -125,3 +125,28 @@ def test_a_database_that_another_process_has_locked(repo, caplog):
     train(between=lambda: holder.execute("ROLLBACK"), pause=0.2)
     holder.close()
     mend()
+
+
+def test_a_repository_whose_path_means_something_in_a_uri(repo, monkeypatch):
+    """SQLAlchemy decodes `%20` and cuts at `?`; MLflow decodes paths of artifacts."""
+    odd = repo / "a%20b?c#d%"
+    odd.mkdir()
+    (repo / "data").rename(odd / "data")
+    monkeypatch.chdir(odd)
+    monkeypatch.setenv("DVC_ROOT", str(odd))
+    train()
+    mend()
+    opened = store.open_store("x")
+    [run] = opened.search(dvc__stage=STAGE)
+    opened.client.log_text(run.info.run_id, "found", "note.txt")
+    folder = store.local_folder(run.info.artifact_uri)
+    assert (folder / "note.txt").read_text() == "found" and folder.is_relative_to(odd / "mlruns" / "x")
+    assert sync._has_artifacts(run)
+    assert sorted(path.name for path in repo.iterdir()) == [odd.name]
+    assert {"mlflow.db", "mlruns"} <= {path.name for path in odd.iterdir()}
+    # Moved, its artifacts are found again.
+    moved = odd.rename(repo / "moved")
+    monkeypatch.chdir(moved)
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    [run] = store.open_store("x").search(dvc__stage=STAGE)
+    assert (store.local_folder(run.info.artifact_uri) / "note.txt").read_text() == "found"

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 from closure import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope import config
@@ -26,6 +26,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)  # every name hashes the package: slow beside other work
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
 def test_fingerprint_knows_content_not_order(params: dict[str, object], inputs: dict[str, str]) -> None:
     name = fingerprint("train", params, inputs)

@@ -1,5 +1,6 @@
 """`params.yaml` as a typed, validated model: what its sections have to do with each other, and reading it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,31 @@ def load(path: Path = Path("params.yaml")) -> Config:
 
     Raises
     ------
-    UserError: the file is missing, is not YAML, or holds something that is not allowed.
+    UserError: the file is missing, is not YAML, or holds something that is not allowed; or it is that of a temporary
+        copy of the repository (`dvc exp run --temp`, the queue) in which a folder that it names is missing.
     """
-    return parse(read_yaml(path), str(path))
+    params = parse(read_yaml(path), str(path))
+    here, main = path.absolute().parent, os.environ.get("DVC_ROOT")
+    for key, name in _folders(params).items():
+        if main is not None and name is not None and not (here / name).exists() and (Path(main) / name).exists():
+            raise UserError(
+                f"{path}: {key}: {name!r} is missing in the temporary copy of the repository in which DVC runs this "
+                f"experiment: DVC copies only what git or DVC tracks. Write the absolute path, {Path(main) / name}; or "
+                f"track it (git add or dvc add {name}); or leave out --temp and --queue"
+            )
+    return params
+
+
+def _folders(params: Config) -> dict[str, str | None]:
+    """The values that may be paths of folders, by key."""
+    also = params.identify.also
+    entries = {f"corpus.datasets.{number}.path": entry.path for number, entry in enumerate(params.corpus.datasets)}
+    return entries | {
+        "model.name": params.model.name if params.model.source == "huggingface" else None,
+        "corpus.path": params.corpus.path,
+        "pretrained.name": params.pretrained.name,
+        "identify.also": also.path if isinstance(also, Dataset) else also,
+    }
 
 
 def check_folders(params: Config) -> None:

@@ -1,8 +1,10 @@
 """Writing outputs so that nothing half-written is ever read, and reading them back."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +60,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a file, also to another file system: data/ may be a mount or a link to a larger disk.
+
+    The folder of `target` is made where missing. A copy is whole or not there, as with `write_atomically`.
+
+    Raises
+    ------
+    UserError: the disk is full or cannot be written to; `source` is still there then.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+        source.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -167,9 +188,40 @@ def _unreadable(path: Path | str, error: BaseException) -> UserError:
     return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
 
 
+class _Work:
+    """The stage that this process works at (see `stage.alone`), and whether it holds the stage's lock."""
+
+    name = ""
+    is_alone = False
+
+
+work = _Work()
+
+
 def scratch(fingerprint: str) -> Path:
     """The folder in which a stage keeps what it needs to resume after a kill; the stage deletes it at its end.
 
     It is keyed by the fingerprint of the stage's params and inputs, so that a run never resumes another one's work.
+    What runs of the same stage with other params, inputs or code have left is deleted (see `prune`).
     """
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / fingerprint
+    folder = scratch_root() / (f"{work.name}.{fingerprint}" if work.name else fingerprint)
+    prune(keep=folder)
+    return folder
+
+
+def scratch_root() -> Path:
+    """The folder of all scratch folders; temporary copies of the repository share that of the main checkout."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+
+
+def prune(keep: Path | None = None) -> None:
+    """Delete the scratch folders of this process's stage but `keep`; does nothing without the stage's lock.
+
+    A killed run cannot delete its own, which may hold terabytes. The lock says that no live process uses them.
+    """
+    if not work.is_alone:
+        return
+    for folder in scratch_root().glob("*.*"):
+        if folder.name.rpartition(".")[0] == work.name and folder != keep:
+            log.info("%s: deleted, a run with other params, inputs or code left it", folder)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -3,12 +3,19 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from babelscope.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Bytes: a smaller file is hashed sooner than DVC is imported.
+_SMALL = 2**28
 
 
 def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -34,7 +41,32 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
 def dvc_md5(path: Path) -> str:
     """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
 
-    What `.dvcignore` excludes does not count, nor do empty folders.
+    What `.dvcignore` excludes does not count, nor do empty folders. Files that DVC has hashed, and that have had the
+    same size and date since, are not read again: activations and SAEs may be terabytes.
+
+    Raises
+    ------
+    UserError: there is no such file or folder.
+    """
+    root = next((parent for parent in path.absolute().parents if (parent / ".dvc").is_dir()), None)
+    if root is None or (path.is_file() and path.stat().st_size < _SMALL) or not path.exists():
+        return content_md5(path)
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+
+    try:
+        with Repo(str(root)) as repo:
+            local = repo.cache.local
+            found = build(local, str(path.absolute()), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)[2]
+            return str(found.hash_info.value)
+    except (DvcException, OSError, sqlite3.Error) as error:
+        log.debug("%s: hashed without DVC (%s)", path, error)
+        return content_md5(path)
+
+
+def content_md5(path: Path) -> str:
+    """What `dvc_md5` gives, of the content that is on the disk now: every file is read.
 
     Raises
     ------

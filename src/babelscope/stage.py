@@ -13,11 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from babelscope import files
 from babelscope.errors import UserError
-from babelscope.files import scratch
 from babelscope.redact import redact
 
 log = logging.getLogger(__name__)
+
+# Asked at once: the imports of a stage take seconds, in which DVC may be killed.
+_PARENT = os.getppid()
 
 # No tool phones home, and no library prints bars of its own into a log. A user's own setting wins.
 _QUIET = {
@@ -60,6 +63,7 @@ def run(main: Callable[[], None]) -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     end_with_dvc()
+    keep_caches()
     try:
         with alone():
             main()
@@ -69,6 +73,27 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {redact(told)}", file=sys.stderr)
         sys.exit(1)
+
+
+def keep_caches() -> None:
+    """Where the home folder is read-only or there is none, let libraries keep their caches below `.scratch/`.
+
+    Models that are in the cache of the home folder are still found there. Works before they are imported; a user's own
+    settings win.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface"))).expanduser()
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if cache.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return
+    ours = files.scratch_root().absolute() / "caches"
+    log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
+    if (cache / "hub").is_dir():
+        os.environ.setdefault("HF_HUB_CACHE", str(cache / "hub"))
+    if (cache / "token").is_file():
+        os.environ.setdefault("HF_TOKEN_PATH", str(cache / "token"))
+    os.environ["HF_HOME"] = str(ours / "huggingface")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ours / "triton"))
 
 
 # What is to be blamed on the machine, not on the program.
@@ -107,6 +132,8 @@ def end_with_dvc() -> None:
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != _PARENT:  # it was gone before that call, which then does nothing
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
@@ -115,25 +142,32 @@ def alone() -> Iterator[None]:
 
     Both would write the same outputs, and the first to end would take away what the other has to resume from.
     """
-    if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+    name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
+    files.work.name = name
+    if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         yield  # the first process holds the lock for all
         return
-    name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
-    place = scratch("locks") / name
+    place = files.scratch_root() / "locks" / name
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.work.is_alone = True
         except BlockingIOError:
             file.seek(0)
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
             fcntl.flock(file, fcntl.LOCK_EX)
+            files.work.is_alone = True
         except OSError as error:  # some network file systems have no locks; without any, stages ran all the same
             log.debug("%s: not locked (%s)", name, error)
         file.truncate(0)
         with suppress(OSError):  # only a help to who waits
             os.write(file.fileno(), str(os.getpid()).encode())
-        yield
+        try:
+            yield
+            files.prune()
+        finally:
+            files.work.name, files.work.is_alone = "", False
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:

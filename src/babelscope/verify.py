@@ -10,7 +10,7 @@ from pathlib import Path
 
 from babelscope import config, stage
 from babelscope.errors import UserError
-from babelscope.fingerprint import dvc_md5
+from babelscope.fingerprint import content_md5
 from babelscope.tracking import state
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,9 @@ CACHE = Path(".dvc/cache/files/md5")
 def corrupt(cache: Path) -> tuple[list[Path], int]:
     """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and the count of all."""
     files = sorted(path for path in cache.glob("[0-9a-f][0-9a-f]/*") if path.is_file())
-    return [path for path in files if dvc_md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(files)
+    return [path for path in files if content_md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(
+        files
+    )
 
 
 def changed(root: Path) -> tuple[list[Path], int]:
@@ -40,14 +42,14 @@ def changed(root: Path) -> tuple[list[Path], int]:
 def _changed(root: Path, out: Path, md5: str) -> list[Path]:
     if not (root / out).exists():
         return [out]
-    if dvc_md5(root / out) == md5:
+    if content_md5(root / out) == md5:
         return []
     listing = root / CACHE / md5[:2] / md5[2:]
     if not md5.endswith(".dir") or not listing.is_file():
         return [out]
     expected = {out / entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
     here = {path.relative_to(root) for path in (root / out).rglob("*") if path.is_file() and path.suffix != ".tmp"}
-    damaged = [path for path, wanted in expected.items() if path not in here or dvc_md5(root / path) != wanted]
+    damaged = [path for path, wanted in expected.items() if path not in here or content_md5(root / path) != wanted]
     return sorted([*damaged, *(here - expected.keys())]) or [out]
 
 

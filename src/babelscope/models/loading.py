@@ -78,17 +78,22 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
     rest = {key: value for key, value in options.items() if key != "gguf_file"}
     try:
         folder = cached_assets_path("babelscope", "gguf") / name
-        if not folder.is_dir():
-            log.info("%s: unpacked once, to %s", section.gguf_file, folder)
-            _unpack(files, section, options, folder)
-    except PermissionError as error:
+        if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder.parent}: cannot be written")
+    except OSError as error:  # the home folder is read-only or missing, say
         if len(files) > 1:
             raise UserError(
-                f"{error.filename}: cannot be written, and {section.gguf_file} must be joined from {len(files)} parts; "
+                f"{section.gguf_file}: must be joined from {len(files)} parts, and nothing can be kept ({error}); "
                 "set HF_HOME to a folder that can be written"
             ) from None
-        log.warning("%s: read slowly, for nothing can be kept: %s", section.gguf_file, error)
+        log.warning(
+            "%s: read slowly every time, since nothing can be kept (%s); set HF_HOME to a folder that can be written",
+            section.gguf_file, error,
+        )  # fmt: skip
         return place, options
+    if not folder.is_dir():
+        log.info("%s: unpacked once, to %s", section.gguf_file, folder)
+        _unpack(files, section, options, folder)
     return str(folder), rest
 
 

@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
@@ -73,7 +75,29 @@ def database() -> Path | None:
 
 def uri() -> str:
     """The tracking URI in force."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(root() / "mlflow.db")
+
+
+def _sqlite(path: Path) -> str:
+    """The URI of a database file.
+
+    SQLAlchemy decodes a URI and cuts it at `?`, MLflow makes the folder that stands in it as it is. Where the two would
+    not mean the same folder, the path is relative to the current one, which is the repository or below it.
+    """
+    text = str(path)
+    if any(character in text for character in "%?#"):
+        text = quote(os.path.relpath(path), safe="/ +")
+    return f"sqlite:///{text}"
+
+
+def _location(folder: Path) -> str:
+    """A folder of artifacts as MLflow stores it: the path, or a URI where MLflow would take `%` for an escape."""
+    return folder.as_uri() if "%" in str(folder) else str(folder)
+
+
+def local_folder(location: str) -> Path:
+    """The local folder that an artifact location of MLflow means."""
+    return Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)
 
 
 def shown() -> str:
@@ -123,7 +147,7 @@ def _create(client: Any, experiment: str) -> str:
     from mlflow.exceptions import MlflowException
 
     # MLflow would put the artifacts beside the current folder, which may be a temporary one.
-    place = str(root() / "mlruns" / folder_of(experiment)) if database() is not None else None
+    place = _location(root() / "mlruns" / folder_of(experiment)) if database() is not None else None
     try:
         return str(client.create_experiment(experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
     except MlflowException:
@@ -151,7 +175,7 @@ def _make(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    store = SqlAlchemyStore(f"sqlite:///{draft}", str(path.parent / "mlruns"))
+    store = SqlAlchemyStore(_sqlite(draft), _location(path.parent / "mlruns"))
     store.engine.dispose()
     # A write-ahead log lets the pages be read while a training writes; the setting stays with the file.
     with closing(sqlite3.connect(draft)) as connection:
@@ -163,7 +187,7 @@ def _make(path: Path) -> None:
 
 def _follow(path: Path) -> None:
     """MLflow stores absolute artifact locations: turn those of a repository that was moved or copied to here."""
-    here = f"{path.parent / 'mlruns'}/"
+    here = f"{_location(path.parent / 'mlruns')}/"
     try:
         with closing(sqlite3.connect(path, timeout=20)) as connection, connection:
             # Experiment 0 is made with the database, and so remembers where that was.
@@ -204,7 +228,7 @@ def holds(experiment: str, summary: str, outputs: Iterable[tuple[str, str]]) -> 
         log.debug("mlflow: %s", error)
         return False
     # A summary whose artifacts are gone is written anew; a training has none.
-    return all(found) and Path(found[0][0].removeprefix("file://")).is_dir()
+    return all(found) and local_folder(found[0][0]).is_dir()
 
 
 def _places(connection: sqlite3.Connection, experiment: str, tags: dict[str, str]) -> list[str]:

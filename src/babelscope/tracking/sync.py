@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from babelscope.files import read_table
 from babelscope.redact import redact
@@ -153,8 +154,9 @@ def _summary(opened: store.Store, folder: Path, params: Mapping[str, Any], state
 
 def _has_artifacts(run: Any) -> bool:
     """Whether the artifacts are where the run says; only a local folder can be asked cheaply."""
-    place = str(run.info.artifact_uri).removeprefix("file://")
-    return "://" in place or place.startswith("mlflow-artifacts:") or Path(place).is_dir()
+    location = str(run.info.artifact_uri)
+    is_remote = urlsplit(location).scheme not in ("", "file")
+    return is_remote or store.local_folder(location).is_dir()
 
 
 def _numbers(folder: Path, params: Mapping[str, Any], metrics: Metrics) -> tuple[summary.Figures, summary.Series]:

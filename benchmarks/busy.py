@@ -1,0 +1,103 @@
+"""`python benchmarks/busy.py`: stages on a machine of which one core is busy with other work.
+
+`extract` and `ablate` as processes of their own, imports included, on some texts of what `make repro` left, alone and
+beside a process that never rests; with OpenMP threads that sleep while they wait (babelscope's setting) and that spin
+(libgomp's own, 300,000 times). Runs are interleaved. The goal: at most 2.2 times as long beside the busy core.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import race
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+ROUNDS, GOAL = 3, 2.2
+# Every so manieth text; what one round takes is a minute, not an hour.
+STEP = {"extract": 4, "ablate": 6}
+POLICIES: dict[str, dict[str, str]] = {"sleeping threads": {}, "spinning threads": {"GOMP_SPINCOUNT": "300000"}}
+CHANGES = {"by_layer": False, "by_layer_others": False, "control_draws": 1, "bootstrap": 10}
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """A process that never rests, as long as the block runs."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def lay_out(folder: Path, stage: str) -> None:
+    """What the stage reads: links to the repository's data, fewer texts, and params of fewer conditions."""
+    (folder / "data/corpus").mkdir(parents=True)
+    for name in ("counts", "neurons", "sae", "scores", "stream"):
+        (folder / "data" / name).symlink_to(ROOT / "data" / name)
+    texts = pl.read_parquet(ROOT / "data/corpus/texts.parquet").gather_every(STEP[stage])
+    texts.write_parquet(folder / "data/corpus/texts.parquet")
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    params["ablate"] |= CHANGES
+    yaml.dump(params, folder / "params.yaml")
+
+
+def runner(stage: str, folder: Path, variables: dict[str, str], *, busy: bool) -> Callable[[], None]:
+    """Runs the stage once in `folder`; what it writes is deleted."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_", "DVC_"))}
+    environment = plain | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"} | variables
+
+    def once() -> None:
+        command = [sys.executable, str(ROOT / "stages" / f"{stage}.py")]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        for path in ("data/activations", "data/ablation", "metrics"):
+            shutil.rmtree(folder / path, ignore_errors=True)
+
+    def beside() -> None:
+        with busy_core():
+            once()
+
+    return beside if busy else once
+
+
+def measure(stage: str) -> list[dict[str, Any]]:
+    """Print a stage's seconds and return its records."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lay_out(folder, stage)
+        runners = {
+            (policy, busy): runner(stage, folder, variables, busy=busy)
+            for policy, variables in POLICIES.items()
+            for busy in (False, True)
+        }
+        times = race.race(
+            {f"{policy}{', one core busy' * busy}": run for (policy, busy), run in runners.items()}, ROUNDS, warmup=1
+        )
+    records = []
+    for name, seconds in times.items():
+        ratio = seconds / times[name.partition(",")[0]]
+        print(f"{stage:10}{name:36}{seconds:8.1f} s{ratio:8.2f} x alone", flush=True)
+        records.append(
+            race.record(f"{stage}, every {STEP[stage]}th text", name, round(seconds, 1), "s", ratio_to_floor=ratio)
+        )
+    return records
+
+
+def main() -> None:
+    print(race.machine(), f"(goal: {GOAL} x alone)")
+    race.write("busy", [record for stage in STEP for record in measure(stage)])
+
+
+if __name__ == "__main__":
+    main()

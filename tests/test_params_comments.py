@@ -1,0 +1,76 @@
+"""What `dvc exp run -S` does to a params file: DVC's writer changes the value that it is told to, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+from closure import ROOT
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import modify_yaml
+
+from babelscope import config
+
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
+# What each key that may hold a list or a mapping can be set to. DVC drops the comments that belong to the old value.
+LISTS = {
+    "languages": "[en,de]",
+    "hookpoints": "[layers.1.mlp]",
+    "corpus.datasets": "[{name: xnli}]",
+    "corpus.packages": "[plone.app.locales]",
+    "train.matryoshka": "[8,16]",
+    "pretrained.folder": "elsewhere",
+    "neurons.hookpoints": "[layers.1.mlp.act_fn]",
+    "stability.hookpoints": "[layers.1.mlp]",
+    "identify.also": "{name: wili-2018}",
+    "ablate.methods": "[feature,directional]",
+    "steer.strengths": "[1.5,2.5]",
+}
+
+
+def comments(text: str) -> list[tuple[str, str]]:
+    """Every comment, and the key that it stands at: its own line's, else the next one below it or the one above."""
+    found, waiting = [], []
+    for line in text.splitlines():
+        code, mark, comment = line.partition("#")
+        key = re.match(r"\s*([\w.]+):", code)
+        if mark and not key:
+            waiting.append(comment.strip())
+        elif key or code.strip().startswith("-"):
+            found += [(key.group(1) if key else "item", words) for words in waiting]
+            found += [(key.group(1), comment.strip())] if key and mark else []
+            waiting = []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_changed_value_is_a_change_of_one_line(tmp_path: Path, path: Path) -> None:
+    copy = tmp_path / "params.yaml"
+    copy.write_text(path.read_text())
+    for seed in (7, 8):
+        apply_overrides(copy, [f"seed={seed}"])
+        assert copy.read_text() == re.sub(r"(?m)^seed: 0", f"seed: {seed}", path.read_text())
+    with modify_yaml(copy) as content:
+        content["train"]["k"] = 3
+    assert re.sub(r"(?m)^  k: 3$", "", copy.read_text()) == re.sub(
+        r"(?m)^seed: 0", "seed: 8", re.sub(r"(?m)^  k: \d+$", "", path.read_text())
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_comment_is_lost_or_moved_by_another_list(tmp_path: Path, path: Path) -> None:
+    copy, wanted = tmp_path / "params.yaml", comments(path.read_text())
+    for key, value in LISTS.items():
+        copy.write_text(path.read_text())
+        none = "null" if key in ("train.matryoshka", "identify.also") else value
+        for override in (f"{key}={value}", "seed=7", f"{key}={none}", "seed=8", f"{key}={value}", "seed=9"):
+            apply_overrides(copy, [override])
+            assert comments(copy.read_text()) == wanted, (key, override)
+
+
+def test_every_list_is_tried() -> None:
+    def lists(content: object, key: str = "") -> set[str]:
+        if isinstance(content, dict):
+            return {name for inner, value in content.items() for name in lists(value, f"{key}.{inner}".strip("."))}
+        return {key} if isinstance(content, list) else set()
+
+    assert {key for path in FILES for key in lists(config.read_yaml(path))} <= LISTS.keys()
