@@ -57,6 +57,8 @@ def main() -> None:
     }
     del in_pieces
     held_out = [[ids[number] for number in some] for one in firings.values() for some in one.texts("held_out")]
+    first = first_of_each(params.browse.ablated)
+    held_out = [some if key in first else [] for key, some in zip(features.select(KEY).rows(), held_out, strict=True)]
     found["features"] = features.hstack(measure(model, tokenizer, saes, features, held_out, texts, params))
     for name, frame in found.items():
         write_atomically(OUT / f"{name}.parquet", frame.write_parquet)
@@ -81,6 +83,12 @@ def choose(params: config.Config) -> tuple[pl.DataFrame, pl.DataFrame]:
     largest = mine.group_by(KEY).agg(largest=pl.col("max").max())
     features = features.join(largest, on=KEY, how="left", maintain_order="left")
     return features, probabilities(features, mine, totals)
+
+
+def first_of_each(count: int) -> set[tuple[Any, ...]]:
+    """`KEY` of the first features in rank of each language."""
+    selected = read_table(FEATURES).filter(kind="sae").sort("rank", maintain_order=True)
+    return set(selected.group_by("language", maintain_order=True).head(count).select(KEY).rows())
 
 
 def read_texts() -> pl.DataFrame:

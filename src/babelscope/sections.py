@@ -245,6 +245,7 @@ class Browse(Section):
 
     texts: Size
     tokens: Size
+    ablated: Annotated[int, Field(ge=0, le=2**26)]
     ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
     shared: Annotated[int, Field(ge=0, le=2**26)] | None
 
