@@ -1,4 +1,4 @@
-"""Stage `track`: bring MLflow in line with the pipeline's state. Runs always, writes no output (DESIGN: MLflow)."""
+"""Stage `track`: bring MLflow in line with the pipeline's state. Runs always, writes no output."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ from babelscope.tracking.sync import sync
 
 
 def main() -> None:
-    sync(Path(), config.load().model_dump())
+    config.load()
+    # As the file has them, like dvc.lock: a validated data set also has the keys that the file leaves out.
+    sync(Path(), config.read_yaml(Path("params.yaml")))
 
 
 if __name__ == "__main__":
