@@ -214,8 +214,8 @@ class Pipeline:
             table = self.table(f"identify/{name}").group_by("method", "normalize").agg(hits.mean())
             for method, normalize, share in table.iter_rows():
                 # Of all texts, also where some are left out of the comparison with fastText.
-                keys = [f"{prefix}{over}accuracy/{method}/{normalize}" for over in ("", "all_languages/")]
-                assert share in [pytest.approx(numbers[key]) for key in zip(["identify"] * 2, keys) if key in numbers]
+                keys = [("identify", f"{prefix}{over}accuracy/{method}/{normalize}") for over in ("", "all_languages/")]
+                assert share in [pytest.approx(numbers[key]) for key in keys if key in numbers]
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """Every number of metrics/, by file and key."""

@@ -96,7 +96,8 @@ def test_released_transcoders_of_gemma(pipeline: Pipeline, tmp_path: Path) -> No
     hookpoints = [f"layers.{layer}.mlp" for layer in range(3)]
     knobs = params(
         tmp_path, "gemma2", 3, ["flores-plus"], hookpoints=hookpoints, train__source="pretrained",
-        train__transcode=True, pretrained__folder="layer_{layer}/width_48", ablate__methods=["directional"],
+        train__transcode=True, pretrained__folder="layer_{layer}/width_48", ablate__methods=["neuron"],
+        neurons__hookpoints=["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"], neurons__top_rate=0.2,
         extract__store_dtype="bfloat16",
     )  # fmt: skip
     saes = stand_ins.planted(tmp_path / "model", hookpoints, knobs["languages"], at_input=True)

@@ -75,6 +75,22 @@ def test_figures_and_series() -> None:
     }
 
 
+def test_what_ablating_a_layer_s_neurons_costs_is_a_series_of_its_own() -> None:
+    neurons = "layers.2.mlp.act_fn"
+    metrics = {
+        "ablate": {"own_alone/layers.2.mlp": 1.0, f"neuron/own_alone/{neurons}": 3.0},
+        "train.layers.2.mlp": {"fvu": 0.5},
+    }
+    figures, series = summary.figures(metrics, ["layers.2.mlp"], [neurons])
+    # The SAE's series keep their names: no other SAE is of the layer.
+    assert not figures and series == {
+        ("own_alone_by_layer", 2): 1.0,
+        ("neuron/own_alone_by_layer", 2): 3.0,
+        ("fvu_by_layer", 2): 0.5,
+    }
+    assert ("neuron/own_alone_by_layer", 2) not in summary.figures(metrics, ["layers.2.mlp"])[1]  # removed neurons
+
+
 def test_two_hookpoints_of_a_layer_are_told_apart() -> None:
     assert summary.layers(["layers.3.mlp", "h.12"]) == {"layers.3.mlp": (3, ""), "h.12": (12, "")}
     shared = ["layers.3.mlp", "layers.3", "layers.5.mlp.act_fn"]
