@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope.errors import UserError
@@ -21,6 +21,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)  # the other cores may be busy
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
 def test_fingerprint_knows_content_not_order(params: dict[str, object], inputs: dict[str, str]) -> None:
     name = fingerprint("train", params, inputs)
