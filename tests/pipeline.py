@@ -216,6 +216,13 @@ class Pipeline:
                 keys = [("identify", f"{prefix}{over}accuracy/{method}/{normalize}") for over in ("", "all_languages/")]
                 assert share in [pytest.approx(numbers[key]) for key in keys if key in numbers]
 
+    def planted_owners(self, params: dict[str, Any]) -> int:
+        """How many of the latents that `stand_ins.planted` made for a language are selected: for that one only."""
+        features = self.table("scores/features").filter(pl.col("unit") < len(params["languages"]), kind="sae")
+        for unit, language in features.select("unit", "language").iter_rows():
+            assert params["languages"][unit] == language
+        return len(features)
+
     def metrics(self) -> dict[tuple[str, str], float]:
         """Every number of metrics/, by file and key."""
         files = sorted((self.folder / "metrics").glob("*.json"))
