@@ -13,7 +13,13 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
              "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 # Two processes share the files, in this order (see `make test`): one that starts last would be waited for alone.
-LONGEST = ["test_end_to_end.py", "test_tracking.py", "test_mlflow_browser.py"]
+LONGEST = [
+    "test_end_to_end.py",
+    "test_experiments_run.py",
+    "test_knobs_run.py",
+    "test_tracking.py",
+    "test_mlflow_browser.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

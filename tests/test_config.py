@@ -59,7 +59,11 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
             ["layers.14.post_feedforward_layernorn"],
             "stability.hookpoints: 'layers.14.post_feedforward_layernorn' is not one of hookpoints; .*did you",
         ),
-        ("stability.hookpoints", ["layers.14.post_feedforward_layernorm"] * 2, "stability.hookpoints: 'layers.14.post_feedforward_layernorm' stands twice"),
+        (
+            "stability.hookpoints",
+            ["layers.14.post_feedforward_layernorm"] * 2,
+            "stability.hookpoints: 'layers.14.post_feedforward_layernorm' stands twice",
+        ),
         ("stability.seed", 0, "stability.seed: 0 is the seed of the first training, too; choose another"),
         ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
         (
@@ -72,11 +76,19 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("languages", ["en", "en"], "languages: 'en' stands twice"),
         ("languages", ["en", "../x"], r"languages: '../x' does not have the form"),
         ("languages", ["en", False], "languages.1: input should be a valid string, got False"),
-        ("hookpoints", ["layers.5.post_feedforward_layernorm", "layers.5.post_feedforward_layernorm"], "hookpoints: 'layers.5.post_feedforward_layernorm' stands twice"),
+        (
+            "hookpoints",
+            ["layers.5.post_feedforward_layernorm", "layers.5.post_feedforward_layernorm"],
+            "hookpoints: 'layers.5.post_feedforward_layernorm' stands twice",
+        ),
         ("hookpoints", ["../../etc"], "hookpoints: '../../etc' does not have the form"),
         ("neurons.hookpoints", ["a b"], "neurons.hookpoints: 'a b' does not have the form"),
         ("neurons.hookpoints", ["h.1.mlp.act", "h.1.mlp.act"], "neurons.hookpoints: 'h.1.mlp.act' stands twice"),
-        ("neurons.hookpoints", ["layers.5.post_feedforward_layernorm"], "neurons.hookpoints: 'layers.5.post_feedforward_layernorm' is among hookpoints, too"),
+        (
+            "neurons.hookpoints",
+            ["layers.5.post_feedforward_layernorm"],
+            "neurons.hookpoints: 'layers.5.post_feedforward_layernorm' is among hookpoints, too",
+        ),
         ("neurons.top_rate", 2.0, "neurons.top_rate: input should be less than or equal to 1"),
         ("ablate.methods", ["neuron"], "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none"),
         ("corpus.packages", ["gramps", "gramps"], "corpus.packages: a package is listed twice"),
@@ -201,7 +213,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_stage_is_told_which_hookpoints_there_are():
     params = config.parse(copy.deepcopy(DEFAULT))
-    assert config.hookpoint_argument(["train.py", "layers.5.post_feedforward_layernorm"], params) == "layers.5.post_feedforward_layernorm"
+    assert (
+        config.hookpoint_argument(["train.py", "layers.5.post_feedforward_layernorm"], params)
+        == "layers.5.post_feedforward_layernorm"
+    )
     for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
         with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.5.post_feedforward_layernorm, "):
             config.hookpoint_argument(wrong, params)

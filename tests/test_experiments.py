@@ -77,7 +77,9 @@ def test_make_experiment_loses_no_changes_and_names_what_there_is(checkout):
     assert done.returncode != 0 and "params.yaml: its changes are not committed" in done.stderr
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
     done = make(checkout, "llama")
-    assert done.returncode != 0 and "allowed: gemma-2-2b llama-3.2-1b pythia-160m qwen3-0.6b smollm2-135m" in done.stderr
+    assert (
+        done.returncode != 0 and "allowed: gemma-2-2b llama-3.2-1b pythia-160m qwen3-0.6b smollm2-135m" in done.stderr
+    )
 
 
 def test_a_download_without_git_runs_and_is_told_what_it_lacks(checkout):

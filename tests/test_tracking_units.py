@@ -26,7 +26,11 @@ JSON = st.recursive(
 )
 
 
+<<<<<<< HEAD
 @settings(deadline=None)  # every name hashes the package: slow beside other work
+=======
+@settings(deadline=None)  # the other cores may be busy
+>>>>>>> h-f
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
 def test_fingerprint_knows_content_not_order(params: dict[str, object], inputs: dict[str, str]) -> None:
     name = fingerprint("train", params, inputs)
@@ -79,6 +83,22 @@ def test_figures_and_series() -> None:
         ("l0_by_layer/train", 2): 4,
         ("l0_by_layer/encode", 2): 5,
     }
+
+
+def test_what_ablating_a_layer_s_neurons_costs_is_a_series_of_its_own() -> None:
+    neurons = "layers.2.mlp.act_fn"
+    metrics = {
+        "ablate": {"own_alone/layers.2.mlp": 1.0, f"neuron/own_alone/{neurons}": 3.0},
+        "train.layers.2.mlp": {"fvu": 0.5},
+    }
+    figures, series = summary.figures(metrics, ["layers.2.mlp"], [neurons])
+    # The SAE's series keep their names: no other SAE is of the layer.
+    assert not figures and series == {
+        ("own_alone_by_layer", 2): 1.0,
+        ("neuron/own_alone_by_layer", 2): 3.0,
+        ("fvu_by_layer", 2): 0.5,
+    }
+    assert ("neuron/own_alone_by_layer", 2) not in summary.figures(metrics, ["layers.2.mlp"])[1]  # removed neurons
 
 
 def test_two_hookpoints_of_a_layer_are_told_apart() -> None:

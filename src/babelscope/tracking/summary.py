@@ -15,13 +15,16 @@ Figures = dict[str, float]
 Series = dict[tuple[str, int], float]
 
 
-def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str]) -> tuple[Figures, Series]:
+def figures(
+    metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str], neurons: Sequence[str] = ()
+) -> tuple[Figures, Series]:
     """Split the numbers of `metrics/*.json` into single figures and series over the layers.
 
     Parameters
     ----------
     metrics: the content of `metrics/<name>.json` by `<name>`, which is a stage or `<stage>.<hookpoint>`.
     hookpoints: the current ones, whose files are read; those of removed hookpoints are left out.
+    neurons: the current ones of `neurons.hookpoints`, which keys may name as well (`neuron/own_alone/<hookpoint>`).
 
     Returns
     -------
@@ -31,7 +34,8 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str])
     """
     single: dict[tuple[str, str], float] = {}
     by_layer: dict[tuple[str, str], Series] = {}
-    places = layers(hookpoints)
+    # Apart from each other: a layer with an SAE and neurons is not one that two hookpoints of a series share.
+    places = layers(hookpoints) | layers(neurons)
     for name, content in metrics.items():
         stage, _, owner = name.partition(".")
         if owner and owner not in places:

@@ -162,7 +162,7 @@ def _has_artifacts(run: Any) -> bool:
 def _numbers(folder: Path, params: Mapping[str, Any], metrics: Metrics) -> tuple[summary.Figures, summary.Series]:
     """The figures and the series over the layers of the files in `folder`."""
     languages, hookpoints = params["languages"], params["hookpoints"]
-    figures, series = summary.figures(metrics, hookpoints)
+    figures, series = summary.figures(metrics, hookpoints, params.get("neurons", {}).get("hookpoints", []))
     series |= {(view.X_AXIS, layer): layer for layer, _ in summary.layers(hookpoints).values()}
     if (path := folder / "data/scores/features.parquet").is_file():
         features = read_table(path)
