@@ -228,6 +228,10 @@ def family(name: str) -> tuple[Any, dict[str, Any], tokenizers.Tokenizer, dict[s
             special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
             settings = {**heads, "query_pre_attn_scalar": 16, "sliding_window": 16, "max_position_embeddings": 1024}
             return transformers.Gemma2Config, settings, _byte_fallback([*special.values()], "<bos>"), special
+        case "gemma3":
+            special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+            settings = {**heads, "query_pre_attn_scalar": 16, "sliding_window": 512, "max_position_embeddings": 1024}
+            return transformers.Gemma3TextConfig, settings, _byte_fallback([*special.values()], "<bos>"), special
         case "gpt_neox":
             special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
             settings = {"num_attention_heads": 2, "rotary_pct": 0.25, "max_position_embeddings": 1024,

@@ -1,4 +1,4 @@
-"""The embedded default's model, as it is: it speaks its languages, and everything that the pipeline asks of it holds."""
+"""The embedded default's model, as it is: it speaks its languages, and what the pipeline needs of it holds."""
 
 import math
 

