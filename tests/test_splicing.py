@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(tmp_path):
     saes = {name: random_sae(seed) for seed, name in enumerate(names(model))}
     whole = measure(model, saes, texts, keep=tmp_path, advance=done.append)
     kept = sorted(tmp_path.iterdir())
-    assert len(kept) == len(done) > 3 and sum(done) == whole["tokens"][0]
+    assert len(kept) == len(done) > 2 and sum(done) == whole["tokens"][0]
     kept[1].unlink()
     passes = []
     handle = model.lm_head.register_forward_pre_hook(lambda *_: passes.append(1))

@@ -31,6 +31,10 @@ from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.shelf import Shelf, Shelved
 
+# Few texts have few of like length. Padding costs their blocks alone, since an NLL is of real tokens only; a pass over
+# few tokens costs more: it reads all weights.
+_MOST_PADDING = 1.0
+
 SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "language": pl.String, "tokens": pl.Int64, "nll_clean": pl.Float64,
     "nll_sae": pl.Float64, "nll_zero": pl.Float64, "loss_recovered": pl.Float64,
@@ -77,7 +81,7 @@ def loss_recovered(
     kept = layers if probing.can_restart(model, layers) else []
     parts: list[dict[str, Tensor]] = []
     first = 0
-    for batch in batches(texts, batch_tokens):
+    for batch in batches(texts, batch_tokens, _MOST_PADDING):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
         part = None if file is None else read_part(file)
         if part is None:
