@@ -37,12 +37,12 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
     [
         ("train.k", "32", "train.k: input should be a valid integer, got '32'"),
         ("train.k", True, "train.k: input should be a valid integer, got True"),
-        ("train.k", 9999, "train.k: 9999 active latents of only 2304"),
+        ("train.k", 9999, "train.k: 9999 active latents of only 1152"),
         ("train.kk", 3, "train.kk: unknown key; allowed: .*did you mean 'k'"),
         ("train.learning_rate", 0, "train.learning_rate: input should be greater than 0"),
         ("train.activation", "gelu", "train.activation: input should be 'topk', 'batchtopk', 'jumprelu' or 'relu'"),
-        ("train.matryoshka", [64, 64], "train.matryoshka: expected ascending widths below 2304"),
-        ("train.matryoshka", [9999], "train.matryoshka: expected ascending widths below 2304"),
+        ("train.matryoshka", [64, 64], "train.matryoshka: expected ascending widths below 1152"),
+        ("train.matryoshka", [9999], "train.matryoshka: expected ascending widths below 1152"),
         (
             "train.transcode",
             True,

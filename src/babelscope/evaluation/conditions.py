@@ -37,8 +37,8 @@ class Conditions(NamedTuple):
         """Which pairs of condition and text are evaluated.
 
         A language's own texts are always evaluated. Of each other language, a sample of about `others_tokens` tokens;
-        under a control, of about as many tokens in all other languages together as the language itself has, never of
-        more than without it. The texts of a smaller sample are in every larger one.
+        under a control and with a hookpoint alone, of about as many tokens in all other languages together as the
+        language itself has, never of more than otherwise. The texts of a smaller sample are in every larger one.
 
         Parameters
         ----------
@@ -57,10 +57,11 @@ class Conditions(NamedTuple):
             mine = np.flatnonzero(codes == code)
             place[mine] = _spread(len(mine))
         share = np.ones(len(names)) if others_tokens is None else others_tokens / np.maximum(total, 1)
-        control = np.minimum(share, 1 / max(1, len(names) - 1))
-        is_control = self.keys["control"].is_not_null().to_numpy()[:, None]
+        less = np.minimum(share, 1 / max(1, len(names) - 1))
+        takes_less = self.keys.select(pl.any_horizontal(pl.col("control", "hookpoint").is_not_null()))
+        is_less = takes_less.to_series().to_numpy()[:, None]
         own = self.keys["ablated"].to_numpy()[:, None] == np.array(language, dtype=object)[None]
-        wanted: NDArray[np.bool_] = own | (place < np.where(is_control, control[codes], share[codes]))
+        wanted: NDArray[np.bool_] = own | (place < np.where(is_less, less[codes], share[codes]))
         return wanted
 
 
