@@ -437,7 +437,7 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
     keys = pl.DataFrame(
         {
             "condition": [0, 1, 2],
-            "ablated": ["a", "a", "b"],
+            "ablated": ["a", "b", "b"],
             "hookpoint": [None, "h", None],
             "control": [None, None, 0],
         },
