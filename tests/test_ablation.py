@@ -446,12 +446,12 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
     language = ["a", "b", "c"] * 8
     tokens = np.array([10] * 24)
     what = conditions.Conditions(keys, {})
-    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 8 + 4 + 4, 8 + 4 + 4]
+    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 4 + 4 + 4, 8 + 4 + 4]
     for others, each in ((80, 8), (40, 4), (20, 2), (1, 1)):
         asked = what.asked(language, tokens, others)
         by_language = asked.reshape(3, 8, 3).sum(1)  # conditions x languages
         assert by_language[0].tolist() == [8, each, each]
-        assert by_language[1:].tolist() == [[min(each, 4), 8, min(each, 4)]] * 2
+        assert by_language[1:].tolist() == [[min(each, 4), own, min(each, 4)] for own in (4, 8)]
         if others == 40:  # a smaller sample is in a larger one, and has all lengths
             assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 2, 4, 6]
             assert not (asked[2] & ~asked[0])[2::3].any()

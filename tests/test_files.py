@@ -311,11 +311,10 @@ def test_a_stage_whose_dvc_was_gone_before_it_began_ends(monkeypatch, tmp_path):
         assert (done.returncode, done.stdout) == (rc, out), done.stderr
 
 
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
-    code = "import sys, babelscope, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    for own, found in ((None, "passive"), ("active", "active")):
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
+def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise():
+    code = "import sys, babelscope, os; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for own, found in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))} | own
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == f"{found}\n"
 

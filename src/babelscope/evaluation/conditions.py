@@ -36,9 +36,10 @@ class Conditions(NamedTuple):
     def asked(self, language: Sequence[str], tokens: NDArray[np.int64], others_tokens: int | None) -> NDArray[np.bool_]:
         """Which pairs of condition and text are evaluated.
 
-        A language's own texts are always evaluated. Of each other language, a sample of about `others_tokens` tokens;
-        under a control and with a hookpoint alone, of about as many tokens in all other languages together as the
-        language itself has, never of more than otherwise. The texts of a smaller sample are in every larger one.
+        At all hookpoints together: a language's own texts, and of each other language a sample of about `others_tokens`
+        tokens. Under a control: its own texts, and a sample of about as many tokens of all other languages together as
+        the language itself has. With a hookpoint alone: half of its own texts, and of the others as under a control.
+        The texts of a smaller sample are in every larger one.
 
         Parameters
         ----------
@@ -58,10 +59,10 @@ class Conditions(NamedTuple):
             place[mine] = _spread(len(mine))
         share = np.ones(len(names)) if others_tokens is None else others_tokens / np.maximum(total, 1)
         less = np.minimum(share, 1 / max(1, len(names) - 1))
-        takes_less = self.keys.select(pl.any_horizontal(pl.col("control", "hookpoint").is_not_null()))
-        is_less = takes_less.to_series().to_numpy()[:, None]
+        is_alone, is_control = (self.keys[name].is_not_null().to_numpy()[:, None] for name in ("hookpoint", "control"))
         own = self.keys["ablated"].to_numpy()[:, None] == np.array(language, dtype=object)[None]
-        wanted: NDArray[np.bool_] = own | (place < np.where(is_less, less[codes], share[codes]))
+        others = np.where(is_alone | is_control, less[codes], share[codes])
+        wanted: NDArray[np.bool_] = place < np.where(own, np.where(is_alone, 0.5, 1.0), others)
         return wanted
 
 

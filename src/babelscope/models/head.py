@@ -21,6 +21,8 @@ from babelscope.models import hookpoints as hooks
 ROWS, COLUMNS = 512, 2048
 # Rows are filled up to a multiple of this, so that products have few shapes.
 _MULTIPLE = 128
+# Sums of exponentials below this are taken again, shifted by the largest logit.
+_SMALL = 1e-20
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,39 @@ class Head:
 
     def _nll(self, x: Tensor, wanted: Tensor) -> Tensor:
         tokens, x = len(x), fill_up(x, _MULTIPLE)
-        largest = torch.full((len(x),), -torch.inf, device=x.device)
-        total, target = torch.zeros_like(largest), torch.zeros(tokens, device=x.device)
+        total, target = self._sums(x, wanted)
+        found = total.log()[:tokens] - target
+        # Their exponentials are beyond float32, or so small that they are lost.
+        extreme = (~((total[:tokens] > _SMALL) & total[:tokens].isfinite())).nonzero().squeeze(1)
+        if len(extreme):
+            found[extreme] = self._shifted(x[extreme], wanted[extreme])
+        return found
+
+    def _chunks(self, x: Tensor, wanted: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """The logits of the vocabulary, chunk by chunk; those of `wanted` are copied to `target`."""
         for first in range(0, self.unembedding.out_features, COLUMNS):
             last = min(first + COLUMNS, self.unembedding.out_features)
             logits = self.logits(x, first, last)
             here = ((wanted >= first) & (wanted < last)).nonzero().squeeze(1)
             target[here] = logits[here, wanted[here] - first]
+            yield logits
+
+    def _sums(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the exponentials of the logits, `[rows]`, and the logits of `wanted`, `[tokens]`."""
+        total, target = torch.zeros(len(x), device=x.device), torch.zeros(len(wanted), device=x.device)
+        for logits in self._chunks(x, wanted, target):
+            total += logits.exp_().sum(1)
+        return total, target
+
+    def _shifted(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """The NLL by logits that the largest so far is taken off of: for logits of any size."""
+        largest = torch.full((len(x),), -torch.inf, device=x.device)
+        total, target = torch.zeros_like(largest), torch.zeros_like(largest)
+        for logits in self._chunks(x, wanted, target):
             higher = torch.maximum(largest, logits.amax(1))
             total = total * (largest - higher).exp() + logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
             largest = higher
-        return (largest + total.log())[:tokens] - target
+        return largest + total.log() - target
 
 
 _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
