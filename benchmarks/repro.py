@@ -2,7 +2,7 @@
 
 `dvc repro` in a fresh clone of the last commit, all stages with their start-ups, between two forward passes over the
 same texts: the default's batches to its deepest hookpoint, in the same precision, nothing stored. The model is unpacked
-before (`make repro` does it once per machine). The goal on 2 cores: at most 4 passes, and never above 10 minutes.
+before (`make repro` does it once per machine). With a folder as argument, the clone stays there. The goal on 2 cores: at most 4 passes, and never above 10 minutes.
 """
 
 import os
@@ -71,7 +71,7 @@ def repro(folder: Path, *targets: str) -> dict[str, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "clone"
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else name) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
         first = repro(folder, "sample")  # the texts of both
         before = forward(folder)
