@@ -2,7 +2,8 @@
 
 `dvc repro` in a fresh clone of the last commit, all stages with their start-ups, between two forward passes over the
 same texts: the default's batches to its deepest hookpoint, in the same precision, nothing stored. The model is unpacked
-before (`make repro` does it once per machine). With a folder as argument, the clone stays there. The goal on 2 cores: at most 4 passes, and never above 10 minutes.
+before (`make repro` does it once per machine). With a folder as argument, the clone stays there. The goal on 2 cores:
+at most 4 passes, and never above 10 minutes.
 """
 
 import os
@@ -28,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 OURS, BARE = "dvc repro", "bare forward pass"
 
 
-@torch.inference_mode()
 def forward(folder: Path) -> float:
     """Seconds of a forward pass over the corpus in `folder`."""
     params = config.load(folder / "params.yaml")
@@ -39,12 +39,13 @@ def forward(folder: Path) -> float:
     batches = [pad(batch)[0].to(device) for shard in shards for batch in shard.batches]
     model = loading.load_model(params.model, params.extract.dtype)
     body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints)).to(device)
-    body(input_ids=batches[0], use_cache=False)
-    start = time.perf_counter()
-    for ids in batches:
-        last = body(input_ids=ids, use_cache=False).last_hidden_state
-    last[0, 0, 0].item()  # a GPU may still be at it
-    return time.perf_counter() - start
+    with torch.inference_mode():
+        body(input_ids=batches[0], use_cache=False)
+        start = time.perf_counter()
+        for ids in batches:
+            last = body(input_ids=ids, use_cache=False).last_hidden_state
+        last[0, 0, 0].item()  # a GPU may still be at it
+        return time.perf_counter() - start
 
 
 def repro(folder: Path, *targets: str) -> dict[str, float]:
