@@ -24,7 +24,7 @@ from babelscope.activations.store import ActivationStore
 from babelscope.sae.autoencoder import SAE, chunk_rows, initialise
 from babelscope.sae.checkpoint import save
 
-HOOKPOINT, WIDE = "layers.14.mlp", 32768
+HOOKPOINT, WIDE = "layers.14.post_feedforward_layernorm", 32768
 # About so many tokens are encoded in a round.
 TOKENS, ROUNDS = 36_000, 7
 OURS = "babelscope"

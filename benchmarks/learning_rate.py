@@ -3,6 +3,8 @@
 Trains the default's SAE (TopK, k 32, batch 1024) on the default's activations of one hookpoint at the rule's rate
 (`babelscope.sae.schedule.learning_rate`), at half and at twice that, and measures FVU and dead latents on held-out
 rows. What is finished is kept under `.bench/learning_rate/`, so that a killed sweep goes on where it was.
+
+On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from babelscope.sae.learner import Learner
 from babelscope.sae.module import train
 from babelscope.sae.schedule import BETAS, learning_rate, rate_share
 
-ROUNDS, HOOKPOINT = 9, "layers.14.mlp"
+ROUNDS, HOOKPOINT = 9, "layers.14.post_feedforward_layernorm"
 
 
 def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: sections.Train) -> float:

@@ -7,6 +7,8 @@ each peer is given stands in `benchmarks/peers/`. Its learning rate is doubled a
 on either side. What is finished is kept under `.bench/quality/`, so that a killed sweep goes on where it was.
 
 `python benchmarks/sae_quality.py` runs everything and writes results; with any argument it writes none.
+
+On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
 """
 
 import argparse
