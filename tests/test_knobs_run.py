@@ -14,6 +14,7 @@ from babelscope import config, sae
 
 SMALL = {
     "languages": ["en", "de", "ru", "ja", "tr"], "model.source": "huggingface", "model.gguf_file": None,
+    "model.sha256": None,
     "corpus.source": "huggingface", "corpus.min_characters": 20, "corpus.max_tokens": 24,
     "corpus.train_tokens": 700, "corpus.eval_tokens": 200, "extract.batch_tokens": 512,
     "train.latents": 128, "train.k": 8, "train.tokens": 8192, "train.batch": 256, "stability.hookpoints": [],
@@ -70,7 +71,7 @@ def test_transcoders_from_activations_in_int8(pipeline: Pipeline, tmp_path: Path
         extract__store_dtype="int8", train__activation="jumprelu", train__transcode=True, train__dead_after=2000,
         stability__hookpoints=hookpoints, stability__cosine=0.5, score__members=2, score__same_language=True,
         neurons__hookpoints=["layers.1.mlp.act"], neurons__top_rate=0.2,
-        ablate__methods=["additive", "neuron", "directional"], ablate__dtype="bfloat16", ablate__by_layer_others=True,
+        ablate__methods=["additive", "neuron", "directional"], ablate__dtype="bfloat16", ablate__others_tokens=30,
         steer__prompt_language="de", steer__temperature=0.0, steer__dtype="bfloat16", quality__tokens=None,
         corpus__lid=0.9,
     ))  # fmt: skip

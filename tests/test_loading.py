@@ -1,5 +1,7 @@
 """Weights come from the file, all of them; a GGUF file is unpacked once, into what transformers reads from it."""
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,3 +277,103 @@ def test_a_gguf_file_that_lacks_a_weight_is_refused_and_nothing_kept(section: se
         with pytest.raises(UserError, match=r"lacks 1 of the \d+ weights .*: model\.layers\.0\.mlp\.down_proj\.weight"):
             loading.load_model(section, "float32")
     assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def install(folder: Path, name: str, files: dict[str, bytes], requires: tuple[str, ...] = ()) -> None:
+    """Put an installed package of data files into a folder; importing it fails."""
+    info, package = folder / f"{name}-1.0.dist-info", folder / name
+    info.mkdir(parents=True), package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the code of a data package was run')\n")
+    for file, content in files.items():
+        (package / file).write_bytes(content)
+    lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0", *(f"Requires-Dist: {other}" for other in requires)]
+    (info / "METADATA").write_text("\n".join([*lines, ""]))
+    names = [f"{name}/__init__.py", *(f"{name}/{file}" for file in files), f"{info.name}/METADATA"]
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path in names))
+
+
+@pytest.fixture
+def in_parts(section: sections.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sections.Model:
+    """The file of `section` in three parts, in three packages, of which the first requires the others."""
+    content, site = (Path(section.name) / "tiny.gguf").read_bytes(), tmp_path / "site"
+    cuts = [0, len(content) // 3, len(content) // 2, len(content)]
+    parts = [content[first:last] for first, last in zip(cuts, cuts[1:], strict=False)]
+    for number, part in enumerate(parts):
+        others = ("parts_1", "parts_2", "unrelated; extra == 'run'") if number == 0 else ()
+        install(site, f"parts_{number}", {f"tiny.gguf.part{number:02d}": part}, others)
+    monkeypatch.syspath_prepend(str(site))
+    digest = hashlib.sha256(content).hexdigest()
+    return section.model_copy(update={"source": "package", "name": "parts_0", "sha256": digest})
+
+
+def test_a_file_in_parts_is_joined_and_none_of_the_packages_code_is_run(
+    section: sections.Model, in_parts: sections.Model, cache: Path
+) -> None:
+    whole, joined = (loading.load_model(one, "float32").state_dict() for one in (section, in_parts))
+    assert whole.keys() == joined.keys() and all(torch.equal(whole[name], joined[name]) for name in whole)
+    assert loading.load_tokenizer(in_parts)("ab c")["input_ids"] == loading.load_tokenizer(section)("ab c")["input_ids"]
+    assert not [path for path in cache.rglob("*") if path.suffix == ".gguf"]
+
+
+def test_parts_that_are_not_the_file_are_refused(in_parts: sections.Model, cache: Path, tmp_path: Path) -> None:
+    wrong = in_parts.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"model\.sha256: tiny\.gguf.* has the SHA-256 .*, expected 0000"):
+        loading.load_model(wrong, "float32")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    second = tmp_path / "site" / "parts_1"
+    (second / "tiny.gguf.part01").unlink()
+    (second.parent / "parts_1-1.0.dist-info" / "RECORD").write_text("parts_1/__init__.py,,\n")
+    with pytest.raises(UserError, match=r"model\.name: 'parts_0' holds 'tiny\.gguf' in parts, and part 1 is missing"):
+        loading.load_tokenizer(in_parts)
+    shutil.rmtree(second.parent / "parts_1-1.0.dist-info")
+    with pytest.raises(UserError, match="part 1 is missing; install parts_1"):
+        loading.load_tokenizer(in_parts)
+
+
+def test_the_checksum_of_a_whole_file_is_checked(section: sections.Model, cache: Path) -> None:
+    content = (Path(section.name) / "tiny.gguf").read_bytes()
+    right = section.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
+    assert loading.load_tokenizer(right)("ab")["input_ids"] == [7]
+    with pytest.raises(UserError, match=r"model\.sha256: tiny\.gguf has the SHA-256"):
+        loading.load_tokenizer(section.model_copy(update={"sha256": "1" * 64}))
+
+
+def test_without_a_cache_parts_cannot_be_joined_and_the_message_says_what_to_set(
+    in_parts: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: str) -> Path:
+        raise PermissionError(13, "Permission denied", "/root/cache")
+
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", refuse)
+    with pytest.raises(UserError, match="set HF_HOME to a folder that can be written"):
+        loading.load_model(in_parts, "float32")
+
+
+def test_what_a_package_requires_for_its_code_is_not_asked_for(
+    section: sections.Model, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (Path(section.name) / "tiny.gguf").read_bytes()
+    others = ("no-such-runtime>=2", "pywin32; sys_platform == 'win32'", "pytest; extra=='test'", "second")
+    install(tmp_path / "site", "first", {"tiny.gguf.part1": content[:100]}, others)
+    install(tmp_path / "site", "second", {"tiny.gguf.part2": content[100:]})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    known = {"source": "package", "name": "first", "sha256": hashlib.sha256(content).hexdigest()}
+    assert loading.load_tokenizer(section.model_copy(update=known))("ab")["input_ids"] == [7]
+    install(tmp_path / "site", "third", {"tiny.gguf.part01": b"other"})
+    metadata = tmp_path / "site/second-1.0.dist-info/METADATA"
+    metadata.write_text(metadata.read_text().rstrip() + "\nRequires-Dist: third\n\n")
+    with pytest.raises(UserError, match="model.sha256: tiny.gguf.part1 has the SHA-256 .*; install no-such-runtime"):
+        loading.load_tokenizer(section.model_copy(update=known | {"sha256": "0" * 64}))
+    install(tmp_path / "site", "fourth", {"tiny.gguf.part1": b"a", "tiny.gguf.part01": b"b"})
+    with pytest.raises(UserError, match="part 1 is there twice"):
+        loading.load_tokenizer(section.model_copy(update=known | {"name": "fourth"}))
+
+
+def test_a_checksum_of_nothing_is_refused(
+    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="model.sha256: it is that of a local file model.gguf_file"):
+        loading.load_model(section.model_copy(update={"gguf_file": None, "sha256": "0" * 64}), "float32")
+    monkeypatch.setattr(loading, "_LARGEST", 10)
+    with pytest.raises(UserError, match="model.sha256: tiny.gguf has the SHA-256"):
+        loading.load_model(section.model_copy(update={"sha256": "0" * 64}), "float32")

@@ -32,7 +32,7 @@ from babelscope.sections import (
     Track,
     Train,
 )
-from babelscope.values import Hookpoints, Languages, Seed, explain
+from babelscope.values import Hookpoints, Languages, Seed, expanded, explain
 
 
 class Config(Section):
@@ -237,7 +237,7 @@ def check_folders(params: Config) -> None:
         names["pretrained.name"] = params.pretrained.name
     folders |= {key: name for key, name in names.items() if name and name.startswith((".", "/", "~"))}
     for key, name in folders.items():
-        if not Path(name).expanduser().is_dir():
+        if not expanded(name).is_dir():
             raise UserError(f"params.yaml: {key}: no folder {name!r}")
 
 

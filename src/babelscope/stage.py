@@ -82,16 +82,21 @@ def keep_caches() -> None:
     settings win.
     """
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface"))).expanduser()
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if cache.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return
+    cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface")))
+    try:
+        cache = cache.expanduser().absolute()
+        existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return
+    except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
+        log.debug("%s: not a folder that can be looked at", cache)
     ours = files.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
-    if (cache / "hub").is_dir():
-        os.environ.setdefault("HF_HUB_CACHE", str(cache / "hub"))
-    if (cache / "token").is_file():
-        os.environ.setdefault("HF_TOKEN_PATH", str(cache / "token"))
+    with suppress(OSError):
+        if (cache / "hub").is_dir():
+            os.environ.setdefault("HF_HUB_CACHE", str(cache / "hub"))
+        if (cache / "token").is_file():
+            os.environ.setdefault("HF_TOKEN_PATH", str(cache / "token"))
     os.environ["HF_HOME"] = str(ours / "huggingface")
     os.environ.setdefault("TRITON_CACHE_DIR", str(ours / "triton"))
 

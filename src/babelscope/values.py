@@ -71,12 +71,20 @@ def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def expanded(name: str | Path) -> Path:
+    """The path that a name of params.yaml spells; a `~` that stands for no known home is left as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def local_name(name: str) -> str:
     """What outputs call a model or a folder: a hub id as it is, of a local folder the last part.
 
     The rest of a folder's path differs between machines.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return folder.resolve().name if name.startswith((".", "/", "~")) or folder.is_dir() else name
 
 

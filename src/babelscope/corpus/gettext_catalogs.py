@@ -17,6 +17,7 @@ from babelscope.corpus.languages import match, normalise, require
 from babelscope.corpus.messages import running_text
 from babelscope.errors import UserError, nearest
 from babelscope.sections import Corpus
+from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _texts(catalogs: list[Catalog], asked: Mapping[str, str], source_language: s
 def _places(section: Corpus) -> list[tuple[str, list[Catalog]]]:
     """A short name of each package (of the folder), and every catalog in it, in a fixed order."""
     if not section.packages:
-        folder = Path(str(section.path)).expanduser()
+        folder = expanded(str(section.path))
         if not folder.is_dir():
             raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
         paths = [path for suffix in ("mo", "po") for path in folder.rglob(f"*.{suffix}")]

@@ -19,6 +19,7 @@ from babelscope.corpus.groups import name_of
 from babelscope.corpus.languages import match, nearest_tag, normalise, require
 from babelscope.errors import UserError
 from babelscope.sections import Dataset
+from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def read(
     offered: dict[str, list[str]] = {}
     for number, section in enumerate(sections):
         known, place = entry(section), f"params.yaml: {key}.{number}" if len(sections) > 1 else f"params.yaml: {key}"
-        if known.revision is None and not Path(str(known.path)).expanduser().is_dir():
+        if known.revision is None and not expanded(str(known.path)).is_dir():
             log.warning("%s: %s is not pinned; set its revision to a commit hash", place, known.path)
         found = _DataSet(known, place)
         read = len(rows)
@@ -119,7 +120,7 @@ class _DataSet:
     def __init__(self, section: Dataset, place: str) -> None:
         self.section, self.place = section, place
         self.codes: list[str] = []  # of the languages that it offers, once `rows` has run
-        folder = Path(str(section.path)).expanduser()
+        folder = expanded(str(section.path))
         self.local = folder.is_dir()
         if str(section.path).startswith((".", "/", "~")) and not self.local:
             raise UserError(f"{place}: path: no folder {section.path!r}")

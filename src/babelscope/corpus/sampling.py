@@ -96,7 +96,7 @@ class UsedTokens:
 
     Attributes
     ----------
-    digests: text_id -> a hash of the tokens used, of every text that was asked for.
+    digests: text_id -> a hash of the tokens used, of every text that was asked for and has two or more.
     """
 
     def __init__(self, tokenize: Tokenize, max_tokens: int) -> None:
@@ -109,7 +109,9 @@ class UsedTokens:
         new = [row for row in texts.select("text_id", "text").iter_rows() if row[0] not in self._counts]
         for (text_id, _), ids in zip(new, self._tokenize([text for _, text in new]) if new else [], strict=True):
             cut = ids[: self._max_tokens]
-            self._counts[text_id], self.digests[text_id] = len(cut), _digest(*map(str, cut))
+            self._counts[text_id] = len(cut)
+            if len(cut) >= 2:  # shorter ones are never taken; equal ones (one unknown token) are not translations
+                self.digests[text_id] = _digest(*map(str, cut))
         return pl.Series("tokens", [self._counts[text_id] for text_id in texts["text_id"]], dtype=pl.Int64)
 
 

@@ -11,6 +11,7 @@ from babelscope.corpus.languages import match, normalise, require
 from babelscope.errors import UserError
 from babelscope.files import check_parquet
 from babelscope.sections import Corpus
+from babelscope.values import expanded
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt")
 _ALL = ("texts.parquet", "texts.jsonl")
@@ -32,7 +33,7 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     ------
     UserError: no such folder, no files in it, a language that it lacks, or a file that cannot be read.
     """
-    folder = Path(str(section.path)).expanduser()
+    folder = expanded(str(section.path))
     if not folder.is_dir():
         raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
     paths = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())

@@ -52,13 +52,14 @@ class Conditions(NamedTuple):
         Bool `[conditions, texts]`.
         """
         names, codes = np.unique(np.array(language, dtype=str), return_inverse=True)
-        total = np.bincount(codes, weights=tokens, minlength=len(names))
+        total, count = (np.bincount(codes, weights=weights, minlength=len(names)) for weights in (tokens, None))
         place = np.empty(len(codes))
         for code in range(len(names)):
             mine = np.flatnonzero(codes == code)
             place[mine] = _spread(len(mine))
         share = np.ones(len(names)) if others_tokens is None else others_tokens / np.maximum(total, 1)
-        less = np.minimum(share, 1 / max(1, len(names) - 1))
+        share = np.maximum(share, 1 / np.maximum(count, 1))  # one text at least
+        less = np.minimum(share, np.maximum(1 / max(1, len(names) - 1), 1 / np.maximum(count, 1)))
         is_alone, is_control = (self.keys[name].is_not_null().to_numpy()[:, None] for name in ("hookpoint", "control"))
         own = self.keys["ablated"].to_numpy()[:, None] == np.array(language, dtype=object)[None]
         others = np.where(is_alone | is_control, less[codes], share[codes])
@@ -67,11 +68,15 @@ class Conditions(NamedTuple):
 
 
 def _spread(count: int) -> NDArray[np.float64]:
-    """The first `count` terms of van der Corput's sequence, 0, 1/2, 1/4, ...: those below any limit lie evenly."""
-    numbers, result = np.arange(count), np.zeros(count)
+    """Places of `count` texts in 0..1: those below any limit are the limit's share of them, and lie evenly.
+
+    The order of van der Corput's sequence (0, 1/2, 1/4, 3/4, ...), the text in the middle first.
+    """
+    numbers, terms = np.arange(count), np.zeros(count)
     for bit in range(max(1, count).bit_length()):
-        result += ((numbers >> bit) & 1) / 2 ** (bit + 1)
-    return result
+        terms += ((numbers >> bit) & 1) / 2 ** (bit + 1)
+    places: NDArray[np.float64] = (terms.argsort().argsort() + 0.5) / max(1, count)
+    return np.roll(places, count // 2)
 
 
 def conditions(

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Haybittle (1971) and Peto et al. (1976): a test that may end early ends where p < 0.001, so that its end has the level
-# that it would have had. 3.29 standard deviations.
+# Haybittle (1971) and Peto et al. (1976): a test that may end early ends only if p < 0.001, 3.29 standard deviations.
 EARLY = 3.29
 
 _CONTROL = (
@@ -168,7 +167,7 @@ def against_control(
             "contrast_high": contrast_high,
             "above": bool(low > 0),
             "selective": bool(contrast_low > 0),
-            "decided": all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast)),
+            "decided": all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast) if np.isfinite(x).all()),
             "draws": len(draws),
         })  # fmt: skip
     return polars.DataFrame(rows, schema=_CONTROL)

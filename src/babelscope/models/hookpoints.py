@@ -171,7 +171,9 @@ def reads_ahead(model: Any) -> bool:
         return False
     finally:
         handle.remove()
-    by_token = gradient.float().view(ids.shape[1], -1).norm(dim=1)  # some models put the tokens first, then the texts
+    by_token = (
+        gradient.float().reshape(ids.shape[1], -1).norm(dim=1)
+    )  # some models put the tokens first, then the texts
     return bool(by_token[-1] > 1e-4 * by_token[:-1].max())
 
 

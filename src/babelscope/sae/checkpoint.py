@@ -11,6 +11,7 @@ from babelscope.errors import UserError
 from babelscope.files import read_json, write_atomically, write_json
 from babelscope.sae import formats
 from babelscope.sae.autoencoder import SAE
+from babelscope.values import expanded
 
 # Without a version, SAELens takes a file for one from before its release 6, and drops the metadata.
 _LAYOUT = "6.0.0"
@@ -86,7 +87,7 @@ def load(path_or_repo: str | Path, hookpoint: str | None = None, *, revision: st
     UserError: a file is missing or corrupt, or holds a kind of SAE that `SAE` cannot compute (SAELens' gated ones,
         say, or skip connections).
     """
-    root = Path(path_or_repo).expanduser()
+    root = expanded(path_or_repo)
     if not root.exists():
         root = _download(str(path_or_repo), hookpoint, revision)
     folders = [root / hookpoint, root] if hookpoint else [root]

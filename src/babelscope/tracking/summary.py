@@ -55,7 +55,9 @@ def figures(
                 layer, part = places[owner or parts[at or 0]]
                 head, tail = "/".join(parts[: at or 1]), "/".join(parts[at + 1 if at else 1 :])
                 by_layer.setdefault((stage, head), {})[_series(head, part, tail), layer] = value
-            elif not any(_HOOKPOINT_LIKE.search(part) for part in parts[1:]):
+            elif stage == "sample" or not any(
+                _HOOKPOINT_LIKE.search(part) for part in parts[1:]
+            ):  # its keys name sources
                 single[stage, key] = value
     shared = _shared(single), _shared(by_layer)
     return (
