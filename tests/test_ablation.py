@@ -457,6 +457,16 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
             assert not (asked[2] & ~asked[0])[2::3].any()
 
 
+def test_a_sample_is_as_long_as_asked_for_and_leans_to_no_length():
+    keys = pl.DataFrame({"condition": [0], "ablated": ["own"], "hookpoint": [None], "control": [None]})
+    lengths = np.sort(np.random.default_rng(0).integers(3, 60, 41))
+    language, tokens = ["other"] * 41, lengths.astype(np.int64)
+    for wanted in (60, 130, 400, 900):
+        chosen = tokens[conditions.Conditions(keys, {}).asked(language, tokens, wanted)[0]]
+        assert abs(chosen.sum() - wanted) <= max(tokens.mean() / 2, 0.15 * wanted), wanted
+        assert abs(chosen.mean() / tokens.mean() - 1) < 0.2, wanted
+
+
 def test_against_the_control_by_hand():
     """One text per language, so that only the draws vary: a's own units are above, b's only hurt others less."""
     keys = pl.DataFrame(

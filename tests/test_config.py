@@ -250,3 +250,9 @@ def test_what_a_temporary_copy_of_the_repository_lacks_is_named(tmp_path, monkey
     assert f"Write the absolute path, {main / 'my/data'}; or track it" in str(raised.value)
     (copy_ / "my/data").mkdir(parents=True)
     assert config.load(copy_ / "params.yaml") == config.parse(content)
+
+
+def test_a_home_of_nobody_is_a_folder_that_does_not_exist():
+    content = copy.deepcopy(DEFAULT) | {"identify": {**DEFAULT["identify"], "also": "~nobody-of-this-name/texts"}}
+    with pytest.raises(UserError, match="identify.also: no folder '~nobody-of-this-name/texts'"):
+        config.check_folders(config.parse(content))

@@ -297,6 +297,14 @@ def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, ca
     # A user's own setting wins.
     own = str(tmp_path / "own")
     assert caches(monkeypatch, tmp_path, HOME=str(home), HF_HOME=own) == {"HF_HOME": own}
+    assert caches(monkeypatch, tmp_path, HOME=str(home), HF_HOME="relative") == {"HF_HOME": "relative"}
+    assert caches(monkeypatch, tmp_path, HOME=str(home), HF_HOME="~nobody-of-this-name/x") == expected
+
+    def unsearchable(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", unsearchable)
+    assert caches(monkeypatch, tmp_path, HOME=str(home))["HF_HOME"] == expected["HF_HOME"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")

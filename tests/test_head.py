@@ -70,6 +70,18 @@ def test_rows_with_near_ties_and_large_logits_are_within_1e_4_of_float64():
     assert ((found - expected).abs() / expected.clamp(min=1)).max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_is_not_known_is_no_scale(dtype):
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, lru_width=64, head_dim=16, attention_window_size=32,
+    )  # fmt: skip
+    model = transformers.RecurrentGemmaForCausalLM(config).eval().requires_grad_(False)
+    model.get_input_embeddings().weight.mul_(100)  # logits that the cap of 30 bends
+    assert head.head_of(model.to(dtype)) is None
+
+
 def test_a_model_that_makes_its_logits_otherwise_is_asked_for_all_of_them():
     model = make("llama")
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.sort(-1).values)
