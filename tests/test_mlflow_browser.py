@@ -134,7 +134,7 @@ def test_compare_page_shows_the_changed_param_alone(page: Any, repo: Repo) -> No
 def test_markup_in_a_models_name_stays_text_in_the_note(page: Any, repo: Repo, address: str) -> None:
     hostile = "m`<img src=y onerror=window.hacked=1>![](http://127.0.0.1:9/z.png)<script>window.hacked=1</script>"
     run = repo.of("summary")[0].id
-    params = {"model": {"name": hostile}, "languages": ["en"], "hookpoints": ["layers.0"]}
+    params = {"model": {"name": hostile}, "languages": ["en"], "hookpoints": ["layers.0"], "score": {"members": 1}}
     note = _note(params, {}, State("1a2b", [], {}, {}, []))
     with closing(sqlite3.connect(repo.folder / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE tags SET value = ? WHERE key = 'mlflow.note.content' AND run_uuid = ?", [note, run])
