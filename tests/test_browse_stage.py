@@ -80,7 +80,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[Pat
 
 
 def browse(source: str = "stored", **changes: Any) -> None:
-    set_params(train={"source": source}, browse={"texts": 2, "tokens": 3, "ablated": 99, "ablation_texts": 2, "shared": 9} | changes)
+    set_params(
+        train={"source": source},
+        browse={"texts": 2, "tokens": 3, "ablated": 99, "ablation_texts": 2, "shared": 9} | changes,
+    )
     text = (
         Path("params.yaml").read_text().replace(f'"hookpoints": ["{SAE_AT}"]', f'"hookpoints": ["{SAE_AT}", "{WIDE}"]')
     )

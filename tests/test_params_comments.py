@@ -74,3 +74,10 @@ def test_every_list_is_tried() -> None:
         return {key} if isinstance(content, list) else set()
 
     assert {key for path in FILES for key in lists(config.read_yaml(path))} <= LISTS.keys()
+
+
+def test_no_packages_leave_a_file_that_can_be_read(tmp_path: Path) -> None:
+    copy = tmp_path / "params.yaml"
+    copy.write_text((ROOT / "params.yaml").read_text())
+    apply_overrides(copy, ["corpus.packages=[]", "corpus.path=texts", "corpus.source=files"])
+    assert config.load(copy).corpus.packages == []
