@@ -232,7 +232,7 @@ def test_a_logged_batch_without_variance_has_no_fvu() -> None:
     training = SETTINGS.model_copy(update={"log_every": 1})
     steps = SAETraining(
         batches_of(FakeStore(), training), training, seed=1,
-        write=[lambda _step, row: written.append(row)], checkpoint=Path("none"),
+        write=[lambda _step, row: written.append(row)], checkpoint=Path("none"), checkpoint_seconds=0,
     )  # fmt: skip
     steps._trainer = SimpleNamespace(world_size=1, is_global_zero=True)  # type: ignore[assignment]
     steps._record(0, torch.tensor([1.0, 0.5, 0.0, 4.0, 0.0]), 0.1)
