@@ -2,7 +2,7 @@
 
 import os
 
-# OpenMP's threads wait awake for 10,000 turns, then sleep. Beside a busy core, threads that wait awake for libgomp's own
+# OpenMP's threads wait awake for 10,000 turns, then sleep. Beside a busy core, threads that wait for libgomp's own
 # 300,000 turns hold a stage up; on a quiet machine, threads that sleep at once do (`benchmarks/busy.py` compares them).
 # libgomp reads the variable when torch is imported, hence here. A user's own setting wins.
 if "OMP_WAIT_POLICY" not in os.environ:
