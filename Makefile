@@ -80,7 +80,7 @@ ui: setup
 
 # Re-hash the DVC cache against the names of its files, and the outputs against dvc.lock.
 verify: setup
-	$(BIN)/python -m babelscope.verify
+	$(BIN)/python -m babelscope.tracking.verify
 
 # Known vulnerabilities of what is pinned. Strict: a package of which the advisory service says nothing is a failure.
 audit: .bench/audit/.ready

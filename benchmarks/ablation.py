@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope import config, matmul, sae
-from babelscope.evaluation import ablation
-from babelscope.evaluation.conditions import Conditions, conditions
-from babelscope.evaluation.interventions import FeatureAblation
-from babelscope.models import hookpoints, loading, tokens
+from babelscope import config, sae
+from babelscope.ablation import ablate
+from babelscope.ablation.conditions import Conditions, conditions
+from babelscope.ablation.interventions import FeatureAblation
+from babelscope.models import hookpoints, loading, matmul, tokens
 from babelscope.sae.autoencoder import SAE
 
 GROUPS = {
@@ -112,7 +112,7 @@ def main() -> None:
     matmul.use_in(fast)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
     fewest = texts[:2]
-    ablation.ablate(fast, done, fewest, 64)
+    ablate.ablate(fast, done, fewest, 64)
     one_pass(plain, saes, {}, texts[0])
 
     print(f"{len(texts)} texts, {race.machine()}")
@@ -128,7 +128,7 @@ def main() -> None:
         results: dict[str, Any] = {}
         runners: dict[str, Callable[[], object]] = {
             OURS: lambda asked=asked, results=results: results.update(
-                ours=ablation.ablate(fast, done, texts, params.ablate.batch_tokens, asked=asked)
+                ours=ablate.ablate(fast, done, texts, params.ablate.batch_tokens, asked=asked)
             ),
             STRAIGHT: lambda asked=asked, results=results: results.update(
                 straight=straightforward(plain, saes, what, texts, asked)

@@ -18,13 +18,13 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
-from babelscope.activations.counting import Counter, whole_texts
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
+from babelscope.features import sae_lape
+from babelscope.features.counter import Counter, whole_texts
 from babelscope.sae import SAE
-from babelscope.sae.batches import Batches
-from babelscope.sae.module import train
-from babelscope.sae.quality import quality
-from babelscope.scoring import sae_lape
+from babelscope.sae.metrics import quality
+from babelscope.sae.training.module import train
 
 HOOKPOINT = "layers.14.post_feedforward_layernorm"
 # k, latents, training tokens, batch.

@@ -3,7 +3,7 @@
 The stage as it stands (loading, reading and counting included) on some of the default's training texts, with the
 default's dictionary (`dvc repro` makes both) and with a wider one of random weights. Its floors are one product and one
 `torch.topk` on the same chunks in memory: by `torch.nn.functional.linear` in float32 and in bfloat16, and by
-`babelscope.matmul`, the quickest exact product here. The goal is 1.3 times the time of the first.
+`babelscope.models.matmul`, the quickest exact product here. The goal is 1.3 times the time of the first.
 """
 
 import os
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope import config, matmul, sae
+from babelscope import config, sae
 from babelscope.activations.store import ActivationStore
+from babelscope.models import matmul
 from babelscope.sae.autoencoder import SAE, chunk_rows, initialise
 from babelscope.sae.checkpoint import save
 
@@ -31,7 +32,7 @@ OURS = "babelscope"
 FLOORS: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "floor float32": (F.linear, torch.float32),
     "floor bfloat16": (F.linear, torch.bfloat16),
-    "floor babelscope.matmul": (matmul.linear, torch.float32),
+    "floor babelscope.models.matmul": (matmul.linear, torch.float32),
 }
 
 

@@ -18,9 +18,9 @@ import race
 import torch
 from torch import Tensor
 
-from babelscope import config, hardware
+from babelscope import config
 from babelscope.activations import extraction
-from babelscope.models import hookpoints, loading, tokens
+from babelscope.models import hardware, hookpoints, loading, tokens
 
 TOKENS, ROUNDS = 20_000, 7
 OURS, BARE = "babelscope", "bare forward pass"

@@ -1,7 +1,7 @@
 """`python benchmarks/learning_rate.py`: does the learning-rate rule hold for other widths and lengths of the run?
 
 Trains the default's SAE (TopK, k 32, batch 1024) on the default's activations of one hookpoint at the rule's rate
-(`babelscope.sae.schedule.learning_rate`), at half and at twice that, and measures FVU and dead latents on held-out
+(`sae.training.schedule.learning_rate`), at half and at twice that, and measures FVU and dead latents on held-out
 rows. What is finished is kept under `.bench/learning_rate/`, so that a killed sweep goes on where it was.
 
 On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
@@ -19,12 +19,12 @@ import race
 import torch
 
 from babelscope import config
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
-from babelscope.files import read_json, write_json
-from babelscope.sae.batches import Batches
-from babelscope.sae.module import train
-from babelscope.sae.quality import quality
-from babelscope.sae.schedule import learning_rate
+from babelscope.core.files import read_json, write_json
+from babelscope.sae.metrics import quality
+from babelscope.sae.training.module import train
+from babelscope.sae.training.schedule import learning_rate
 
 HOOKPOINT, BATCH = "layers.14.mlp", 1024
 # Latents and tokens, the quick ones first.

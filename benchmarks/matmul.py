@@ -1,4 +1,4 @@
-"""`python benchmarks/matmul.py`: the dense product of `babelscope.matmul` against `torch.nn.functional.linear`.
+"""`python benchmarks/matmul.py`: the dense product of `babelscope.models.matmul` against `torch.nn.functional.linear`.
 
 And what it costs and saves that oneDNN keeps few of the kernels that it compiles, in passes that never have the same
 number of rows twice: child processes by turns, through half of the embedded model's blocks.
@@ -15,7 +15,7 @@ import race
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope import matmul
+from babelscope.models import matmul
 
 SHAPES = {"MLP up": (1024, 576, 1536), "MLP down": (1024, 1536, 576), "output head": (512, 576, 49152)}
 

@@ -19,9 +19,9 @@ import polars as pl
 import race
 import torch
 
-from babelscope import config, hardware
+from babelscope import config
 from babelscope.activations import extraction
-from babelscope.models import hookpoints, loading, tokens
+from babelscope.models import hardware, hookpoints, loading, tokens
 from babelscope.models.tokens import pad
 from extract import cut
 

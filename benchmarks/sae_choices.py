@@ -18,10 +18,10 @@ import race
 import torch
 
 from babelscope import config
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
-from babelscope.sae.batches import Batches
-from babelscope.sae.module import train
-from babelscope.sae.quality import Quality, quality
+from babelscope.sae.metrics import Quality, quality
+from babelscope.sae.training.module import train
 
 HOOKPOINTS = ("layers.14.mlp", "layers.18.mlp", "layers.29.mlp")
 # Params that undo a choice, or the name of a constant of the library and its other value.
@@ -30,8 +30,8 @@ UNDONE: dict[str, dict[str, Any] | tuple[str, Any]] = {
     "no auxiliary loss": {"aux_k_coefficient": 0.0},
     "auxiliary loss of the paper (1/32)": {"aux_k_coefficient": 1 / 32},
     "dead after 100,000 tokens": {"dead_after": 100_000},
-    "Adam's beta2 0.999": ("babelscope.sae.module.BETAS", (0.9, 0.999)),
-    "no whitening": ("babelscope.sae.moments._FEW", 0),
+    "Adam's beta2 0.999": ("babelscope.sae.training.module.BETAS", (0.9, 0.999)),
+    "no whitening": ("babelscope.activations.moments._FEW", 0),
     "decay over the last 20 %": {"decay": 0.2},
     "encoder as long as the decoder": {"encoder_scale": 1.0},
     "half the learning rate": {"learning_rate": 0.5},

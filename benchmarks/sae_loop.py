@@ -1,6 +1,6 @@
 """`python benchmarks/sae_loop.py`: what Lightning, reading, logging and checkpoints add to the bare training step.
 
-The default's SAE on its activations (`dvc repro extract` makes them): `babelscope.sae.module.train`, as the stage
+The default's SAE on its activations (`dvc repro extract` makes them): `sae.training.module.train`, as the stage
 `train` calls it, and the same steps without Lightning on batches that already lie in memory. They take turns.
 """
 
@@ -13,17 +13,19 @@ import polars as pl
 import race
 import torch
 
-from babelscope import config, hardware, sections
+from babelscope import config
+from babelscope.activations.batches import Batches, Pair
 from babelscope.activations.store import ActivationStore
-from babelscope.sae.batches import Batches, Pair
-from babelscope.sae.learner import Learner
-from babelscope.sae.module import train
-from babelscope.sae.schedule import BETAS, learning_rate, rate_share
+from babelscope.config import schema
+from babelscope.models import hardware
+from babelscope.sae.training.learner import Learner
+from babelscope.sae.training.module import train
+from babelscope.sae.training.schedule import BETAS, learning_rate, rate_share
 
 ROUNDS, HOOKPOINT = 9, "layers.14.post_feedforward_layernorm"
 
 
-def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: sections.Train) -> float:
+def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schema.Train) -> float:
     """Seconds for all steps."""
     optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=BETAS, fused=True)
     start = time.perf_counter()

@@ -22,9 +22,9 @@ def child(d: int, latents: int, batch: int) -> None:
 
     from babelscope import config
     from babelscope.activations import store
+    from babelscope.activations.batches import Batches
     from babelscope.sae import checkpoint
-    from babelscope.sae.batches import Batches
-    from babelscope.sae.module import train
+    from babelscope.sae.training.module import train
 
     params = config.load()
     rows, steps = 16 * batch, 12

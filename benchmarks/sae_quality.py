@@ -1,7 +1,7 @@
 """FVU at equal tokens: `babelscope.sae` with the settings of params.yaml, against peers at their best learning rates.
 
 All train on the activations of the default run (`dvc repro extract`): the same rows in the same order, scaled to a
-mean squared norm of d, the same k, latents and tokens. All are measured by `babelscope.sae.quality`, on the held-out
+mean squared norm of d, the same k, latents and tokens. All are measured by `babelscope.sae.metrics`, on the held-out
 rows, on SAEs of ours that hold the peers' weights: all are TopK SAEs with a ReLU, so that the mapping is exact. What
 each peer is given stands in `benchmarks/peers/`. Its learning rate is doubled and halved until the best has a rate
 on either side. What is finished is kept under `.bench/quality/`, so that a killed sweep goes on where it was.
@@ -30,14 +30,15 @@ from peers.worker import Case, Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from babelscope import config, sections
+from babelscope import config
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
-from babelscope.files import read_json, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5
+from babelscope.config import schema
+from babelscope.core.files import read_json, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.batches import Batches
-from babelscope.sae.quality import quality
-from babelscope.sae.schedule import learning_rate
+from babelscope.sae.metrics import quality
+from babelscope.sae.training.schedule import learning_rate
 
 HOOKPOINTS = ("layers.14.mlp", "layers.26.mlp")
 # Which peers with which of their variants, and the learning rate to start the search from.
@@ -67,7 +68,7 @@ class Figures(NamedTuple):
 class Data:
     """The activations of one hookpoint: the training batches, and what an SAE is measured on."""
 
-    def __init__(self, hookpoint: str, params: config.Config, train: sections.Train) -> None:
+    def __init__(self, hookpoint: str, params: config.Config, train: schema.Train) -> None:
         self.hookpoint, self.store = hookpoint, ActivationStore(ACTIVATIONS / hookpoint)
         table = pl.read_parquet(ACTIVATIONS / "tokens.parquet")
         rows = {split: table.filter(pl.col("split") == split)["row"].to_torch() for split in ("train", "eval")}
@@ -128,9 +129,11 @@ def sweep(measure: Callable[[Run], Figures], start: Run) -> dict[float, Figures]
     return dict(sorted(found.items()))
 
 
-def ours(data: Data, params: config.Config, train: sections.Train) -> Figures:
+def ours(data: Data, params: config.Config, train: schema.Train) -> Figures:
     """Train and measure ours, as the stage `train` does."""
-    from babelscope.sae import module  # Lightning's import takes seconds, which a table of known figures can do without
+    from babelscope.sae.training import (
+        module,  # Lightning's import takes seconds, which a table of known figures can do without
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         trained = module.train(

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
+from babelscope.activations.moments import Moments
+from babelscope.config.schema import Train
 from babelscope.sae.autoencoder import initialise
-from babelscope.sae.graph import Graph
-from babelscope.sae.learner import Learner
-from babelscope.sae.moments import Moments
-from babelscope.sae.schedule import BETAS
-from babelscope.sections import Train
+from babelscope.sae.training.graph import Graph
+from babelscope.sae.training.learner import Learner
+from babelscope.sae.training.schedule import BETAS
 
 # How many rounds each case is raced for, after one that does not count.
 ROUNDS = {
@@ -86,7 +86,7 @@ def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], No
 
 def override(screen: torch.dtype | None) -> AbstractContextManager[object]:
     """Let the step screen in this precision."""
-    return nullcontext() if screen is None else patch("babelscope.sae.step.screening_dtype", lambda _: screen)
+    return nullcontext() if screen is None else patch("babelscope.sae.training.step.screening_dtype", lambda _: screen)
 
 
 def dense(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:

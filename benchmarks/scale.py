@@ -20,12 +20,12 @@ from peers.worker import DEVICE, Case, batches, timed
 from sae_step import ours
 
 from babelscope.activations import extraction
-from babelscope.activations.counting import Counter
-from babelscope.activations.packed import PackedTexts
 from babelscope.activations.streaming import Stream
+from babelscope.config.schema import Hardware
+from babelscope.features.counter import Counter
+from babelscope.models.text_batch import PackedTexts
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.autoencoder import initialise
-from babelscope.sections import Hardware
 
 LENGTH, LANGUAGES = 128, 15
 HARDWARE = Hardware(

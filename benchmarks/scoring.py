@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import race
 
-from babelscope.scoring import lape, monolinguality, sae_lape
+from babelscope.features import lape, monolinguality, sae_lape
 
 LAYERS, UNITS, LANGUAGES, TOKENS, TEXTS = 16, 131_072, 45, 1_000_000, 20_000
 PAPER = {"example_rate": 0.98, "token_rate": 0.1, "ratio": 0.5}

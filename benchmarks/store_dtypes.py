@@ -16,10 +16,10 @@ import torch
 
 from babelscope import config
 from babelscope.activations import store
+from babelscope.activations.batches import Batches
 from babelscope.models.loading import DTYPES
-from babelscope.sae import module
-from babelscope.sae.batches import Batches
-from babelscope.sae.quality import quality
+from babelscope.sae.metrics import quality
+from babelscope.sae.training import module
 
 ACTIVATIONS, HOOKPOINTS = Path("data/activations"), ("layers.14.mlp", "layers.29.mlp")
 CASES = [("float16", 0), ("float16", 1), ("bfloat16", 0), ("int8", 0)]

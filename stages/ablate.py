@@ -9,11 +9,13 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, sections, stage
-from babelscope.errors import UserError
-from babelscope.files import read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.progress import Progress
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.progress import Progress
 
 CORPUS, FEATURES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet")
 COUNTS, NEURONS, SAES, OUT = Path("data/counts"), Path("data/neurons"), Path("data/sae"), Path("data/ablation")
@@ -25,11 +27,11 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from babelscope import hardware, matmul, sae
-    from babelscope.evaluation import results, sequential
-    from babelscope.evaluation.conditions import conditions
-    from babelscope.evaluation.interventions import interventions, neurons
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope import sae
+    from babelscope.ablation import results, sequential
+    from babelscope.ablation.conditions import conditions
+    from babelscope.ablation.interventions import interventions, neurons
+    from babelscope.models import hardware, hookpoints, loading, matmul, tokens
 
     knobs = params.ablate
     methods = knobs.methods
@@ -56,7 +58,7 @@ def main() -> None:
     keep = scratch(fingerprint("ablate", depends, hashes))
     tables: list[pl.DataFrame] = []
     controls: list[pl.DataFrame] = []
-    primary = sections.primary_method(methods)
+    primary = schema.primary_method(methods)
     numbers: dict[str, float | str] = {"primary_method": primary}
     for method, names in places.items():
         what = conditions(
@@ -93,7 +95,7 @@ def measure(
     model: Any, make: Any, method: str, batch_tokens: int, what: Any, texts: list[Any], asked: Any, keep: Path
 ) -> Any:
     """The NLL of texts under the conditions `what`, of which `make` makes interventions."""
-    from babelscope.evaluation.ablation import ablate
+    from babelscope.ablation.ablate import ablate
 
     with Progress(f"ablate {method}", sum(map(targets, texts)), "tokens") as progress:
         return ablate(model, make(what.units), texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
@@ -141,7 +143,7 @@ def largest_activation(counts: pl.DataFrame, latents: int) -> Any:
 
 def write(found: pl.DataFrame, controls: pl.DataFrame, numbers: Mapping[str, float | str]) -> None:
     """Write the matrix of all hookpoints together, that of each alone, the controls, and the numbers that sum up."""
-    from babelscope.evaluation.results import COLUMNS
+    from babelscope.ablation.results import COLUMNS
 
     together, alone = found.filter(pl.col("hookpoint").is_null()), found.filter(pl.col("hookpoint").is_not_null())
     write_atomically(OUT / "nll.parquet", together.select(COLUMNS).write_parquet)

@@ -11,13 +11,14 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
+from babelscope import config
 from babelscope.browse.units import KEY, probabilities, units
-from babelscope.errors import UserError
-from babelscope.files import read_table, scan_table, scratch, write_atomically
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.progress import Progress
-from babelscope.scoring import sae_lape
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scan_table, scratch, write_atomically
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.progress import Progress
+from babelscope.features import sae_lape
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 ACTIVATIONS, COUNTS, OUT = Path("data/activations"), Path("data/counts"), Path("data/browse")
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     features, rates = choose(params)
-    from babelscope import hardware, matmul, sae
+    from babelscope import sae
     from babelscope.browse import tables
-    from babelscope.models import loading, tokens
+    from babelscope.models import hardware, loading, matmul, tokens
 
     device = hardware.prepare(params.hardware)
     saes = sae.Shelf(SAES, features["hookpoint"].unique(maintain_order=True).to_list(), device)
@@ -104,7 +105,7 @@ def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: config.C
     """By hookpoint, what collects the firings of its features."""
     import torch
 
-    from babelscope.browse.firings import Firings
+    from babelscope.features.examples import Firings
 
     result = {}
     for name, dictionary in saes.items():
@@ -119,8 +120,8 @@ def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: config.C
 
 def read_stored(firings: Mapping[str, Any], params: config.Config) -> None:
     """Read the activations that `extract` stored."""
-    from babelscope.activations.counting import whole_texts
     from babelscope.activations.store import ActivationStore, place
+    from babelscope.features.counter import whole_texts
 
     table = read_table(TOKENS, columns=["row", "text_id", "language", "split"])
     row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
@@ -143,8 +144,7 @@ def read_passes(
         return
     import torch
 
-    from babelscope.activations import reading
-    from babelscope.models import loading, tokens
+    from babelscope.models import forward, loading, tokens
 
     language = texts["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     is_held_out = (texts["split"] == "eval").to_torch()
@@ -160,9 +160,9 @@ def read_passes(
             own = torch.tensor([text.own for text in batch])
             text = torch.arange(first, first + len(batch)).repeat_interleave(own)
             first += len(batch)
-            padded, mask, own_mask = (part.to(device) for part in reading.collate(batch))
+            padded, mask, own_mask = (part.to(device) for part in forward.collate(batch))
             with torch.inference_mode():
-                seen = reading.own_activations(model, list(names), (padded, mask, own_mask), store_dtype)
+                seen = forward.own_activations(model, list(names), (padded, mask, own_mask), store_dtype)
                 for name, x in seen.items():
                     names[name].add(x, text, language[text], is_held_out[text])
             progress.update(len(text))
@@ -181,19 +181,19 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
 
     from babelscope.browse import tables
     from babelscope.browse.lens import extremes, readable, tokens_of
-    from babelscope.models import unembedding
+    from babelscope.models import logit_lens
 
     found = {}
     has_text = tokens_of(tokenizer, model.get_output_embeddings().weight.shape[0])
     with torch.inference_mode():
         for name, dictionary in saes.items():
-            if dictionary.d != unembedding.width(model):
+            if dictionary.d != logit_lens.width(model):
                 log.warning("%s: not as wide as the residual stream, so its features have no logit lens", name)
                 continue
             chosen = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
             directions = dictionary.W_dec[chosen.to(dictionary.b_dec.device)]
             try:
-                found[name] = extremes(unembedding.direct_logits(model, directions), count, has_text)
+                found[name] = extremes(logit_lens.direct_logits(model, directions), count, has_text)
             except UserError as error:
                 log.warning("browse: no tokens are listed: %s", error)
                 break

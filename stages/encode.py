@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import polars as pl
 
-from babelscope import config, hardware, sae, stage
+from babelscope import config, sae
 from babelscope.activations import streamed
-from babelscope.activations.counting import Counter, whole_texts
 from babelscope.activations.store import ActivationStore
-from babelscope.files import read_table, write_atomically, write_json
+from babelscope.core import stage
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.progress import Progress
+from babelscope.features.counter import Counter, whole_texts
+from babelscope.models import hardware
 from babelscope.models.hookpoints import layer_of
-from babelscope.progress import Progress
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.errors import UserError
-from babelscope.files import read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import fingerprint
-from babelscope.progress import Progress
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import fingerprint
+from babelscope.core.progress import Progress
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 ACTIVATIONS, OUT, METRICS = Path("data/activations"), Path("data/explain"), Path("metrics/explain.json")
@@ -63,12 +64,12 @@ def main() -> None:
 
 def collect(params: config.Config) -> list[Case]:
     """The texts of the first features of every language, from the stored activations."""
-    from babelscope import hardware, sae
+    from babelscope import sae
     from babelscope.activations.store import ActivationStore, place
-    from babelscope.browse.pieces import by_piece
     from babelscope.browse.tables import cut
     from babelscope.explain.windows import windows
-    from babelscope.models import loading, tokens
+    from babelscope.features.pieces import by_piece
+    from babelscope.models import hardware, loading, tokens
     from babelscope.models.hookpoints import INPUT
 
     knobs = params.explain

@@ -7,10 +7,11 @@ import logging
 import shutil
 from pathlib import Path
 
-from babelscope import config, stage
-from babelscope.files import move, read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.values import local_name
+from babelscope import config
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.files import move, read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 
 CORPUS, OUT, METRICS = Path("data/corpus/texts.parquet"), Path("data/activations"), Path("metrics/extract.json")
 log = logging.getLogger(__name__)
@@ -19,9 +20,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = config.load()
     config.check_folders(params)
-    from babelscope import hardware
-    from babelscope.activations import extraction, reading, store
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope.activations import extraction, store
+    from babelscope.models import forward, hardware, hookpoints, loading, tokens
 
     hardware.prepare(params.hardware)
     skeleton = loading.load_skeleton(params.model)
@@ -35,8 +35,8 @@ def main() -> None:
     model = loading.load_model(params.model, params.extract.dtype)
     hookpoints.resolve(model, params.hookpoints)
     tokens.check_fits(model, texts)
-    names = reading.names_to_read(params.hookpoints, params.train.transcode)
-    widths = reading.widths(model, names)
+    names = forward.names_to_read(params.hookpoints, params.train.transcode)
+    widths = forward.widths(model, names)
 
     knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
     knobs["transcode"] = params.train.transcode

@@ -11,12 +11,14 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, sections, stage
-from babelscope.errors import UserError
-from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.progress import Progress
-from babelscope.values import expanded
+from babelscope import config
+from babelscope.config import schema
+from babelscope.config.values import expanded
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_part, read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.progress import Progress
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 ACTIVATIONS, COUNTS, OUT = Path("data/activations"), Path("data/counts"), Path("data/identify")
@@ -28,9 +30,10 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = config.load()
-    from babelscope import hardware, sae
-    from babelscope.evaluation import totals
-    from babelscope.evaluation.lid import FastText
+    from babelscope import sae
+    from babelscope.corpus.lid import FastText
+    from babelscope.identification import unit_totals
+    from babelscope.models import hardware
 
     device = hardware.prepare(params.hardware)
     also = read_also(params)
@@ -42,13 +45,13 @@ def main() -> None:
         if kind == "sae":
             latents.append(str(hookpoint))
             counts = read_table(COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"])
-        owners[str(hookpoint)] = totals.owned(rows, counts, params.languages)
+        owners[str(hookpoint)] = unit_totals.owned(rows, counts, params.languages)
     saes = sae.Shelf(SAES, latents, device)
     if not owners:
         log.warning("%s: no features, so only fastText identifies anything", FEATURES)
 
     corpus = read_table(CORPUS).filter(split="eval")
-    held_out = totals.Totals(len(corpus), owners, saes, device)
+    held_out = unit_totals.Totals(len(corpus), owners, saes, device)
     # Neurons are stored nowhere, latents are not where `train.source` is `stream`.
     stored = [name for name in saes if params.train.source != "stream"]
     add_texts(held_out, corpus, [name for name in owners if name not in stored], params)
@@ -57,7 +60,7 @@ def main() -> None:
     for name in ("also", "also_confusion"):
         (OUT / f"{name}.parquet").unlink(missing_ok=True)
     if also is not None:
-        there = totals.Totals(len(also), owners, saes, device)
+        there = unit_totals.Totals(len(also), owners, saes, device)
         add_texts(there, also, list(owners), params)
         numbers |= write("also", also, there.totals, features, lid, params)
     write_json(Path("metrics/identify.json"), numbers)
@@ -70,7 +73,7 @@ def read_also(params: config.Config) -> pl.DataFrame | None:
     also = params.identify.also
     if also is None:
         return None
-    if isinstance(also, sections.Dataset):
+    if isinstance(also, schema.Dataset):
         raw, [record] = hub.read([also], params.languages, key="identify.also")
         name = str(record["path"])
     else:
@@ -115,8 +118,7 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
     import torch
     from safetensors.torch import save_file
 
-    from babelscope.activations import reading
-    from babelscope.models import loading, tokens
+    from babelscope.models import forward, loading, tokens
 
     ids = [str(number) for number in range(len(texts))]
     tokenizer = loading.load_tokenizer(params.model)
@@ -139,11 +141,11 @@ def add_texts(there: Any, texts: pl.DataFrame, hookpoints: list[str], params: co
                 continue
             owner = text.repeat_interleave(torch.tensor([one.own for one in batch]))
             names = {there.encodes(name): name for name in hookpoints}
-            padded, mask, own = (part.to(there.device) for part in reading.collate(batch))
+            padded, mask, own = (part.to(there.device) for part in forward.collate(batch))
             with torch.inference_mode():
                 # Rounded as `extract` stores them, since the SAEs and the counts know no others; but not to int8, whose
                 # steps depend on the whole shard: there 0.4 % of the firings are others (measured on planted features).
-                seen = reading.own_activations(model, list(names), (padded, mask, own), store_dtype)
+                seen = forward.own_activations(model, list(names), (padded, mask, own), store_dtype)
                 for name, activations in seen.items():
                     there.add(names[name], activations, owner)
             found = {method: table[text] for method, table in there.totals.items()}
@@ -160,7 +162,7 @@ def write(
     Texts in languages that fastText does not know, or does not tell apart, are left out for all methods; what the units
     make of all texts, among all languages, is in the numbers `all_languages/...`.
     """
-    from babelscope.evaluation import agreement
+    from babelscope.identification import metrics
 
     among, refused = lid.match(params.languages)
     # Both are asked about the same texts and for the same languages; a single one is no question.
@@ -179,18 +181,18 @@ def write(
     predictions = pl.concat(parts)
     write_atomically(OUT / f"{name or 'predictions'}.parquet", predictions.write_parquet)
     matrices = [
-        agreement.confusion(rows["language"], rows["predicted"], compared).select(
+        metrics.confusion(rows["language"], rows["predicted"], compared).select(
             pl.lit(method).alias("method"), pl.lit(normalize).alias("normalize"), "language", "predicted", "texts"
         )
         for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True)
     ]
     write_atomically(OUT / f"{name}_confusion.parquet".lstrip("_"), pl.concat(matrices).write_parquet)
-    numbers = agreement.figures(predictions, compared, BASELINE) | {"texts": len(known), "languages": len(compared)}
+    numbers = metrics.figures(predictions, compared, BASELINE) | {"texts": len(known), "languages": len(compared)}
     report(name or "held out", numbers)
     if len(compared) < len(params.languages) and (
         parts := by_units(texts, totals, features, params.languages, params.languages)
     ):
-        alone = agreement.figures(pl.concat(parts), params.languages, BASELINE) | {"texts": len(texts)}
+        alone = metrics.figures(pl.concat(parts), params.languages, BASELINE) | {"texts": len(texts)}
         report(f"{name or 'held out'}, all languages", alone)
         numbers |= {f"all_languages/{key}": value for key, value in alone.items()}
     return {f"{name}/{key}".lstrip("/"): value for key, value in numbers.items()}
@@ -204,7 +206,7 @@ def by_units(
     `totals`: for each method `[texts, languages]`, float64.
     """
     from babelscope.evaluation import identify
-    from babelscope.evaluation.totals import METHODS
+    from babelscope.identification.unit_totals import METHODS
 
     mask = texts["language"].is_in(among)
     base = texts.filter(mask).select("text_id", "language")

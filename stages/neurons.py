@@ -7,10 +7,11 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.errors import UserError
-from babelscope.files import read_table, scan_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scan_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 
 CORPUS, OUT = Path("data/corpus/texts.parquet"), Path("data/neurons")
 TOTALS = {"language": pl.String, "tokens": pl.Int64, "texts": pl.Int64}
@@ -29,10 +30,9 @@ def main() -> None:
 
 def count(params: config.Config) -> None:
     """Count and write the tables; the model is loaded here only."""
-    from babelscope import hardware
-    from babelscope.activations import neurons
-    from babelscope.activations.packed import pack
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope.features import neurons
+    from babelscope.models import hardware, hookpoints, loading, tokens
+    from babelscope.models.text_batch import pack
 
     device, names = hardware.prepare(params.hardware), params.neurons.hookpoints
     skeleton = loading.load_skeleton(params.model)

@@ -10,9 +10,10 @@ import logging
 import shutil
 from pathlib import Path
 
-from babelscope import config, stage
-from babelscope.errors import UserError
-from babelscope.files import write_json
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import write_json
 
 LIST, AGAIN = Path("data/hookpoints.json"), Path("data/sae_again")
 OURS = ("data", "metrics")

@@ -5,19 +5,20 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.files import read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.progress import Progress
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.progress import Progress
 
 CORPUS, SAES, OUT = Path("data/corpus/texts.parquet"), Path("data/sae"), Path("data/quality/loss_recovered.parquet")
 
 
 def main() -> None:
     params = config.load()
-    from babelscope import hardware, matmul, sae
-    from babelscope.evaluation.splicing import loss_recovered
-    from babelscope.models import hookpoints, loading, tokens
+    from babelscope import sae
+    from babelscope.models import hardware, hookpoints, loading, matmul, tokens
+    from babelscope.quality.loss_recovered import loss_recovered
 
     device = hardware.prepare(params.hardware)
     corpus = read_table(CORPUS).filter(split="eval")

@@ -7,11 +7,12 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.errors import UserError
-from babelscope.files import read_json, read_table, write_atomically
+from babelscope import config
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, read_table, write_atomically
 from babelscope.report import browser, charts, data, page
-from babelscope.values import local_name
 
 FEATURES = Path("data/scores/features.parquet")
 NLL = Path("data/ablation/nll.parquet")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, hardware, stage
+from babelscope import config
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
-from babelscope.files import read_table, scratch, write_atomically
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.core import stage
+from babelscope.core.files import read_table, scratch, write_atomically
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.models import hardware
 from babelscope.sae import checkpoint
-from babelscope.sae.batches import Batches
 
 TOKENS = Path("data/activations/tokens.parquet")
 
@@ -30,7 +32,7 @@ def main() -> None:
     steps = -(-params.train.tokens // params.train.batch)
     batches = Batches(store, rows, params.train.batch, steps, seed, inputs)
 
-    from babelscope.sae import module
+    from babelscope.sae.training import module
 
     knobs = {"seed": seed, "train": params.train.model_dump()}
     work = fingerprint(f"retrain@{hookpoint}", knobs, {str(path): dvc_md5(path) for path in (source, TOKENS)})

@@ -9,13 +9,15 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, sections, stage
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import write_atomically, write_json
+from babelscope.core.progress import Progress
 from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
-from babelscope.errors import UserError
-from babelscope.files import write_atomically, write_json
 from babelscope.models.loading import load_tokenizer
 from babelscope.models.tokens import content_ids
-from babelscope.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def main() -> None:
     report(totals)
 
 
-def read(section: sections.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
+def read(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
     """All texts of the languages, and a record of each place that they come from."""
     if section.source == "huggingface":
         with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:
@@ -63,7 +65,7 @@ def read(section: sections.Corpus, languages: list[str]) -> tuple[pl.DataFrame, 
 
 def warn_of_unidentifiable(languages: list[str]) -> None:
     """Say before any long work which languages `identify` leaves out, and `steer` does not steer."""
-    from babelscope.evaluation.lid import FastText
+    from babelscope.corpus.lid import FastText
 
     for language, reason in FastText().match(languages)[1].items():
         log.warning("%s: left out where fastText is compared with (identify), and not steered: %s", language, reason)
@@ -71,7 +73,7 @@ def warn_of_unidentifiable(languages: list[str]) -> None:
 
 def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float) -> pl.Series:
     """Which texts fastText takes for another language than theirs, with a probability of at least `threshold`."""
-    from babelscope.evaluation.lid import FastText
+    from babelscope.corpus.lid import FastText
 
     lid = FastText()
     known, refused = lid.match(languages)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, sections, stage
-from babelscope.errors import UserError
-from babelscope.files import read_json, read_table, scan_table, write_atomically, write_json
-from babelscope.scoring import lape, monolinguality, sae_lape, similarity, summary
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, read_table, scan_table, write_atomically, write_json
+from babelscope.features import lape, monolinguality, sae_lape, similarity
+from babelscope.scoring import summary
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def main() -> None:
     write_json(METRICS, content)
 
 
-def select_neurons(section: sections.Neurons, totals: pl.DataFrame) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
+def select_neurons(section: schema.Neurons, totals: pl.DataFrame) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
     """The languages' neurons, of how many they were taken, and the counts of each hookpoint."""
     counts = [scan_counts(NEURONS, name) for name in section.hookpoints]
     widths = read_json(NEURONS / "widths.json")

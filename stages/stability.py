@@ -7,12 +7,14 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from babelscope import config, hardware, sae, stage
+from babelscope import config, sae
 from babelscope.activations.store import ActivationStore
-from babelscope.errors import UserError
-from babelscope.files import read_table, write_atomically, write_json
-from babelscope.progress import Progress
-from babelscope.sae.stability import Overlap, beside_others, partners
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.progress import Progress
+from babelscope.features.stability import Overlap, beside_others, partners
+from babelscope.models import hardware
 
 FEATURES, OUT = Path("data/scores/features.parquet"), Path("data/stability/features.parquet")
 ACTIVATIONS, COUNTS, SAES, AGAIN = (Path("data") / name for name in ("activations", "counts", "sae", "sae_again"))

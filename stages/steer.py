@@ -8,11 +8,12 @@ from typing import Any
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.errors import UserError
-from babelscope.files import read_part, read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.progress import Progress
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_part, read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.progress import Progress
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 COUNTS, OUT = Path("data/counts"), Path("data/steer/generations.parquet")
@@ -26,10 +27,9 @@ def main() -> None:
     import torch
     from safetensors.torch import save_file
 
-    from babelscope import hardware, matmul
-    from babelscope.evaluation import steering
-    from babelscope.evaluation.lid import FastText
-    from babelscope.models import loading
+    from babelscope.corpus.lid import FastText
+    from babelscope.models import hardware, loading, matmul
+    from babelscope.steering import generation
 
     device = hardware.prepare(params.hardware)
     lid = FastText()
@@ -68,18 +68,18 @@ def main() -> None:
                 for hookpoint, table in added.items() if table
                 for width in [len(next(iter(table.values())))]
             }  # fmt: skip
-            generated = steering.generate(
+            generated = generation.generate(
                 model, ids, pushes, new_tokens=section.new_tokens, temperature=section.temperature,
                 seed=params.seed, special=special, first_row=first,
             )  # fmt: skip
-            nll, distinct = steering.fluency(model, ids, generated)
+            nll, distinct = generation.fluency(model, ids, generated)
             part = {"ids": ids, "generated": generated.contiguous(), "nll": nll, "distinct": distinct}
             write_atomically(file, functools.partial(save_file, part))
             parts.append(part)
             progress.update(len(batch))
     whole = {key: torch.cat([part[key] for part in parts]) for key in ("ids", "generated", "nll", "distinct")}
     texts = tokenizer.batch_decode(whole["generated"], skip_special_tokens=True)
-    judged = steering.judge(
+    judged = generation.judge(
         pl.DataFrame([row[:3] for row in rows], schema=SCHEMA, orient="row").with_columns(
             prompt=pl.Series(tokenizer.batch_decode(whole["ids"], skip_special_tokens=True)),
             text=pl.Series(texts, dtype=pl.String),
@@ -90,7 +90,7 @@ def main() -> None:
         label, section.min_distinct, section.max_nll,
     )  # fmt: skip
     write_atomically(OUT, judged.write_parquet)
-    numbers = steering.figures(judged, label, section.min_distinct, section.max_nll)
+    numbers = generation.figures(judged, label, section.min_distinct, section.max_nll)
     write_json(Path("metrics/steer.json"), numbers)
     shutil.rmtree(keep, ignore_errors=True)
     keys = ("success", "called", "nll", "distinct_2")
@@ -123,7 +123,8 @@ def first_tokens(tokenizer: Any, params: config.Config) -> list[list[int]]:
 def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tuple[str | None, int | None], Any]]:
     """By hookpoint and (language, draw): what strength 1 adds; draw 1 is the control of as many random units."""
     from babelscope import sae
-    from babelscope.evaluation import controls, steering
+    from babelscope.ablation import controls
+    from babelscope.steering import generation
 
     features = read_table(FEATURES).filter(kind="sae")
     found: dict[str, dict[tuple[str | None, int | None], Any]] = {}
@@ -148,7 +149,7 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
             for draw, members in sets.items():
                 if members:
                     means = [mean.get(unit, 0.0) for unit in members]
-                    found[hookpoint][language, draw] = steering.direction(dictionary, members, means)
+                    found[hookpoint][language, draw] = generation.direction(dictionary, members, means)
         del dictionary  # before the next one is read: it may be as large as the model
     return found
 

@@ -8,12 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-from babelscope import config, stage
+from babelscope import config
 from babelscope.activations.streamed import MODE, OUT
-from babelscope.errors import UserError
-from babelscope.files import read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
-from babelscope.values import local_name
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 
 CORPUS = Path("data/corpus/texts.parquet")
 log = logging.getLogger(__name__)
@@ -31,19 +32,20 @@ def main() -> None:
 
 
 def stream(params: config.Config) -> None:
-    # PyTorch, too, keeps what oneDNN prepares for a bfloat16 product of some shape (see `babelscope.matmul`): 1024
+    # PyTorch, too, keeps what oneDNN prepares for a bfloat16 product of some shape (see `models.matmul`): 1024
     # times 0.4 MiB. Batches of texts have ever new shapes: a running pass would fill it, for nothing.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     import polars as pl
     import torch
 
-    from babelscope import hardware, sae
-    from babelscope.activations.measuring import measure
-    from babelscope.activations.packed import pack
+    from babelscope import sae
     from babelscope.activations.streaming import Stream
-    from babelscope.models import hookpoints, loading, tokens
-    from babelscope.progress import Progress
-    from babelscope.sae import checkpoint, module
+    from babelscope.core.progress import Progress
+    from babelscope.features.count import measure
+    from babelscope.models import hardware, hookpoints, loading, tokens
+    from babelscope.models.text_batch import pack
+    from babelscope.sae import checkpoint
+    from babelscope.sae.training import module
 
     device = hardware.prepare(params.hardware)
     if device.type == "cuda":

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from babelscope import config, stage
+from babelscope import config
+from babelscope.core import stage
 from babelscope.tracking.sync import sync
 
 

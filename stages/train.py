@@ -10,17 +10,19 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, hardware, stage
+from babelscope import config
 from babelscope.activations import streamed
+from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
-from babelscope.errors import UserError
-from babelscope.files import read_json, read_table, scratch, write_atomically, write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, read_table, scratch, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.models import hardware
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import SAE, checkpoint
-from babelscope.sae.batches import Batches
-from babelscope.sae.quality import quality
-from babelscope.values import local_name
+from babelscope.sae.metrics import quality
 
 TOKENS = Path("data/activations/tokens.parquet")
 
@@ -109,7 +111,7 @@ def trained(hookpoint: str, params: config.Config) -> dict[str, float] | None:
     rows, pin = held_out.train_rows["row"].to_torch(), device.type == "cuda"
     batches = Batches(store, rows, params.train.batch, steps, params.seed, inputs, pin=pin)
 
-    from babelscope.sae import module
+    from babelscope.sae.training import module
     from babelscope.tracking.training import training_run
 
     name, knobs = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})

@@ -11,7 +11,7 @@ from pathlib import Path
 from closure import ROOT
 from ruamel.yaml import YAML
 
-from babelscope.redact import SECRETS
+from babelscope.core.redact import SECRETS
 
 # The value of every secret in a clone's environment: found nowhere afterwards.
 CANARY = "canary-5f3a9d71c2"

@@ -28,16 +28,16 @@ from safetensors.torch import save as safetensors_bytes
 
 from babelscope import config
 from babelscope.activations.store import ActivationStore, write_index, write_shard
+from babelscope.config.schema import Corpus
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, read_part, read_table
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import require
 from babelscope.corpus.messages import running_text
-from babelscope.errors import UserError
 from babelscope.explain.client import answer_in
 from babelscope.explain.prompts import verdicts
-from babelscope.files import read_json, read_part, read_table
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import checkpoint
-from babelscope.sections import Corpus
 from babelscope.tracking import state
 
 Target = Callable[[random.Random, Path], object]

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.files import write_json
+from babelscope.core.files import write_json
 
 LANGUAGES = ["en", "de", "fr", "it", "pt-BR", "es", "ru", "bg", "tr", "vi", "ja", "zh-CN", "he", "ta", "fi"]
 LAYERS = [6, 10, 14, 18, 22, 26, 29]

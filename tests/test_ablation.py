@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.evaluation import ablation, conditions, controls, nll, results, selectivity, sequential
-from babelscope.evaluation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
-from babelscope.models import head, hookpoints, partial, tokens
+from babelscope.ablation import ablate, conditions, controls, results, selectivity, sequential
+from babelscope.ablation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
+from babelscope.models import head, hookpoints, nll, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
 D, LATENTS, K, VOCABULARY = 16, 64, 3, 60
@@ -132,7 +132,7 @@ def straightforward(model, change, text, condition):
 
 
 def assert_same(model, interventions, change, texts, conditions, batch_tokens=40):
-    result = ablation.ablate(model, interventions, texts, batch_tokens)
+    result = ablate.ablate(model, interventions, texts, batch_tokens)
     with torch.inference_mode():
         for row, condition in enumerate(conditions):
             slow = torch.tensor([straightforward(model, change, text, condition) for text in texts])
@@ -180,7 +180,7 @@ def test_neurons_are_set_to_zero_and_inner_hookpoints_are_exact(model):
 def test_what_cannot_change_is_not_computed_and_equals_the_clean_run_exactly(family):
     model = make(family)
     saes, sets, texts = make_saes(model), make_conditions(model), make_texts()
-    result = ablation.ablate(model, features(model, saes, sets), texts, 40)
+    result = ablate.ablate(model, features(model, saes, sets), texts, 40)
     assert torch.equal(result.ablated[0], result.clean)
     changed = result.ablated != result.clean
     assert int(changed.sum()) <= result.passes < len(texts) * (len(sets) - 1)
@@ -197,14 +197,14 @@ def test_a_change_late_in_a_text_leaves_what_stands_before_it(model, saes):
     place = len(fires) - 3
     unit = next(u for u in fires[place] if not any(u in other for n, other in enumerate(fires) if n and n != place))
     one = {"layers.2.mlp": FeatureAblation(saes["layers.2.mlp"], [[unit]])}
-    result = ablation.ablate(model, one, [text], 40)
+    result = ablate.ablate(model, one, [text], 40)
     assert result.passes == 1 and result.clean != result.ablated[0]
     assert result.share == pytest.approx((1 + 2 * 2) / (5 * len(text.ids)))  # the last token predicts nothing
 
 
 def test_the_size_of_the_passes_changes_nothing_but_rounding(model, saes):
     sets, texts = make_conditions(model), make_texts()
-    found = [ablation.ablate(model, features(model, saes, sets), texts, size) for size in (10, 64, 5000)]
+    found = [ablate.ablate(model, features(model, saes, sets), texts, size) for size in (10, 64, 5000)]
     for other in found[1:]:
         assert torch.allclose(found[0].ablated, other.ablated, atol=1e-5) and other.passes == found[0].passes
         assert other.share == pytest.approx(found[0].share)
@@ -224,7 +224,7 @@ def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes, monkeypatch):
     monkeypatch.setattr(SAE, "encode", lambda sae, x: sizes["sae"].append(len(x)) or encode(sae, x))
     monkeypatch.setattr(partial, "suits", lambda *_: True)
     for batch_tokens in (10, 400):
-        ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), batch_tokens)
+        ablate.ablate(model, features(model, saes, make_conditions(model)), make_texts(), batch_tokens)
     few = {1, 2, 4, 8, 16, 32}
     assert {size % 64 for size in sizes["blocks"] + sizes["sae"] if size not in few} == {0}
     assert max(sizes["blocks"]) > 128 and few & {*sizes["blocks"]}
@@ -256,23 +256,23 @@ def test_pairs_that_were_not_asked_for_are_not_computed(model, saes):
     sets, texts = make_conditions(model), make_texts()
     asked = torch.zeros(len(sets), len(texts), dtype=torch.bool)
     asked[1, 3:9] = True
-    some = ablation.ablate(model, features(model, saes, sets), texts, 40, asked=asked)
-    every = ablation.ablate(model, features(model, saes, sets), texts, 40)
+    some = ablate.ablate(model, features(model, saes, sets), texts, 40, asked=asked)
+    every = ablate.ablate(model, features(model, saes, sets), texts, 40)
     assert torch.equal(some.ablated.isnan(), ~asked) and some.passes <= 6
     assert torch.allclose(some.ablated[asked], every.ablated[asked], atol=1e-5)
 
 
 def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, tmp_path):
     done, texts = features(model, saes, make_conditions(model)), make_texts()
-    whole = ablation.ablate(model, done, texts, 40, keep=tmp_path)
+    whole = ablate.ablate(model, done, texts, 40, keep=tmp_path)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) > 2
     kept[1].unlink()
     calls = []
     handle = model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
-    again = ablation.ablate(model, done, texts, 40, keep=tmp_path)
+    again = ablate.ablate(model, done, texts, 40, keep=tmp_path)
     some = len(calls)
-    ablation.ablate(model, done, texts, 40)
+    ablate.ablate(model, done, texts, 40)
     handle.remove()
     assert torch.equal(whole.ablated, again.ablated) and torch.equal(whole.clean, again.clean)
     assert (whole.passes, whole.share) == (again.passes, again.share) and 0 < some < (len(calls) - some) / 2
@@ -280,7 +280,7 @@ def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(model, saes, t
 
 def test_the_model_is_left_as_it_was(model, saes):
     before, attention = list(hookpoints.blocks(model)), model.config._attn_implementation
-    ablation.ablate(model, features(model, saes, make_conditions(model)), make_texts(), 40)
+    ablate.ablate(model, features(model, saes, make_conditions(model)), make_texts(), 40)
     assert all(a is b for a, b in zip(before, hookpoints.blocks(model), strict=True))
     assert model.config._attn_implementation == attention
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -289,7 +289,7 @@ def test_the_model_is_left_as_it_was(model, saes):
 def test_a_text_of_one_token_has_no_target(model, saes):
     alone = [tokens.TokenizedText("a", (7,), 0), tokens.TokenizedText("b", (7, 8), 0)]
     for texts in (alone, alone[:1]):
-        result = ablation.ablate(model, features(model, saes, make_conditions(model)), texts, 8)
+        result = ablate.ablate(model, features(model, saes, make_conditions(model)), texts, 8)
         assert result.tokens.tolist() == [0, 1][: len(texts)]
         assert result.clean[0] == 0 and (result.ablated[:, 0] == 0).all()
 
@@ -535,7 +535,7 @@ def test_later_draws_are_made_for_the_languages_that_the_first_do_not_decide(tmp
                 size = (own[name] if language[at] == name else others[name]) if draw is None else 1.0
                 ablated[row, column] = size + noise[number, at] if pairs[row, column] else torch.nan
         zeros = torch.zeros(len(chosen), dtype=torch.float64)
-        return ablation.TextNLL(zeros, ablated, torch.full((len(chosen),), 10), int(pairs.sum()), 1, 2)
+        return ablate.TextNLL(zeros, ablated, torch.full((len(chosen),), 10), int(pairs.sum()), 1, 2)
 
     nll_of, made = sequential.measure(what, texts, language, asked, run, tmp_path, resamples=200, seed=0)
     assert [step[2] for step in steps] == ["first", "later"]
@@ -566,9 +566,7 @@ def test_the_tables_of_a_run(model, saes):
     )
     what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
-    nll_of = ablation.ablate(
-        model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None))
-    )
+    nll_of = ablate.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None)))
     found = results.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
     assert found.columns == [*results.COLUMNS, "hookpoint", "layer"]
     assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]

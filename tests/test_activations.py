@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope.activations import extraction, store
-from babelscope.activations.counting import Counter, whole_texts
-from babelscope.activations.scan import scan
-from babelscope.errors import UserError
+from babelscope.config.schema import Hardware
+from babelscope.core.errors import UserError
+from babelscope.features.counter import Counter, whole_texts
+from babelscope.features.scan import scan
 from babelscope.models import hookpoints, tokens
 from babelscope.sae import SAE
-from babelscope.sections import Hardware
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.activations.counting import whole_texts
 from babelscope.browse import lens, tables
 from babelscope.browse.effects import effects
-from babelscope.browse.firings import BINS, Firings
-from babelscope.browse.pieces import by_piece, pieces
 from babelscope.browse.units import probabilities, units
-from babelscope.models import hookpoints, tokens, unembedding
+from babelscope.features.counter import whole_texts
+from babelscope.features.examples import BINS, Firings
+from babelscope.features.pieces import by_piece, pieces
+from babelscope.models import hookpoints, logit_lens, tokens
 from babelscope.sae.autoencoder import SAE
 
 D, VOCABULARY = 16, 60
@@ -219,16 +219,16 @@ def test_direct_logits_are_the_limit_of_writing_the_direction(family: str) -> No
     g = torch.Generator().manual_seed(2)
     hidden, direction = torch.randn(1, D, generator=g), torch.randn(3, D, generator=g)
     centred = family in ("gpt2", "gpt_neox")
-    gain, found_centred = unembedding.final_norm(model)
+    gain, found_centred = logit_lens.final_norm(model)
     assert found_centred == centred and gain.shape == (D,)
     hidden = hidden - hidden.mean() if centred else hidden
     hidden = hidden / hidden.square().mean().sqrt()
-    found = torch.cat(list(unembedding.direct_logits(model, direction)))
+    found = torch.cat(list(logit_lens.direct_logits(model, direction)))
     assert found.shape == (3, VOCABULARY)
     seen = direction - direction.mean(1, keepdim=True) if centred else direction
     across = seen - (seen @ hidden.T) / D * hidden  # the rest of the direction leaves the scale as it is
     limit = torch.func.jvp(lambda h: hookpoints.logits_of(model, h), (hidden.repeat(3, 1),), (across,))[1]
-    expected = torch.cat(list(unembedding.direct_logits(model, across)))
+    expected = torch.cat(list(logit_lens.direct_logits(model, across)))
     torch.testing.assert_close(limit, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -15,8 +15,8 @@ from polars.testing import assert_frame_equal
 from test_neurons_stages import LANGUAGES, SAE_AT, corpus, model, set_params, stage  # noqa: F401
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.errors import UserError
-from babelscope.models import hookpoints, loading, unembedding
+from babelscope.core.errors import UserError
+from babelscope.models import hookpoints, loading, logit_lens
 from babelscope.report import browser
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
@@ -231,7 +231,7 @@ def test_a_model_without_a_logit_lens_has_no_tokens_to_list(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(unembedding, "_moves_as", lambda *_: False)
+        patch.setattr(logit_lens, "_moves_as", lambda *_: False)
         browse()
         stage("browse")
     assert tables()["tokens"].is_empty() and tables()["features"].height

@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 from test_tracking import HOOKPOINTS, ROOT, Repo, expected, toy
 
-from babelscope import stage
+from babelscope.core import stage
 
 TOY = str(ROOT / "tests" / "toy_pipeline.py")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope import config
-from babelscope.errors import UserError
-from babelscope.values import local_name
+from babelscope.config.values import local_name
+from babelscope.core.errors import UserError
 
 DEFAULT = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
 

@@ -6,9 +6,9 @@ from typing import Any
 import polars as pl
 import pytest
 
+from babelscope.config.schema import Corpus
+from babelscope.core.errors import UserError
 from babelscope.corpus import text_files
-from babelscope.errors import UserError
-from babelscope.sections import Corpus
 
 
 def read(folder: Path, *languages: str) -> pl.DataFrame:

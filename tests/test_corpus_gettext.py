@@ -3,9 +3,9 @@ from pathlib import Path
 import polib
 import pytest
 
+from babelscope.config.schema import Corpus
+from babelscope.core.errors import UserError
 from babelscope.corpus import gettext_catalogs
-from babelscope.errors import UserError
-from babelscope.sections import Corpus
 
 
 def section(**changes: object) -> Corpus:

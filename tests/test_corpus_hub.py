@@ -11,9 +11,9 @@ from closure import ROOT
 from ruamel.yaml import YAML
 
 from babelscope import config
+from babelscope.config.schema import Dataset
+from babelscope.core.errors import UserError
 from babelscope.corpus import hub, languages
-from babelscope.errors import UserError
-from babelscope.sections import Dataset
 
 # How each one calls a language, and what a row of it looks like; where one subset holds all of them, `label` numbers.
 LAYOUTS: dict[str, Any] = {

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from babelscope.config.schema import Corpus
+from babelscope.core.errors import UserError
 from babelscope.corpus import sampling
-from babelscope.errors import UserError
-from babelscope.sections import Corpus
 
 
 def section(**changes: object) -> Corpus:

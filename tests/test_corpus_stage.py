@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import babelscope.models.loading
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

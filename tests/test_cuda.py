@@ -11,13 +11,13 @@ import test_streaming as streaming
 import torch
 from test_sae_step import WEIGHTS, dense, example
 
+from babelscope.ablation import ablate
 from babelscope.activations import extraction, store
-from babelscope.evaluation import ablation
-from babelscope.sae.graph import Graph
+from babelscope.config.schema import Hardware
 from babelscope.sae.kernels import fused
-from babelscope.sae.quality import quality
-from babelscope.sae.step import sparse_step
-from babelscope.sections import Hardware
+from babelscope.sae.metrics import quality
+from babelscope.sae.training.graph import Graph
+from babelscope.sae.training.step import sparse_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = Hardware(accelerator="gpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1)
@@ -112,7 +112,7 @@ def test_ablation_gives_what_a_cpu_gives(family: str, method: str) -> None:
         saes = {name: sae.to(device) for name, sae in ablating.make_saes(model).items()}
         _, make_one = ablating.METHODS[method]
         chosen = ablating.by_hookpoint(model, ablating.make_conditions(model), make_one(saes))
-        results.append(ablation.ablate(model, chosen, ablating.make_texts(), 40))
+        results.append(ablate.ablate(model, chosen, ablating.make_texts(), 40))
     on_cpu, on_gpu = results
     rows = [row for row in range(len(on_cpu.ablated)) if (method, row) != ("directional", 1)]  # takes out all: noise
     torch.testing.assert_close(on_gpu.ablated[rows], on_cpu.ablated[rows], rtol=0, atol=1e-3)

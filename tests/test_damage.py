@@ -13,13 +13,13 @@ import transformers
 from closure import ROOT
 from safetensors.torch import save_file
 
-from babelscope import files
-from babelscope.activations import reading
 from babelscope.activations.store import ActivationStore, write_index, write_shard
-from babelscope.errors import UserError
+from babelscope.core import files
+from babelscope.core.errors import UserError
+from babelscope.models import forward
 from babelscope.models.tokens import TokenizedText
-from babelscope.sae.module import train
-from babelscope.sae.quality import quality
+from babelscope.sae.metrics import quality
+from babelscope.sae.training.module import train
 
 TABLE = pl.DataFrame({"language": ["en", "de"] * 500, "tokens": range(1000)})
 DAMAGES = {
@@ -170,25 +170,25 @@ def tiny_model(dtype=torch.float32):
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False).to(dtype)
 
 
-BATCH = reading.collate([TokenizedText("a", (1, 2, 3, 4), 1), TokenizedText("b", (5, 6, 7), 1)])
+BATCH = forward.collate([TokenizedText("a", (1, 2, 3, 4), 1), TokenizedText("b", (5, 6, 7), 1)])
 
 
 def test_weights_that_are_no_numbers_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    assert reading.own_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
+    assert forward.own_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
     with pytest.raises(
         UserError, match=r"extract.dtype: the model's activations at layers.1.mlp are infinite or not a"
     ):
-        reading.own_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
+        forward.own_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
 
 
 def test_activations_that_float16_cannot_hold_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight.mul_(1e12)
-    reading.own_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
+    forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
     with pytest.raises(UserError, match=r"extract.store_dtype: activations at layers.1.mlp do not fit in it"):
-        reading.own_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
+        forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
 
 
 class Same(training.FakeStore):

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 from test_browse_stage import folder  # noqa: F401
 from test_neurons_stages import SAE_AT, model  # noqa: F401
 
-from babelscope import config, delphi, sae
+from babelscope import config, sae
 from babelscope.activations.store import ActivationStore
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
+from babelscope.explain import delphi
 from babelscope.sae.autoencoder import SAE
 
 

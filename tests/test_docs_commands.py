@@ -14,8 +14,11 @@ import torch
 from closure import ROOT
 from test_docs import PAGES, PARAMS, text_of
 
-from babelscope import config, hardware, sections, verify
-from babelscope.errors import UserError
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core.errors import UserError
+from babelscope.models import hardware
+from babelscope.tracking import verify
 
 END_TO_END = "test_end_to_end.py"
 DIFFS = f"{END_TO_END}::test_a_score_threshold_runs_score_and_what_follows_and_back_is_free"
@@ -33,19 +36,19 @@ TESTED = {
     ),
     "dvc checkout": (f"{END_TO_END}::test_verify_finds_a_flipped_byte_in_every_file_of_every_output", '"checkout"'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
-    "python -m babelscope.export exported": (
+    "python -m babelscope.sae.export exported": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(["out"])',
     ),
-    "python -m babelscope.export exported layers.26.mlp": (
+    "python -m babelscope.sae.export exported layers.26.mlp": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(["some", "layers.2.mlp"])',
     ),
-    "python -m babelscope.delphi cache/latents": (
+    "python -m babelscope.explain.delphi cache/latents": (
         "test_delphi.py::test_every_hookpoint_of_params_is_written",
         "delphi.main([str(tmp_path)])",
     ),
-    "python -m babelscope.delphi cache/latents layers.26.mlp": (
+    "python -m babelscope.explain.delphi cache/latents layers.26.mlp": (
         "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
         "delphi.main([str(tmp_path), SAE_AT])",
     ),
@@ -166,7 +169,7 @@ def verify_a_damaged_cache() -> None:
 def ask_for_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    hardware.prepare(sections.Hardware(**PARAMS["hardware"] | {"accelerator": "gpu"}))
+    hardware.prepare(schema.Hardware(**PARAMS["hardware"] | {"accelerator": "gpu"}))
 
 
 PROVOKED = {

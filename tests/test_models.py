@@ -8,7 +8,7 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.models import names as names_of
 from babelscope.report import data

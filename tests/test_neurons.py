@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope import config
-from babelscope.activations import neurons
-from babelscope.activations.counting import Counter
-from babelscope.activations.packed import PackedTexts, pack
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
+from babelscope.features import neurons
+from babelscope.features.counter import Counter
 from babelscope.models import hookpoints, tokens
+from babelscope.models.text_batch import PackedTexts, pack
 
 NAMES = ["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"]
 LANGUAGES = ["no", "en", "zh-CN"]
@@ -146,7 +146,7 @@ def test_texts_are_packed_as_they_are_tokenized(monkeypatch: pytest.MonkeyPatch)
         return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
     corpus = pl.DataFrame({"text_id": ["a", "b", "c"], "text": ["one three", "", "seven eleven of"]})
-    monkeypatch.setattr("babelscope.activations.packed._CHUNK", 2)
+    monkeypatch.setattr("babelscope.models.text_batch._CHUNK", 2)
     packed = pack(tokenizer, corpus, max_tokens=2)
     assert packed.text_ids == ["a", "c"] and [packed[i].ids for i in range(2)] == [(1, 3, 5), (1, 5, 6)]
 

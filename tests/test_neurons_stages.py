@@ -14,8 +14,9 @@ import transformers
 from closure import ROOT
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope import config, sections
-from babelscope.errors import UserError
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, loading
 from babelscope.report import data
 from babelscope.sae import checkpoint
@@ -92,7 +93,7 @@ def check_primary_method() -> None:
         inputs = data.ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
         shown = data.own_and_others(inputs)
         assert dict(zip(shown["language"], shown["own"], strict=True)) == own
-        assert data.ablation_method(dataclasses.replace(inputs, metrics={})) == sections.primary_method(sorted(methods))
+        assert data.ablation_method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
         series = sync._numbers(Path(), params, {"ablate": numbers})[1]
         at = by_layer.filter(method=primary, ablated="en", evaluated="en")["delta"].item()
         assert series["dnll_own_by_layer/en", 1] == at

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope import config
-from babelscope.errors import UserError
-from babelscope.files import scratch
-from babelscope.fingerprint import fingerprint
+from babelscope.core.errors import UserError
+from babelscope.core.files import scratch
+from babelscope.core.fingerprint import fingerprint
 from babelscope.models.hookpoints import layer_of
-from babelscope.sae.schedule import learning_rate
+from babelscope.sae.training.schedule import learning_rate
 from babelscope.tracking.training import flatten
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]

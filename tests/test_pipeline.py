@@ -9,6 +9,7 @@ from closure import ROOT, closure
 from ruamel.yaml import YAML
 
 from babelscope import config
+from babelscope.core.fingerprint import NO_DEPENDENCIES
 
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: re.search(r"stages/\w+\.py", stage["cmd"]).group() for name, stage in PIPELINE.items()}
@@ -21,14 +22,35 @@ def test_every_script_is_a_stage_of_its_name():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_declares_exactly_the_code_that_it_may_import(name):
+def test_a_stage_declares_exactly_the_packages_that_it_may_import(name):
     declared = {dep for dep in PIPELINE[name]["deps"] if dep.startswith(("src/", "stages/"))}
-    assets = {dep for dep in declared if not dep.endswith(".py")}
-    assert declared - assets == closure(ROOT / STAGES[name])
-    assert all((ROOT / asset).is_file() for asset in assets)
-    folder = ROOT / "src/babelscope/report"
-    if f"{folder.relative_to(ROOT)}/page.py" in declared:
-        assert assets == {str(p.relative_to(ROOT)) for p in folder.iterdir() if p.suffix not in (".py", "")}
+    imported = {path.split("/")[2] for path in closure(ROOT / STAGES[name]) if path.count("/") > 2}
+    free = () if name in ("report", "track") else NO_DEPENDENCIES
+    packages = imported - set(free) - {"core", "config"}
+    assert declared == {f"src/babelscope/{package}" for package in packages} | {STAGES[name]}
+
+
+def test_packages_that_are_no_dependency_cannot_compute():
+    for package in ("core", "config"):
+        for path in (ROOT / "src/babelscope" / package).rglob("*.py"):
+            imports = re.findall(
+                r"^\s*(?:from|import) (torch|numpy|transformers|lightning|scipy)\b", path.read_text(), re.M
+            )
+            assert path.name == "files.py" or not imports, path
+
+
+def test_packages_import_each_other_in_one_direction():
+    imports: dict[str, set[str]] = {}
+    for path in (ROOT / "src/babelscope").glob("*/**/*.py"):
+        package = path.relative_to(ROOT / "src/babelscope").parts[0]
+        found = re.findall(r"^\s*from babelscope(?:\.(\w+)\S*)? import (\w+)", path.read_text(), re.M)
+        imports.setdefault(package, set()).update({module or name for module, name in found} - {package})
+    done: set[str] = set()
+    while ready := {
+        package for package, needs in imports.items() if package not in done and needs & set(imports) <= done
+    }:
+        done |= ready
+    assert done == set(imports)
 
 
 FIELDS = set(config.Config.model_fields)
@@ -99,7 +121,7 @@ def test_metrics_are_kept_in_git_and_nothing_persists():
 
 
 def test_the_library_never_imports_a_stage_and_keeps_to_its_rooms():
-    rooms = {"scoring": ("torch",), "sae": ("transformers",), "corpus": ("torch", "mlflow"), "report": ("torch",)}
+    rooms = {"scoring.py": ("torch",), "sae": ("transformers",), "corpus": ("torch", "mlflow"), "report": ("torch",)}
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) stages", text, re.M), path

@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 from babelscope.activations import store
-from babelscope.errors import UserError
-from babelscope.export import write_sparsify
+from babelscope.core.errors import UserError
 from babelscope.sae import SAE, load
+from babelscope.sae.export import write_sparsify
 
 HOOKPOINT = "layers.2.mlp"
 D, N = 16, 64

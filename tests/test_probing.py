@@ -8,12 +8,11 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.activations import reading
-from babelscope.errors import UserError
-from babelscope.evaluation import ablation
-from babelscope.evaluation.interventions import FeatureAblation, NeuronAblation
-from babelscope.evaluation.splicing import loss_recovered
-from babelscope.models import hookpoints, partial, probing, tokens, unembedding
+from babelscope.ablation import ablate
+from babelscope.ablation.interventions import FeatureAblation, NeuronAblation
+from babelscope.core.errors import UserError
+from babelscope.models import forward, hookpoints, logit_lens, partial, probing, tokens
+from babelscope.quality.loss_recovered import loss_recovered
 from babelscope.sae.autoencoder import SAE
 
 D, WIDE, VOCABULARY, LAYERS = 16, 24, 60, 4
@@ -187,7 +186,7 @@ def test_ablation_and_quality_are_those_of_ordinary_hooks_wherever_a_pass_can_st
         dense = torch.zeros(len(values), 32).scatter_add(1, indices, values)
         return x - (dense[:, units] @ sae.W_dec[units]).view_as(x)
 
-    found = ablation.ablate(model, {name: FeatureAblation(sae, [units])}, texts(), 40)
+    found = ablate.ablate(model, {name: FeatureAblation(sae, [units])}, texts(), 40)
     wanted = torch.tensor([nll_by_hook(model, text, name, without) for text in texts()]).double()
     clean = torch.tensor([nll_by_hook(model, text, name, lambda x: x) for text in texts()]).double()
     torch.testing.assert_close(found.clean, clean, rtol=1e-4, atol=2e-4)
@@ -239,9 +238,9 @@ def test_a_model_that_raises_in_the_probe_is_served_by_whole_passes() -> None:
 
 def test_rows_in_the_order_of_experts_are_refused() -> None:
     model = make("minimax")
-    assert reading.widths(model, ["layers.1.mlp", "layers.1"]) == {"layers.1.mlp": D, "layers.1": D}
+    assert forward.widths(model, ["layers.1.mlp", "layers.1"]) == {"layers.1.mlp": D, "layers.1": D}
     with pytest.raises(UserError, match=r"params\.yaml: neurons\.hookpoints: 'layers\.1\.mlp\.experts\.act_fn' does"):
-        reading.widths(model, ["layers.1.mlp.experts.act_fn"], "neurons.hookpoints")
+        forward.widths(model, ["layers.1.mlp.experts.act_fn"], "neurons.hookpoints")
 
 
 class Sorted(torch.nn.Module):
@@ -265,17 +264,17 @@ def test_the_order_is_measured_not_known_by_name(dtype: torch.dtype) -> None:
         model.model.layers[1].mlp = Sorted(is_sorted)
         model.to(dtype)
         if not is_sorted:
-            assert reading.widths(model, ["layers.1.mlp.inner"]) == {"layers.1.mlp.inner": D}
+            assert forward.widths(model, ["layers.1.mlp.inner"]) == {"layers.1.mlp.inner": D}
             continue
         with pytest.raises(UserError, match="does not give its vectors in the order of the tokens; allowed"):
-            reading.widths(model, ["layers.1.mlp.inner"])
+            forward.widths(model, ["layers.1.mlp.inner"])
 
 
 def test_a_module_that_runs_several_times_in_a_pass_is_refused() -> None:
     model = make("llama")
     model.model.layers[3].mlp = model.model.layers[1].mlp
     with pytest.raises(UserError, match=r"'layers\.1\.mlp' .*a forward pass runs its module 2 times"):
-        reading.widths(model, ["layers.1.mlp"])
+        forward.widths(model, ["layers.1.mlp"])
 
 
 def test_a_name_whose_number_is_not_that_of_the_block_is_refused() -> None:
@@ -291,7 +290,7 @@ def test_a_name_whose_number_is_not_that_of_the_block_is_refused() -> None:
 
 def test_neurons_of_experts_that_all_tokens_pass_are_ablated_as_any_others() -> None:
     model = make("minimax")
-    found = ablation.ablate(model, {"layers.1.mlp": NeuronAblation(D, [[0, 3]])}, texts(), 40)
+    found = ablate.ablate(model, {"layers.1.mlp": NeuronAblation(D, [[0, 3]])}, texts(), 40)
 
     def zero(x: torch.Tensor) -> torch.Tensor:
         x[..., [0, 3]] = 0
@@ -314,7 +313,7 @@ def test_the_lens_of_a_model_that_has_not_run_yet_is_the_change_of_its_logits(fa
     model = make(family, dtype)
     if family == "gemma2":
         model.config.final_logit_softcapping = None
-    [lens] = unembedding.direct_logits(model, v)
+    [lens] = logit_lens.direct_logits(model, v)
     # Of mean 0 and orthogonal to v: either sign of v gives the norm the same size.
     stream, flat = stream - stream.mean(), v - v.mean()
     stream = stream - (stream * flat).sum() / flat.square().sum() * flat
@@ -325,4 +324,4 @@ def test_the_lens_of_a_model_that_has_not_run_yet_is_the_change_of_its_logits(fa
 @pytest.mark.parametrize("family", ["gemma3n", "modernbert"])
 def test_a_model_with_more_than_a_norm_before_its_logits_has_no_lens(family: str) -> None:
     with pytest.raises(UserError, match="has no logit lens: what lies between its blocks and its logits"):
-        list(unembedding.direct_logits(make(family), torch.ones(1, D)))
+        list(logit_lens.direct_logits(make(family), torch.ones(1, D)))

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.report import charts, data, page, tables
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import p_value, percent, plain, significant

@@ -11,7 +11,7 @@ import pytest
 import report_example as example
 from test_report import Page, contrast
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.report import browser
 from babelscope.report.assets import asset, embedded
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from babelscope.sae.autoencoder import SAE, initialise
-from babelscope.sae.quality import quality
+from babelscope.sae.metrics import quality
 
 
 def example(latents: int = 512, k: int = 8, d: int = 24) -> SAE:
@@ -75,7 +75,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_quality_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("babelscope.sae.quality._CHUNK", 33)
+    monkeypatch.setattr("babelscope.sae.metrics._CHUNK", 33)
     sae, data = example(), x_of(200, 24) + 3.0
     store: Any = SimpleNamespace(d=24, gather=lambda rows: data[rows])
     rows, group = torch.arange(10, 190), torch.arange(180) % 2

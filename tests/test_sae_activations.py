@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from babelscope.sae.autoencoder import SAE, initialise
-from babelscope.sae.dense import _BANDWIDTH, dense_step
-from babelscope.sae.step import sparse_step
+from babelscope.sae.training.dense import _BANDWIDTH, dense_step
+from babelscope.sae.training.step import sparse_step
 
 WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 ROWS, D, N, K = 200, 24, 512, 8
@@ -99,7 +99,7 @@ def test_a_batch_on_which_nothing_fires(select: str, widths: tuple[int, ...]) ->
 @pytest.mark.parametrize("transcoder", [False, True])
 @pytest.mark.parametrize("chunk", [33, 4096])
 def test_relu_with_l1(transcoder: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("babelscope.sae.dense.chunk_rows", lambda *_: chunk)
+    monkeypatch.setattr("babelscope.sae.training.dense.chunk_rows", lambda *_: chunk)
     sae, x, y = example(transcoder)
     encoder, W_dec, b_enc, b_dec = weights = doubles(sae)
     z = scores_of(sae, x, encoder, b_enc, b_dec).relu()
@@ -118,7 +118,7 @@ def test_relu_with_l1(transcoder: bool, chunk: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("chunk", [33, 4096])
 def test_jumprelu_and_its_pseudo_derivatives(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rajamanoharan et al. 2024, eq. 11 and 12, written out for every score near its threshold."""
-    monkeypatch.setattr("babelscope.sae.dense.chunk_rows", lambda *_: chunk)
+    monkeypatch.setattr("babelscope.sae.training.dense.chunk_rows", lambda *_: chunk)
     sae, x, _ = example()
     log_threshold = torch.linspace(-2, 0.5, N).requires_grad_()
     theta = log_threshold.detach().double().exp()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from babelscope import sae as public
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.checkpoint import load, save
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_sae_training import FakeStore, HARDWARE, SETTINGS, batches_of
 from babelscope.sae import sharding
-from babelscope.sae.learner import Learner
-from babelscope.sae.module import train
+from babelscope.sae.training.learner import Learner
+from babelscope.sae.training.module import train
 
 rows = set()
 

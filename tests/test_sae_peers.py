@@ -11,9 +11,9 @@ import pytest
 import torch
 from peers import assert_alike, in_its_environment
 
-from babelscope.export import write_sparsify
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import load, save
+from babelscope.sae.export import write_sparsify
 
 META = {"model_name": "made-up", "hook_name": "layers.1.mlp"}
 # What we write (name: architecture in the file, width of the input), but for "topk_transcoder", which SAELens has not.

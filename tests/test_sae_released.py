@@ -12,7 +12,7 @@ import torch
 from peers import assert_alike, in_its_environment
 from safetensors.torch import load_file, save_file
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.sae.checkpoint import load
 
 D, N = 16, 64

@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from babelscope.errors import UserError
-from babelscope.evaluation.interventions import Additive, FeatureAblation
+from babelscope.ablation.interventions import Additive, FeatureAblation
+from babelscope.core.errors import UserError
 from babelscope.sae import SAE, Shelf, checkpoint
 
 NAMES = [f"layers.{number}.mlp" for number in range(4)]

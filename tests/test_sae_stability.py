@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from babelscope import config
 from babelscope.activations import store
-from babelscope.sae import SAE, checkpoint, module, stability
-from babelscope.sae.stability import Overlap, beside_others, partners
+from babelscope.features import stability
+from babelscope.features.stability import Overlap, beside_others, partners
+from babelscope.sae import SAE, checkpoint
+from babelscope.sae.training import module
 
 HOOKPOINT = "layers.2.mlp"
 SHIPPED = config.load(ROOT / "params.yaml")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from babelscope.sae.autoencoder import SAE, initialise
-from babelscope.sae.step import sparse_step
+from babelscope.sae.training.step import sparse_step
 
 WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 
@@ -92,7 +92,7 @@ def test_what_a_step_tells_is_what_the_sae_itself_gives() -> None:
 def test_many_chunks_give_what_one_chunk_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x = example(512, 8)
     whole = sparse_step(sae, x, screen=torch.float32)
-    monkeypatch.setattr("babelscope.sae.step.chunk_rows", lambda *_: 33)
+    monkeypatch.setattr("babelscope.sae.training.step.chunk_rows", lambda *_: 33)
     parts = sparse_step(sae, x, screen=torch.float32)
     torch.testing.assert_close(parts.loss, whole.loss)
     torch.testing.assert_close(parts.activity, whole.activity)

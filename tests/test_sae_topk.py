@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from babelscope.sae.topk import top_k
+from babelscope.sae.kernels.topk import top_k
 
 
 def check(scores: torch.Tensor, k: int) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from babelscope.errors import UserError
-from babelscope.sae import module
-from babelscope.sae.batches import Batches, permutation
+from babelscope.activations.batches import Batches, permutation
+from babelscope.activations.moments import moments
+from babelscope.config.schema import Hardware, Train
+from babelscope.core.errors import UserError
 from babelscope.sae.checkpoint import save
-from babelscope.sae.learner import Learner, auxiliary_loss
-from babelscope.sae.module import SAETraining, train
-from babelscope.sae.moments import moments
-from babelscope.sae.quality import quality
-from babelscope.sae.schedule import learning_rate, rate_share
-from babelscope.sections import Hardware, Train
+from babelscope.sae.metrics import quality
+from babelscope.sae.training import module
+from babelscope.sae.training.learner import Learner, auxiliary_loss
+from babelscope.sae.training.module import SAETraining, train
+from babelscope.sae.training.schedule import learning_rate, rate_share
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1

@@ -10,7 +10,7 @@ import pytest
 import report_example as example
 from closure import ROOT
 
-from babelscope.evaluation import results
+from babelscope.ablation import results
 from babelscope.report import page, tables
 from babelscope.report.data import ReportInputs
 from babelscope.tracking import summary, sync

@@ -8,8 +8,9 @@ import sys
 import polars as pl
 import pytest
 
-from babelscope.errors import UserError
-from babelscope.scoring import lape, monolinguality, probability_bar, sae_lape, similarity, summary
+from babelscope.core.errors import UserError
+from babelscope.features import lape, monolinguality, sae_lape, similarity
+from babelscope.scoring import probability_bar, summary
 
 PAPER = {"example_rate": 0.98, "token_rate": 0.1, "ratio": 0.5}
 LOOSE = {"example_rate": 0.0, "token_rate": 0.0, "ratio": 0.5}

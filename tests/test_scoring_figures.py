@@ -5,7 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from babelscope.scoring import lape, probability_bar, sae_lape
+from babelscope.features import lape, sae_lape
+from babelscope.scoring import probability_bar
 
 FIGURES = Path(__file__).parent / "figures"
 

@@ -7,7 +7,7 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from babelscope.scoring import lape, monolinguality, sae_lape
+from babelscope.features import lape, monolinguality, sae_lape
 
 LANGUAGES = ["en", "de", "tr", "ja"]
 UNITS = [(layer, unit) for layer in range(2) for unit in range(4)]

@@ -9,8 +9,9 @@ from types import ModuleType
 import polars as pl
 import pytest
 
-from babelscope import config, sections
-from babelscope.errors import UserError
+from babelscope import config
+from babelscope.config import schema
+from babelscope.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LOW, HIGH = "layers.2.mlp", "layers.11.mlp"
@@ -93,7 +94,7 @@ def with_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     counts(11, *high).write_parquet(folder / f"{HIGH}.act_fn.parquet")
     TOTALS.write_parquet(folder / "totals.parquet")
     (folder / "widths.json").write_text(json.dumps({f"{LOW}.act_fn": 4, f"{HIGH}.act_fn": 4}))
-    section = sections.Neurons(hookpoints=[f"{LOW}.act_fn", f"{HIGH}.act_fn"], quantile=0.83, top_rate=0.375)
+    section = schema.Neurons(hookpoints=[f"{LOW}.act_fn", f"{HIGH}.act_fn"], quantile=0.83, top_rate=0.375)
     params = config.load().model_copy(update={"neurons": section})
     monkeypatch.setattr(config, "load", lambda: params)
 

@@ -26,15 +26,16 @@ from test_tracking import HOOKPOINTS, toy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from babelscope import config, sae, sections
+from babelscope import config, sae
 from babelscope.activations.store import ActivationStore, write_index, write_shard
+from babelscope.config import schema
+from babelscope.core.errors import UserError
+from babelscope.core.redact import SECRETS, redact
 from babelscope.corpus import hub, text_files
-from babelscope.errors import UserError
 from babelscope.explain.client import Client, Request, answer_in
 from babelscope.models import loading
-from babelscope.redact import SECRETS, redact
 from babelscope.report import browser
-from babelscope.sae.module import SAETraining
+from babelscope.sae.training.module import SAETraining
 from babelscope.tracking import __main__ as ui
 from babelscope.tracking import store, training
 
@@ -62,7 +63,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def model_at(folder: Path, trust: bool = False) -> sections.Model:
+def model_at(folder: Path, trust: bool = False) -> schema.Model:
     known = {
         "source": "huggingface",
         "name": str(folder),
@@ -71,7 +72,7 @@ def model_at(folder: Path, trust: bool = False) -> sections.Model:
         "revision": None,
         "quantization": None,
     }
-    return sections.Model(**known, trust_remote_code=trust)  # type: ignore[arg-type]
+    return schema.Model(**known, trust_remote_code=trust)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_data_set_runs_nothing(
     folder = tmp_path / "data"
     folder.mkdir()
     way(folder)
-    section = sections.Dataset(path=str(folder), subset="{language}", splits=["train"], text=["text"])
+    section = schema.Dataset(path=str(folder), subset="{language}", splits=["train"], text=["text"])
     with pytest.raises(UserError, match=r"params\.yaml: corpus\.datasets: path: cannot read"):
         hub.read([section], ["de"])
     assert not planted.exists()
@@ -402,7 +403,7 @@ def test_what_a_stage_says_holds_no_password(how: str, canaries: dict[str, str])
         "exception": "raise ValueError(said)",
     }
     body = f"said = 'http://me:{CANARY}@host and ' + os.environ['HF_TOKEN']\n    {raised[how]}"
-    heads = "import logging, os\nfrom babelscope import stage\nfrom babelscope.errors import UserError\n"
+    heads = "import logging, os\nfrom babelscope import stage\nfrom babelscope.core.errors import UserError\n"
     code = f"{heads}def main():\n    {body}\nstage.run(main)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
     assert done.returncode == (how != "log") and "http://host and ***" in done.stderr

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.errors import UserError
-from babelscope.evaluation.splicing import SCHEMA, loss_recovered, splice, zero
+from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
+from babelscope.quality.loss_recovered import SCHEMA, loss_recovered, splice, zero
 from babelscope.sae.autoencoder import SAE
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ import polars as pl
 from test_browse_stage import Tokenizer, browse, folder  # noqa: F401
 from test_neurons_stages import model, stage  # noqa: F401
 
-from babelscope import fingerprint as fingerprints
-from babelscope.evaluation import steering
+from babelscope.core import fingerprint as fingerprints
 from babelscope.models import loading
+from babelscope.steering import generation
 
 
 class Lid:
@@ -37,10 +37,12 @@ def test_the_stage_feeds_special_tokens_and_its_batches_change_nothing(folder, m
     original = fingerprints.fingerprint
     monkeypatch.setattr(fingerprints, "fingerprint", fingerprint)
     monkeypatch.setattr(loading, "load_tokenizer", lambda section: Decoding())
-    monkeypatch.setattr("babelscope.evaluation.lid.FastText", Lid)
+    monkeypatch.setattr("babelscope.corpus.lid.FastText", Lid)
     fed = []
-    generate = steering.generate
-    monkeypatch.setattr(steering, "generate", lambda m, ids, *a, **k: fed.append((ids, k)) or generate(m, ids, *a, **k))
+    generate = generation.generate
+    monkeypatch.setattr(
+        generation, "generate", lambda m, ids, *a, **k: fed.append((ids, k)) or generate(m, ids, *a, **k)
+    )
     found = []
     for rows in (100, 3):
         browse()

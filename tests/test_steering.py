@@ -10,8 +10,8 @@ from closure import ROOT
 from test_neurons_stages import tokenizer
 
 from babelscope import config
-from babelscope.evaluation import steering
 from babelscope.sae.autoencoder import SAE
+from babelscope.steering import generation
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ PROMPTS = torch.tensor([[3, 4, 5], [6, 7, 8], [3, 4, 5]])
 def test_direction_is_the_weighted_sum_of_decoder_rows():
     decoder = torch.arange(12.0).view(4, 3)
     dictionary = SAE(decoder, decoder, torch.zeros(4), torch.zeros(3), 2)
-    assert torch.equal(steering.direction(dictionary, [3, 1], [2.0, 0.5]), 2 * decoder[3] + 0.5 * decoder[1])
+    assert torch.equal(generation.direction(dictionary, [3, 1], [2.0, 0.5]), 2 * decoder[3] + 0.5 * decoder[1])
 
 
 def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model):
     added = {"layers.1.mlp": torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 3}
     added["layers.1.mlp"][0] = 0
-    found = steering.generate(model, PROMPTS, added, new_tokens=6, temperature=0.0, seed=0)
+    found = generation.generate(model, PROMPTS, added, new_tokens=6, temperature=0.0, seed=0)
     for row in range(3):
         ids = PROMPTS[row].tolist()
         for _ in range(6):
@@ -56,7 +56,7 @@ def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model)
 
 def test_sampling_depends_on_the_seed_only_and_leaves_the_global_one(model):
     state = torch.random.get_rng_state()
-    a, b, c = (steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=1.0, seed=s) for s in (1, 1, 2))
+    a, b, c = (generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=1.0, seed=s) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -72,26 +72,27 @@ def test_sampling_depends_on_the_seed_only_and_leaves_the_global_one(model):
     ids=lambda one: next(iter(one)),
 )  # fmt: skip
 def test_the_models_own_generation_config_changes_nothing(model, monkeypatch, theirs, temperature):
-    plain = steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0)
+    plain = generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0)
     own = transformers.GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **theirs)
     monkeypatch.setattr(model, "generation_config", own)
-    assert torch.equal(plain, steering.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0))
+    assert torch.equal(plain, generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0))
     assert model.generation_config is own
 
 
 def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(model):
     how = {"new_tokens": 8, "temperature": 0.7, "seed": 3}
     prompts = torch.cat([PROMPTS] * 3)
-    whole = steering.generate(model, prompts, {}, **how)
+    whole = generation.generate(model, prompts, {}, **how)
     for size in (1, 2, 4):
-        parts = [steering.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in range(0, 9, size)]
+        starts = range(0, 9, size)
+        parts = [generation.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in starts]
         assert torch.equal(torch.cat(parts), whole)
     assert whole[0].tolist() != whole[3].tolist()  # the same prompt in another row
 
 
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(20_000, 4)
-    drawn = steering._sampler(0.5, 0, range(20_000))(torch.empty(0), logits).argmax(1)
+    drawn = generation._sampler(0.5, 0, range(20_000))(torch.empty(0), logits).argmax(1)
     wanted = (logits[0] / 0.5).softmax(0)
     torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20_000, wanted, atol=0.01, rtol=0)
 
@@ -113,19 +114,19 @@ def test_special_tokens_are_in_the_prompt_and_are_not_pushed(model, tmp_path, mo
 
     x = torch.zeros(1, 4, 2)
     added = torch.ones(1, 2)
-    assert steering.push(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
-    assert steering.push(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
+    assert generation.push(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
+    assert generation.push(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
     seen = []
-    monkeypatch.setattr(steering, "push", lambda vectors, spared: seen.append(spared) or (lambda y: y))
+    monkeypatch.setattr(generation, "push", lambda vectors, spared: seen.append(spared) or (lambda y: y))
     for special in (0, 1, 2):
         added = {"layers.1.mlp": torch.ones(3, 16)}
-        steering.generate(model, PROMPTS, added, new_tokens=2, temperature=0.0, seed=0, special=special)
+        generation.generate(model, PROMPTS, added, new_tokens=2, temperature=0.0, seed=0, special=special)
     assert seen == [1, 1, 2]
 
 
 def test_fluency_by_hand(model):
     generated = torch.tensor([[9, 9, 9, 9], [9, 8, 7, 6], [1, 2, 1, 2]])
-    nll, distinct = steering.fluency(model, PROMPTS, generated)
+    nll, distinct = generation.fluency(model, PROMPTS, generated)
     assert distinct.tolist() == pytest.approx([1 / 3, 1.0, 2 / 3])
     logp = model(input_ids=torch.cat([PROMPTS, generated], 1), use_cache=False).logits.log_softmax(-1)
     by_hand = -sum(logp[1, 2 + i, generated[1, i]] for i in range(4)) / 4
@@ -144,9 +145,9 @@ def test_judgement_and_figures_by_hand():
     frame = pl.DataFrame(
         rows, schema=names | {"predicted": pl.String, "nll": pl.Float64, "distinct_2": pl.Float64}, orient="row"
     )
-    judged = steering.judge(frame, {"fi": "fi"}, 0.5, 6.0)
+    judged = generation.judge(frame, {"fi": "fi"}, 0.5, 6.0)
     assert judged["success"].to_list() == [None, None, False, False, True, False, False, False, None]
-    numbers = steering.figures(judged, {"fi": "fi"}, 0.5, 6.0)
+    numbers = generation.figures(judged, {"fi": "fi"}, 0.5, 6.0)
     assert numbers["strength/fi"] == 2.0 and numbers["success/fi"] == 0.5 and numbers["called/fi"] == 1.0
     assert numbers["nll/fi"] == 7.0 and numbers["success_unsteered/fi"] == 0.5 and numbers["success_control/fi"] == 0
     assert numbers["success_at/1"] == 0.0 and numbers["success_at/2"] == 0.5 and "success/xx" not in numbers

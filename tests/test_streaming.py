@@ -15,19 +15,19 @@ import torch
 import transformers
 from closure import ROOT
 
-from babelscope.activations import extraction, reading, store, streamed
-from babelscope.activations.counting import Counter, whole_texts
-from babelscope.activations.measuring import measure
-from babelscope.activations.packed import PackedTexts
+from babelscope.activations import extraction, store, streamed
+from babelscope.activations.batches import Batches, Pair
 from babelscope.activations.streaming import Stream
-from babelscope.errors import UserError
-from babelscope.models import hookpoints, tokens
-from babelscope.sae import module
-from babelscope.sae.batches import Batches, Pair
+from babelscope.config.schema import Hardware, Train
+from babelscope.core.errors import UserError
+from babelscope.features.count import measure
+from babelscope.features.counter import Counter, whole_texts
+from babelscope.models import forward, hookpoints, tokens
+from babelscope.models.text_batch import PackedTexts
 from babelscope.sae.checkpoint import load, save
-from babelscope.sae.module import train
-from babelscope.sae.quality import quality
-from babelscope.sections import Hardware, Train
+from babelscope.sae.metrics import quality
+from babelscope.sae.training import module
+from babelscope.sae.training.module import train
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -90,7 +90,7 @@ def test_packed_texts_are_the_texts_and_their_batches_those_of_the_list(monkeypa
     ordered = tokens.by_length(texts)
     assert [packed[number] for number in packed.by_length()] == ordered
     for window in (1, 7, 16384):
-        monkeypatch.setattr("babelscope.activations.packed._WINDOW", window)
+        monkeypatch.setattr("babelscope.models.text_batch._WINDOW", window)
         found = list(packed.batches(packed.by_length(), 64))
         assert [batch for _, batch in found] == tokens.batches(ordered, 64)
         assert [[packed[number] for number in numbers] for numbers, _ in found] == tokens.batches(ordered, 64)
@@ -100,7 +100,7 @@ def test_packed_texts_are_the_texts_and_their_batches_those_of_the_list(monkeypa
 def test_every_token_is_seen_once_per_epoch_in_another_order(model: Any, block_rows: int) -> None:
     texts = tokenized()
     alone = [
-        reading.own_activations(model, NAMES, reading.collate([text]), torch.float16) for text in texts
+        forward.own_activations(model, NAMES, forward.collate([text]), torch.float16) for text in texts
     ]  # fmt: skip
     expected = torch.cat([torch.cat(list(rows.values()), 1) for rows in alone])
     size = len(expected) // 8
@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
 def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
     """The token table and the stores that `extract` would leave of the same texts."""
     texts = tokens.by_length(tokenized())
-    shards, names = extraction.plan(texts, 64, 50), reading.names_to_read(NAMES, transcode)
+    shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
     assert extraction.extract(model, shards, names, folder, "float16", HARDWARE)
     for name in names:
         place = store.place(folder, name)
@@ -315,7 +315,7 @@ def test_what_was_streamed_is_published_as_it_is(tmp_path: Path, monkeypatch: py
 
 
 def test_widths_are_those_of_what_is_read(model: Any) -> None:
-    names = reading.names_to_read(["layers.1.mlp", "layers.1.mlp.act_fn"], transcode=True)
-    assert reading.widths(model, names) == {
+    names = forward.names_to_read(["layers.1.mlp", "layers.1.mlp.act_fn"], transcode=True)
+    assert forward.widths(model, names) == {
         "layers.1.mlp": 16, "layers.1.mlp.act_fn": 24, "layers.1.mlp.input": 16, "layers.1.mlp.act_fn.input": 24,
     }  # fmt: skip

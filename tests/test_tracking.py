@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 from toy_pipeline import DVC_YAML, STEPS, loss
 
-from babelscope.fingerprint import dvc_md5
+from babelscope.core.fingerprint import dvc_md5
 
 ROOT = Path(__file__).parent.parent
 HOOKPOINTS, LANGUAGES = ["layers.6.mlp", "layers.10.mlp"], ["en", "no", "fi"]

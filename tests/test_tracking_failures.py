@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_cluster import free_port, serving
 
-from babelscope.fingerprint import dvc_md5
+from babelscope.core.fingerprint import dvc_md5
 from babelscope.tracking import state, store, sync, training
 
 PARAMS = {"seed": 0, "train": {"k": 4}}

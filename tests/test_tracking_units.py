@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope import config
-from babelscope.errors import UserError
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope.core.errors import UserError
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.tracking import state, store, summary, sync, training, view
 
 JSON = st.recursive(

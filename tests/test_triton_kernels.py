@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_sae_step import WEIGHTS, dense, example
 
-from babelscope.sae.step import Selection, sparse_step
+from babelscope.sae.training.step import Selection, sparse_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
@@ -17,14 +17,14 @@ if DEVICE.type == "cpu":
     sys.path.append(str(Path(__file__).parent.parent / ".bench" / "triton"))  # `make test` puts it there
 pytest.importorskip("triton")
 
-from babelscope.sae import triton_kernels as kernels  # noqa: E402
+from babelscope.sae.kernels import triton_kernels as kernels  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _used_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("step", "topk", "learner"):
         monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: kernels)
-    monkeypatch.setattr("babelscope.sae.topk._suits_groups", lambda *_: False)
+    monkeypatch.setattr("babelscope.sae.kernels.topk._suits_groups", lambda *_: False)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

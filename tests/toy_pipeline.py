@@ -9,9 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope import config, stage
-from babelscope.files import write_json
-from babelscope.fingerprint import dvc_md5, fingerprint
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.files import write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.tracking.training import training_run
 
 STEPS = range(0, 100, 10)

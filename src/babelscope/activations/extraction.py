@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from babelscope.activations import store
-from babelscope.activations.reading import collate, own_activations
-from babelscope.errors import UserError
-from babelscope.hardware import is_sharding, trainer
+from babelscope.config.schema import Hardware
+from babelscope.core.errors import UserError
+from babelscope.core.progress import Progress
+from babelscope.models.forward import collate, own_activations
+from babelscope.models.hardware import is_sharding, trainer
 from babelscope.models.hookpoints import shard_blocks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches
-from babelscope.progress import Progress
-from babelscope.sections import Hardware
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def extract(
     ----------
     model: a causal language model.
     shards: the plan of the whole run; each rank of a distributed run takes every n-th.
-    hookpoints: what to read, see `babelscope.activations.reading.names_to_read`.
+    hookpoints: what to read, see `babelscope.models.forward.names_to_read`.
     folder: where the shards go; shards that an interrupted run left there are kept. Several nodes must share it.
     dtype: dtype of the stored activations, "float16", "bfloat16" or "int8" (see `store.quantise`).
     hardware: devices and strategy of the Lightning trainer.

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from babelscope.errors import UserError
-from babelscope.files import read_json, write_atomically, write_json
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, write_atomically, write_json
 
 _KEY = "activations"
 # The tensors of a shard in int8, in the order of `Quantised`.

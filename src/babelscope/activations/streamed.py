@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from babelscope.errors import UserError
-from babelscope.files import read_json, write_atomically
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, write_atomically
 
 OUT = Path("data/stream")
 MODE = OUT / "mode.json"

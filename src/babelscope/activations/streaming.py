@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from babelscope.activations.packed import PackedTexts
-from babelscope.activations.reading import collate, names_to_read, own_activations
+from babelscope.activations.batches import Pair, permutation
+from babelscope.activations.moments import Moments, moments
+from babelscope.core.progress import Progress
 from babelscope.models import hookpoints as hooks
+from babelscope.models.forward import collate, names_to_read, own_activations
+from babelscope.models.text_batch import PackedTexts
 from babelscope.models.tokens import batches, by_length
-from babelscope.progress import Progress
-from babelscope.sae.batches import Pair, permutation
-from babelscope.sae.moments import Moments, moments
 
 # A block holds the rows of so many training batches, and at least so many rows: it is what rows are shuffled in.
 _BATCHES, _ROWS = 16, 16384
@@ -21,7 +21,7 @@ _CHUNK = 8192
 
 
 class Stream:
-    """A `babelscope.sae.batches.Source` whose rows are computed when they are needed, at several hookpoints at once.
+    """A `batches.Source` whose rows are computed when they are needed, at several hookpoints at once.
 
     Every epoch takes the texts in another order, cut into blocks of about `block_rows` tokens. The activations of one
     block at a time are held; its rows come in an order of their own. Order and cut are pure functions of (seed, epoch),

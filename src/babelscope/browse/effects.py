@@ -7,11 +7,11 @@ from typing import Any
 import polars as pl
 import torch
 
-from babelscope.evaluation.ablation import ablate
-from babelscope.evaluation.interventions import FeatureAblation
+from babelscope.ablation.ablate import ablate
+from babelscope.ablation.interventions import FeatureAblation
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.shelf import Shelf
+from babelscope.sae.cache import Shelf
 
 SCHEMA = {"delta": pl.Float64, "delta_tokens": pl.Int64, "delta_texts": pl.Int64}
 

@@ -21,7 +21,7 @@ def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = No
 
     Parameters
     ----------
-    logits: float32 `[rows, vocabulary]` each, see `babelscope.models.unembedding.direct_logits`.
+    logits: float32 `[rows, vocabulary]` each, see `babelscope.models.logit_lens.direct_logits`.
     tokens: how many; no more than there are.
     has_text: bool `[vocabulary]`, which ids are tokens of the tokenizer, see `tokens_of`; others are left out. By
         default all.

@@ -5,10 +5,10 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.browse.firings import BINS, Firings
 from babelscope.browse.lens import Extremes
-from babelscope.browse.pieces import by_piece, pieces
 from babelscope.browse.units import KEY
+from babelscope.features.examples import BINS, Firings
+from babelscope.features.pieces import by_piece, pieces
 
 
 def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:

@@ -13,11 +13,11 @@ from typing import Any
 import polars as pl
 import polib
 
+from babelscope.config.schema import Corpus
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError, nearest
 from babelscope.corpus.languages import match, normalise, require
 from babelscope.corpus.messages import running_text
-from babelscope.errors import UserError, nearest
-from babelscope.sections import Corpus
-from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import polars as pl
 
+from babelscope.config.schema import Dataset
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError
 from babelscope.corpus.groups import name_of
 from babelscope.corpus.languages import match, nearest_tag, normalise, require
-from babelscope.errors import UserError
-from babelscope.sections import Dataset
-from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import langcodes
 from langcodes.data_dicts import LANGUAGE_ALPHA3, LIKELY_SUBTAGS, MACROLANGUAGES
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 
 # By CLDR's distances (`langcodes`) a region stands for another one up to here: de-CH for de-AT, not pt-BR for pt-PT.
 _FARTHEST_REGION = 4

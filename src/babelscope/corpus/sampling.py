@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import polars as pl
 
+from babelscope.config.schema import Corpus
+from babelscope.core.errors import UserError
 from babelscope.corpus import groups
-from babelscope.errors import UserError
-from babelscope.sections import Corpus
 
 log = logging.getLogger(__name__)
 

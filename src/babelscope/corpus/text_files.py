@@ -6,12 +6,12 @@ from pathlib import Path
 
 import polars as pl
 
+from babelscope.config.schema import Corpus
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError
+from babelscope.core.files import check_parquet
 from babelscope.corpus.groups import name_of
 from babelscope.corpus.languages import match, normalise, require
-from babelscope.errors import UserError
-from babelscope.files import check_parquet
-from babelscope.sections import Corpus
-from babelscope.values import expanded
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt")
 _ALL = ("texts.parquet", "texts.jsonl")

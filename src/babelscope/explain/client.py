@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import requests
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, write_json
+from babelscope.core.redact import redact
 from babelscope.explain.prompts import Message
-from babelscope.files import read_json, write_json
-from babelscope.redact import redact
 
 KEY = "OPENAI_API_KEY"
 # A message in a chat has some tokens around it.

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from babelscope.matmul import fill_up, linear
 from babelscope.models import hookpoints as hooks
+from babelscope.models.matmul import fill_up, linear
 
 # Tokens and entries of the vocabulary in one product: 512 x 2,048 float32 logits are 4 MiB.
 ROWS, COLUMNS = 512, 2048

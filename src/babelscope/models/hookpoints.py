@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from babelscope.errors import UserError, nearest
+from babelscope.core.errors import UserError, nearest
 from babelscope.models.names import layer_of as layer_of
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from babelscope.errors import UserError, nearest
-from babelscope.fingerprint import dvc_md5
+from babelscope.config.schema import Model
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError, nearest
+from babelscope.core.fingerprint import dvc_md5
 from babelscope.models import packaged
 from babelscope.models.hookpoints import reads_ahead
-from babelscope.sections import Model
-from babelscope.values import expanded
 
 log = logging.getLogger(__name__)
 

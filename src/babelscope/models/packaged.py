@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from babelscope.errors import UserError, nearest
+from babelscope.core.errors import UserError, nearest
 
 
 def find(package: str, file: str | None) -> list[Path]:

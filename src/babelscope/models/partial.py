@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_map_only
 
-from babelscope.matmul import fill_up
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
+from babelscope.models.matmul import fill_up
 
 _NAME = "babelscope_partial"
 # What attention may be asked for beyond a scaled dot product. Who asks is served by passes over whole texts.

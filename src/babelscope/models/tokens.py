@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 
 # Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
 MOST_PADDING = 0.05

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import polars as pl
 
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.report.assets import asset, embedded, source_hash
 from babelscope.report.numbers import plain
 

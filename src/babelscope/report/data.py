@@ -6,10 +6,10 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.errors import UserError
+from babelscope.config.schema import primary_method
+from babelscope.core.errors import UserError
 from babelscope.models.names import parts_of
 from babelscope.report.relatives import relatives
-from babelscope.sections import primary_method
 
 FEATURE_COLUMNS = ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank")
 CONTROL_COLUMNS = ("method", "language", *(

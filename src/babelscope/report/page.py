@@ -7,11 +7,11 @@ import jinja2
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from babelscope.config.values import local_name
 from babelscope.report import charts, data, tables
 from babelscope.report.assets import asset, source_hash
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import percent, plain, significant
-from babelscope.values import local_name
 
 
 class _Representer(RoundTripRepresenter):

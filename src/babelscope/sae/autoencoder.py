@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from babelscope.matmul import linear
-from babelscope.sae.topk import top_k
+from babelscope.models.matmul import linear
+from babelscope.sae.kernels.topk import top_k
 
 # Scores in one chunk of `encode`: bounds its memory (float32 bytes: 4 times as many).
 # On a CPU the chunk is to stay in the last-level cache between the product and the top-k.

@@ -7,11 +7,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from babelscope.errors import UserError
-from babelscope.files import read_json, write_atomically, write_json
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, write_atomically, write_json
 from babelscope.sae import formats
 from babelscope.sae.autoencoder import SAE
-from babelscope.values import expanded
 
 # Without a version, SAELens takes a file for one from before its release 6, and drops the metadata.
 _LAYOUT = "6.0.0"

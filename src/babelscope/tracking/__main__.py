@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from babelscope import config, stage
-from babelscope.redact import redact
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.redact import redact
 from babelscope.tracking import store, view
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from babelscope.config import read_yaml
-from babelscope.errors import UserError
+from babelscope.core.errors import UserError
 from babelscope.tracking.training import flatten
 
 

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from babelscope.redact import redact
+from babelscope.core.redact import redact
 from babelscope.tracking import view
 
 log = logging.getLogger(__name__)

@@ -148,7 +148,7 @@ def language_table(values: Figures, languages: Sequence[str]) -> dict[str, list[
 
 def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     """The content of every `<name>.json` in `folder`, by `<name>`."""
-    from babelscope.files import read_json
+    from babelscope.core.files import read_json
 
     return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from babelscope.files import read_table
-from babelscope.redact import redact
+from babelscope.config.values import local_name
+from babelscope.core.files import read_table
+from babelscope.core.redact import redact
 from babelscope.report.numbers import plain, significant
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, training, view
-from babelscope.values import local_name
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from babelscope.redact import redact
+from babelscope.core.redact import redact
 from babelscope.tracking import store
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class TrainingRun:
         tags: Mapping[str, str],
     ) -> None:
         self._experiment, self._name, self._params = experiment, name, params
-        self._keys = {"dvc.stage": stage, "babelscope.fingerprint": fingerprint}
+        self._keys = {"dvc.stage": stage, "babelscope.core.fingerprint": fingerprint}
         self._tags = {**tags, **self._keys, "babelscope.kind": "training"}
         self._store: store.Store | None = None
         self._run_id = ""
@@ -167,7 +167,7 @@ def training_run(
     ----------
     experiment: MLflow experiment (`track.experiment`).
     stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
-    fingerprint: see `babelscope.fingerprint.fingerprint`.
+    fingerprint: see `babelscope.core.fingerprint.fingerprint`.
     params: what the stage depends on, as in dvc.yaml, e.g. `{"seed": 0, "train": {...}}`; logged flat, as `train.k`.
     name: of the run; default `training_name(stage, params)`, the name that a rebuilt run gets, too.
     tags: further tags.

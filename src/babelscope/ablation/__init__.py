@@ -1,0 +1,1 @@
+"""Ablation: take units out of the forward pass, measure the NLL, and compare it with matched random controls."""

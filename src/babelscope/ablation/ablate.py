@@ -1,0 +1,333 @@
+"""Take units out of the forward pass and measure the NLL of every text, under many conditions at once.
+
+Only what can change is computed. One clean pass over a batch of texts shows which tokens each condition changes, and
+where first. Where it changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint
+at which a token changes, over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in
+the clean pass. The last token of a text predicts nothing and is left out. A model whose attention does not allow for
+this runs whole texts, from the first hookpoint at which a token changes; one that cannot start there, all blocks.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from babelscope.ablation.interventions import Intervention
+from babelscope.core.files import read_part, write_atomically
+from babelscope.models import hookpoints as hooks
+from babelscope.models import partial, probing
+from babelscope.models.head import head_of, stream_nll
+from babelscope.models.nll import targets, text_nll
+from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
+
+
+@dataclass
+class TextNLL:
+    """NLL of every text in the clean run and under every condition.
+
+    Attributes
+    ----------
+    clean: nats, float64 `[texts]`.
+    ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing changes, NaN where the condition was
+        not asked for.
+    tokens: target tokens, int64 `[texts]`.
+    passes: how many (condition, text) pairs had to be computed.
+    computed, whole: how many (condition, text, token, block) were computed, and how many whole passes would have run;
+        clean passes, and what passes are filled up with, aside.
+    """
+
+    clean: Tensor
+    ablated: Tensor
+    tokens: Tensor
+    passes: int
+    computed: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        """What was computed of what whole passes would have run."""
+        return self.computed / max(self.whole, 1)
+
+    def followed_by(self, later: "TextNLL", texts: Tensor) -> "TextNLL":
+        """With further conditions, measured on `texts` (int64, the numbers of those of `later` among these)."""
+        more = torch.full((len(later.ablated), len(self.clean)), torch.nan, dtype=self.ablated.dtype)
+        more[:, texts] = later.ablated
+        sums = (getattr(self, key) + getattr(later, key) for key in ("passes", "computed", "whole"))
+        return TextNLL(self.clean, torch.cat([self.ablated, more]), self.tokens, *sums)
+
+
+def ablate(
+    model: Any,
+    interventions: Mapping[str, Intervention],
+    texts: Sequence[TokenizedText],
+    batch_tokens: int,
+    *,
+    asked: Tensor | None = None,
+    keep: Path | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> TextNLL:
+    """NLL of every text, clean and under every condition.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    interventions: by hookpoint, at least one, all with the same conditions.
+    texts: in `by_length` order.
+    batch_tokens: tokens in one forward pass.
+    asked: bool `[conditions, texts]`, the pairs that are wanted; null: all.
+    keep: folder for the result of every batch, from which an interrupted run goes on; the caller deletes it.
+    advance: told the number of target tokens done after every batch.
+    """
+    conditions = len(next(iter(interventions.values())).acts)
+    wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
+    runner = _runner(model, interventions, max((len(text.ids) for text in texts), default=0))
+    head_of(model)  # tried now, when no hook is open
+    parts: list[dict[str, Tensor]] = []
+    first = 0
+    # Padding costs passes over whole texts only.
+    for batch in batches(texts, batch_tokens, math.inf if runner.func is _Partial else MOST_PADDING):
+        file = None if keep is None else keep / f"from-{first:06d}.safetensors"
+        part = None if file is None else read_part(file)
+        if part is None:
+            with torch.inference_mode():
+                run = runner(model, interventions, batch, batch_tokens)
+                part = _batch(run, wanted[:, first : first + len(batch)])
+            if file is not None:
+                write_atomically(file, functools.partial(save_file, part))
+        parts.append(part)
+        first += len(batch)
+        advance(int(part["tokens"].sum()))
+    clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
+    passes, computed, whole = (sum(int(part[key]) for part in parts) for key in ("passes", "computed", "whole"))
+    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed, whole)
+
+
+def _runner(
+    model: Any, interventions: Mapping[str, Intervention], longest: int
+) -> "functools.partial[_Partial] | functools.partial[_Whole]":
+    """How the model runs under interventions, measured on it; `longest`: tokens of the longest text."""
+    layers = sorted({hooks.layer_of(name) for name in interventions})
+    if not partial.suits(model, longest):
+        return functools.partial(_Whole, can_restart=probing.can_restart(model, layers))
+    stays = {name: probing.stays_in_place(model, name) for name in interventions}
+    in_place = {layer: all(stays[name] for name in stays if hooks.layer_of(name) == layer) for layer in layers}
+    return functools.partial(_Partial, in_place=in_place)
+
+
+def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
+    """The result of one batch of texts, on the CPU, as `TextNLL` has it."""
+    wanted = wanted.to(run.ids.device)
+    ablated = run.clean.expand(len(wanted), -1).clone()
+    condition, text = (wanted & run.touched()).nonzero(as_tuple=True)
+    for some in run.split(condition, text):
+        ablated[condition[some], text[some]] = run.ablated(condition[some], text[some])
+    blocks = len(hooks.blocks(run.model))
+    part = {
+        "clean": run.clean,
+        "ablated": ablated,
+        "tokens": targets(run.mask, run.special).sum(1),
+        "passes": torch.tensor(len(text)),
+        "computed": torch.tensor(run.computed),
+        "whole": (wanted * run.mask.sum(1)).sum() * blocks,
+    }
+    return {key: value.cpu().contiguous() for key, value in part.items()}
+
+
+class _Run:
+    """A batch of texts, and which of its tokens the conditions change in the clean run.
+
+    Attributes
+    ----------
+    layers: the blocks that hold hookpoints, ascending.
+    hits: by such block, bool `[conditions, texts, longest]`, the tokens that a condition changes there.
+    """
+
+    def __init__(
+        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
+    ) -> None:
+        self.model, self.interventions, self.batch_tokens = model, interventions, batch_tokens
+        device = hooks.device_of(model)
+        self.ids, self.mask = (t.to(device) for t in pad(batch))
+        self.special = torch.tensor([text.special for text in batch], device=device)
+        self.position = torch.arange(self.ids.shape[1], device=device)
+        self.own = self.mask.bool() & (self.position >= self.special.unsqueeze(1))
+        self.layers = sorted({hooks.layer_of(name) for name in interventions})
+        conditions = len(next(iter(interventions.values())).acts)
+        self.hits = {
+            layer: torch.zeros((conditions, *self.ids.shape), dtype=torch.bool, device=device) for layer in self.layers
+        }
+        self.computed = 0
+
+    def touched(self) -> Tensor:
+        """Bool `[conditions, texts]`: the pairs of which some token changes."""
+        return torch.stack([hit.any(-1) for hit in self.hits.values()]).any(0)
+
+    def look(self, place: Tensor) -> dict[str, hooks.Edit]:
+        """Edits for a clean pass, which change nothing and fill `hits`.
+
+        Parameters
+        ----------
+        place: int64 `[tokens]`, which tokens of the batch (text * longest + position) the pass computes, in its order.
+        """
+        at = self.own.flatten()[place].nonzero().squeeze(1)
+
+        def edit(x: Tensor, name: str) -> Tensor:
+            hit = self.hits[hooks.layer_of(name)].flatten(1)
+            hit[:, place[at]] |= self.interventions[name].touches(x.flatten(0, 1)[at])
+            return x
+
+        return {name: functools.partial(edit, name=name) for name in self.interventions}
+
+    def edits(self, layers: range, condition: Tensor, own: Tensor) -> dict[str, hooks.Edit]:
+        """The edits in `layers` for a pass over tokens of which the conditions (int64) are `condition`."""
+
+        def edit(x: Tensor, name: str) -> Tensor:
+            intervention = self.interventions[name]
+            at = (own & intervention.acts[condition]).nonzero().squeeze(1)
+            if not len(at):
+                return x
+            flat = x.flatten(0, 1).clone()
+            flat[at] = intervention.change(flat[at], condition[at])
+            return flat.view_as(x)
+
+        names = [name for name in self.interventions if hooks.layer_of(name) in layers]
+        return {name: functools.partial(edit, name=name) for name in names}
+
+    def first_hits(self, condition: Tensor, text: Tensor) -> Tensor:
+        """Position of the first token that changes, int64 `[layers, pairs]`; `longest` where none does."""
+        return torch.stack([_first(hit[condition, text]) for hit in self.hits.values()])
+
+
+def _first(hit: Tensor) -> Tensor:
+    """Index of the first true value of each row of `hit` `[rows, n]`; n where there is none."""
+    return torch.where(hit.any(1), hit.int().argmax(1), hit.shape[1])
+
+
+class _Partial(_Run):
+    """Passes over the tokens that can differ.
+
+    Parameters
+    ----------
+    in_place: by block that holds hookpoints, whether a change at them is seen by other tokens only in the blocks above.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        interventions: Mapping[str, Intervention],
+        batch: Sequence[TokenizedText],
+        batch_tokens: int,
+        *,
+        in_place: Mapping[int, bool],
+    ) -> None:
+        super().__init__(model, interventions, batch, batch_tokens)
+        self.blocks, self.in_place = len(hooks.blocks(model)), in_place
+        self.here = torch.zeros_like(self.own)
+        self.here[:, :-1] = self.mask[:, 1:].bool()
+        self.target = torch.zeros_like(self.own)
+        self.target[:, :-1] = targets(self.mask, self.special)
+        self.token = torch.zeros(self.ids.shape, device=self.ids.device)
+        if self.here.any():
+            kept = sorted({layer + more for layer in self.layers for more in (0, 1)})
+            looks = self.look(self.here.flatten().nonzero().squeeze(1))
+            self.memory, last = partial.clean_pass(model, self.ids, self.here, kept, looks)
+            wanted = self.ids.roll(-1, 1)[self.target]
+            self.token[self.target] = stream_nll(model, last[self.target[self.here]], wanted)
+        self.clean = self.token.double().sum(1)
+
+    def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
+        """Cut the pairs into passes: those that start alike together, with about `batch_tokens` tokens in the end."""
+        first = self.first_hits(condition, text)
+        longest = self.ids.shape[1]
+        start, least = _first((first < longest).T), first.amin(0)
+        order = torch.argsort(start * longest + least, stable=True)
+        size = (self.here.sum(1)[text] - least)[order]
+        number = (size.cumsum(0) - size).div(self.batch_tokens, rounding_mode="floor")
+        return list(torch.split(order, [n for n in torch.bincount(number).tolist() if n])) if len(order) else []
+
+    def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
+        """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
+        here = self.here[text]
+        state = _State(torch.zeros_like(here), torch.zeros(0, device=here.device))
+        since = torch.full((len(text),), here.shape[1], device=here.device)
+        for layer, then in zip(self.layers, [*self.layers[1:], self.blocks], strict=True):
+            hit = self.hits[layer][condition, text]
+            before, since = since, torch.minimum(since, _first(hit))
+            behind = here & (self.position >= since.unsqueeze(1))
+            # In this block a change is seen by no other token; from the next one on, by all behind it.
+            now = hit | (here & (self.position >= before.unsqueeze(1))) if self.in_place[layer] else behind
+            if then == layer + 1 or not torch.equal(now, behind):
+                state = self._run(state, range(layer, layer + 1), now, condition, text)
+                layer += 1
+            if layer < then:
+                state = self._run(state, range(layer, then), behind, condition, text)
+        nll = self.token[text]
+        wanted = state.tokens & self.target[text]
+        nll[wanted] = stream_nll(
+            self.model, state.hidden[wanted[state.tokens]], self.ids.roll(-1, 1)[text][wanted]
+        )  # fmt: skip
+        return nll.double().sum(1)
+
+    def _run(self, state: "_State", layers: range, tokens: Tensor, condition: Tensor, text: Tensor) -> "_State":
+        """Run `layers` over `tokens`, of which those that `state` lacks are as in the clean pass."""
+        row, position = tokens.nonzero(as_tuple=True)
+        if not len(row):
+            return state
+        hidden = self.memory.hidden[layers[0]][text[row], position]
+        if len(state.hidden):
+            hidden[state.tokens[tokens]] = state.hidden
+        edits = self.edits(layers, condition[row], self.own[text[row], position])
+        packed = partial.Tokens(row, position, text)
+        self.computed += len(row) * len(layers)
+        return _State(tokens, partial.partial_pass(self.model, self.memory, packed, hidden, layers, edits))
+
+
+@dataclass(frozen=True)
+class _State:
+    """The residual stream `[tokens, d]` of the tokens `tokens` (bool `[rows, longest]`) that differ from the clean."""
+
+    tokens: Tensor
+    hidden: Tensor
+
+
+class _Whole(_Run):
+    """Passes over whole texts, from the first hookpoint at which a token changes if the model `can_restart` there."""
+
+    def __init__(
+        self,
+        model: Any,
+        interventions: Mapping[str, Intervention],
+        batch: Sequence[TokenizedText],
+        batch_tokens: int,
+        *,
+        can_restart: bool,
+    ) -> None:
+        super().__init__(model, interventions, batch, batch_tokens)
+        looks = self.look(torch.arange(self.ids.numel(), device=self.ids.device))
+        with hooks.block_inputs(model, self.layers if can_restart else []) as hidden, hooks.editing(model, looks):
+            self.clean = text_nll(model, self.ids, self.mask, self.special)
+        self.hidden = dict(hidden)
+
+    def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
+        """Cut the pairs into passes, each of which starts at one block."""
+        start = _first((self.first_hits(condition, text) < self.ids.shape[1]).T)
+        rows = max(1, self.batch_tokens // self.ids.shape[1])
+        groups = [(start == number).nonzero().squeeze(1) for number in range(len(self.layers))]
+        return [some for group in groups for some in torch.split(group, rows) if len(some)]
+
+    def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
+        """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
+        first = self.layers[int(_first((self.first_hits(condition, text) < self.ids.shape[1]).T)[0])]
+        hidden = self.hidden[first][text] if first in self.hidden else None
+        layers = range(0 if hidden is None else first, len(hooks.blocks(self.model)))
+        own = self.own[text]
+        edits = self.edits(layers, condition.unsqueeze(1).expand_as(own).flatten(), own.flatten())
+        self.computed += int(self.mask[text].sum()) * len(layers)
+        with hooks.starting_at(self.model, first, hidden), hooks.editing(self.model, edits):
+            return text_nll(self.model, self.ids[text], self.mask[text], self.special[text])

@@ -1,0 +1,214 @@
+"""The ways to take units out of a forward pass at one hookpoint, each for many conditions at once.
+
+A condition is a set of units. Only a text's own tokens are ever changed: the tokenizer's leading special tokens were
+not seen by the SAE, and their norm is far from any other's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from babelscope.core.errors import UserError
+from babelscope.models.matmul import fill_up
+from babelscope.sae.autoencoder import SAE
+from babelscope.sae.cache import Shelf, Shelved
+
+Units = Sequence[Sequence[int]]
+
+
+class Intervention(Protocol):
+    """What is done at one hookpoint.
+
+    Attributes
+    ----------
+    acts: bool `[conditions]`, whether a condition has units here at all.
+    """
+
+    acts: Tensor
+
+    def touches(self, x: Tensor) -> Tensor:
+        """Which rows of `x` `[tokens, d]` each condition would change: bool `[conditions, tokens]`."""
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`x` `[tokens, d]` with row i as condition `condition[i]` (int64) has it; same dtype."""
+
+
+def members(units: Units, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Bool `[conditions, count]`: which of `count` units each condition takes out."""
+    table = torch.zeros((len(units), count), dtype=torch.bool)
+    for row, some in enumerate(units):
+        table[row, torch.tensor(list(some), dtype=torch.int64)] = True
+    return table.to(device)
+
+
+class FeatureAblation:
+    """`x - sum_{u in S} z_u(x) W_dec[u]`, `z_u` the SAE's own activation.
+
+    The SAE's error stays in place, so that taking out nothing changes nothing, bit for bit. (Andrylie et al. 2025
+    remove features by an additive form, see `Additive`; the one with the SAE's own activations is ours.)
+    """
+
+    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+        device = sae.b_dec.device
+        self.sae = sae
+        self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
+        # Pairs of a latent and a condition that takes it out, ascending: a table of all pairs would be conditions x
+        # latents, gigabytes where every feature of a large dictionary is a condition of its own.
+        pairs = sorted({(unit, number) for number, some in enumerate(units) for unit in some})
+        latent, self.condition = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
+        self.pair = latent * len(units) + self.condition
+        # The pairs of latent i are those from start[i] to start[i + 1].
+        self.start = F.pad(torch.bincount(latent, minlength=sae.latents).cumsum(0), (1, 0))
+
+    def touches(self, x: Tensor) -> Tensor:
+        """Where one of a condition's units fires."""
+        values, indices = self._encode(x)
+        hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
+        token, column = (values > 0).nonzero(as_tuple=True)
+        first = self.start[indices[token, column]]
+        count = self.start[indices[token, column] + 1] - first
+        # Each firing once for every condition that takes its latent out.
+        offset = torch.arange(int(count.sum()), device=x.device) - (count.cumsum(0) - count).repeat_interleave(count)
+        hit[self.condition[first.repeat_interleave(count) + offset], token.repeat_interleave(count)] = True
+        return hit
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Subtract the units' part of the reconstruction."""
+        values, indices = self._encode(x)
+        if not len(self.pair):
+            return x
+        wanted = indices * len(self.acts) + condition.unsqueeze(1)
+        place = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
+        gone = torch.where(self.pair[place] == wanted, values, 0.0)
+        hit = (gone > 0).any(1)
+        part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
+        changed = x.clone()
+        changed[hit] = (x[hit].float() - part).to(x.dtype)
+        return changed
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = self.sae.encode(fill_up(x))
+        return values[: len(x)], indices[: len(x)]
+
+
+class Directional:
+    """`x - Q Q^T x`, Q an orthonormal basis (QR) of the span of the decoder rows: nothing of it is left, of any sign.
+
+    Not centred: the component of the mean activation goes, too. Directions that depend on the others (to 1e-6 of
+    the largest) are left out of the basis.
+    """
+
+    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+        decoder = sae.W_dec
+        self.acts = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
+        self.bases = [basis(decoder[list(some)]) for some in units]
+
+    def touches(self, x: Tensor) -> Tensor:
+        """Everywhere."""
+        return self.acts.unsqueeze(1).expand(-1, len(x))
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Project the span out."""
+        changed = x.clone()
+        for number in sorted(set(condition.tolist())):
+            if self.acts[number]:
+                mine, q = condition == number, self.bases[number]
+                part = x[mine].float()
+                changed[mine] = (part - part @ q @ q.T).to(x.dtype)
+        return changed
+
+
+def basis(directions: Tensor) -> Tensor:
+    """Orthonormal columns, `[d, rank]`, that span the rows of `directions` `[n, d]`, by QR.
+
+    The rank is that of R: where rows depend on each other, QR alone would add directions that are not theirs.
+    """
+    if not len(directions):
+        return directions.new_zeros((directions.shape[1], 0))
+    rows = directions.double().T
+    q, r = torch.linalg.qr(rows)
+    left, size, _ = torch.linalg.svd(r)
+    columns: Tensor = (q @ left)[:, size > 1e-6 * size.max()].to(directions.dtype)
+    return columns
+
+
+class Additive:
+    """`x + m * sum_{u in S} max_u W_dec[u]` at every token, whether a unit fires or not (Andrylie et al. 2025).
+
+    Parameters
+    ----------
+    sae: the dictionary.
+    units: of every condition.
+    largest: float32 `[latents]`, the largest activation of each unit seen in the training texts (0: never fired).
+    m: the paper's factor, -0.2 there.
+    """
+
+    def __init__(self, sae: SAE | Shelved, units: Units, largest: Tensor, m: float) -> None:
+        device = sae.b_dec.device
+        # Of the decoder, only the rows that are needed: a dictionary may be as large as the model.
+        rows = sorted({unit for some in units for unit in some})
+        number = {unit: place for place, unit in enumerate(rows)}
+        chosen = members([[number[unit] for unit in some] for some in units], len(rows), device)
+        self.acts = chosen.any(1)
+        self.shift = m * (chosen * largest[rows].to(device)) @ sae.W_dec.detach()[rows]
+
+    def touches(self, x: Tensor) -> Tensor:
+        """Everywhere."""
+        return self.acts.unsqueeze(1).expand(-1, len(x))
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Add the condition's vector."""
+        return (x.float() + self.shift[condition]).to(x.dtype)
+
+
+class NeuronAblation:
+    """The neurons' activations set to 0, at a hookpoint whose dimensions are neurons (`layers.N.mlp.act_fn`)."""
+
+    def __init__(self, width: int, units: Units, device: torch.device | str = "cpu") -> None:
+        self.removed = members(units, width, device)
+        self.acts = self.removed.any(1)
+
+    def touches(self, x: Tensor) -> Tensor:
+        """Where one of a condition's neurons is not 0 already."""
+        return (self.removed.float() @ (x != 0).float().T) > 0
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Set them to 0."""
+        return x.masked_fill(self.removed[condition], 0.0)
+
+
+def interventions(
+    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE] | Shelf, largest: Mapping[str, Tensor], m: float
+) -> dict[str, Intervention]:
+    """One intervention on SAE features for every hookpoint; for neurons see `neurons`.
+
+    Parameters
+    ----------
+    method: "feature", "directional" or "additive".
+    units: by hookpoint, of every condition.
+    saes: by hookpoint.
+    largest: by hookpoint, float32 `[latents]`, for "additive".
+    m: for "additive".
+
+    Raises
+    ------
+    UserError: the method is unknown.
+    """
+    if method == "feature":
+        return {name: FeatureAblation(saes[name], some) for name, some in units.items()}
+    if method == "directional":
+        return {name: Directional(saes[name], some) for name, some in units.items()}
+    if method == "additive":
+        return {name: Additive(saes[name], some, largest[name], m) for name, some in units.items()}
+    allowed = "feature, directional, additive, neuron"
+    raise UserError(f"params.yaml: ablate.methods: {method!r}; allowed: {allowed}")
+
+
+def neurons(
+    units: Mapping[str, Units], width: Mapping[str, int], device: torch.device | str
+) -> dict[str, Intervention]:
+    """One `NeuronAblation` for every hookpoint, of `width` neurons each."""
+    return {name: NeuronAblation(width[name], some, device) for name, some in units.items()}

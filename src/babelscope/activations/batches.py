@@ -1,0 +1,122 @@
+"""Which rows make which training batch, and reading them from the activation store."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from babelscope.activations.moments import Moments, moments
+from babelscope.activations.store import ActivationStore
+from babelscope.core.progress import Progress
+
+# Rows from which mean and covariance are taken, at least (all, where there are fewer), and those read at once.
+_SAMPLE, _CHUNK = 2**18, 8192
+# Batches whose rows are looked up and sorted at once: one by one it took as long as a third of the reading.
+_BLOCK = 64
+
+# What is encoded and what is to be reconstructed, [rows, d_in] and [rows, d] as stored; null: the same.
+Pair = tuple[Tensor, Tensor | None]
+
+
+class Source(Protocol):
+    """Where the batches of a training come from, for one or several hookpoints.
+
+    Attributes
+    ----------
+    steps, size: number of batches, and rows in each over all devices together.
+    """
+
+    steps: int
+    size: int
+
+    def moments(self) -> list[tuple[Moments, Moments | None]]:
+        """For every hookpoint those of the activations to reconstruct, and of those to encode where they are others."""
+        ...
+
+    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
+        """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint."""
+        ...
+
+
+def permutation(seed: int, epoch: int, rows: int) -> Tensor:
+    """Order of the rows in one pass over the data, int64 [rows]: a pure function of its arguments."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(rows, generator=generator)
+
+
+class Batches:
+    """Batches from the stores of one hookpoint: number `step` is a pure function of (seed, step, rows).
+
+    Parameters
+    ----------
+    store: where the activations to reconstruct lie.
+    rows: int64 [m], the rows of `store` to train on.
+    size: rows per step, over all devices together.
+    steps: number of batches; the rows are passed over as often as it takes, each time in another order.
+    seed: of the order.
+    inputs: where the activations to encode lie (transcoders), row for row; null: in `store`.
+    pin: read into page-locked memory, from which a GPU copies while it computes.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        rows: Tensor,
+        size: int,
+        steps: int,
+        seed: int,
+        inputs: ActivationStore | None = None,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self.store, self.rows, self.size, self.steps, self.seed = store, rows, size, steps, seed
+        self.inputs, self.pin = inputs, pin
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._block, self._rows = -1, torch.empty(0, dtype=torch.int64)
+
+    def rows_of(self, step: int) -> Tensor:
+        """The store's rows in batch number `step`, ascending (so that a disk reads forward): int64 [size]."""
+        block, number = divmod(step, _BLOCK)
+        if block != self._block:
+            self._block, self._rows = block, self._rows_of_block(block * _BLOCK * self.size)
+        return self._rows[number]
+
+    def _rows_of_block(self, place: int) -> Tensor:
+        end, parts = place + _BLOCK * self.size, []
+        while place < end:
+            epoch, offset = divmod(place, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
+            parts.append(self._order[offset : offset + end - place])
+            place += len(parts[-1])
+        return self.rows[torch.cat(parts)].view(_BLOCK, self.size).sort(dim=1).values
+
+    def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
+        """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
+
+        In the calling thread: on two cores a reading thread beside the step took more than it gave, and a GPU is busy
+        with the step before while this one is read.
+        """
+        with Progress("train", self.steps * self.size, "tokens") as progress:
+            progress.skip(first * self.size)
+            for step in range(first, self.steps):
+                rows = self.rows_of(step)[rank::world].contiguous()
+                target = self._gather(self.store, rows)
+                yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
+                if rank == 0:
+                    progress.update(self.size)
+
+    def _gather(self, store: ActivationStore, rows: Tensor) -> Tensor:
+        if not self.pin:
+            return store.gather(rows)
+        return store.gather(rows, torch.empty((len(rows), store.d), dtype=store.dtype, pin_memory=True))
+
+    def moments(self) -> list[tuple[Moments, Moments | None]]:
+        """Of all rows, or of a sample where there are many."""
+        return [(self._moments(self.store), None if self.inputs is None else self._moments(self.inputs))]
+
+    def _moments(self, store: ActivationStore) -> Moments:
+        rows = self.rows[:: max(1, len(self.rows) // _SAMPLE)]
+        chunks = (store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
+        return moments(chunks, str(store.index.get("hookpoint", "a hookpoint")))

@@ -1,0 +1,6 @@
+"""`params.yaml` as a typed, validated model. Params are tracked as params: no stage depends on this package."""
+
+from babelscope.config.checks import Config
+from babelscope.config.loading import check_folders, hookpoint_argument, load, parse, read_yaml
+
+__all__ = ["Config", "check_folders", "hookpoint_argument", "load", "parse", "read_yaml"]

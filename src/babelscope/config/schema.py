@@ -1,0 +1,291 @@
+"""The sections of params.yaml, each by itself: one class per section, every knob documented in `params.yaml` itself."""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+
+from babelscope.config.values import Amount, Factor, Hookpoints, Inside, Name, Positive, Seed, Sha256, Share, Size, Url
+
+
+class Section(pydantic.BaseModel):
+    """A section of params.yaml: no unknown keys, no silent conversions, immutable."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which causal language model, and how it is loaded."""
+
+    source: Literal["package", "huggingface"]
+    name: Name
+    gguf_file: Inside | None
+    sha256: Sha256 | None
+    revision: Name | None
+    quantization: Literal["8bit", "4bit"] | None
+    trust_remote_code: bool
+
+
+class Dataset(Section):
+    """A data set in the Hugging Face hub's format: a ready-made entry of `corpus.hub`, or one that is spelled out."""
+
+    name: Literal["flores-plus", "xnli", "paws-x", "wili-2018", "wikipedia", "fineweb-2", "tatoeba"] | None = None
+    path: Name | None = None
+    revision: Name | None = None
+    subset: Name | None = None
+    splits: Annotated[list[Name], Field(min_length=1)] | None = None
+    text: Annotated[list[Name], Field(min_length=1)] | None = None
+    language: Name | None = None
+    group: Name | None = None
+    rows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Dataset":
+        if self.name is None:
+            for key in ("path", "splits", "text"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key} is missing; needed where no ready-made 'name' is given")
+            if self.language is None and "{language}" not in (self.subset or ""):
+                raise ValueError("language is missing: the column that holds it, or '{language}' in subset")
+        return self
+
+
+class Corpus(Section):
+    """Where the texts come from and how many of them are taken."""
+
+    source: Literal["gettext", "files", "huggingface"]
+    datasets: list[Dataset]
+    packages: list[Name]
+    path: Name | None
+    domain: Inside | None
+    source_language: Name
+    lid: Share | None
+    min_characters: Size
+    max_tokens: Annotated[Size, Field(ge=2)]
+    train_tokens: Positive
+    eval_tokens: Positive
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Corpus":
+        if self.source == "files" and self.path is None:
+            raise ValueError("corpus.path: the source 'files' needs a folder")
+        if self.source == "huggingface" and not self.datasets:
+            raise ValueError("corpus.datasets: the source 'huggingface' needs at least one, such as '- name: xnli'")
+        if self.source == "gettext" and bool(self.packages) == (self.path is not None):
+            raise ValueError("corpus.packages: the source 'gettext' needs either packages or a path: 'packages: []' "
+                             "with a path, 'path:' null with packages")  # fmt: skip
+        if len(set(self.packages)) < len(self.packages):
+            raise ValueError("corpus.packages: a package is listed twice")
+        return self
+
+
+class Extract(Section):
+    """The forward pass whose activations are stored."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    store_dtype: Literal["float16", "bfloat16", "int8"]
+    batch_tokens: Size
+
+
+class Train(Section):
+    """One SAE per hookpoint."""
+
+    source: Literal["stored", "stream", "pretrained"]
+    activation: Literal["topk", "batchtopk", "jumprelu", "relu"]
+    latents: Size
+    k: Size
+    matryoshka: list[Positive] | None
+    transcode: bool
+    tokens: Positive
+    batch: Size
+    learning_rate: Factor | None
+    warmup: Share
+    decay: Share
+    encoder_scale: Factor
+    aux_k_coefficient: Amount
+    dead_after: Positive | None
+    log_every: Positive
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Train":
+        if self.k > self.latents:
+            raise ValueError(f"train.k: {self.k} active latents of only {self.latents} (train.latents)")
+        widths = self.matryoshka or []
+        if self.matryoshka is not None and (not widths or widths != sorted(set(widths)) or widths[-1] >= self.latents):
+            raise ValueError(
+                f"train.matryoshka: expected ascending widths below {self.latents} (train.latents), or null"
+            )
+        if widths and self.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"train.matryoshka: for 'topk' and 'batchtopk' only, not for {self.activation!r}")
+        return self
+
+
+class Pretrained(Section):
+    """Released SAEs in place of trained ones."""
+
+    name: Name | None
+    revision: Name | None
+    folder: Inside | dict[str, Inside]
+
+    @field_validator("folder")
+    @classmethod
+    def _a_template(cls, folder: str | dict[str, str]) -> str | dict[str, str]:
+        fields = re.findall(r"{([^}]*)}", folder) if isinstance(folder, str) else []
+        if unknown := sorted(set(fields) - {"hookpoint", "layer"}):
+            raise ValueError(f"{{{unknown[0]}}} is nothing to fill in; allowed: {{hookpoint}}, {{layer}}")
+        return folder
+
+    def folder_of(self, hookpoint: str, layer: int) -> str:
+        """Where the SAE of a hookpoint lies below `name`."""
+        if isinstance(self.folder, dict):
+            return self.folder[hookpoint]
+        return self.folder.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
+
+
+class Encode(Section):
+    """Counting the firings of every latent."""
+
+    chunk_tokens: Size
+
+
+class Quality(Section):
+    """Loss recovered with the reconstructions spliced into the forward pass."""
+
+    tokens: Positive | None
+
+
+class Score(Section):
+    """SAE-LAPE (Andrylie et al. 2025, arXiv 2507.11230)."""
+
+    example_rate: Share
+    token_rate: Share
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)]
+    members: Positive
+    same_language: bool
+    order: Literal["entropy", "probability"]
+    top: Positive | None
+    per_layer: bool
+
+
+class Neurons(Section):
+    """LAPE for the model's own neurons (Tang et al. 2024, arXiv 2402.16438)."""
+
+    hookpoints: Hookpoints
+    quantile: Share
+    top_rate: Share
+
+
+class Stability(Section):
+    """Second SAEs of some hookpoints, from another seed, to see which features come again."""
+
+    hookpoints: Hookpoints
+    seed: Seed
+    cosine: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Ablate(Section):
+    """Removing one language's features and measuring what it costs every language."""
+
+    methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
+    additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
+    control_draws: Annotated[int, Field(ge=0, le=10_000)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_tokens: Size
+    by_layer: bool
+    tokens: Positive | None
+    others_tokens: Positive | None
+    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a method stands twice")
+        return names
+
+
+def primary_method(methods: Sequence[str]) -> str:
+    """The ablation method of the headline, the pictures and the tables: `feature` if it is used, else the first."""
+    return "feature" if "feature" in methods or not methods else methods[0]
+
+
+class Identify(Section):
+    """Language identification by the selected units, against fastText."""
+
+    also: Name | Dataset | None
+    also_texts: Size
+
+
+class Steer(Section):
+    """Generation with a language's features amplified."""
+
+    strengths: Annotated[list[Factor], Field(min_length=1)]
+    prompt_language: Name
+    prompts: Size
+    prompt_tokens: Annotated[Size, Field(ge=2)]
+    new_tokens: Annotated[Size, Field(ge=2)]
+    temperature: Amount
+    min_distinct: Share
+    max_nll: Factor
+    control: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_rows: Size
+
+
+class Browse(Section):
+    """The feature browser: what is shown of every feature."""
+
+    texts: Size
+    tokens: Size
+    ablated: Annotated[int, Field(ge=0, le=2**26)]
+    ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
+    shared: Annotated[int, Field(ge=0, le=2**26)] | None
+
+
+class Explain(Section):
+    """Features in words, by a language model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Url | None
+    model: Name | None
+    per_language: Size
+    examples: Size
+    scored: Size
+    price_in: Amount
+    price_out: Amount
+    max_cost: Amount
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Explain":
+        if self.endpoint is not None and self.model is None:
+            raise ValueError("explain.model: the endpoint needs the name of a model")
+        return self
+
+
+class Track(Section):
+    """Where the runs go in MLflow."""
+
+    experiment: Name
+
+
+class Hardware(Section):
+    """Knobs that change how fast the results come, never what they are; no stage depends on them."""
+
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Annotated[int, Field(gt=0, le=1024)]
+    num_nodes: Annotated[int, Field(gt=0, le=65536)]
+    strategy: Name
+    threads: Annotated[int, Field(ge=0, le=4096)]
+    checkpoint_seconds: Amount
+    parallel: Annotated[int, Field(gt=0, le=1000)]
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ("auto", "ddp", "fsdp"):
+            raise ValueError(
+                f"{name!r}; allowed: auto, ddp, fsdp. Lightning's others cut weights across rows (deepspeed, "
+                "model_parallel), which the SAE's own gradients do not, or start functions, not stages (ddp_spawn)"
+            )
+        return name

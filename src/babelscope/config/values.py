@@ -1,0 +1,104 @@
+"""What a value of params.yaml may be: numbers with bounds, names, paths; and how pydantic's refusals are put in words.
+
+The upper bounds are far beyond any honest value: a slip of the keyboard is refused before memory is asked for it.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field
+
+from babelscope.core.errors import nearest
+from babelscope.core.redact import redact
+
+_HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+_LONGEST = 200  # characters of a name that becomes part of a file's
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r:.80} holds a character that cannot be printed")
+    return text
+
+
+def _inside(path: str) -> str:
+    if PurePosixPath(path).is_absolute() or ".." in path.split("/"):
+        raise ValueError(f"{path!r} leads out of its folder; allowed: a path below it, without '..'")
+    return path
+
+
+def _without_credentials(url: str) -> str:
+    # The message does not repeat it: params.yaml is committed and goes to MLflow, the message to a log.
+    if redact(url) != url or not re.fullmatch(r"https?://[^/]+(/.*)?", url):
+        raise ValueError("expected a URL such as http://localhost:8000/v1, without user, password or key in it")
+    return url
+
+
+def _different(names: list[str], form: re.Pattern[str]) -> list[str]:
+    for name in names:
+        if not form.fullmatch(name) or len(name) > _LONGEST:
+            raise ValueError(f"{name!r:.80} does not have the form {form.pattern}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} stands twice")
+    return names
+
+
+# How often, how many, and how many at once in memory.
+Positive = Annotated[int, Field(gt=0, lt=2**48)]
+Size = Annotated[int, Field(gt=0, le=2**26)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Factor = Annotated[float, Field(gt=0.0, le=1e6)]
+Amount = Annotated[float, Field(ge=0.0, le=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A path below a folder that another key names.
+Inside = Annotated[Name, AfterValidator(_inside)]
+Url = Annotated[Name, AfterValidator(_without_credentials)]
+Hookpoints = Annotated[list[str], AfterValidator(lambda names: _different(names, _HOOKPOINT))]
+Languages = Annotated[list[str], AfterValidator(lambda names: _different(names, _LANGUAGE))]
+
+
+def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section of `model` at `place` may hold."""
+    for key in place:
+        field = model.model_fields.get(key) if isinstance(key, str) else None
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def expanded(name: str | Path) -> Path:
+    """The path that a name of params.yaml spells; a `~` that stands for no known home is left as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def local_name(name: str) -> str:
+    """What outputs call a model or a folder: a hub id as it is, of a local folder the last part.
+
+    The rest of a folder's path differs between machines.
+    """
+    folder = expanded(name)
+    return folder.resolve().name if name.startswith((".", "/", "~")) or folder.is_dir() else name
+
+
+def explain(model: type[BaseModel], error: Any) -> str:
+    """One of the errors of a `pydantic.ValidationError` of `model`: the key, what is wrong, and what is allowed."""
+    place, kind = tuple(error["loc"]), error["type"]
+    key = ".".join(f"{part if part.isprintable() else ascii(part):.{_LONGEST}}" for part in map(str, place))
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; {nearest(str(place[-1]), _allowed(model, place[:-1]))}"
+    if kind == "missing":
+        return f"{key}: the key is missing"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        # The checks of a whole section name their key themselves.
+        return message if re.match(r"[a-z_]+\.[a-z_]+: ", message) else f"{key}: {message}"
+    got = error.get("input")
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {got!r:.80}"

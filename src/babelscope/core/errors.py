@@ -1,0 +1,28 @@
+"""The one exception that a user is meant to read."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the user can mend: the message names the file, the key and what is allowed.
+
+    `babelscope.core.stage.run` prints it without a traceback and ends with exit code 1.
+    """
+
+
+def nearest(wrong: str, allowed: Iterable[str], count: int = 3) -> str:
+    """A closing sentence for an error message: the `allowed` names most like `wrong`, or all of them where few.
+
+    Parameters
+    ----------
+    wrong: what the user wrote.
+    allowed: the names that would have been accepted.
+    count: how many near misses to name.
+    """
+    names = sorted(set(allowed))
+    close = difflib.get_close_matches(wrong, names, n=count, cutoff=0.5)
+    if len(names) <= 20:
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"allowed: {', '.join(names) or 'nothing'}{hint}"
+    return f"nearest: {', '.join(close or names[:count])} (of {len(names)})"

@@ -1,0 +1,227 @@
+"""Writing outputs so that nothing half-written is ever read, and reading them back."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from babelscope.core.errors import UserError
+
+if TYPE_CHECKING:  # the stages that need neither do not wait for their imports
+    import polars as pl
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# The only way to read the umask is to set it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+# Why a file cannot be written, in the words of the system, and of torch, which has none for a full disk.
+_REFUSALS = {
+    "No space left on device": "no space left on the disk",
+    "Disk quota exceeded": "the disk quota is used up",
+    "File too large": "the file system takes no file so large",
+    "Read-only file system": "the file system is read-only",
+    "Permission denied": "it may not be written",
+    "Input/output error": "the disk failed",
+    "inline_container": "it could not be written to the end (is the disk full?)",
+}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` and move the result to `path`: other processes see the old file or the whole new one.
+
+    The folder of `path` is made where missing. The temporary file lies beside `path`, so that the move is a rename.
+
+    Raises
+    ------
+    UserError: the disk is full or cannot be written to. There is nothing of the new file then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fchmod(handle.fileno(), 0o666 & ~_UMASK)  # some writers leave files that only the owner can read
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        # Writers put the system's words into exceptions of their own.
+        reason = next((ours for theirs, ours in _REFUSALS.items() if theirs in str(error)), None)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: {reason}. Put that right, then dvc repro goes on from what is kept") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a file, also to another file system: data/ may be a mount or a link to a larger disk.
+
+    The folder of `target` is made where missing. A copy is whole or not there, as with `write_atomically`.
+
+    Raises
+    ------
+    UserError: the disk is full or cannot be written to; `source` is still there then.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+        source.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON with sorted keys and a closing newline (the same content gives the same bytes)."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    UserError: the file is missing, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> None:
+    """Read a Parquet file to its end, batch by batch, by pyarrow, which checks what the file says of itself.
+
+    Polars believes it: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
+
+    Parameters
+    ----------
+    path: the file.
+    columns: those that will be read; null: all.
+
+    Raises
+    ------
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for _ in file.iter_batches(columns=None if columns is None else list(columns)):
+                pass
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
+
+
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.DataFrame":
+    """Read a Parquet file that an earlier stage has written, or some of its columns.
+
+    Raises
+    ------
+    UserError: the file is missing, damaged, or lacks a column.
+    """
+    import polars as pl
+
+    try:
+        check_parquet(path, columns)
+        return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _unreadable(path, error) from None
+
+
+def scan_table(path: Path | str) -> "pl.LazyFrame":
+    """A Parquet file that an earlier stage has written, to be read piece by piece.
+
+    Raises
+    ------
+    UserError: the file is missing or damaged.
+    """
+    import polars as pl
+
+    try:
+        check_parquet(path)
+        pl.read_parquet_schema(path)
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _unreadable(path, error) from None
+    return pl.scan_parquet(path, glob=False)
+
+
+def read_part(path: Path) -> "dict[str, Tensor] | None":
+    """The tensors that an interrupted run has left in a safetensors file; null where it has not, or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        return None
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        log.warning("%s: damaged, computed again (%s)", path, error)
+        return None
+
+
+def _unreadable(path: Path | str, error: BaseException) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
+    reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")
+    return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
+
+
+class _Work:
+    """The stage that this process works at (see `stage.alone`), and whether it holds the stage's lock."""
+
+    name = ""
+    is_alone = False
+
+
+work = _Work()
+
+
+def scratch(fingerprint: str) -> Path:
+    """The folder in which a stage keeps what it needs to resume after a kill; the stage deletes it at its end.
+
+    It is keyed by the fingerprint of the stage's params and inputs, so that a run never resumes another one's work.
+    What runs of the same stage with other params, inputs or code have left is deleted (see `prune`).
+    """
+    folder = scratch_root() / (f"{work.name}.{fingerprint}" if work.name else fingerprint)
+    prune(keep=folder)
+    return folder
+
+
+def scratch_root() -> Path:
+    """The folder of all scratch folders; temporary copies of the repository share that of the main checkout."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+
+
+def prune(keep: Path | None = None) -> None:
+    """Delete the scratch folders of this process's stage but `keep`; does nothing without the stage's lock.
+
+    A killed run cannot delete its own, which may hold terabytes. The lock says that no live process uses them.
+    """
+    if not work.is_alone:
+        return
+    for folder in scratch_root().glob("*.*"):
+        if folder.name.rpartition(".")[0] == work.name and folder != keep:
+            log.info("%s: deleted, a run with other params, inputs or code left it", folder)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""What a stage's work depends on, as one name; and files and folders hashed the way DVC hashes them."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from babelscope.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Packages that cannot change a result (tests/test_pipeline.py): no stage but `report` and `track` depends on them.
+NO_DEPENDENCIES = ("core", "config", "tracking", "report")
+# Bytes: a smaller file is hashed sooner than DVC is imported.
+_SMALL = 2**28
+
+
+def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name the work of a stage: same stage, params, inputs and code give the same 32 hex digits, anything else others.
+
+    It names the folder in which an interrupted stage leaves its checkpoints, and the MLflow run that it resumes.
+
+    Parameters
+    ----------
+    stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
+    params: the params that the stage depends on; nested mappings and lists are fine.
+    inputs: hashes of the files and folders that it reads, by path (see `dvc_md5`).
+
+    Raises
+    ------
+    TypeError, ValueError: `params` holds something that JSON cannot say exactly.
+    """
+    content = {"stage": stage, "params": params, "inputs": dict(inputs), "code": _code()}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def dvc_md5(path: Path) -> str:
+    """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
+
+    What `.dvcignore` excludes does not count, nor do empty folders. Files that DVC has hashed, and that have had the
+    same size and date since, are not read again: activations and SAEs may be terabytes.
+
+    Raises
+    ------
+    UserError: there is no such file or folder.
+    """
+    root = next((parent for parent in path.absolute().parents if (parent / ".dvc").is_dir()), None)
+    if root is None or (path.is_file() and path.stat().st_size < _SMALL) or not path.exists():
+        return content_md5(path)
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+
+    try:
+        with Repo(str(root)) as repo:
+            local = repo.cache.local
+            found = build(local, str(path.absolute()), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)[2]
+            return str(found.hash_info.value)
+    except (DvcException, OSError, sqlite3.Error) as error:
+        log.debug("%s: hashed without DVC (%s)", path, error)
+        return content_md5(path)
+
+
+def content_md5(path: Path) -> str:
+    """What `dvc_md5` gives, of the content that is on the disk now: every file is read.
+
+    Raises
+    ------
+    UserError: there is no such file or folder.
+    """
+    if path.is_file():
+        return _file_md5(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; an earlier stage writes it: dvc repro")
+    listing = [
+        {"md5": _file_md5(file), "relpath": file.relative_to(path.absolute()).as_posix()}
+        for file in _files(path.absolute())
+    ]
+    listing.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _code() -> dict[str, str]:
+    """What else decides the result: the packages that stages depend on (dvc.yaml), and the version of torch."""
+    source = Path(__file__).parent.parent
+    packages = (folder for folder in source.iterdir() if folder.is_dir() and folder.name not in NO_DEPENDENCIES)
+    files = sorted(file for package in packages for file in package.rglob("*.py"))
+    hashes = {file.relative_to(source).as_posix(): _file_md5(file) for file in files}
+    return {**hashes, "torch": importlib.metadata.version("torch")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"{type(value).__name__} has no place in a fingerprint: {value!r:.80}")
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below `folder` that DVC sees."""
+    folder = folder.absolute()
+    root = next((parent for parent in folder.parents if (parent / ".dvc").is_dir()), None)
+    if root is None:
+        return (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    from dvc.fs import LocalFileSystem
+    from dvc.ignore import DvcIgnoreFilter
+
+    system = LocalFileSystem()
+    return (Path(name) for name in DvcIgnoreFilter(system, str(root)).find(system, str(folder)))

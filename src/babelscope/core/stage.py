@@ -1,0 +1,185 @@
+"""What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from babelscope.core import files
+from babelscope.core.errors import UserError
+from babelscope.core.redact import redact
+
+log = logging.getLogger(__name__)
+
+# Asked at once: the imports of a stage take seconds, in which DVC may be killed.
+_PARENT = os.getppid()
+
+# No tool phones home, and no library prints bars of its own into a log. A user's own setting wins.
+_QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    # It warns of packed GGUF weights also where it was told to unpack them.
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "true",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+
+
+class _Redacting(logging.Formatter):
+    """Keeps credentials out of the log, whichever library it is that names them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python shows what nothing has caught, without credentials."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    if not sys.stderr.isatty() or os.environ.get("CI"):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _show
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "mlflow", "alembic", "httpx", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    end_with_dvc()
+    keep_caches()
+    try:
+        with alone():
+            main()
+    except BaseException as error:
+        told = _in_a_line(error)
+        if told is None:
+            raise
+        print(f"error: {redact(told)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def keep_caches() -> None:
+    """Where the home folder is read-only or there is none, let libraries keep their caches below `.scratch/`.
+
+    Models that are in the cache of the home folder are still found there. Works before they are imported; a user's own
+    settings win.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface")))
+    try:
+        cache = cache.expanduser().absolute()
+        existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return
+    except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
+        log.debug("%s: not a folder that can be looked at", cache)
+    ours = files.scratch_root().absolute() / "caches"
+    log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
+    with suppress(OSError):
+        if (cache / "hub").is_dir():
+            os.environ.setdefault("HF_HUB_CACHE", str(cache / "hub"))
+        if (cache / "token").is_file():
+            os.environ.setdefault("HF_TOKEN_PATH", str(cache / "token"))
+    os.environ["HF_HOME"] = str(ours / "huggingface")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ours / "triton"))
+
+
+# What is to be blamed on the machine, not on the program.
+_MACHINE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def _in_a_line(error: BaseException) -> str | None:
+    """What a user is told instead of a traceback; null where the program is wrong."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return f"{error.filename or 'a file'}: {error.strerror}; put that right, then dvc repro goes on"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        first = " ".join(str(error).split())[:200]
+        return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
+    # What pyarrow has read and Polars does not. Other libraries' panics have the same name, but are none of its class.
+    if (polars := sys.modules.get("polars")) is not None:
+        is_told = isinstance(error, polars.exceptions.PolarsError) and str(error).startswith("parquet: ")
+        if is_told or isinstance(error, polars.exceptions.PanicException):
+            reason = str(error).removeprefix("parquet: ")
+            return f"a Parquet file below data/ is damaged ({reason}); make verify says which"
+    return None
+
+
+# Set, and not 0, in all processes of a distributed run but the first: those of torchrun and Lightning, SLURM, LSF.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def end_with_dvc() -> None:
+    """Have the system end this process when the DVC that started it is gone (Linux only).
+
+    A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew. It is
+    DVC's own child only if the shell in between gives way to it: hence `exec` in dvc.yaml. The kill is one that nothing
+    can put off: Lightning would take SIGTERM for a request, and never look at it while it waits for another process.
+    """
+    if sys.platform == "linux" and "DVC_ROOT" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != _PARENT:  # it was gone before that call, which then does nothing
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process works at the same stage of the same folder, and let none begin.
+
+    Both would write the same outputs, and the first to end would take away what the other has to resume from.
+    """
+    name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
+    files.work.name = name
+    if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
+        yield  # the first process holds the lock for all
+        return
+    place = files.scratch_root() / "locks" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.work.is_alone = True
+        except BlockingIOError:
+            file.seek(0)
+            log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
+            fcntl.flock(file, fcntl.LOCK_EX)
+            files.work.is_alone = True
+        except OSError as error:  # some network file systems have no locks; without any, stages ran all the same
+            log.debug("%s: not locked (%s)", name, error)
+        file.truncate(0)
+        with suppress(OSError):  # only a help to who waits
+            os.write(file.fileno(), str(os.getpid()).encode())
+        try:
+            yield
+            files.prune()
+        finally:
+            files.work.name, files.work.is_alone = "", False
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:
+    """Log what a stage found as aligned columns, of text (the first `labels`) and of figures (the others)."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        aligned = (cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        log.info("%s", "  ".join(aligned).rstrip())

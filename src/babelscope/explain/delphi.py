@@ -1,0 +1,132 @@
+"""`python -m babelscope.explain.delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
+
+delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. Of every hookpoint a folder
+with `config.json` and `<first>_<last>.safetensors`, latents in ranges: `locations` `[firings, 3]` (context, position,
+latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A context is a text of
+the training split, its own tokens from position 0 on; behind its end stands the padding token, on which nothing fires.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from babelscope import config, sae
+from babelscope.activations.store import ActivationStore, place
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError, nearest
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.progress import Progress
+from babelscope.models import loading
+from babelscope.models.hookpoints import INPUT
+
+SAES, ACTIVATIONS = Path("data/sae"), Path("data/activations")
+# Files per hookpoint, and rows encoded at once.
+SPLITS, CHUNK = 5, 8192
+LARGEST = torch.finfo(torch.float16).max
+log = logging.getLogger(__name__)
+
+
+def contexts(table: pl.DataFrame, pad: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    """Texts as a matrix of tokens.
+
+    Parameters
+    ----------
+    table: `text_id`, `token_id` of the rows in question, texts together, in order.
+    pad: id behind the end of a text.
+
+    Returns
+    -------
+    Tokens `[contexts, longest]`; context and position of every row of `table`.
+    """
+    context = table["text_id"].rle_id().cast(pl.Int64).to_numpy()
+    first = np.searchsorted(context, np.arange(context[-1] + 1 if len(context) else 0))
+    position = np.arange(len(context)) - first[context]
+    tokens = np.full((len(first), int(position.max(initial=-1)) + 1), pad, dtype=np.uint32)
+    tokens[context, position] = table["token_id"].to_numpy()
+    return tokens, context, position
+
+
+def write_cache(
+    folder: Path,
+    latents: int,
+    tokens: NDArray[np.uint32],
+    locations: NDArray[np.int64],
+    activations: NDArray[np.float16],
+) -> None:
+    """Write the files of one hookpoint; `locations` as in the cache, but with the whole latent numbers."""
+    edges = np.linspace(0, latents, min(SPLITS, latents) + 1).astype(np.int64)
+    for start, end in zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True):
+        here = (locations[:, 2] >= start) & (locations[:, 2] <= end)
+        mine = locations[here] - np.array([0, 0, start])
+        small = np.uint16 if mine.max(initial=0) < 2**16 else np.uint32
+        content = {"locations": mine.astype(small), "activations": activations[here], "tokens": tokens}
+        write_atomically(folder / f"{start}_{end}.safetensors", lambda path, c=content: save_file(c, path))  # type: ignore[misc]
+
+
+def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: dict[str, Any]) -> int:
+    """Write the cache of one hookpoint; returns the number of firings."""
+    dictionary = sae.load(SAES, hookpoint)
+    store = ActivationStore(place(ACTIVATIONS, hookpoint if dictionary.b_in is None else hookpoint + INPUT))
+    tokens, context, position = contexts(table, pad)
+    rows = table["row"].to_torch()
+    locations, activations, beyond = [], [], 0
+    with Progress(f"delphi {hookpoint}", len(rows), "tokens") as progress:
+        for first in range(0, len(rows), CHUNK):
+            values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
+            row, column = (values > 0).nonzero(as_tuple=True)
+            at = (row + first).numpy()
+            locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
+            fired = values[row, column]
+            beyond += int((fired > LARGEST).sum())
+            activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())
+            progress.update(len(values))
+    if beyond:
+        log.warning("%s: %s activations above %s, the largest float16, are written as that", hookpoint, beyond, LARGEST)
+    write_cache(target / hookpoint, dictionary.latents, tokens, np.concatenate(locations), np.concatenate(activations))
+    write_json(target / hookpoint / "config.json", about | {"ctx_len": tokens.shape[1], "n_tokens": int(tokens.size)})
+    return sum(map(len, activations))
+
+
+def main(arguments: list[str]) -> None:
+    """Write `<TARGET>/<hookpoint>/` for the hookpoints named, or all of params.yaml.
+
+    Raises
+    ------
+    UserError: params.yaml does not list the hookpoint, or no activations are stored.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m babelscope.explain.delphi", description="Firings in delphi's cache format."
+    )
+    parser.add_argument("target", type=Path, help="folder, made where missing; delphi's `latents` folder")
+    parser.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp; all of params.yaml where none is named")
+    chosen = parser.parse_args(arguments)
+    params = config.load()
+    names = chosen.hookpoints or params.hookpoints
+    for name in names:
+        if name not in params.hookpoints:
+            raise UserError(f"params.yaml: hookpoints: no {name!r}; {nearest(name, params.hookpoints)}")
+    if params.train.source == "stream":
+        raise UserError("params.yaml: train.source: 'stream' stores no activations; allowed here: stored, pretrained")
+    file = ACTIVATIONS / "tokens.parquet"
+    table = read_table(file).filter(split="train")
+    tokenizer = loading.load_tokenizer(params.model)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    about = {
+        "model_name": local_name(params.model.name), "dataset_repo": "data/corpus/texts.parquet",
+        "dataset_split": "train", "dataset_name": "", "dataset_column": "text", "batch_size": 1,
+    }  # fmt: skip
+    found = [(name, export(name, chosen.target, table, pad, about)) for name in names]
+    stage.table(["hookpoint", "firings"], [(name, f"{count:,}") for name, count in found])
+
+
+if __name__ == "__main__":
+    stage.run(lambda: main(sys.argv[1:]))

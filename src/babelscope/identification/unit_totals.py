@@ -1,0 +1,145 @@
+"""What a language's units do in a text: totals per text and language, the input of `identify`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from babelscope.core.errors import UserError
+from babelscope.sae.autoencoder import SAE
+from babelscope.sae.cache import Shelf
+
+# The methods of the paper, by kind of unit.
+METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The units of one hookpoint that belong to languages.
+
+    Attributes
+    ----------
+    units: numbers of the m units, int64 `[m]`, ascending.
+    owns: 1 where the language owns the unit, float32 `[m, languages]`.
+    scale, shift: float32 `[m, languages]`; `activation * scale - shift` is the activation scaled by the range that it
+        has on the language; 0 where the language does not own the unit, or no ranges are known.
+    """
+
+    units: Tensor
+    owns: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequence[str]) -> Owned:
+    """The units that `features` give to each language.
+
+    Min-max: (a - min) / (max - min + 1e-6), with the smallest and largest positive activation that the unit has on the
+    language that owns it (Andrylie et al. 2025, arXiv 2507.11230).
+
+    Parameters
+    ----------
+    features: `unit`, `language`: the selection at one hookpoint.
+    counts: `unit`, `language`, `min_positive`, `max` of the same hookpoint, or null where no range is wanted.
+    languages: order of the columns.
+
+    Raises
+    ------
+    UserError: `counts` lack a pair of unit and language that `features` hold.
+    """
+    pairs = features.select(pl.col("unit").cast(pl.Int64), "language").sort("unit", "language")
+    units = pairs["unit"].unique().sort()
+    row = units.search_sorted(pairs["unit"]).cast(pl.Int64).to_torch()
+    column = pairs["language"].cast(pl.Enum(languages)).to_physical().cast(pl.Int64).to_torch()
+    owns, scale, shift = (torch.zeros(len(units), len(languages)) for _ in range(3))
+    owns[row, column] = 1.0
+    if counts is not None:
+        ranges = pairs.join(
+            counts.select(pl.col("unit").cast(pl.Int64), "language", "min_positive", "max"),
+            on=["unit", "language"], how="left", maintain_order="left",
+        )  # fmt: skip
+        if ranges["max"].null_count():
+            raise UserError("counts: some selected units do not fire there: scored on other counts; dvc repro score")
+        low, high = (ranges[name].cast(pl.Float64).to_torch() for name in ("min_positive", "max"))
+        scale[row, column] = (1 / (high - low + 1e-6)).float()
+        shift[row, column] = (low / (high - low + 1e-6)).float()
+    return Owned(units.to_torch(), owns, scale, shift)
+
+
+class Totals:
+    """Adds up, text by text, what the units of every language do.
+
+    Parameters
+    ----------
+    texts: how many texts there are; text numbers below are positions among them.
+    owners: by hookpoint.
+    saes: the dictionary of every hookpoint whose units are latents; at the others the units are neurons.
+    device: where the work is done.
+
+    Attributes
+    ----------
+    totals: by method, float64 `[texts, languages]`: firings (count), or the sum of scaled activations (min-max).
+    """
+
+    def __init__(
+        self,
+        texts: int,
+        owners: Mapping[str, Owned],
+        saes: Mapping[str, SAE] | Shelf,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.owners, self.saes = dict(owners), saes
+        kinds = {"sae" if name in saes else "neuron" for name in owners}
+        width = next((part.owns.shape[1] for part in owners.values()), 0)
+        self.totals = {
+            method: torch.zeros(texts, width, dtype=torch.float64)
+            for kind, methods in METHODS.items() if kind in kinds
+            for method in methods
+        }  # fmt: skip
+        self._tables = {name: self._table(name) for name in owners}
+
+    def _table(self, name: str) -> tuple[Tensor, ...]:
+        """For latents: the row of every latent in the three tables, the last row (of zeros) being nobody's."""
+        mine = self.owners[name]
+        if name not in self.saes:
+            return mine.units.to(self.device), mine.owns.to(self.device)
+        slot = torch.full((self.saes[name].latents,), len(mine.units), dtype=torch.int64)
+        slot[mine.units] = torch.arange(len(mine.units))
+        tables = (F.pad(table, (0, 0, 0, 1)) for table in (mine.owns, mine.scale, mine.shift))
+        return tuple(table.to(self.device) for table in (slot, *tables))
+
+    def encodes(self, hookpoint: str) -> str:
+        """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
+        dictionary = self.saes.get(hookpoint)
+        return hookpoint if dictionary is None or dictionary.b_in is None else f"{hookpoint}.input"
+
+    @torch.no_grad()
+    def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
+        """Add tokens of any texts.
+
+        Parameters
+        ----------
+        hookpoint: one of `owners`.
+        activations: `[tokens, d]`, any floating dtype: what the SAE reads, or the neurons themselves.
+        text: number of the text of each token, int64 `[tokens]`.
+        """
+        x = activations.to(self.device)
+        if hookpoint not in self.saes:
+            units, owns = self._tables[hookpoint]
+            self.totals["neuron-count"].index_add_(0, text, ((x[:, units] > 0).float() @ owns).double().cpu())
+            return
+        slot, owns, scale, shift = self._tables[hookpoint]
+        values, indices = self.saes[hookpoint].encode(x)
+        values = values.float()
+        place, fires = slot[indices], (values > 0).float()
+
+        def bag(table: Tensor, weights: Tensor) -> Tensor:
+            return F.embedding_bag(place, table, per_sample_weights=weights, mode="sum")
+
+        count, scaled = bag(owns, fires), bag(scale, values * fires) - bag(shift, fires)
+        self.totals["sae-count"].index_add_(0, text, count.double().cpu())
+        self.totals["sae-min-max"].index_add_(0, text, scaled.double().cpu())

@@ -1,0 +1,1 @@
+"""SAE quality: how much of the loss the reconstruction recovers."""

@@ -1,0 +1,70 @@
+"""`python -m babelscope.sae.export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` as EleutherAI/sparsify keeps them.
+
+SAELens needs no export: a folder `data/sae/<hookpoint>` is its own format (`sae_lens.SAE.load_from_disk`).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from babelscope import sae
+from babelscope.core import stage
+from babelscope.core.errors import UserError, nearest
+from babelscope.core.files import write_atomically, write_json
+from babelscope.sae import SAE, formats
+
+SAES = Path("data/sae")
+
+
+def write_sparsify(dictionary: SAE, folder: Path) -> None:
+    """Write `cfg.json` and `sae.safetensors` as `sparsify.SparseCoder.load_from_disk` reads them.
+
+    Raises
+    ------
+    UserError: the SAE is no TopK one: sparsify knows no thresholds.
+    """
+    if dictionary.k is None:
+        raise UserError(f"{folder.name}: a JumpReLU, BatchTopK or ReLU SAE; sparsify has none; allowed: TopK")
+    b_enc = dictionary.b_enc.detach()
+    if dictionary.b_in is not None:  # nothing is taken off a transcoder's input there
+        b_enc = (b_enc.double() - formats.product(dictionary.encoder, dictionary.b_in)).float()
+    weights = {
+        "encoder.weight": dictionary.encoder, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
+        "b_dec": dictionary.b_dec,
+    }  # fmt: skip
+    config = {
+        "activation": "topk", "d_in": dictionary.d_in, "expansion_factor": dictionary.latents // dictionary.d_in,
+        "k": dictionary.k, "multi_topk": False, "normalize_decoder": False, "num_latents": dictionary.latents,
+        "skip_connection": False, "transcode": dictionary.b_in is not None,
+    }  # fmt: skip
+    content = {name: weight.detach().contiguous() for name, weight in weights.items()}
+    write_atomically(folder / formats.SPARSIFY.weights, lambda path: save_file(content, path))
+    write_json(folder / "cfg.json", config)
+
+
+def main(arguments: list[str]) -> None:
+    """Write the SAEs of the hookpoints named, or of all in `data/sae`, to `<TARGET>/<hookpoint>/`.
+
+    Raises
+    ------
+    UserError: there are no SAEs, not the one named, or sparsify cannot hold one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m babelscope.sae.export", description="Write data/sae/* as EleutherAI/sparsify keeps them."
+    )
+    parser.add_argument("target", type=Path, help="folder, made where missing")
+    parser.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp; all where none is named")
+    chosen = parser.parse_args(arguments)
+    have = sorted(path.name for path in SAES.glob("*") if path.is_dir())
+    if not have:
+        raise UserError(f"{SAES}: no SAEs; `dvc repro` makes them")
+    for name in chosen.hookpoints or have:
+        if name not in have:
+            raise UserError(f"{SAES / name}: no such folder; {nearest(name, have)}")
+        write_sparsify(sae.load(SAES, name), chosen.target / name)
+
+
+if __name__ == "__main__":
+    stage.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Training an SAE: the learner, its step, the Lightning module."""

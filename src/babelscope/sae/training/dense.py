@@ -1,0 +1,102 @@
+"""The training step of SAEs without a fixed number of active latents: ReLU with an L1 penalty, and JumpReLU with L0.
+
+Early in training half of the latents fire, so nothing is gained by sparsity. The gradients are taken chunk of rows by
+chunk of rows in the forward pass: at no time is anything of size batch x latents kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from babelscope.sae.autoencoder import SAE, chunk_rows
+from babelscope.sae.training.step import Step
+
+# Width of the kernel behind the threshold's pseudo-derivative, in units of scores (inputs of mean squared norm d).
+_BANDWIDTH = 0.1
+
+
+def dense_step(
+    sae: SAE, x: Tensor, y: Tensor | None = None, *, log_threshold: Tensor | None = None, sparsity: Tensor
+) -> Step:
+    """Forward pass whose `loss.backward()` gives the gradients of the weights, and of the thresholds where given.
+
+    Parameters
+    ----------
+    sae: float32 weights; its own `threshold` is not looked at.
+    x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
+    y: float32 [rows, d], what is to be reconstructed (transcoders); null: x.
+    log_threshold: [n], the logarithms of JumpReLU's thresholds; their gradient is the pseudo-derivative of
+        Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12). Null: ReLU.
+    sparsity: scalar, weight of the penalty in the loss: the mean over rows of the number of active latents (JumpReLU)
+        or of their sum (ReLU; decoder rows have norm 1).
+    """
+    apply: Any = _Dense.apply
+    weights = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
+    return Step(*apply(x, x if y is None else y, *weights, log_threshold, sae.b_in, sparsity))
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        *weights, b_in, sparsity = inputs
+        leaves = [None if weight is None else weight.detach().requires_grad_() for weight in weights]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = [torch.zeros_like(leaf) for leaf in wanted]
+        n = len(wanted[0])
+        loss, active, activity, errors = x.new_zeros(()), x.new_zeros(()), x.new_zeros(n), []
+        size = chunk_rows(n, x.device)
+        for first in range(0, len(x), size):
+            with torch.enable_grad():
+                here = slice(first, first + size)
+                part, error, z = _chunk(x[here], y[here], leaves, b_in, sparsity)
+                part = part / len(x)
+                for total, gradient in zip(gradients, torch.autograd.grad(part, wanted), strict=True):
+                    total += gradient
+            loss += part.detach()
+            activity += z.sum(0)
+            active += (z > 0).sum()
+            errors.append(error)
+        ctx.gradients = iter(gradients)
+        ctx.given = [leaf is not None for leaf in leaves]
+        error, l0 = torch.cat(errors), active / len(x)
+        lowest = torch.zeros_like(l0)
+        ctx.mark_non_differentiable(error, activity, l0, lowest)
+        ctx.set_materialize_grads(False)
+        return loss, error, activity, l0, lowest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = [next(ctx.gradients).mul_(grad) if given else None for given in ctx.given]
+        return None, None, *gradients, None, None
+
+
+def _chunk(x: Tensor, y: Tensor, leaves: list[Any], b_in: Any, sparsity: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, error [rows, d] and activations [rows, n] (both constants) of some rows."""
+    encoder, W_dec, b_enc, b_dec, log_threshold = leaves
+    scores = functional.linear(x - (b_dec if b_in is None else b_in), encoder, b_enc)
+    if log_threshold is None:
+        z = scores.relu()
+        penalty = z.sum()
+    else:
+        jump, count = _JumpReLU.apply(scores, log_threshold.exp())  # type: ignore[no-untyped-call]
+        z, penalty = jump, count.sum()
+    error = functional.linear(z, W_dec.T, b_dec) - y
+    return error.square().sum() + sparsity * penalty, error.detach(), z.detach()
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Activations and the step function of `scores` at `threshold`, with pseudo-derivatives for the threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        on = (scores > threshold).to(scores.dtype)
+        ctx.save_for_backward(scores, threshold, on)
+        return scores * on, on
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, grad_on: Tensor) -> tuple[Tensor, Tensor]:
+        scores, threshold, on = ctx.saved_tensors
+        near = ((scores - threshold).abs() < _BANDWIDTH / 2).to(scores.dtype).div_(_BANDWIDTH)
+        return grad_z * on, -((threshold * grad_z + grad_on) * near).sum(0)

@@ -1,0 +1,61 @@
+"""A learner's forward and backward pass as one CUDA graph: on a GPU most of the time of a small step is launching."""
+
+import torch
+from torch import Tensor
+
+from babelscope.sae.kernels import fused
+from babelscope.sae.training.learner import Learner
+from babelscope.sae.training.step import Step
+
+# Runs before the recording, in which kernels are compiled and libraries make their workspaces.
+_WARMUP = 3
+
+
+class Graph:
+    """The forward and backward pass of one learner, recorded with a first batch and replayed with others of its shape.
+
+    A replay runs the very kernels that the learner's own passes run: it gives the same bits.
+
+    Parameters
+    ----------
+    learner: see `suits`.
+    x, y: the first batch, as for `Learner.loss`.
+    """
+
+    def __init__(self, learner: Learner, x: Tensor, y: Tensor | None) -> None:
+        self.weights = [weight for weight in learner.parameters() if weight.requires_grad]
+        self.x, self.y = x.clone(), None if y is None else y.clone()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP):
+                learner.passes(self.x, self.y)[1].loss.backward()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().wait_stream(side)
+        for weight in self.weights:
+            weight.grad = None
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.normal, step = learner.passes(self.x, self.y)
+            step.loss.backward()  # type: ignore[no-untyped-call]
+        self.step = Step(*(part.detach() for part in step))
+        self.gradients = [weight.grad for weight in self.weights]
+
+    @staticmethod
+    def suits(learner: Learner, x: Tensor) -> bool:
+        """Whether its passes have fixed shapes and ask the device for nothing: TopK by the fused kernels."""
+        settings = learner.settings
+        return settings.activation == "topk" and not settings.matryoshka and fused(x) is not None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` has the shape and dtype of the first batch."""
+        return x.shape == self.x.shape and x.dtype == self.x.dtype
+
+    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
+        """Fill the gradients of the weights, and return what `Learner.passes` does (until the next call)."""
+        self.x.copy_(x)
+        if self.y is not None and y is not None:
+            self.y.copy_(y)
+        self.graph.replay()
+        for weight, gradient in zip(self.weights, self.gradients, strict=True):
+            weight.grad = gradient
+        return self.normal, self.step

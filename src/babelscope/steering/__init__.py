@@ -1,0 +1,1 @@
+"""Steering: generate text while the features of one language are amplified."""
