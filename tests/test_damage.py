@@ -154,7 +154,7 @@ def test_a_read_only_disk_is_told(small_disk):
     ],
 )
 def test_a_stage_tells_what_the_machine_lacks_without_a_traceback(tmp_path, error, told):
-    program = f"import polars as pl\nfrom babelscope import stage\ndef main():\n    raise {error}\nstage.run(main)"
+    program = f"import polars as pl\nfrom babelscope.core import stage\ndef main():\n    raise {error}\nstage.run(main)"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(told)

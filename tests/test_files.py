@@ -178,7 +178,9 @@ def test_hints(wrong, allowed, hint):
 
 
 def test_a_user_error_ends_a_stage_with_one_message_and_code_1(tmp_path):
-    program = "from babelscope import stage, config\nstage.run(lambda: config.load() and None)"
+    program = (
+        "from babelscope import config\nfrom babelscope.core import stage\nstage.run(lambda: config.load() and None)"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
@@ -311,7 +313,7 @@ def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, ca
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
 def test_a_stage_whose_dvc_was_gone_before_it_began_ends(monkeypatch, tmp_path):
     # The process that started it is another one than that which it saw first.
-    code = "import os; from babelscope import stage; stage._PARENT += {}; stage.end_with_dvc(); print('goes on')"
+    code = "import os; from babelscope.core import stage; stage._PARENT += {}; stage.end_with_dvc(); print('goes on')"
     environment = {**os.environ, "DVC_ROOT": str(tmp_path)}
     for other, rc, out in ((0, 0, "goes on\n"), (1, -9, "")):
         done = subprocess.run(

@@ -1,6 +1,5 @@
 """Loss recovered on tiny models, against whole passes one text at a time and dictionaries whose answer is known."""
 
-import importlib.util
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
+from babelscope.quality import run
 from babelscope.quality.loss_recovered import SCHEMA, loss_recovered, splice, zero
 from babelscope.sae.autoencoder import SAE
 
@@ -193,9 +193,6 @@ def test_an_unknown_hookpoint_is_refused_before_any_work():
 
 
 def test_the_figures_of_the_stage():
-    spec = importlib.util.spec_from_file_location("stage_quality", ROOT / "stages" / "quality.py")
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
     rows = [
         ("layers.1", 1, None, 30, 2.0, 2.5, 4.0, 0.75),
         ("layers.1", 1, "en", 10, 1.0, 1.0, 2.0, 1.0),
@@ -203,10 +200,10 @@ def test_the_figures_of_the_stage():
         ("layers.2.mlp", 2, None, 30, 2.0, 5.0, 4.0, -0.5),
     ]
     found = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    assert stage.figures(found) == {
+    assert run.figures(found) == {
         "loss_recovered/layers.1": 0.75,
         "loss_recovered/layers.1/en": 1.0,
         "loss_recovered/layers.2.mlp": -0.5,
         "nll_clean": 2.0,
     }
-    stage.report(found)
+    run.report(found)
