@@ -1,35 +1,15 @@
 """The page: pictures, tables and their explanations, as one HTML file that needs nothing else."""
 
-import io
 from typing import Any
 
 import jinja2
-from ruamel.yaml import YAML
-from ruamel.yaml.representer import RoundTripRepresenter
+import yaml
 
 from babelscope.config.values import local_name
 from babelscope.report import charts, data, tables
 from babelscope.report.assets import asset, source_hash
 from babelscope.report.data import ReportInputs
 from babelscope.report.numbers import percent, plain, significant
-
-
-class _Representer(RoundTripRepresenter):
-    """A null as params.yaml writes it would be nothing at all, which reads like a mistake."""
-
-
-_Representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-
-def _yaml(content: Any) -> str:
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.default_flow_style = False
-    yaml.width = 1000
-    yaml.representer.sort_base_mapping_type_on_output = False
-    yaml.dump(content, stream)
-    return stream.getvalue()
 
 
 def for_dvc() -> str:
@@ -158,7 +138,7 @@ def build(inputs: ReportInputs) -> str:
         likeness={kind: plain(value, 2) for kind, value in data.likeness(inputs).items()},
         inputs=inputs,
         method=data.ablation_method(inputs),
-        params=_yaml(dict(inputs.params)),
+        params=yaml.safe_dump(dict(inputs.params), sort_keys=False, allow_unicode=True, width=1000),
         members=inputs.params.get("score", {}).get("members", 1),
         ratio=inputs.params.get("score", {}).get("ratio"),
         model=local_name(inputs.params.get("model", {}).get("name", "the model")),
