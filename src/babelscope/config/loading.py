@@ -73,7 +73,9 @@ _RESOLVERS = {
     ),
 }
 for _tag, (_pattern, _first) in _RESOLVERS.items():
-    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$", re.ASCII), list(_first))
+    YamlLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$", re.ASCII), list(_first)
+    )
     if _tag in ("int", "float"):
         YamlLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", YamlLoader.construct_number)
     elif _tag in ("merge", "value", "timestamp"):
