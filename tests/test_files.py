@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from closure import ROOT
@@ -296,18 +295,19 @@ ELSEWHERE = """
 import builtins, importlib, os, pkgutil, signal, sys
 real = builtins.__import__
 def limited(name, globals=None, *rest, **more):
-    if name in {"fcntl", "resource", "pwd", "grp", "termios"} and (globals or {}).get("__name__", "").startswith("babelscope"):
+    by = (globals or {}).get("__name__", "")
+    if name in {"fcntl", "resource", "pwd", "grp", "termios"} and by.startswith("babelscope"):
         raise ImportError(f"no {name} on this system")
     return real(name, globals, *rest, **more)
 builtins.__import__ = limited
 import babelscope.core.stage, babelscope.core.files, babelscope.config
 import torch, lightning.pytorch, transformers, datasets, polars, mlflow, dvc.repo, altair, jinja2
-for module, names in ((os, ("fchmod", "getuid", "geteuid", "fork", "sched_getaffinity")), (signal, ("SIGKILL", "SIGHUP"))):
-    for name in names:
-        if hasattr(module, name):
-            delattr(module, name)
+for name in ("fchmod", "getuid", "geteuid", "fork", "sched_getaffinity"):
+    delattr(os, name)
+for name in ("SIGKILL", "SIGHUP"):
+    delattr(signal, name)
 sys.platform = "win32"
-for name in [name for name in sys.modules if name.startswith("babelscope.core") or name.startswith("babelscope.config")]:
+for name in [name for name in sys.modules if name.startswith(("babelscope.core", "babelscope.config"))]:
     del sys.modules[name]
 import babelscope
 for module in pkgutil.walk_packages(babelscope.__path__, "babelscope."):
@@ -390,16 +390,17 @@ def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise():
         assert done.stdout == f"{found}\n"
 
 
-def test_everything_that_is_imported_is_declared():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[><=\[]", entry)[0].lower().replace("-", "_") for entry in declared}
-    known = {
-        "ruamel": "ruamel.yaml",
-        "fasttext": "fasttext_predict",
-        "vl_convert": "vl_convert_python",
-        "dvc_data": "dvc_data",
-    }
-    optional = {"triton"}  # comes with CUDA builds of torch
+# Packages whose module has another name; and what others import for us (transformers) or run for us (DVC).
+MODULES = {"fasttext-predict": "fasttext", "vl-convert-python": "vl_convert", "pyyaml": "yaml"}
+FOR_OTHERS = {"accelerate", "gguf", "bitsandbytes", "dvc_s3"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["explain"], *extras["s3"], *extras["quantized"]]
+    names = {re.split(r"[><=\[]", entry)[0].lower() for entry in declared}
+    modules = {MODULES.get(name, name).replace("-", "_") for name in names}
     imported = set()
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -407,5 +408,16 @@ def test_everything_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    others = imported - set(sys.stdlib_module_names) - {"babelscope"} - optional
-    assert sorted(name for name in others if known.get(name, name).lower() not in names) == []
+    optional = {"triton"}  # comes with CUDA builds of torch
+    assert imported - set(sys.stdlib_module_names) - {"babelscope"} - optional == modules - FOR_OTHERS
+
+
+def test_the_tools_of_the_tests_are_no_part_of_what_the_pipeline_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name = lambda line: re.split(r"[><=\[]", line)[0].lower().replace("-", "_")  # noqa: E731
+    pins = {file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}
+            for file in ("requirements.txt", "requirements-dev.txt")}  # fmt: skip
+    tools = {name(entry) for entry in project["optional-dependencies"]["dev"]}
+    assert tools - {"ruamel.yaml"} <= pins["requirements-dev.txt"]  # which DVC brings
+    assert not pins["requirements-dev.txt"] & pins["requirements.txt"]
+    assert {name(entry) for entry in project["dependencies"]} <= pins["requirements.txt"]

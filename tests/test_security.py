@@ -36,8 +36,7 @@ from babelscope.explain.client import Client, Request, answer_in
 from babelscope.models import loading
 from babelscope.report import browser
 from babelscope.sae.training.module import SAETraining
-from babelscope.tracking import __main__ as ui
-from babelscope.tracking import store, training
+from babelscope.tracking import store, training, ui
 
 # --- pickles and code
 

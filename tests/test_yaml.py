@@ -18,6 +18,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.y*ml")) + [ROOT / "dvc.lock"]
 SAME = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+# ruff: noqa: E501
 WORDS = [
     "no", "on", "y", "Yes", "true", "True", "tRUE", "null", "~", "", "12:30", "1:2:3", "1e-3", "1.0e-3", "1.e3", "1e3", "010",
     "0o10", "0o9", "08", "0x1F", "0X1F", "0b11", "+1", "-1", "1_000", "1__0", "_1", "-_", "+", "-", ".", "..", "._", ".5", "+.5",

@@ -14,7 +14,7 @@ from babelscope.config.values import expanded, explain
 from babelscope.core.errors import UserError
 
 
-class YamlLoader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2 as DVC reads it: `no`, `on` and `12:30` are strings, `1e-3` is a number, `010` is ten, `0o10` eight.
 
     Duplicate keys, merge keys (`<<`) and dates, which no file here needs, are refused.
@@ -26,14 +26,14 @@ class YamlLoader(yaml.SafeLoader):
         """A mapping whose keys all differ."""
         content: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             try:
                 is_known = key in content
             except TypeError:
                 raise _refusal("a list or a mapping cannot be a key", key_node) from None
             if is_known:
                 raise _refusal(f"duplicate key {key!r:.80}", key_node)
-            content[key] = self.construct_object(value_node, deep=deep)  # type: ignore[no-untyped-call]
+            content[key] = self.construct_object(value_node, deep=deep)
         return content
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
@@ -158,8 +158,8 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         loader = YamlLoader(path.read_text(encoding="utf-8"))
-        content = loader.get_single_data()  # type: ignore[no-untyped-call]
-        if loader.yaml_version not in (None, (1, 2)):  # type: ignore[attr-defined]
+        content = loader.get_single_data()
+        if loader.yaml_version not in (None, (1, 2)):
             raise ValueError("only YAML 1.2 is read; remove the %YAML line")
         return content
     except FileNotFoundError:

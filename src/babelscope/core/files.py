@@ -148,7 +148,6 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
     UserError: the file is missing, damaged, or lacks a column.
     """
     import polars as pl
-
     from pyarrow import parquet
 
     try:

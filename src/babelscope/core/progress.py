@@ -25,7 +25,7 @@ class _LogLines(io.StringIO):
         return len(text)
 
 
-class _Bar(tqdm):
+class _Bar(tqdm):  # type: ignore[misc]
     """tqdm without its thread, which would only redraw."""
 
     monitor_interval = 0

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -50,8 +50,11 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
+def run(main: Callable[[], None], locked: bool = True) -> None:
+    """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1.
+
+    `locked`: only one process at a time (see `alone`).
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
@@ -65,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
     end_with_dvc()
     keep_caches()
     try:
-        with alone():
+        with alone() if locked else nullcontext():
             main()
     except BaseException as error:
         told = _in_a_line(error)
@@ -102,7 +105,8 @@ def keep_caches() -> None:
 
 
 # Errors of the machine, not of the program. Windows lacks some of them.
-_MACHINE = {getattr(errno, name, None) for name in "ENOSPC EROFS EDQUOT EACCES EPERM EIO EMFILE".split()} - {None}
+_NAMES = ("ENOSPC", "EROFS", "EDQUOT", "EACCES", "EPERM", "EIO", "EMFILE")
+_MACHINE = {getattr(errno, name, None) for name in _NAMES} - {None}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -132,8 +136,8 @@ def end_with_dvc() -> None:
     """Have the system end this process when the DVC that started it has ended (Linux only).
 
     Otherwise a stage outlives a DVC that was killed, and works for hours on what the next `dvc repro` begins anew. The
-    stage is DVC's own child only if the shell between them is replaced: hence `exec` in dvc.yaml. The signal is SIGKILL:
-    Lightning would take SIGTERM for a request, and not look at it while it waits for another process.
+    stage is DVC's own child only if the shell between them is replaced: hence `exec` in dvc.yaml. The signal is
+    SIGKILL: Lightning would take SIGTERM for a request, and not look at it while it waits for another process.
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
         import ctypes

@@ -1,4 +1,4 @@
-"""`python -m babelscope.tracking.verify`: re-hash the outputs and the DVC cache.
+"""`babelscope verify`: re-hash the outputs and the DVC cache.
 
 DVC trusts a cached file by its name, and an output by its size and date: a flipped bit goes by unseen.
 """
@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from babelscope import config
-from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.fingerprint import content_md5
 from babelscope.tracking import state
@@ -69,7 +68,3 @@ def main() -> None:
     if complaints:
         raise UserError("\n       ".join(line for said, paths in complaints for line in (said, *map(str, paths))))
     log.info("verify: %d cached files and %d outputs, all as they were written", files, outputs)
-
-
-if __name__ == "__main__":
-    stage.run(main)
