@@ -13,7 +13,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from babelscope.core import files
+from babelscope.core import resume
 from babelscope.core.errors import UserError
 from babelscope.core.redact import redact
 
@@ -93,7 +93,7 @@ def keep_caches() -> None:
             return
     except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
         log.debug("%s: not a folder that can be looked at", cache)
-    ours = files.scratch_root().absolute() / "caches"
+    ours = resume.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
     with suppress(OSError):
         if (cache / "hub").is_dir():
@@ -154,11 +154,11 @@ def alone() -> Iterator[None]:
     Both would write the same outputs, and the first to end would delete what the other has to resume from.
     """
     name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
-    files.work.name = name
+    resume.work.name = name
     if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         yield  # the first process holds the lock for all
         return
-    path = files.scratch_root() / "locks" / name
+    path = resume.scratch_root() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(path, fallback_to_soft=False), path.with_name(f"{name}.pid")
     try:
@@ -168,16 +168,16 @@ def alone() -> Iterator[None]:
             pid = holder.read_text() if holder.is_file() else "unknown"
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, pid)
             lock.acquire(poll_interval=0.5)
-        files.work.is_alone = True
+        resume.work.is_alone = True
     except (OSError, NotImplementedError) as error:  # some network file systems have no locks: go on without
         log.debug("%s: not locked (%s)", name, error)
     with suppress(OSError):  # it only helps the user of a process that waits
         holder.write_text(str(os.getpid()))
     try:
         yield
-        files.prune()
+        resume.prune()
     finally:
-        files.work.name, files.work.is_alone = "", False
+        resume.work.name, resume.work.is_alone = "", False
         lock.release()
 
 
