@@ -46,7 +46,7 @@ def test_commands_name_what_there_is(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for target in re.findall(r"(?:`|^)make ([a-z]+)", text_of(page), re.MULTILINE):
         assert target in targets, target
-    for script in re.findall(r"python (benchmarks/\w+\.py|stages/\w+\.py)", text_of(page)):
+    for script in re.findall(r"python ((?:benchmarks|stages|tools)/\w+\.py)", text_of(page)):
         assert (ROOT / script).is_file(), script
     for test in re.findall(r"tests/test_\w+\.py", text_of(page)):
         assert (ROOT / test).is_file(), test

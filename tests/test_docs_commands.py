@@ -88,7 +88,7 @@ UNTESTED = {
     "git init": "a command of git's own",
     "dvc gc --all-branches --all-tags --all-experiments": "a command of DVC's own, which throws outputs away",
     "dvc gc --workspace": "what the page says not to run",
-    "python tests/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
+    "python tools/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
     "make audit": "wants the network: it asks PyPI for advisories",
     "git checkout dvc.lock": "a command of git's own",
     "dvc repro train@h": "stands for any hookpoint: test_concurrency.py runs them",
