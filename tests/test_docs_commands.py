@@ -75,6 +75,10 @@ BLOCKS = {"$EDITOR params.yaml": TOY, "dvc exp run --run-all": TOY}
 UNTESTED = {
     "make repro": "sets up an environment from the registries; what it runs there, `dvc repro`, is tested",
     "make test": "what runs this test",
+    "make dev": "the first step of `make test`",
+    "make check": "a step of `make test`",
+    "make format": "the tools of `make check`, which changes files",
+    "make clean": "deletes the outputs of the repository that it is run in",
     "make bench": "an hour, and the peers' environments from the registries",
     "python benchmarks/": "minutes to hours each, on a machine that does nothing else",
     "pytest tests/": "is run by `make test`",
@@ -111,7 +115,7 @@ def commands(page: Path, *, in_run_blocks: bool) -> list[str]:
     return [command for command in found if command]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_run_by_a_test_or_says_why_not(page: Path) -> None:
     for command in commands(page, in_run_blocks=False):
         known = command in TESTED or any(command.startswith(one) for one in UNTESTED)
