@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import race
 import torch
 from peers.worker import DEVICE, Case, batches, timed
@@ -23,8 +24,7 @@ from babelscope.activations import extraction
 from babelscope.activations.streaming import Stream
 from babelscope.config.schema import Hardware
 from babelscope.features.counter import Counter
-from babelscope.models.text_batch import PackedTexts
-from babelscope.models.tokens import TokenizedText
+from babelscope.models.tokens import TokenizedText, TokenizedTexts
 from babelscope.sae.autoencoder import initialise
 
 LENGTH, LANGUAGES = 128, 15
@@ -82,7 +82,11 @@ def passes(shape: tuple[int, ...], vocabulary: int, tokens: int, batch_tokens: i
     names = [f"layers.{block}.mlp" for block in range(shape[2])]
     texts = texts_of(tokens, vocabulary)
     options: dict[str, Any] = {"transcode": False, "dtype": torch.float16, "batch_tokens": batch_tokens}
-    stream = Stream(model, PackedTexts(texts), names, **options, size=1024, steps=1, seed=0, block_rows=tokens)
+    frame = pl.DataFrame(
+        {"text_id": [text.text_id for text in texts], "token_ids": [list(text.ids) for text in texts]},
+        schema_overrides={"token_ids": pl.List(pl.Int32)},
+    )
+    stream = Stream(model, TokenizedTexts(frame), names, **options, size=1024, steps=1, seed=0, block_rows=tokens)
     every = torch.arange(len(texts))
     rates = {"forward pass, all hookpoints read": tokens / seconds(lambda: stream._compute(every), 3)}
     few = texts[: len(texts) // 4]

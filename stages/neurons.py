@@ -30,22 +30,17 @@ def main() -> None:
 
 def count(params: config.Config) -> None:
     """Count and write the tables; the model is loaded here only."""
-    from babelscope.features import neurons
+    from babelscope.features import counter, neurons
     from babelscope.models import hardware, hookpoints, loading, tokens
-    from babelscope.models.text_batch import pack
 
     device, names = hardware.prepare(params.hardware), params.neurons.hookpoints
     skeleton = loading.load_skeleton(params.model)
     if skeleton is not None:
         hookpoints.resolve(skeleton, names, "neurons.hookpoints")
     corpus = read_table(CORPUS).filter(split="train")
-    texts = pack(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
+    texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     if not len(texts):
         raise UserError(f"{CORPUS}: no texts of split 'train'")
-    of = pl.DataFrame({"text_id": texts.text_ids, "tokens": texts.own.numpy()}).join(
-        corpus.select("text_id", "language"), on="text_id", how="left", maintain_order="left"
-    )  # fmt: skip
-    language = of["language"].cast(pl.Enum(params.languages))
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     hookpoints.resolve(model, names, "neurons.hookpoints")
     tokens.check_fits(model, texts)
@@ -54,18 +49,14 @@ def count(params: config.Config) -> None:
     knobs |= {"hookpoints": names, "max_tokens": params.corpus.max_tokens}
     keep = scratch(fingerprint("neurons", knobs, {str(CORPUS): dvc_md5(CORPUS)}))
     counters = neurons.count(
-        model, texts, language.to_physical().cast(pl.Int64).to_torch(), names, params.languages,
+        model, texts, names, params.languages,
         dtype=loading.DTYPES[params.extract.store_dtype], batch_tokens=params.extract.batch_tokens,
         checkpoint=keep / "counts.safetensors",
     )  # fmt: skip
-    for name, counter in counters.items():
-        write_atomically(OUT / f"{name}.parquet", counter.frame(hookpoints.layer_of(name)).write_parquet)
-    totals = (
-        of.group_by("language")
-        .agg(pl.col("tokens").sum(), texts=pl.len().cast(pl.Int64))
-        .sort(pl.col("language").cast(pl.Enum(params.languages)))
-    )
-    write({name: counter.units for name, counter in counters.items()}, totals)
+    for name, one in counters.items():
+        write_atomically(OUT / f"{name}.parquet", one.frame(hookpoints.layer_of(name)).write_parquet)
+    totals = counter.totals(texts.frame, params.languages)
+    write({name: one.units for name, one in counters.items()}, totals)
     shutil.rmtree(keep, ignore_errors=True)
     fired = {name: scan_table(OUT / f"{name}.parquet").select(pl.col("unit").n_unique()) for name in names}
     log.info("neurons: %s tokens", f"{totals['tokens'].sum():,}")

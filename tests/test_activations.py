@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from babelscope.activations import extraction, store
 from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
+from babelscope.features import count
 from babelscope.features.counter import Counter, whole_texts
-from babelscope.features.scan import scan
 from babelscope.models import hookpoints, tokens
 from babelscope.sae import SAE
 
@@ -180,9 +180,9 @@ def test_counts_equal_a_naive_loop_however_they_are_cut(seed, rows, size):
     found = {(r["language"], r["unit"]): r for r in frame.iter_rows(named=True)}
     expected = naive_counts(values, indices, language, text, languages)
     assert found.keys() == expected.keys()
-    for key, (count, texts, total, largest, smallest) in expected.items():
+    for key, (firings, texts, total, largest, smallest) in expected.items():
         row = found[key]
-        assert (row["tokens"], row["texts"]) == (count, texts)
+        assert (row["tokens"], row["texts"]) == (firings, texts)
         assert row["sum"] == pytest.approx(total) and row["max"] == largest and row["min_positive"] == smallest
 
 
@@ -191,20 +191,25 @@ def test_no_text_gives_no_rows():
     assert Counter(["en"], 3).frame(0).is_empty()
 
 
-def test_a_scan_counts_what_a_loop_over_the_texts_counts(model):
+def test_a_running_pass_counts_what_a_loop_over_the_texts_counts(model):
     draw = torch.Generator().manual_seed(4)
     decoder = torch.nn.functional.normalize(torch.randn(32, 16, generator=draw))
     sae = SAE(decoder, decoder, torch.zeros(32), torch.zeros(16), 3)
-    texts = tokens.by_length([tokens.TokenizedText(f"t{i}", (1, *range(2, 4 + i)), 1) for i in range(7)])
-    language = {text.text_id: ["en", "tr"][int(text.text_id[1]) % 2] for text in texts}
-    counts, totals = scan(model, {"layers.1.mlp": sae}, texts, language, batch_tokens=16)
+    frame = pl.DataFrame(
+        {
+            "text_id": [f"t{i}" for i in range(8)],
+            "language": ["en", "tr"] * 4,
+            "split": ["train"] * 7 + ["eval"],
+            "token_ids": [list(range(2, 4 + i)) for i in range(8)],
+        }
+    )
+    texts = tokens.TokenizedTexts(frame, [1])
+    counts, totals, _ = count.count(model, texts, {"layers.1.mlp": sae}, ["en", "tr"], batch_tokens=16)["layers.1.mlp"]
     fired = {}
-    for text in texts:
+    for text, language in zip(texts[range(7)], frame["language"], strict=False):
         seen = hookpoints.read(model, ["layers.1.mlp"], input_ids=torch.tensor([text.ids]))["layers.1.mlp"][0, 1:]
         values, indices = sae.encode(seen)
         for unit in indices[values > 0].tolist():
-            fired[language[text.text_id], unit] = fired.get((language[text.text_id], unit), 0) + 1
-    found = {(row["language"], row["unit"]): row["tokens"] for row in counts["layers.1.mlp"].iter_rows(named=True)}
-    assert found == fired
-    assert totals.rows() == [("en", sum(t.own for t in texts if language[t.text_id] == "en"), 4),
-                             ("tr", sum(t.own for t in texts if language[t.text_id] == "tr"), 3)]  # fmt: skip
+            fired[language, unit] = fired.get((language, unit), 0) + 1
+    assert {(row["language"], row["unit"]): row["tokens"] for row in counts.iter_rows(named=True)} == fired
+    assert totals.rows() == [("en", 2 + 4 + 6 + 8, 4), ("tr", 3 + 5 + 7, 3)]
