@@ -49,9 +49,7 @@ def stream(params: config.Config) -> None:
     device = hardware.prepare(params.hardware)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    skeleton = loading.load_skeleton(params.model)
-    if skeleton is not None:
-        hookpoints.resolve(skeleton, params.hookpoints)
+    loading.check_hookpoints(params.model, params.hookpoints)
     corpus = read_table(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
 

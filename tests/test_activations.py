@@ -92,30 +92,31 @@ def model():
 
 
 def corpus(count=40):
-    texts = [tokens.TokenizedText(f"t{i:02d}", (1, *range(2, 4 + i * 5 % 13)), 1) for i in range(count)]
     frame = pl.DataFrame(
         {
-            "text_id": [t.text_id for t in texts],
+            "text_id": [f"t{i:02d}" for i in range(count)],
             "language": ["en" if i % 2 else "no" for i in range(count)],
             "split": ["eval" if i % 5 == 0 else "train" for i in range(count)],
-        }
+            "token_ids": [list(range(2, 4 + i * 5 % 13)) for i in range(count)],
+        },
+        schema_overrides={"token_ids": pl.List(pl.Int32)},
     )
-    return tokens.by_length(texts), frame
+    return tokens.TokenizedTexts(frame, [1])
 
 
 def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model, tmp_path):
-    texts, frame = corpus()
+    texts = corpus()
     names = ["layers.0.mlp", "layers.2"]
     shards = extraction.plan(texts, batch_tokens=64, shard_rows=50)
     assert len(shards) > 2
-    assert extraction.extract(model, shards, names, tmp_path, "float16", HARDWARE)
-    table = extraction.token_table(shards, frame)
+    assert extraction.extract(model, texts, shards, names, tmp_path, "float16", HARDWARE)
+    table = extraction.token_table(texts, shards)
     assert table.columns == ["row", "text_id", "language", "split", "position", "token_id"]
     assert len(table) == sum(t.own for t in texts) == sum(s.rows for s in shards)
     for name in names:
         store.write_index(tmp_path / name, [s.rows for s in shards], 16, "float16", "m", name)
         opened = store.ActivationStore(tmp_path / name)
-        for text in texts[::7]:
+        for text in texts[range(0, len(texts), 7)]:
             rows = table.filter(text_id=text.text_id)
             assert rows["token_id"].to_list() == list(text.ids[1:])
             assert rows["position"].to_list() == list(range(text.own))
@@ -124,30 +125,32 @@ def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model,
 
 
 def test_bytes_of_a_hookpoint_do_not_depend_on_the_others_and_finished_shards_are_kept(model, tmp_path):
-    shards = extraction.plan(corpus()[0], batch_tokens=64, shard_rows=50)
-    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
-    extraction.extract(model, shards, ["layers.2", "layers.1.mlp"], tmp_path / "two", "float16", HARDWARE)
+    texts = corpus()
+    shards = extraction.plan(texts, batch_tokens=64, shard_rows=50)
+    extraction.extract(model, texts, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    extraction.extract(model, texts, shards, ["layers.2", "layers.1.mlp"], tmp_path / "two", "float16", HARDWARE)
     path = "layers.1.mlp/shard-00001.safetensors"
     whole = (tmp_path / "one" / path).read_bytes()
     assert whole == (tmp_path / "two" / path).read_bytes()
     marked = tmp_path / "one/layers.1.mlp/shard-00000.safetensors"
     marked.write_bytes(b"kept")
     (tmp_path / "one" / path).unlink()
-    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    extraction.extract(model, texts, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
     assert (tmp_path / "one" / path).read_bytes() == whole
     assert marked.read_bytes() == b"kept"
 
 
 def test_token_table_is_the_same_for_every_batch_size():
-    texts, frame = corpus()
+    texts = corpus()
     small, large = (extraction.plan(texts, n, 30) for n in (32, 512))
-    assert extraction.token_table(small, frame).equals(extraction.token_table(large, frame))
+    assert extraction.token_table(texts, small).equals(extraction.token_table(texts, large))
 
 
 def test_activations_that_do_not_fit_the_dtype_are_refused(model, tmp_path):
-    shards = extraction.plan(corpus()[0], 64)
+    texts = corpus()
+    shards = extraction.plan(texts, 64)
     with hookpoints.editing(model, {"layers.0": lambda x: x * 1e9}), pytest.raises(UserError, match="store_dtype"):
-        extraction.extract(model, shards, ["layers.0"], tmp_path, "float16", HARDWARE)
+        extraction.extract(model, texts, shards, ["layers.0"], tmp_path, "float16", HARDWARE)
 
 
 def naive_counts(values, indices, language, text, languages):

@@ -11,6 +11,7 @@ import report_example as example
 from closure import ROOT
 
 from babelscope.ablation import results
+from babelscope.features import run_score
 from babelscope.report import page, tables
 from babelscope.report.data import ReportInputs
 from babelscope.tracking import summary, sync
@@ -36,15 +37,14 @@ def agree(shown: list[str], exact: float) -> None:
 def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Features, and metrics: those of `score` and `ablate` are made by the stages, which also print their tables."""
     caplog.set_level(logging.INFO)
-    score = runpy.run_path(str(ROOT / "stages/score.py"), run_name="score")
     ablate = runpy.run_path(str(ROOT / "stages/ablate.py"), run_name="ablate")
     features = example.features()
     # Two languages share one feature: a sum over languages is not the count of features.
     shared = features.filter(language="en").head(1).with_columns(language=pl.lit("de"))
     features = pl.concat([features, shared])
     layers = [pl.LazyFrame({"layer": [layer]}) for layer in example.LAYERS]
-    found = {"score": score["numbers"](features, layers, LANGUAGES, "features")}
-    score["report"](features, LANGUAGES, "features", "")
+    found = {"score": run_score.numbers(features, layers, LANGUAGES, "features")}
+    run_score.report(features, LANGUAGES, "features", "")
     nll = example.nll().with_columns(hookpoint=pl.lit(None, pl.String), control=pl.lit(None, pl.Int32))
     # The diagonal is the largest of its row, but its interval holds 0.
     low = pl.when((pl.col("ablated") == "ru") & (pl.col("evaluated") == "ru")).then(-0.01).otherwise(pl.col("low"))

@@ -203,20 +203,28 @@ def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
     assert resumed == whole
 
 
-def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
-    """The token table and the stores that `extract` would leave of the same texts."""
-    texts = tokens.by_length(tokenized())
-    shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
-    assert extraction.extract(model, shards, names, folder, "float16", HARDWARE)
-    for name in names:
-        place = store.place(folder, name)
-        store.write_index(place, [shard.rows for shard in shards], 16, "float16", "tiny", name)
-    corpus = pl.DataFrame({"text_id": [text.text_id for text in texts]}).with_columns(
+def in_two_languages() -> tokens.TokenizedTexts:
+    """Texts of both splits in both languages."""
+    plain = corpus_of(tokenized())
+    ordered = plain.frame["text_id"].to_frame().with_columns(length=plain.frame["tokens"]).sort("length", "text_id")
+    of = ordered.select(
+        "text_id",
         language=pl.when(pl.col("text_id") < "t020").then(pl.lit("no")).otherwise(pl.lit("en")),
         split=pl.when(pl.int_range(pl.len()) % 4 == 0).then(pl.lit("eval")).otherwise(pl.lit("train")),
     )
+    return tokens.TokenizedTexts(plain.frame.join(of, on="text_id", maintain_order="left"), plain.special)
+
+
+def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
+    """The token table and the stores that `extract` would leave of the same texts."""
+    texts = in_two_languages()
+    shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
+    assert extraction.extract(model, texts, shards, names, folder, "float16", HARDWARE)
+    for name in names:
+        place = store.place(folder, name)
+        store.write_index(place, [shard.rows for shard in shards], 16, "float16", "tiny", name)
     stores = {name: store.ActivationStore(store.place(folder, name)) for name in names}
-    return extraction.token_table(shards, corpus), stores
+    return extraction.token_table(texts, shards), stores
 
 
 @pytest.mark.parametrize("transcode", [False, True])
@@ -225,9 +233,7 @@ def test_counts_and_quality_are_those_of_stored_activations(model: Any, tmp_path
     run(model, tmp_path, settings)
     saes = {name: load(tmp_path, name) for name in NAMES}
     table, stores = extracted(model, tmp_path / "store", transcode)
-    languages, plain = ["en", "no"], corpus_of(tokenized())
-    of = table.select("text_id", "language", "split").unique()
-    texts = tokens.TokenizedTexts(plain.frame.join(of, on="text_id", maintain_order="left"), plain.special)
+    languages, texts = ["en", "no"], in_two_languages()
     done: list[int] = []
     measured = count(
         model, texts, saes, languages, dtype=torch.float16, batch_tokens=64, chunk_tokens=40, advance=done.append
