@@ -11,9 +11,10 @@ from babelscope.activations import extraction, store
 from babelscope.config import Config, check_folders
 from babelscope.config.values import local_name
 from babelscope.core import stage
-from babelscope.core.files import move, read_table, scratch, write_atomically, write_json
+from babelscope.core.files import move, read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
+from babelscope.core.resume import scratch
 from babelscope.models import forward, hardware, hookpoints, loading, tokens
 
 log = logging.getLogger(__name__)

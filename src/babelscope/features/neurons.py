@@ -1,6 +1,5 @@
 """Firings of a model's own neurons, counted in a running forward pass: no activation is kept."""
 
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core import resume
 from babelscope.core.progress import Progress
 from babelscope.features.counter import Counter
 from babelscope.models.forward import read_batches, widths
@@ -77,12 +75,12 @@ def count(
 
 def _save(path: Path, counters: dict[str, Counter], batches: int) -> None:
     tables = {f"{name}/{key}": table for name, counter in counters.items() for key, table in counter.state().items()}
-    write_atomically(path, functools.partial(save_file, tables | {"batches": torch.tensor(batches)}))
+    resume.write_part(path, tables | {"batches": torch.tensor(batches)})
 
 
 def _restore(path: Path, counters: dict[str, Counter]) -> int:
     """Set the counters to what a killed run left; returns how many batches that run had counted."""
-    tables = read_part(path)
+    tables = resume.read_part(path)
     if tables is None:
         return 0
     for name, counter in counters.items():

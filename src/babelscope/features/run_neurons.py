@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import polars as pl
 
 from babelscope.config import Config
-from babelscope.core import stage
+from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
-from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -44,19 +43,17 @@ def count(params: Config, paths: Paths) -> None:
 
     knobs = params.model_dump(include={"extract", "languages", "model"})
     knobs |= {"hookpoints": names, "max_tokens": params.corpus.max_tokens}
-    keep = scratch(fingerprint("neurons", knobs, {str(paths.texts): dvc_md5(paths.texts)}))
-    counters = neurons.count(
-        model, texts, names, params.languages, dtype=loading.DTYPES[params.extract.store_dtype],
-        batch_tokens=params.extract.batch_tokens, checkpoint=keep / "counts.safetensors",
-    )  # fmt: skip
-    found = []
-    for name, firings in counters.items():
-        frame = firings.frame(hookpoints.layer_of(name))
-        write_atomically(paths.neurons / f"{name}.parquet", frame.write_parquet)
-        found.append([name, firings.units, frame["unit"].n_unique()])
-    totals = counter.totals(texts.frame, params.languages)
-    write(paths, {name: firings.units for name, firings in counters.items()}, totals)
-    shutil.rmtree(keep, ignore_errors=True)
+    totals, found = counter.totals(texts.frame, params.languages), []
+    with resume.kept("neurons", knobs, [paths.texts]) as folder:
+        counters = neurons.count(
+            model, texts, names, params.languages, dtype=loading.DTYPES[params.extract.store_dtype],
+            batch_tokens=params.extract.batch_tokens, checkpoint=folder / "counts.safetensors",
+        )  # fmt: skip
+        for name, firings in counters.items():
+            frame = firings.frame(hookpoints.layer_of(name))
+            write_atomically(paths.neurons / f"{name}.parquet", frame.write_parquet)
+            found.append([name, firings.units, frame["unit"].n_unique()])
+        write(paths, {name: firings.units for name, firings in counters.items()}, totals)
     log.info("neurons: %s tokens", f"{totals['tokens'].sum():,}")
     stage.table(["hookpoint", "neurons", "fired"], found)
 
