@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core.files import write_atomically
 from babelscope.core.progress import Progress
+from babelscope.core.resume import read_part
 from babelscope.features.counter import Counter
 from babelscope.models.forward import read_batches, widths
 from babelscope.models.hookpoints import device_of
