@@ -233,7 +233,7 @@ def choose(
         for start, end in whole_texts(text[rows], CHUNK):
             part = rows[start:end]
             lengths = torch.unique_consecutive(text[part], return_counts=True)[1]
-            yield from features.activations(gather(part)).cpu().split(lengths.tolist())
+            yield from torch.split(features.activations(gather(part)).cpu(), lengths.tolist())
 
     peaks = []
     for dense in read(torch.arange(len(text))):
