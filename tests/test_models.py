@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.models import names as names_of
-from babelscope.report.inputs import layer_labels
+from babelscope.report.parts import layer_labels
 from babelscope.tracking import summary
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}

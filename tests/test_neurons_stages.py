@@ -18,7 +18,7 @@ from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, loading
-from babelscope.report.inputs import ReportInputs
+from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation
 from babelscope.report.sections.own import own_and_others
 from babelscope.sae import checkpoint

@@ -22,9 +22,8 @@ from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
 from babelscope.report import charts, page
-from babelscope.report.blocks import Picture, Table
-from babelscope.report.inputs import ReportInputs, layer_labels
 from babelscope.report.numbers import p_value, percent, plain, significant
+from babelscope.report.parts import Picture, ReportInputs, Table, layer_labels
 from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,

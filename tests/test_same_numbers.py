@@ -12,7 +12,7 @@ from closure import ROOT
 
 from babelscope.ablation import results
 from babelscope.report import page
-from babelscope.report.inputs import ReportInputs
+from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import features as features_section
 from babelscope.tracking import summary, sync
 from babelscope.tracking.state import State

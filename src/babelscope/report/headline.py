@@ -2,9 +2,8 @@
 
 from markupsafe import Markup
 
-from babelscope.report.blocks import prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import plain, significant
+from babelscope.report.parts import ReportInputs, prose
 from babelscope.report.sections import corpus, identification
 from babelscope.report.sections.ablation import of_languages
 from babelscope.report.sections.features import features, found, specific

@@ -5,8 +5,7 @@ from typing import Any
 from babelscope.config.values import local_name
 from babelscope.report import charts, headline
 from babelscope.report.assets import asset, environment, source_hash
-from babelscope.report.blocks import Picture, Section
-from babelscope.report.inputs import ReportInputs
+from babelscope.report.parts import Picture, ReportInputs, Section
 from babelscope.report.sections import (
     ablation,
     confounds,

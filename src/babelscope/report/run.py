@@ -15,7 +15,7 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically
 from babelscope.core.paths import Paths
 from babelscope.report import browser, charts, page
-from babelscope.report.inputs import ReportInputs
+from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
 
 PACKAGES = (

@@ -7,9 +7,8 @@ import polars as pl
 
 from babelscope.config.schema import primary_method
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import plain
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, prose
 
 
 def section(inputs: ReportInputs) -> Section:

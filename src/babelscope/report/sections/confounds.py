@@ -1,7 +1,6 @@
 """Section `confounds`: what else could explain the results."""
 
-from babelscope.report.blocks import Section, prose
-from babelscope.report.inputs import ReportInputs
+from babelscope.report.parts import ReportInputs, Section, prose
 
 
 def section(_: ReportInputs) -> Section:

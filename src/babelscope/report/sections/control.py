@@ -7,9 +7,7 @@ import polars as pl
 from markupsafe import Markup
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Table, interval, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import plain
+from babelscope.report.parts import Picture, ReportInputs, Table, figures, intervals, prose
 from babelscope.report.sections.ablation import method
 
 
@@ -25,7 +23,7 @@ hurt a language as much, but then they hurt others, too. Lines: 95&nbsp;% interv
 that lies to the right of 0.</p>"""
     )
     heading = prose("""<h3 id="control">More than random features that fire as often?</h3>""")
-    return [heading, Picture("control", "Own features against random ones", chart(frame), [caption]), table(inputs)]
+    return [heading, Picture("control", "Own features against random ones", chart(frame), [caption]), table(frame)]
 
 
 def against_control(inputs: ReportInputs) -> pl.DataFrame:
@@ -66,12 +64,15 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
     return alt.layer(*layers, description=text).properties(width=320, height=alt.Step(30))
 
 
-def table(inputs: ReportInputs) -> Table:
+def table(frame: pl.DataFrame) -> Table:
     """The two differences with their intervals."""
-    rows: dict[str, list[str]] = {}
-    for row in against_control(inputs).rows(named=True):
-        cells = rows.setdefault(row["language"], [row["language"]])
-        cells += [plain(row["value"], 4, sign=True), interval(row["low"], row["high"])]
-    head = ["language", "own - random", "95 %", "own - others, less random's", "95 % "]
+    own, selective = (frame.filter(question=question) for question in ("own", "selective"))
+    columns = {
+        "language": own["language"],
+        "own - random": figures(own["value"], 4, sign=True),
+        "95 %": intervals(own["low"], own["high"]),
+        "own - others, less random's": figures(selective["value"], 4, sign=True),
+        "95 % ": intervals(selective["low"], selective["high"]),
+    }
     caption = "Against random features that fire as often, nats/token"
-    return Table(caption, head, list(rows.values()), folded="Table: own features against random ones")
+    return Table.of(caption, columns, folded="Table: own features against random ones")

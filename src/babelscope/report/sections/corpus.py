@@ -1,8 +1,7 @@
 """Section `corpus`: how much text there is of each language."""
 
-from babelscope.report.blocks import Section, Table, prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import percent, plain
+from babelscope.report.parts import ReportInputs, Section, Table, figures, prose
 
 
 def section(inputs: ReportInputs) -> Section:
@@ -14,10 +13,10 @@ measured on the eval split. Parallel texts share a split. Padding in the forward
         texts=size(inputs, "texts"),
         padding=percent(inputs.figure("extract", "padding_share")),
     )
-    keys = ("train_tokens", "train_texts", "eval_tokens", "eval_texts")
-    rows = [[lang, *(plain(inputs.figure("sample", f"{key}/{lang}")) for key in keys)] for lang in inputs.languages]
-    table = Table("Corpus", ["language", "train tokens", "train texts", "eval tokens", "eval texts"], rows)
-    return Section("corpus", "Corpus", "The corpus", [text, table])
+    columns = {"language": inputs.languages}
+    for key in ("train_tokens", "train_texts", "eval_tokens", "eval_texts"):
+        columns[key.replace("_", " ")] = figures(inputs.figure("sample", f"{key}/{name}") for name in inputs.languages)
+    return Section("corpus", "Corpus", "The corpus", [text, Table.of("Corpus", columns)])
 
 
 def size(inputs: ReportInputs, of: str) -> str:

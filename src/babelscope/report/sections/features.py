@@ -1,12 +1,13 @@
 """Section `features`: how many features each language has in each layer."""
 
+from dataclasses import replace
+
 import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, by_hookpoint, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import NONE, percent, plain, significant
+from babelscope.report.numbers import NONE, percent, significant
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 
 SHOWN_PER_LANGUAGE = 10
 
@@ -91,33 +92,33 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
 
 def counts_table(inputs: ReportInputs) -> Table:
     """Features per language and hookpoint, with sums, and the effective number of languages that they fire in."""
-    frame = counts(inputs)
-    by_language, by_layer = (
-        dict(frame.group_by(key).agg(pl.col("value").sum()).rows()) for key in ("language", "hookpoint")
+    frame, names = counts(inputs), inputs.languages
+    table = Table.grid("Features per language and hookpoint", frame, 0, "Table: features per language and layer")
+    sums, of_layer = (
+        frame.group_by(key, maintain_order=True).agg(pl.col("value").sum())["value"]
+        for key in ("language", "hookpoint")
     )
-
-    def effective(end: str) -> str:
-        return plain(inputs.figure("score", f"effective_languages{end}"), 2)
-
-    rows = [[*row, plain(by_language[row[0]]), effective(f"/{row[0]}")] for row in by_hookpoint(frame, 0)]
-    rows.append(["all", *(plain(by_layer[name]) for name in inputs.hookpoints), plain(found(inputs)), effective("")])
-    head = ["language", *inputs.hookpoints, "all", "effective languages"]
-    return Table("Features per language and hookpoint", head, rows, folded="Table: features per language and layer")
+    effective = [inputs.figure("score", f"effective_languages{end}") for end in (*(f"/{name}" for name in names), "")]
+    total = ["all", *figures(of_layer)]
+    ends = zip(figures([*sums, found(inputs)]), figures(effective, 2), strict=True)
+    rows = [[*row, *end] for row, end in zip([*table.rows, total], ends, strict=True)]
+    return replace(table, head=[*table.head, "all", "effective languages"], rows=rows)
 
 
 def top_features(inputs: ReportInputs) -> Table:
     """The first features of every language, in rank order."""
-    frame = features(inputs).group_by("language", maintain_order=True).head(SHOWN_PER_LANGUAGE)
-    by_language: dict[str, list[list[str]]] = {language: [] for language in inputs.languages}
-    for row in frame.rows(named=True):
-        by_language[row["language"]].append(
-            [row["language"], row["hookpoint"], str(row["unit"]), plain(row["rank"]), percent(row["probability"]),
-             plain(row["entropy"], 3), significant(row.get("monolinguality"))]
-        )  # fmt: skip
-    return Table(
-        f"The first {SHOWN_PER_LANGUAGE} features of each language by rank",
-        ["language", "hookpoint", "unit", "rank", "fires on (tokens)", "entropy (nats)", "monolinguality"],
-        [row for name, rows in by_language.items() for row in rows or [[name, "no feature", *[NONE] * 5]]],
-        labels=2,
-        folded="Table: the first features of each language",
-    )
+    languages = pl.DataFrame({"language": inputs.languages})
+    first = features(inputs).group_by("language", maintain_order=True).head(SHOWN_PER_LANGUAGE)
+    frame = languages.join(first, on="language", how="left", maintain_order="left_right")
+    known = "monolinguality" in frame.columns
+    columns = {
+        "language": frame["language"],
+        "hookpoint": frame["hookpoint"].fill_null("no feature"),
+        "unit": [NONE if unit is None else str(unit) for unit in frame["unit"]],
+        "rank": figures(frame["rank"]),
+        "fires on (tokens)": map(percent, frame["probability"]),
+        "entropy (nats)": figures(frame["entropy"], 3),
+        "monolinguality": map(significant, frame["monolinguality"] if known else [None] * len(frame)),
+    }
+    caption = f"The first {SHOWN_PER_LANGUAGE} features of each language by rank"
+    return Table.of(caption, columns, labels=2, folded="Table: the first features of each language")

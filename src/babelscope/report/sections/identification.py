@@ -4,9 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import NONE, p_value, percent, plain
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, prose
 
 # The first of each that there is: the firings, divided by the features owned, of SAE features or else of neurons.
 _SHOWN = {"features": [("sae-count", "units"), ("neuron-count", "units")], "fastText": [("fasttext", "none")]}

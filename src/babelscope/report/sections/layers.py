@@ -4,9 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, by_hookpoint, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import NONE, plain
+from babelscope.report.numbers import NONE
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 from babelscope.report.sections.ablation import of_method
 from babelscope.report.sections.features import counts
 
@@ -25,7 +24,9 @@ the others (on a sample of their texts together as large as the language's own).
     )
     label = "Change of NLL with one layer ablated alone: own by language, own and others by layer"
     picture = Picture("layers", label, chart(frame), [first, selective_table(inputs)])
-    return Section("layers", "Layer by layer", "Which layer does it", [picture, table(inputs)])
+    caption = "Own ΔNLL with one hookpoint ablated alone, nats/token"
+    table = Table.grid(caption, frame, 4, "Table: own ΔNLL per layer and language")
+    return Section("layers", "Layer by layer", "Which layer does it", [picture, table])
 
 
 def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
@@ -87,19 +88,15 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     return charts.below(cells, *means, description=text)
 
 
-def table(inputs: ReportInputs) -> Table:
-    """Own dNLL per language and hookpoint."""
-    caption, head = "Own ΔNLL with one hookpoint ablated alone, nats/token", ["language", *inputs.hookpoints]
-    return Table(caption, head, by_hookpoint(own_by_layer(inputs), 4), folded="Table: own ΔNLL per layer and language")
-
-
 def selective_table(inputs: ReportInputs) -> Table:
     """`selectivity`, and the number of features."""
-    features = dict(counts(inputs).group_by("hookpoint").agg(pl.col("value").sum()).iter_rows())
-    rows = [
-        [name, plain(features[name]), plain(own, 4, sign=True), plain(others, 5, sign=True),
-         NONE if ahead is None else f"{ahead} of {len(inputs.languages)}"]
-        for name, _, own, others, ahead in selectivity(own_by_layer(inputs)).rows()
-    ]  # fmt: skip
-    head = ["hookpoint", "features", "own ΔNLL", "others’ ΔNLL", "diagonal largest"]
-    return Table("One hookpoint ablated alone, means over the languages, nats/token", head, rows)
+    features = counts(inputs).group_by("hookpoint", maintain_order=True).agg(pl.col("value").sum())
+    frame, total = selectivity(own_by_layer(inputs)), len(inputs.languages)
+    columns = {
+        "hookpoint": frame["hookpoint"],
+        "features": figures(features["value"]),
+        "own ΔNLL": figures(frame["own"], 4, sign=True),
+        "others’ ΔNLL": figures(frame["others"], 5, sign=True),
+        "diagonal largest": [NONE if rows is None else f"{rows} of {total}" for rows in frame["rows"]],
+    }
+    return Table.of("One hookpoint ablated alone, means over the languages, nats/token", columns)

@@ -4,9 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, interval, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import plain, significant
+from babelscope.report.numbers import significant
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, intervals, prose
 from babelscope.report.sections import ablation, control
 from babelscope.report.sections.features import features
 
@@ -93,18 +92,21 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
 
 def table(inputs: ReportInputs) -> Table:
     """Per language: the NLL of the clean run, what its own ablation does to it and to the others."""
+    frame = own_and_others(inputs)
     # The clean run may carry a method of its own, so the method is not asked for.
     clean = inputs.nll.filter(pl.col("ablated").is_null()).unique("evaluated", keep="first", maintain_order=True)
-    untouched = {row[0]: row[1:] for row in clean.select("evaluated", "tokens", "nll").rows()}
-    units = dict(features(inputs).group_by("language", maintain_order=True).len().rows())
-    rows = []
-    for row in own_and_others(inputs).rows(named=True):
-        tokens, nll = untouched.get(row["language"], (None, None))
-        rows.append(
-            [row["language"], plain(units.get(row["language"], 0)), plain(tokens), plain(nll, 3),
-             plain(row["own"], 4, sign=True), interval(row["low"], row["high"]), plain(row["others"], 5, sign=True),
-             interval(row["others_low"], row["others_high"]), plain(row["random"], 4, sign=True)]
-        )  # fmt: skip
-    head = ["language", "features", "eval tokens", "NLL untouched", "own ΔNLL", "95 %", "others, mean",
-            "others, least to largest", "random features"]  # fmt: skip
-    return Table("Own against others, nats/token", head, rows, folded="Table: own and others")
+    units = features(inputs).group_by(language="language").len("features")
+    frame = frame.join(units, on="language", how="left", maintain_order="left")
+    frame = frame.join(clean, left_on="language", right_on="evaluated", how="left", maintain_order="left", suffix="_")
+    columns = {
+        "language": frame["language"],
+        "features": figures(frame["features"].fill_null(0)),
+        "eval tokens": figures(frame["tokens"]),
+        "NLL untouched": figures(frame["nll"], 3),
+        "own ΔNLL": figures(frame["own"], 4, sign=True),
+        "95 %": intervals(frame["low"], frame["high"]),
+        "others, mean": figures(frame["others"], 5, sign=True),
+        "others, least to largest": intervals(frame["others_low"], frame["others_high"]),
+        "random features": figures(frame["random"], 4, sign=True),
+    }
+    return Table.of("Own against others, nats/token", columns, folded="Table: own and others")

@@ -4,9 +4,8 @@ import polars as pl
 from markupsafe import Markup
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, by_hookpoint, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import NONE, percent, plain
+from babelscope.report.numbers import NONE, percent
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 
 
 def section(inputs: ReportInputs) -> Section:
@@ -31,11 +30,9 @@ figure shown.</p>"""
     ]
     description = "Fraction of variance that the SAEs leave unexplained; the table holds the same figures."
     chart = charts.heat_map(frame, name="fvu", title="FVU", decimals=2, zero=False, description=description)
-    head = ["language", *inputs.hookpoints]
-    folded = "Table: FVU per language and layer"
-    fvu_table = Table("FVU per language and hookpoint", head, by_hookpoint(frame, 3), folded=folded)
+    by_language = Table.grid("FVU per language and hookpoint", frame, 3, "Table: FVU per language and layer")
     return Section(
-        "quality", "SAE quality", title, [Picture("fvu", "FVU per language and layer", chart, caption), fvu_table]
+        "quality", "SAE quality", title, [Picture("fvu", "FVU per language and layer", chart, caption), by_language]
     )
 
 
@@ -57,13 +54,27 @@ def mean_fvu(inputs: ReportInputs) -> float | None:
 
 def table(inputs: ReportInputs) -> Table:
     """The SAEs: how well each reconstructs, how sparse it is, how many of its latents are dead."""
-    rows = []
-    for hookpoint in inputs.hookpoints:
-        get = inputs.metrics.get(f"train.{hookpoint}", {}).get
-        recovered = percent(inputs.figure("quality", f"loss_recovered/{hookpoint}"))
-        share, others = (inputs.figure("stability", f"stability_share{end}/{hookpoint}") for end in ("", "_others"))
-        again = NONE if share is None else f"{percent(share)} ({percent(others)})"
-        sparsity = [plain(get("fvu"), 3), plain(get("l0"), 1), percent(get("dead_share"))]
-        rows.append([hookpoint, *sparsity, recovered, again, plain(get("tokens"))])
-    head = ["hookpoint", "FVU", "L0", "dead latents", "loss recovered", "features found again", "tokens trained on"]
-    return Table("One SAE per hookpoint", head, rows)
+    names = inputs.hookpoints
+    training = {
+        key: [inputs.figure(f"train.{name}", key) for name in names] for key in ("fvu", "l0", "dead_share", "tokens")
+    }
+    again, others, recovered = (
+        [inputs.figure(stage, f"{key}/{name}") for name in names]
+        for stage, key in (
+            ("stability", "stability_share"), ("stability", "stability_share_others"), ("quality", "loss_recovered")
+        )
+    )  # fmt: skip
+    found = [
+        NONE if share is None else f"{percent(share)} ({percent(other)})"
+        for share, other in zip(again, others, strict=True)
+    ]
+    columns = {
+        "hookpoint": names,
+        "FVU": figures(training["fvu"], 3),
+        "L0": figures(training["l0"], 1),
+        "dead latents": map(percent, training["dead_share"]),
+        "loss recovered": map(percent, recovered),
+        "features found again": found,
+        "tokens trained on": figures(training["tokens"]),
+    }
+    return Table.of("One SAE per hookpoint", columns)

@@ -1,13 +1,12 @@
 """Section `reproduce`: the parameters, versions, input files and figures behind the page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from babelscope.report.blocks import Section, Table, prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import plain, significant
+from babelscope.report.parts import ReportInputs, Section, Table, prose
 
 
 def section(inputs: ReportInputs) -> Section:
@@ -22,25 +21,17 @@ make ui            # the runs, in MLflow</pre>
 <pre id="params" class="columns" tabindex="0" aria-labelledby="params-title">{params}</pre>""",
         params=yaml.safe_dump(dict(inputs.params), sort_keys=False, allow_unicode=True, width=1000),
     )
-    versions = _pairs("Packages", ["package", "version"], inputs.versions)
-    files = _pairs("Input files", ["file", "MD5"], inputs.files, "Table: input files and their MD5")
-    return Section("reproduce", "Reproduce", "Reproduce", [text, versions, files, metrics_table(inputs)])
-
-
-def _pairs(caption: str, head: list[str], content: Mapping[str, str], folded: str = "") -> Table:
-    return Table(caption, head, [[key, value] for key, value in sorted(content.items())], labels=2, folded=folded)
-
-
-def metrics_table(inputs: ReportInputs) -> Table:
-    """Every figure of every metrics file."""
-
-    def text(value: Any) -> str:
-        return significant(value, digits=6) if isinstance(value, float) else plain(value)
-
-    rows = [
-        [name, key, text(value)]
-        for name, content in sorted(inputs.metrics.items())
-        for key, value in sorted(content.items())
-    ]
+    versions = _table("Packages", ["package", "version"], inputs.versions.items())
+    files = _table("Input files", ["file", "MD5"], inputs.files.items(), "Table: input files and their MD5")
+    found = [(name, key, _text(value)) for name, content in inputs.metrics.items() for key, value in content.items()]
     caption, folded = "Every figure of every stage (metrics/*.json)", "Table: every figure of every stage"
-    return Table(caption, ["stage", "figure", "value"], rows, labels=2, folded=folded)
+    metrics = _table(caption, ["stage", "figure", "value"], found, folded)
+    return Section("reproduce", "Reproduce", "Reproduce", [text, versions, files, metrics])
+
+
+def _table(caption: str, head: list[str], rows: Iterable[tuple[str, ...]], folded: str = "") -> Table:
+    return Table(caption, head, sorted(rows), labels=2, folded=folded)
+
+
+def _text(value: Any) -> str:
+    return significant(value, digits=6) if isinstance(value, float) else plain(value)

@@ -4,9 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, prose
-from babelscope.report.inputs import ReportInputs
 from babelscope.report.numbers import NONE, plain
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 from babelscope.report.relatives import relatives
 
 
@@ -105,24 +104,26 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
 
 def table(frame: pl.DataFrame, languages: list[str]) -> Table:
     """The pairs of languages that have most features in common."""
-    index = {name: number for number, name in enumerate(languages)}
-    rows = [
-        [first, second, plain(value, 3), plain(units), kin or NONE]
-        for first, second, value, units, kin in frame.drop_nulls("value")
-        .select("language", "other", "value", "units", "expected")
-        .rows()
-        if index[first] < index[second]
-    ]
-    rows.sort(key=lambda row: (-float(row[2]), index[row[0]], index[row[1]]))
-    head = ["language", "and", "Jaccard index", "features of both", "relatives"]
+    order = pl.Enum(languages)
+    first, second = pl.col("language").cast(order), pl.col("other").cast(order)
+    pairs = frame.drop_nulls("value").filter(first < second).sort(-pl.col("value").round(3), first, second)
+    columns = {
+        "language": pairs["language"],
+        "and": pairs["other"],
+        "Jaccard index": figures(pairs["value"], 3),
+        "features of both": figures(pairs["units"]),
+        "relatives": pairs["expected"].fill_null(NONE),
+    }
     caption = "Features that two languages have in common"
-    return Table(caption, head, rows, labels=2, folded="Table: features in common, by pair")
+    return Table.of(caption, columns, labels=2, folded="Table: features in common, by pair")
 
 
 def shared_table(inputs: ReportInputs) -> Table:
     """How many features belong to how many languages."""
     counts = range(1, len(inputs.languages) + 1)
-    rows = [[str(count), plain(inputs.figure("score", f"shared_by/{count}"))] for count in counts]
-    caption = "Features by the number of languages that share them"
-    folded = "Table: features by the number of languages that share them"
-    return Table(caption, ["languages", "features"], rows, folded=folded)
+    features = [inputs.figure("score", f"shared_by/{count}") for count in counts]
+    caption, folded = (
+        "Features by the number of languages that share them",
+        "Table: features by the number of languages that share them",
+    )
+    return Table.of(caption, {"languages": map(str, counts), "features": figures(features)}, folded=folded)

@@ -4,9 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.blocks import Picture, Section, Table, prose
-from babelscope.report.inputs import ReportInputs
-from babelscope.report.numbers import percent, plain, significant
+from babelscope.report.numbers import percent, significant
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 
 
 def section(inputs: ReportInputs) -> Section | None:
@@ -82,11 +81,12 @@ def chart(frame: pl.DataFrame) -> alt.HConcatChart:
 
 def table(frame: pl.DataFrame) -> Table:
     """`steering` as text."""
-    columns = ("language", "strength", "success", "nll", "distinct_2")
-    rows = [
-        [language, significant(strength), percent(success), plain(nll, 2), plain(distinct, 2)]
-        for language, strength, success, nll, distinct in frame.select(columns).rows()
-    ]
-    head = ["language", "strength", "success", "NLL (nats/token)", "distinct-2"]
+    columns = {
+        "language": frame["language"],
+        "strength": map(significant, frame["strength"]),
+        "success": map(percent, frame["success"]),
+        "NLL (nats/token)": figures(frame["nll"], 2),
+        "distinct-2": figures(frame["distinct_2"], 2),
+    }
     caption = "Steered text; strength 0 is the unsteered model"
-    return Table(caption, head, rows, folded="Table: steered text per language and strength")
+    return Table.of(caption, columns, folded="Table: steered text per language and strength")
