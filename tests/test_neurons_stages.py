@@ -18,7 +18,9 @@ from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, loading
-from babelscope.report import data
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import ablation
+from babelscope.report.sections.own import own_and_others
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
 from babelscope.tracking import sync
@@ -90,10 +92,10 @@ def check_primary_method() -> None:
         assert numbers[f"{other}/own"] != numbers["own"]
         features = pl.read_parquet("data/scores/features.parquet")
         params = config.load().model_dump()
-        inputs = data.ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
-        shown = data.own_and_others(inputs)
+        inputs = ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
+        shown = own_and_others(inputs)
         assert dict(zip(shown["language"], shown["own"], strict=True)) == own
-        assert data.ablation_method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
+        assert ablation.method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
         series = sync._numbers(Path(), params, {"ablate": numbers})[1]
         at = by_layer.filter(method=primary, ablated="en", evaluated="en")["delta"].item()
         assert series["dnll_own_by_layer/en", 1] == at

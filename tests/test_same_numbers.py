@@ -12,8 +12,9 @@ from closure import ROOT
 
 from babelscope.ablation import results
 from babelscope.features import run_score
-from babelscope.report import page, tables
-from babelscope.report.data import ReportInputs
+from babelscope.report import page
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import features as features_section
 from babelscope.tracking import summary, sync
 from babelscope.tracking.state import State
 
@@ -99,7 +100,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
 def test_the_table_of_languages_is_the_same_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
     features, metrics = computed(caplog)
     inputs = ReportInputs(example.params(), features, example.nll(), None, metrics, {}, {})
-    table = tables.counts(inputs)
+    table = features_section.counts_table(inputs)
     assert table.head[-2:] == ["all", "effective languages"]
     score = metrics["score"]
     for row in table.rows[:-1]:
