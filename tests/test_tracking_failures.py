@@ -1,6 +1,7 @@
 """A tracking server that hangs or dies, a database that is locked or none: training goes on, runs are mended."""
 
 import contextlib
+import shutil
 import socket
 import sqlite3
 import sys
@@ -158,3 +159,32 @@ def test_a_repository_whose_path_means_something_in_a_uri(repo, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(moved))
     [run] = store.open_store("x").search(dvc__stage=STAGE)
     assert (store.local_folder(run.info.artifact_uri) / "note.txt").read_text() == "found"
+
+
+def test_what_is_in_mlflow_is_remembered_until_anything_is_written_to_it(repo, caplog):
+    caplog.set_level("INFO")
+    (repo / "params.yaml").write_text("train: {k: 4}\nmodel: {name: m}\nscore: {members: 1}\ntrack: {experiment: x}\n"
+                                      "languages: [en]\nhookpoints: [layers.0]\n")  # fmt: skip
+    (repo / "dvc.yaml").write_text("stages: {train: {matrix: {hookpoint: '${hookpoints}'}}}\n")
+    out = f"{{path: {OUT}, hash: md5, md5: {dvc_md5(Path(OUT))}}}"
+    (repo / "dvc.lock").write_text(f"stages:\n  {STAGE}: {{outs: [{out}]}}\n")
+    (repo / "metrics").mkdir()
+
+    def track():
+        caplog.clear()
+        sync.sync(Paths(repo))
+        return caplog.text
+
+    assert "logged, 1 training runs logged" in track()
+    for _ in range(2):
+        asked = track()
+        assert "is in MLflow already" in asked and "training runs" not in asked  # MLflow was not asked
+    opened = store.open_store("x")
+    [run] = opened.search(babelscope__kind="training")
+    opened.client.delete_run(run.info.run_id)
+    assert "is in MLflow already, 1 training runs logged" in track()
+    shutil.rmtree(repo / "mlruns/x")
+    assert "logged, 0 training runs logged" in track()
+    assert len(opened.search(babelscope__kind="training")) == len(opened.search(babelscope__kind="summary")) == 1
+    (repo / "mlflow.db").unlink()
+    assert store.stamp("x") == ""

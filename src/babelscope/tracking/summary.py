@@ -175,13 +175,6 @@ def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
     )
 
 
-def model_name(params: Mapping[str, Any]) -> str:
-    """A short name of the model: `gemma-3-270m` of `gemma-3-270m-q4_k_m.gguf`, `Llama-3.2-1B` of a hub id or folder."""
-    if file := params["model"].get("gguf_file"):
-        return re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)
-    return local_name(params["model"]["name"]).rpartition("/")[2]
-
-
 def _series(name: str, part: str, rest: str = "") -> str:
     return "/".join(filter(None, (f"{name}_by_layer", part, rest)))
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,10 +16,9 @@ import polars as pl
 from babelscope.config import read_yaml
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
-from babelscope.core.redact import redact
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, view
-from babelscope.tracking.training import size_of, training_name
+from babelscope.tracking.training import describe, training_name
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def sync(paths: Paths) -> None:
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        reason = redact(str(error))[:300]
+        reason = store.first_line(error)
         log.warning("track: cannot log to %s; the next `dvc repro` does (%s)", store.shown(), reason)
         return
     if None not in trainings and (stamp := store.stamp(experiment)):
@@ -69,7 +69,7 @@ def _is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return isinstance(error, MlflowException | OSError | SQLAlchemyError)
+    return isinstance(error, MlflowException | OSError | SQLAlchemyError | sqlite3.Error)
 
 
 def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool | None:
@@ -130,10 +130,8 @@ def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state
         "dvc.state": state.hash,
         "mlflow.note.content": summary.note(params, metrics, state.hash),
     }
-    released = params["train"].get("source") == "pretrained"
-    saes = params["pretrained"]["name"].rpartition("/")[2] if released else size_of(params)
     logged = {key: value for key, value in params.items() if key not in ("hardware", "track")}
-    run_id = opened.create(f"{summary.model_name(params)} {saes} {state.hash[:7]}", logged, tags)
+    run_id = opened.create(f"{describe(params)} {state.hash[:7]}", logged, tags)
     _log(opened, run_id, {(name, 0): value for name, value in figures.items()} | series)
     _dataset(opened, run_id, paths, state)
     opened.client.log_table(run_id, summary.language_table(figures, params["languages"]), "languages.json")
@@ -153,14 +151,14 @@ def _is_whole(run: Any) -> bool:
 def _dataset(opened: store.Store, run_id: str, paths: Paths, state: states.State) -> None:
     """Name the corpus as the run's data set; its digest is the start of the MD5 that DVC knows it by."""
     name = paths.texts.relative_to(paths.root).as_posix()
-    if name not in state.files or not paths.texts.is_file():
+    if name not in state.outputs or not paths.texts.is_file():
         return
     import mlflow.data
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = get_dataset_source_from_json(json.dumps({"uri": name}), "local")
-    texts, digest = read_table(paths.texts), state.files[name][:8]
+    texts, digest = read_table(paths.texts), state.outputs[name][:8]
     data = Dataset(**mlflow.data.from_polars(texts, source=source, name="texts", digest=digest).to_dict())
     opened.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "corpus")])])
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from babelscope.core.redact import redact
+from babelscope.config.values import local_name
 from babelscope.tracking import store
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class TrainingRun:
     experiment: MLflow experiment (`track.experiment`).
     stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
     fingerprint: see `babelscope.core.fingerprint.fingerprint`.
-    params: what the stage depends on, as in dvc.yaml, e.g. `{"seed": 0, "train": {...}}`; logged flat, as `train.k`.
+    params: what the stage depends on, as in params.yaml, e.g. `{"seed": 0, "train": {...}}`, and `model`, which is in
+        the name of the run; logged flat, as `train.k`.
     """
 
     def __init__(self, experiment: str, *, stage: str, fingerprint: str, params: Mapping[str, Any]) -> None:
@@ -89,7 +91,7 @@ class TrainingRun:
                 log.log(
                     logging.DEBUG if self._warned else logging.WARNING,
                     "mlflow: cannot log to %s; training goes on, `dvc repro` logs it later (%s)",
-                    store.shown(), first_line(error),
+                    store.shown(), store.first_line(error),
                 )  # fmt: skip
                 self._warned = True
                 if ending:
@@ -142,17 +144,22 @@ training_run = TrainingRun
 
 
 def training_name(stage: str, params: Mapping[str, Any]) -> str:
-    """A name that tells trainings apart, e.g. `layers.6.mlp k=32 latents=4608`."""
-    return " ".join(filter(None, (stage.partition("@")[2] or stage, size_of(params))))
+    """A name that tells trainings apart, e.g. `layers.6.mlp gemma-3-270m k=32 latents=4608`."""
+    return f"{stage.partition('@')[2] or stage} {describe(params)}".strip()
 
 
-def size_of(params: Mapping[str, Any]) -> str:
-    """The size of the SAEs for the name of a run, e.g. `k=32 latents=4608`; empty if the params do not say it."""
+def describe(params: Mapping[str, Any]) -> str:
+    """The model and the SAEs for the name of a run, e.g. `gemma-3-270m k=32 latents=4608`; what `params` lack is not.
+
+    The model of a GGUF file is the file's name without the quantisation, another is the last part of its hub id.
+    """
     flat = store.flatten(params)
-    return " ".join(f"{name}={flat[f'train.{name}']}" for name in ("k", "latents") if f"train.{name}" in flat)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one short line without credentials."""
-    text = redact(str(error)).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    name, file = flat.get("model.name", ""), flat.get("model.gguf_file", "null")
+    words = [name and local_name(name).rpartition("/")[2]]
+    if file != "null":
+        words = [re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)]
+    if flat.get("train.source") == "pretrained":
+        words.append(flat["pretrained.name"].rpartition("/")[2])
+    else:
+        words += [f"{key}={flat[f'train.{key}']}" for key in ("k", "latents") if f"train.{key}" in flat]
+    return " ".join(filter(None, words))
