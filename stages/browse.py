@@ -15,9 +15,10 @@ from babelscope import config
 from babelscope.browse.units import KEY, probabilities, units
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scan_table, scratch, write_atomically
+from babelscope.core.files import read_table, scan_table, write_atomically
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
 from babelscope.features import sae_lape
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")

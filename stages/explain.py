@@ -14,9 +14,10 @@ import polars as pl
 from babelscope import config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import fingerprint
 from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 ACTIVATIONS, OUT, METRICS = Path("data/activations"), Path("data/explain"), Path("metrics/explain.json")

@@ -10,8 +10,9 @@ from pathlib import Path
 from babelscope import config
 from babelscope.config.values import local_name
 from babelscope.core import stage
-from babelscope.core.files import move, read_table, scratch, write_atomically, write_json
+from babelscope.core.files import move, read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 
 CORPUS, OUT, METRICS = Path("data/corpus/texts.parquet"), Path("data/activations"), Path("metrics/extract.json")
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ import polars as pl
 from babelscope import config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scan_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, scan_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 
 CORPUS, OUT = Path("data/corpus/texts.parquet"), Path("data/neurons")
 TOTALS = {"language": pl.String, "tokens": pl.Int64, "texts": pl.Int64}

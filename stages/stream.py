@@ -13,8 +13,9 @@ from babelscope.activations.streamed import MODE, OUT
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 
 CORPUS = Path("data/corpus/texts.parquet")
 log = logging.getLogger(__name__)

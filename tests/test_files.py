@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from closure import ROOT
 
-from babelscope.core import files, fingerprint, stage
+from babelscope.core import files, fingerprint, resume, stage
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.core.progress import Progress
@@ -230,9 +230,9 @@ def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(t
     own, old, other = (f"train@layers.6.{'a' * 32}", f"train@layers.6.{'b' * 32}", f"train@layers.6.mlp.{'c' * 32}")
     for name in (own, old, other):
         leave(name)
-    assert files.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
+    assert resume.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
     with stage.alone():
-        assert files.scratch("a" * 32) == tmp_path / ".scratch" / own
+        assert resume.scratch("a" * 32) == tmp_path / ".scratch" / own
         assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {own, other, "locks"}
         leave(old)
     # At the end there is nothing to resume: whatever is left of this stage goes.
@@ -244,7 +244,7 @@ def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(t
     # Without locks nobody knows whether another process is at work on it.
     monkeypatch.setattr(stage.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
     with stage.alone():
-        files.scratch("a" * 32)
+        resume.scratch("a" * 32)
     assert (tmp_path / ".scratch" / old).is_dir()
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,6 @@ from babelscope.core.errors import UserError
 
 if TYPE_CHECKING:  # the stages that need neither do not wait for their imports
     import polars as pl
-    from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 # The only way to read the umask is to set it.
 _UMASK = os.umask(0)
@@ -166,62 +162,8 @@ def scan_table(path: Path | str) -> "pl.LazyFrame":
     return pl.scan_parquet(path, glob=False)
 
 
-def read_part(path: Path) -> "dict[str, Tensor] | None":
-    """The tensors that an interrupted run has left in a safetensors file; null where it has not, or it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        return None
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        log.warning("%s: damaged, computed again (%s)", path, error)
-        return None
-
-
 def _unreadable(path: Path | str, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
     reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")
     return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
-
-
-class _Work:
-    """The stage that this process works at (see `stage.alone`), and whether it holds the stage's lock."""
-
-    name = ""
-    is_alone = False
-
-
-work = _Work()
-
-
-def scratch(fingerprint: str) -> Path:
-    """The folder in which a stage keeps what it needs to resume after a kill; the stage deletes it at its end.
-
-    It is keyed by the fingerprint of the stage's params and inputs, so that a run never resumes another one's work.
-    What runs of the same stage with other params, inputs or code have left is deleted (see `prune`).
-    """
-    folder = scratch_root() / (f"{work.name}.{fingerprint}" if work.name else fingerprint)
-    prune(keep=folder)
-    return folder
-
-
-def scratch_root() -> Path:
-    """The folder of all scratch folders; temporary copies of the repository share that of the main checkout."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
-
-
-def prune(keep: Path | None = None) -> None:
-    """Delete the scratch folders of this process's stage but `keep`; does nothing without the stage's lock.
-
-    A killed run cannot delete its own, which may hold terabytes. The lock says that no live process uses them.
-    """
-    if not work.is_alone:
-        return
-    for folder in scratch_root().glob("*.*"):
-        if folder.name.rpartition(".")[0] == work.name and folder != keep:
-            log.info("%s: deleted, a run with other params, inputs or code left it", folder)
-            shutil.rmtree(folder, ignore_errors=True)

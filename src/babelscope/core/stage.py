@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from babelscope.core import files
+from babelscope.core import resume
 from babelscope.core.errors import UserError
 from babelscope.core.redact import redact
 
@@ -90,7 +90,7 @@ def keep_caches() -> None:
             return
     except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
         log.debug("%s: not a folder that can be looked at", cache)
-    ours = files.scratch_root().absolute() / "caches"
+    ours = resume.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
     with suppress(OSError):
         if (cache / "hub").is_dir():
@@ -148,21 +148,21 @@ def alone() -> Iterator[None]:
     Both would write the same outputs, and the first to end would take away what the other has to resume from.
     """
     name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
-    files.work.name = name
+    resume.work.name = name
     if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         yield  # the first process holds the lock for all
         return
-    place = files.scratch_root() / "locks" / name
+    place = resume.scratch_root() / "locks" / name
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            files.work.is_alone = True
+            resume.work.is_alone = True
         except BlockingIOError:
             file.seek(0)
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
             fcntl.flock(file, fcntl.LOCK_EX)
-            files.work.is_alone = True
+            resume.work.is_alone = True
         except OSError as error:  # some network file systems have no locks; without any, stages ran all the same
             log.debug("%s: not locked (%s)", name, error)
         file.truncate(0)
@@ -170,9 +170,9 @@ def alone() -> Iterator[None]:
             os.write(file.fileno(), str(os.getpid()).encode())
         try:
             yield
-            files.prune()
+            resume.prune()
         finally:
-            files.work.name, files.work.is_alone = "", False
+            resume.work.name, resume.work.is_alone = "", False
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:

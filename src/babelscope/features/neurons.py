@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core.files import write_atomically
 from babelscope.core.progress import Progress
+from babelscope.core.resume import read_part
 from babelscope.features.counter import Counter
 from babelscope.models import hookpoints as hooks
 from babelscope.models.forward import collate, own_activations, widths
