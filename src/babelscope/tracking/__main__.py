@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 from babelscope import config
 from babelscope.core import stage
@@ -14,8 +13,8 @@ def ui_url(experiment: str) -> str:
     """The address of the chart view of the experiment's summary runs.
 
     On the server that `MLFLOW_TRACKING_URI` names, else where `mlflow ui` listens (`MLFLOW_HOST`, `MLFLOW_PORT`). Its
-    own default, 127.0.0.1, is called by another name of this machine: on a page from there or from `localhost` MLflow
-    3.17 opens its Assistant, which covers a third of the charts.
+    default, 127.0.0.1, is called by another name of this machine: on a page from there or from `localhost` MLflow
+    opens its Assistant, which covers a third of the charts.
     """
     base = redact(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not base.startswith("http"):
@@ -25,7 +24,7 @@ def ui_url(experiment: str) -> str:
 
 def main() -> None:
     """Print the address for the experiment that params.yaml names."""
-    sys.stdout.write(ui_url(config.load(Path("params.yaml")).track.experiment) + "\n")
+    sys.stdout.write(ui_url(config.load().track.experiment) + "\n")
 
 
 if __name__ == "__main__":
