@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib.util
 import logging
 import re
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from test_docs import PAGES, PARAMS, text_of
 from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
+from babelscope.features import run_score
 from babelscope.models import hardware
 from babelscope.tracking import verify
 
@@ -152,13 +153,9 @@ def parsed(**changes: Any) -> Callable[[], object]:
 
 
 def score_without_counts() -> None:
-    spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages/score.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(text.replace("- layers.6.mlp\n- layers.10.mlp\n", ""), encoding="utf-8")
-    module.main()
+    run_score.run(config.load(), Paths())
 
 
 def verify_a_damaged_cache() -> None:

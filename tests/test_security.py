@@ -35,7 +35,7 @@ from babelscope.explain.client import Client, Request, answer_in
 from babelscope.models import loading
 from babelscope.report import browser
 from babelscope.sae.training.module import SAETraining
-from babelscope.tracking import prune, store, training, ui
+from babelscope.tracking import prune, store, ui
 
 # --- pickles and code
 
@@ -370,7 +370,7 @@ def test_mlflow_names_the_address_with_its_password_and_we_do_not(monkeypatch: p
     with pytest.raises(MlflowException) as raised:
         store.open_store("e")
     assert CANARY in str(raised.value)
-    assert CANARY not in training._first_line(raised.value) + store.shown()
+    assert CANARY not in store.first_line(raised.value) + store.shown()
 
 
 def test_passwords_in_params_and_tags_do_not_reach_mlflow(canaries: dict[str, str]) -> None:
@@ -384,7 +384,7 @@ def test_passwords_in_params_and_tags_do_not_reach_mlflow(canaries: dict[str, st
 
     params = {"model.name": f"https://me:{CANARY}@host/m", "pretrained.name": canaries["HF_TOKEN"]}
     opened = store.Store(Kept(), "0")
-    training.create(opened, f"http://me:{CANARY}@host", params, {"a": f"http://me:{CANARY}@host"})
+    opened.create(f"http://me:{CANARY}@host", params, {"a": f"http://me:{CANARY}@host"})
     assert "https://host/m" in str(opened.client.given) and CANARY not in str(opened.client.given)
 
 

@@ -15,12 +15,12 @@ _HOMES = {
     "FeatureAblation": "ablation.interventions",
     "SAE": "sae",
     "ablate": "ablation.ablate",
+    "count": "features.count",
     "identify": "identification.classify",
     "lape": "features",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
     "sae_lape": "features",
-    "scan": "features.scan",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
