@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 KEY = "babelscope"
-# The tag that MLflow's menu "Views" reads (tried with 3.17 and 3.18, tests/test_mlflow_browser.py). Its format is not
+# The tag that MLflow's menu "Views" reads (tried with 3.17.0, 3.17.2 and 3.18.0 by tests/test_mlflow_browser.py). Its format is not
 # public: a version that does not know it shows the experiment without a view.
 TAG = f"mlflow.sharedViewState.{KEY}"
 # A name of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
