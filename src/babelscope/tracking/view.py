@@ -53,8 +53,8 @@ def experiment_tags(experiment_id: str) -> dict[str, str]:
     """The tags of the experiment: its kind, its description with a link to the view, and the view."""
     link = address("", experiment_id).removeprefix("/")
     note = (
-        f"One `summary` run per state of the DVC pipeline ([charts over the layers]({link})), one `training` run per SAE. "
-        "Rebuilt from DVC's files by `dvc repro`."
+        f"One `summary` run per state of the DVC pipeline: [charts over the layers]({link}). One `training` run per "
+        "SAE. Rebuilt from DVC's files by `dvc repro`."
     )
     # Without a kind, MLflow's pages ask the user what sort of experiment this is, and hide the charts until they know.
     return {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": note, TAG: saved()}
