@@ -1,4 +1,4 @@
-"""`python -m babelscope.tracking.verify`: re-hash the outputs and the DVC cache.
+"""`babelscope verify`: re-hash the outputs and the DVC cache.
 
 DVC trusts a cached file by its name, and an output by its size and date: it does not notice a flipped bit.
 """
@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from babelscope import config
-from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.fingerprint import content_md5
 from babelscope.tracking import state
@@ -64,7 +63,3 @@ def main() -> None:
     if lines:
         raise UserError("\n       ".join(map(str, lines)))
     log.info("verify: %d cached files and %d outputs, all as they were written", files, outputs)
-
-
-if __name__ == "__main__":
-    stage.run(main)
