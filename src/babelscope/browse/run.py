@@ -159,15 +159,9 @@ def removed_alone(features: pl.DataFrame, held_out: list[list[str]], params: Con
 
 
 def measure(
-    model: Any,
-    tokenizer: Any,
-    saes: Mapping[str, Any],
-    features: pl.DataFrame,
-    removed: Sequence[Sequence[str]],
-    corpus: pl.DataFrame,
-    params: Config,
-    paths: Paths,
-) -> pl.DataFrame:
+    model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, removed: Sequence[Sequence[str]],
+    corpus: pl.DataFrame, params: Config, paths: Paths,
+) -> pl.DataFrame:  # fmt: skip
     """What removing each feature alone does to its texts `removed`; nothing is measured for transcoders."""
     if any(dictionary.b_in is not None for dictionary in saes.values()):
         log.warning("browse: transcoders read their module's input, so no feature is removed by itself")

@@ -16,12 +16,8 @@ def examples(
 ) -> pl.DataFrame:
     """The texts in which each feature is most active.
 
-    Parameters
-    ----------
-    features: of `units`.
-    firings: by hookpoint, of its features in this order.
-    text_ids: of the texts by the numbers that `firings` has for them.
-    texts: of `babelscope.features.pieces.cut`, at least all examples.
+    `features`: of `units`. `firings`: by hookpoint, of its features in this order. `text_ids`: of the texts by the
+    numbers that `firings` has for them. `texts`: of `babelscope.features.pieces.cut`, at least all examples.
 
     Returns
     -------
@@ -44,10 +40,7 @@ def examples(
 def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.DataFrame:
     """Tokens by activation: `hookpoint`, `layer`, `unit`, `bin`, `low`, `high` (its ends), `own`, `other` (tokens).
 
-    Parameters
-    ----------
-    features: of `units`, with `largest`, the upper end of the last bin.
-    firings: by hookpoint, of its features in this order.
+    `features`: of `units`, with `largest`, the upper end of the last bin. `firings`: as in `examples`.
     """
     sides = {
         side: pl.Series(
@@ -69,11 +62,8 @@ def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.Dat
 def tokens(features: pl.DataFrame, found: Mapping[str, Extremes], text: Mapping[int, str]) -> pl.DataFrame:
     """The tokens that each feature's direction promotes and suppresses.
 
-    Parameters
-    ----------
-    features: of `units`.
-    found: by hookpoint, of its features in this order; a hookpoint may be missing.
-    text: of every token by id.
+    `features`: of `units`. `found`: by hookpoint, of its features in this order; a hookpoint may be missing. `text`: of
+    every token by id.
 
     Returns
     -------

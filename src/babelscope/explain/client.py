@@ -57,16 +57,10 @@ _RETRY = _Retry(
 
 
 class Client:
-    """An endpoint and a model behind it.
+    """An endpoint (base URL, such as `http://localhost:8000/v1`) and a model behind it, asked in `parallel` requests.
 
-    Parameters
-    ----------
-    endpoint: base URL, such as `http://localhost:8000/v1`.
-    model: its name there.
-    folder: where every answer is kept under the hash of its request: what is paid for is not asked twice.
-    parallel: requests at once.
-
-    The key is read from the environment (`OPENAI_API_KEY`); it is written nowhere.
+    Every answer is kept in `folder` under the hash of its request: what is paid for is not asked twice. The key is read
+    from the environment (`OPENAI_API_KEY`); it is written nowhere.
 
     Raises
     ------

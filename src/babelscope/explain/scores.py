@@ -28,18 +28,10 @@ class Case(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A text of which an explanation has to tell whether the case with this number fires as shown.
+    """A text, as it is shown, of which an explanation has to tell whether the feature is active in it as marked."""
 
-    Attributes
-    ----------
-    case: number of the case.
-    task: `prompts.DETECT` or `prompts.FUZZ`.
-    truth: the right answer.
-    text: the text as it is shown.
-    """
-
-    case: int
-    task: str
+    case: int  # the number of the feature's case
+    task: str  # prompts.DETECT or prompts.FUZZ
     truth: bool
     text: str
 
@@ -92,11 +84,9 @@ def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int
 
 
 def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> float | None:
-    """The mean of the shares of true and of false ones that were told right; None is an answer that cannot be read.
+    """The mean of the shares of true and of false ones that were told right, in 0..1 (0.5 by chance).
 
-    Returns
-    -------
-    In 0..1, 0.5 by chance; None if one of the two kinds has no answer.
+    An answer that cannot be read is None and left out; without an answer to one of the two kinds, the result is None.
     """
     shares = []
     for kind in (True, False):
