@@ -34,10 +34,10 @@ class Request(NamedTuple):
     max_tokens: int
 
 
-def tokens(some: Sequence[Request]) -> tuple[int, int]:
+def tokens(asked: Sequence[Request]) -> tuple[int, int]:
     """The most tokens that are sent and that come back: whatever the tokenizer, a token has at least one byte."""
-    sent = sum(len(m["content"].encode()) + _AROUND for one in some for m in one.messages)
-    return sent, sum(one.max_tokens for one in some)
+    sent = sum(len(m["content"].encode()) + _AROUND for one in asked for m in one.messages)
+    return sent, sum(one.max_tokens for one in asked)
 
 
 class _Retry(Retry):
@@ -74,7 +74,7 @@ class Client:
         self.url, self.model = f"{endpoint.rstrip('/')}/chat/completions", model
         self.folder, self.parallel = folder, parallel
 
-    def ask(self, some: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
+    def ask(self, asked: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
         """The answers, in the order of the requests.
 
         The first refusal ends it: nothing more is sent, and requests under way are not waited for.
@@ -85,17 +85,17 @@ class Client:
         """
         answers: dict[int, str] = {}
         with ThreadPool(self.parallel) as pool:  # its threads end with the process, unlike those of an executor
-            for number, answer in pool.imap_unordered(lambda pair: (pair[0], self._one(pair[1])), enumerate(some)):
+            for number, answer in pool.imap_unordered(lambda pair: (pair[0], self._one(pair[1])), enumerate(asked)):
                 answers[number] = answer
                 advance(1)
-        return [answers[number] for number in range(len(some))]
+        return [answers[number] for number in range(len(asked))]
 
     def _one(self, request: Request) -> str:
         body = {"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens}
         body |= {"temperature": 0, "seed": 0}
         name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{name}.json"
-        with suppress(UserError, KeyError):  # there is none yet
+        with suppress(UserError, KeyError):  # no answer is kept yet
             return str(read_json(file)["answer"])
         try:
             answer = self._answer(body)

@@ -1,9 +1,9 @@
 """`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
 
-delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. Of every hookpoint a folder
-with `config.json` and `<first>_<last>.safetensors`, latents in ranges: `locations` `[firings, 3]` (context, position,
-latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A context is a text of
-the training split, its own tokens from position 0 on; behind its end stands the padding token, on which nothing fires.
+delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. It has a folder for each
+hookpoint with `config.json` and `<first>_<last>.safetensors`, one a range of latents: `locations` `[firings, 3]`
+(context, position, latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A
+context is a text of the training split: its content tokens from position 0 on, then padding, on which nothing fires.
 """
 
 import logging
@@ -54,10 +54,10 @@ def write_cache(folder: Path, latents: int, tokens: NDArray[np.uint32], location
     """Write the files of one hookpoint; `locations` as in the cache, but with the whole latent numbers."""
     edges = np.linspace(0, latents, min(SPLITS, latents) + 1).astype(np.int64)
     for start, end in zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True):
-        here = (locations[:, 2] >= start) & (locations[:, 2] <= end)
-        relative = locations[here] - np.array([0, 0, start])
+        in_range = (locations[:, 2] >= start) & (locations[:, 2] <= end)
+        relative = locations[in_range] - np.array([0, 0, start])
         small = np.uint16 if relative.max(initial=0) < 2**16 else np.uint32
-        content = {"locations": relative.astype(small), "activations": activations[here], "tokens": tokens}
+        content = {"locations": relative.astype(small), "activations": activations[in_range], "tokens": tokens}
         write_atomically(folder / f"{start}_{end}.safetensors", lambda path, c=content: save_file(c, path))  # type: ignore[misc]
 
 
@@ -68,7 +68,7 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
     store = ActivationStore(place(paths.activations, hookpoint if dictionary.b_in is None else hookpoint + INPUT))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
-    locations, activations, beyond = [], [], 0
+    locations, activations, too_large = [], [], 0
     with Progress(f"delphi {hookpoint}", len(rows), "tokens") as progress:
         for first in range(0, len(rows), CHUNK):
             values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
@@ -76,11 +76,12 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
             at = (row + first).numpy()
             locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
             fired = values[row, column]
-            beyond += int((fired > LARGEST).sum())
+            too_large += int((fired > LARGEST).sum())
             activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())
             progress.update(len(values))
-    if beyond:
-        log.warning("%s: %s activations above %s, the largest float16, are written as that", hookpoint, beyond, LARGEST)
+    if too_large:
+        message = "%s: %s activations above %s, the largest float16, are written as this number"
+        log.warning(message, hookpoint, too_large, LARGEST)
     write_cache(target / hookpoint, dictionary.latents, tokens, np.concatenate(locations), np.concatenate(activations))
     write_json(target / hookpoint / "config.json", about | {"ctx_len": tokens.shape[1], "n_tokens": int(tokens.size)})
     return sum(map(len, activations))

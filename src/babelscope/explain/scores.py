@@ -52,10 +52,10 @@ def trials(number: int, case: Case, seed: int) -> list[list[Trial]]:
             for truth, on in ((True, right), (False, wrong))
         ]
     groups = []
-    for some in (detect, fuzz):
+    for of_task in (detect, fuzz):
         # In the order above, the true ones would be together.
-        order = np.random.default_rng([seed, number]).permutation(len(some)).tolist()
-        groups += [[some[i] for i in order[first : first + TOGETHER]] for first in range(0, len(some), TOGETHER)]
+        order = np.random.default_rng([seed, number]).permutation(len(of_task)).tolist()
+        groups += [[of_task[i] for i in order[first : first + TOGETHER]] for first in range(0, len(order), TOGETHER)]
     return groups
 
 
@@ -98,7 +98,7 @@ def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> flo
 
 
 def fuzzed(on: Sequence[bool], seed: Sequence[int]) -> list[bool]:
-    """As many marks as in `on`, at random where `on` has none (fewer if there is less room)."""
+    """As many marks as in `on`, on random pieces that have none in `on` (fewer if there are not enough of them)."""
     free = np.flatnonzero(~np.array(on, dtype=bool))
     result = np.zeros(len(on), dtype=bool)
     result[np.random.default_rng(list(seed)).permutation(free)[: sum(on)]] = True

@@ -166,7 +166,7 @@ class Firings:
 
 
 class Shown(NamedTuple):
-    """The number of a text, and what one feature does in it: an activation per token, 0 where it does not fire."""
+    """The number of a text, and what one feature does in it: an activation per token, 0 if it does not fire on it."""
 
     text: int
     activations: list[float]

@@ -1,4 +1,4 @@
-"""Texts cut where tokens end, but never inside of what is read as one character."""
+"""Texts cut at the ends of tokens, but never inside of what is read as one character."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -120,7 +120,7 @@ def add_texts(found: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], pa
     model = loading.load_model(params.model, params.extract.dtype).to(found.device)
     tokens.check_fits(model, texts)
     # Rounded as `extract` stores them, since the SAEs and the counts know no others; but not to int8, whose steps
-    # depend on the whole shard: there 0.4 % of the firings are others (measured on planted features).
+    # depend on the whole shard: with int8, 0.4 % of the firings differ (measured on planted features).
     dtype = loading.DTYPES[params.extract.store_dtype]
 
     def compute(batch: list[int]) -> dict[str, Tensor]:
