@@ -44,15 +44,15 @@ class _Retry(Retry):
     """Waits as long as the server asks for (`Retry-After`), otherwise 0, 2, 4, ... s with jitter."""
 
     def get_retry_after(self, response: Any) -> float | None:
-        """The seconds that the server asks for, at most `retry_after_max`; None if it names none that can be read."""
+        """The seconds that the server asks for, at most 300; None if it names none that can be read."""
         with suppress(InvalidHeader, OverflowError):
-            return super().get_retry_after(response)
+            return min(super().get_retry_after(response) or 0, 300)
         return None
 
 
 _RETRY = _Retry(
     5, allowed_methods=None, status_forcelist={408, 409, 425, 429, 500, 502, 503, 504}, raise_on_status=False,
-    backoff_factor=1, backoff_jitter=1, retry_after_max=300,
+    backoff_factor=1, backoff_jitter=1,
 )  # fmt: skip
 
 
