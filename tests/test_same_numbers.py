@@ -10,7 +10,7 @@ import pytest
 import report_example as example
 from closure import ROOT
 
-from babelscope.ablation import results
+from babelscope.ablation import run, statistics
 from babelscope.report import page, tables
 from babelscope.report.data import ReportInputs
 from babelscope.tracking import summary, sync
@@ -37,7 +37,6 @@ def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, 
     """Features, and metrics: those of `score` and `ablate` are made by the stages, which also print their tables."""
     caplog.set_level(logging.INFO)
     score = runpy.run_path(str(ROOT / "stages/score.py"), run_name="score")
-    ablate = runpy.run_path(str(ROOT / "stages/ablate.py"), run_name="ablate")
     features = example.features()
     # Two languages share one feature: a sum over languages is not the count of features.
     shared = features.filter(language="en").head(1).with_columns(language=pl.lit("de"))
@@ -49,9 +48,9 @@ def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, 
     # The diagonal is the largest of its row, but its interval holds 0.
     low = pl.when((pl.col("ablated") == "ru") & (pl.col("evaluated") == "ru")).then(-0.01).otherwise(pl.col("low"))
     nll, control = nll.with_columns(low=low), pl.DataFrame()
-    numbers = results.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
+    numbers = statistics.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
     found["ablate"] = numbers | {"primary_method": "feature"}
-    ablate["report"](nll, control, numbers, LANGUAGES)
+    run.report(nll, control, numbers, LANGUAGES)
     return features, example.metrics() | found
 
 

@@ -22,8 +22,7 @@ from babelscope.ablation.interventions import Intervention
 from babelscope.core.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial, probing
-from babelscope.models.head import head_of, stream_nll
-from babelscope.models.nll import targets, text_nll
+from babelscope.models.nll import head_of, stream_nll, targets, text_nll
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
 
@@ -54,12 +53,13 @@ class TextNLL:
         """What was computed of what whole passes would have run."""
         return self.computed / max(self.whole, 1)
 
-    def followed_by(self, later: "TextNLL", texts: Tensor) -> "TextNLL":
-        """With further conditions, measured on `texts` (int64, the numbers of those of `later` among these)."""
-        more = torch.full((len(later.ablated), len(self.clean)), torch.nan, dtype=self.ablated.dtype)
-        more[:, texts] = later.ablated
-        sums = (getattr(self, key) + getattr(later, key) for key in ("passes", "computed", "whole"))
-        return TextNLL(self.clean, torch.cat([self.ablated, more]), self.tokens, *sums)
+    def add(self, part: "TextNLL", rows: Tensor, columns: Tensor) -> None:
+        """Take over what was measured of the conditions `rows` on the texts `columns` (int64)."""
+        self.clean[columns], self.tokens[columns] = part.clean, part.tokens
+        at = rows.unsqueeze(1), columns
+        self.ablated[at] = part.ablated.where(~part.ablated.isnan(), self.ablated[at])
+        for key in ("passes", "computed", "whole"):
+            setattr(self, key, getattr(self, key) + getattr(part, key))
 
 
 def ablate(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
-from babelscope.models.matmul import fill_up
+from babelscope.models.matmul import pad_rows
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import Shelf, Shelved
 
@@ -90,7 +90,7 @@ class FeatureAblation:
         return changed
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = self.sae.encode(fill_up(x))
+        values, indices = self.sae.encode(pad_rows(x))
         return values[: len(x)], indices[: len(x)]
 
 

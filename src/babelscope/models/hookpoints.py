@@ -4,7 +4,6 @@ A hookpoint is the path of a module inside the model, without the model's own pr
 the MLP of block 14, `layers.14` the residual stream after it, `layers.14.mlp.act_fn` its neurons.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from babelscope.core.errors import UserError, nearest
 from babelscope.models.names import layer_of as layer_of
-
-log = logging.getLogger(__name__)
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -135,46 +132,6 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
             return seen
     missing = sorted(set(hookpoints) - set(seen))
     raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}")
-
-
-def reads_ahead(model: Any) -> bool:
-    """Whether what the model computes at a token depends on later tokens, as in masked language models.
-
-    The derivative of the outputs at all tokens but the last by the embedding of the last one: in a causal model no path
-    leads there, so that it is 0 in any precision. Two passes over texts that differ in the last token would show it,
-    too, but there a tolerance must tell a weak dependence from rounding, which is as large in bfloat16: a mixture of
-    experts multiplies other shapes where the last token goes to another expert, and one of limited capacity may turn
-    away another token. Neither has a derivative. What remains are convolutions by Fourier transform, exact to rounding
-    in float32: hence 1e-4 of the derivative by the tokens' own embeddings.
-
-    A model whose code has no derivatives (kernels for inference only) counts as causal.
-    """
-    # Tokens from the middle of the vocabulary: padding and the like are at its ends.
-    count = model.config.get_text_config().vocab_size
-    ids = torch.arange(count // 2 - 2, count // 2 + 2, device=device_of(model)).clamp(0, count - 1).unsqueeze(0)
-    embedded: list[Tensor] = []
-
-    def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which the model may change in place
-
-    handle = model.get_input_embeddings().register_forward_hook(start_here)
-    try:
-        with torch.enable_grad():
-            body = getattr(model, "base_model", model)
-            seen = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-            # Not their sum, which a layer norm keeps constant.
-            weights = torch.arange(seen.shape[-1], device=seen.device).sin()
-            (gradient,) = torch.autograd.grad((seen[:, :-1].float() * weights).sum(), embedded[0])
-    except (RuntimeError, IndexError) as error:
-        log.warning("%s: whether it is causal cannot be checked: %.200s", type(model).__name__, error)
-        return False
-    finally:
-        handle.remove()
-    by_token = (
-        gradient.float().reshape(ids.shape[1], -1).norm(dim=1)
-    )  # some models put the tokens first, then the texts
-    return bool(by_token[-1] > 1e-4 * by_token[:-1].max())
 
 
 def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 In a causal model a change at one token reaches that token and those behind it, from the block where it happens upwards.
 Rows (a text under some change) lie packed, one after the other, so that every product is over changed tokens only (and
-a few more, `fill_up`); just attention sees rows, and adds the clean keys and values of the tokens before the change.
+a few more, `pad_rows`); just attention sees rows, and adds the clean keys and values of the tokens before the change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.matmul import fill_up
+from babelscope.models.matmul import pad_rows
 
 _NAME = "babelscope_partial"
 # What attention may be asked for beyond a scaled dot product. Who asks is served by passes over whole texts.
@@ -77,7 +77,7 @@ class _Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`.
 
-        What stands behind the tokens (`fill_up`) sees nothing, is seen by nothing, and comes out as 0.
+        What stands behind the tokens (`pad_rows`) sees nothing, is seen by nothing, and comes out as 0.
         """
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         own = query[: len(self.tokens.row)]
@@ -184,14 +184,14 @@ def partial_pass(
     tokens: those to compute. Exact if all others are as in the clean pass, where an attention of `layers` sees them.
     hidden: `[tokens, d]`, the residual stream before `layers`.
     layers: consecutive blocks.
-    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`fill_up`).
+    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`pad_rows`).
 
     Returns
     -------
     `[tokens, d]`, the residual stream after `layers`.
     """
     ids, position = memory.ids[tokens.text[tokens.row], tokens.position], tokens.position
-    ids, position, filled = (fill_up(x) for x in (ids, position, hidden))
+    ids, position, filled = (pad_rows(x) for x in (ids, position, hidden))
     with hooks.editing(model, edits), _attending(model, _Attention(tokens, memory, record=False)):
         return hooks.run_blocks(
             model, layers, filled[None], input_ids=ids[None], position_ids=position[None]
@@ -232,8 +232,8 @@ def suits(model: Any, longest: int) -> bool:
     """
     try:
         return _suits(model, max(longest, 2))
-    except Exception:  # whatever a foreign model raises here: it is served by passes over whole texts
-        return False
+    except Exception as error:  # whatever a foreign model raises here
+        return probing.declined(model, "passes over parts of texts", error)
 
 
 def _suits(model: Any, longest: int) -> bool:

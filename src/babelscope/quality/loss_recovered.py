@@ -25,8 +25,7 @@ from torch import Tensor
 from babelscope.core.files import read_part, write_atomically
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.head import head_of
-from babelscope.models.nll import targets, text_nll
+from babelscope.models.nll import head_of, targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import Shelf, Shelved
