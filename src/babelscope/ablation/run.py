@@ -23,11 +23,13 @@ from babelscope.ablation.statistics import against_control
 from babelscope.config import Config, schema
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
 from babelscope.models import hardware, hookpoints, loading, matmul, tokens
+from babelscope.models.nll import target_count
 from babelscope.models.tokens import TokenizedText
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def run(params: Config, paths: Paths) -> None:
             largest = {name: _largest_activation(counts[name], saes[name].latents) for name in names}
             intervene = partial(interventions, method, saes=saes, largest=largest, m=section.additive_factor)
         nll, measured = measure_until_decided(
-            every, texts, language, every.asked(language, np.array([*map(_targets, texts)]), section.others_tokens),
+            every, texts, language, every.asked(language, np.array([*map(target_count, texts)]), section.others_tokens),
             partial(_measure, model, intervene, method, section.batch_tokens), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
@@ -166,14 +168,9 @@ def _measure(
     keep: Path,
 ) -> TextNLL:
     """The NLL of texts under some conditions, of which `intervene` makes interventions."""
-    with Progress(f"ablate {method}", sum(map(_targets, texts)), "tokens") as progress:
+    with Progress(f"ablate {method}", sum(map(target_count, texts)), "tokens") as progress:
         made = intervene(conditions.units)
         return ablate(model, made, texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
-
-
-def _targets(text: TokenizedText) -> int:
-    """The tokens of a text that have one before them and are not special."""
-    return max(len(text.ids) - max(text.special, 1), 0)
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: Config, paths: Paths) -> list[str]:

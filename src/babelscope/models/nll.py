@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from babelscope.models import hookpoints as hooks
 from babelscope.models.matmul import linear, pad_rows
 from babelscope.models.probing import probe_ids
+from babelscope.models.tokens import TokenizedText
 
 # Tokens and entries of the vocabulary in one product: 512 x 2,048 float32 logits are 4 MiB.
 ROWS, COLUMNS = 512, 2048
@@ -163,6 +164,11 @@ def targets(mask: Tensor, special: Tensor) -> Tensor:
     """Which of the tokens 1.. of each text are targets: real ones that are not special. Bool `[texts, longest - 1]`."""
     position = torch.arange(1, mask.shape[1], device=mask.device)
     return mask[:, 1:].bool() & (position >= special.unsqueeze(1))
+
+
+def target_count(text: TokenizedText) -> int:
+    """The number of `targets` in one text."""
+    return max(len(text.ids) - max(text.special, 1), 0)
 
 
 def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
