@@ -239,7 +239,7 @@ def test_what_fills_a_pass_up_widens_no_threshold_sae():
     done = FeatureAblation(sae, [[0], [5]])
     assert sae.encode(torch.zeros(1, D))[0].shape[1] > sae.encode(x)[0].shape[1]
     assert done._encode(x)[0].shape == sae.encode(x)[0].shape
-    assert done.touches(x).nonzero().tolist() == [[0, 0], [1, 5]]
+    assert done.affected_tokens(x).nonzero().tolist() == [[0, 0], [1, 5]]
 
 
 def test_a_model_may_have_fewer_positions_than_a_pass_has_tokens():
@@ -302,7 +302,7 @@ def test_directions_are_projected_out_by_hand(saes):
     assert torch.allclose(found[0], torch.tensor([-0.5, 0.5, 3.0]), atol=1e-6)  # off (1, 1, 0) / sqrt 2
     assert torch.allclose(found[1], torch.tensor([0.0, 0, 6.0]), atol=1e-6)
     assert torch.allclose(found[2], torch.tensor([-0.5, 0.5, 9.0]), atol=1e-6)  # both rows: one direction
-    assert torch.equal(found[3], x[3]) and done.acts.tolist() == [True, True, True, False]
+    assert torch.equal(found[3], x[3]) and done.active.tolist() == [True, True, True, False]
     assert basis(sae.W_dec).shape == (3, 2)
 
 
@@ -318,13 +318,13 @@ def test_many_conditions_take_memory_by_their_units_and_give_what_a_table_of_all
     table = torch.zeros(len(sets), latents, dtype=torch.bool)
     for row, units in enumerate(sets):
         table[row, units] = True
-    assert torch.equal(done.touches(x), (table[:, indices] & (values > 0)).any(-1))
+    assert torch.equal(done.affected_tokens(x), (table[:, indices] & (values > 0)).any(-1))
     dense = torch.zeros(len(x), latents).scatter(1, indices, values)
     condition = torch.randint(len(sets), (len(x),), generator=g)
     condition[:4] = torch.arange(len(sets) - 4, len(sets))
     torch.testing.assert_close(done.change(x, condition), x - (dense * table[condition]) @ decoder)
     nothing = FeatureAblation(sae, [[], []])
-    assert torch.equal(nothing.change(x, condition * 0), x) and not nothing.touches(x).any()
+    assert torch.equal(nothing.change(x, condition * 0), x) and not nothing.affected_tokens(x).any()
 
 
 def test_the_additive_vector_by_hand():

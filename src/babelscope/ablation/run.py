@@ -129,32 +129,28 @@ def measure_until_decided(
     The NLLs, and the conditions that were measured.
     """
     keys, is_first = conditions.keys, first_half(language)
+    every_text = np.ones(len(texts), dtype=bool)
     is_control, is_later = keys["control"].is_not_null().to_numpy(), (keys["control"].fill_null(0) >= FIRST).to_numpy()
     names = keys["ablated"].unique(maintain_order=True).to_list()
     every = torch.full(asked.shape, torch.nan, dtype=torch.float64)
     nll = TextNLL(every[0].clone(), every, torch.zeros(len(texts), dtype=torch.int64), 0, 0, 0)
     undecided = np.ones(len(keys), dtype=bool)
-    for step, (rows, columns) in enumerate(((~is_later, is_first), (~is_later, ~is_first), (is_later, True))):
+    for step, (rows, columns) in enumerate(((~is_later, is_first), (~is_later, ~is_first), (is_later, every_text))):
         wanted = asked & (rows & (undecided | ~is_control))[:, None] & columns
         row = wanted.any(1).nonzero()[0]
-        # The first two steps have every text, so that its clean NLL is known.
-        column = (wanted.any(0) if step == 2 else columns & np.ones(len(texts), dtype=bool)).nonzero()[0]
-        if not len(column):
-            continue
-        pairs = torch.from_numpy(wanted[np.ix_(row, column)])
-        part = measure(conditions.only(row), [texts[number] for number in column], pairs, keep / f"step-{step}")
-        nll.add(part, torch.from_numpy(row), torch.from_numpy(column))
-        change = (nll.ablated - nll.clean).numpy()
+        # The first two steps take every text, for its clean NLL.
+        column = (columns & (wanted.any(0) | (step < 2))).nonzero()[0]
+        if len(row):
+            pairs = torch.from_numpy(wanted[np.ix_(row, column)])
+            part = measure(conditions.only(row), [texts[number] for number in column], pairs, keep / f"step-{step}")
+            nll.add(part, torch.from_numpy(row), torch.from_numpy(column))
+        change = (every - nll.clean).numpy()
         together = keys.filter(pl.col("hookpoint").is_null(), pl.Series(np.isfinite(change).any(1)))
         found = against_control(change, nll.tokens.numpy(), language, together, names, resamples, seed)
-        decided = found.filter("decided")["language"]
-        undecided = ~keys["ablated"].is_in(decided.to_list()).to_numpy()
-    measured = [
-        number for number, known in enumerate((~every.isnan()).any(1).tolist()) if known or not is_later[number]
-    ]
-    return TextNLL(nll.clean, every[measured], nll.tokens, nll.passes, nll.computed, nll.whole), conditions.only(
-        measured
-    )
+        undecided = ~keys["ablated"].is_in(found.filter("decided")["language"].to_list()).to_numpy()
+    measured = (~is_later | np.isfinite(every.numpy()).any(1)).nonzero()[0]
+    nll.ablated = every[measured]
+    return nll, conditions.only(measured)
 
 
 def _measure(

@@ -238,15 +238,16 @@ def against_control(
         own, other = known & is_in[code], known & ~is_in[code]
         here, here_resampled = _means(change[order][:, own], tokens[own], resamples, random)
         there, there_resampled = _means(change[order][:, other], tokens[other], resamples, random)
-        excess = here_resampled[0] - _each(here_resampled[1:], turn)
-        contrast = excess - (there_resampled[0] - _each(there_resampled[1:], turn))
-        low, high = _quantiles(excess)
-        contrast_low, contrast_high = _quantiles(contrast)
+        # Of every resample, own and the draw whose turn it is.
+        control_here, control_there = (x[1:][turn, np.arange(resamples)] for x in (here_resampled, there_resampled))
+        excess = here_resampled[0] - control_here
+        contrast = excess - (there_resampled[0] - control_there)
+        (low, high), (contrast_low, contrast_high) = (np.quantile(x, [0.025, 0.975]) for x in (excess, contrast))
         rows.append({
             "language": name,
             "own": here[0],
             "control": here[1:].mean(),
-            "control_high": _quantiles(_each(here_resampled[1:], turn))[1],
+            "control_high": np.quantile(control_here, 0.975),
             "others": there[0],
             "control_others": there[1:].mean(),
             "excess": here[0] - here[1:].mean(),
@@ -263,17 +264,6 @@ def against_control(
             "draws": len(draws),
         })  # fmt: skip
     return pl.DataFrame(rows, schema=_CONTROL)
-
-
-def _each(resampled: Floats, turn: NDArray[np.int64]) -> Floats:
-    """Of every resample (`[draws, resamples]`) the value of the draw whose turn it is, `[resamples]`."""
-    chosen: Floats = resampled[turn, np.arange(len(turn))]
-    return chosen
-
-
-def _quantiles(values: Floats) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _means(
