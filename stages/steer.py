@@ -124,7 +124,7 @@ def first_tokens(tokenizer: Any, params: config.Config) -> list[list[int]]:
 def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tuple[str | None, int | None], Any]]:
     """By hookpoint and (language, draw): what strength 1 adds; draw 1 is the control of as many random units."""
     from babelscope import sae
-    from babelscope.ablation import controls
+    from babelscope.ablation import conditions
     from babelscope.steering import generation
 
     features = read_table(FEATURES).filter(kind="sae")
@@ -144,7 +144,7 @@ def directions(params: config.Config, languages: list[str]) -> dict[str, dict[tu
             mean = {unit: total / totals[language] for unit, total in there.select("unit", "sum").iter_rows()}
             sets: dict[int | None, list[int]] = {None: units}
             if params.steer.control and units:
-                [sets[1]] = controls.matched(
+                [sets[1]] = conditions.matched(
                     counts, sizes, features, hookpoint, language, ratio=params.score.ratio, draws=1, seed=params.seed
                 )
             for draw, members in sets.items():

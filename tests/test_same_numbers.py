@@ -2,15 +2,13 @@
 
 import logging
 import re
-import runpy
 from typing import Any
 
 import polars as pl
 import pytest
 import report_example as example
-from closure import ROOT
 
-from babelscope.ablation import results
+from babelscope.ablation import run, statistics
 from babelscope.features import run_score
 from babelscope.report import page
 from babelscope.report.parts import ReportInputs
@@ -37,7 +35,6 @@ def agree(shown: list[str], exact: float) -> None:
 def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Features, and metrics: those of `score` and `ablate` are made by the stages, which also print their tables."""
     caplog.set_level(logging.INFO)
-    ablate = runpy.run_path(str(ROOT / "stages/ablate.py"), run_name="ablate")
     features = example.features()
     # Two languages share one feature: a sum over languages is not the count of features.
     shared = features.filter(language="en").head(1).with_columns(language=pl.lit("de"))
@@ -49,9 +46,9 @@ def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, 
     # The diagonal is the largest of its row, but its interval holds 0.
     low = pl.when((pl.col("ablated") == "ru") & (pl.col("evaluated") == "ru")).then(-0.01).otherwise(pl.col("low"))
     nll, control = nll.with_columns(low=low), pl.DataFrame()
-    numbers = results.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
+    numbers = statistics.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
     found["ablate"] = numbers | {"primary_method": "feature"}
-    ablate["report"](nll, control, numbers, LANGUAGES)
+    run.report(nll, control, numbers, LANGUAGES)
     return features, example.metrics() | found
 
 

@@ -26,8 +26,7 @@ from babelscope.core.files import write_atomically
 from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.head import head_of
-from babelscope.models.nll import targets, text_nll
+from babelscope.models.nll import head_of, targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import Shelf, Shelved
