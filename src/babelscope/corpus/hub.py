@@ -232,12 +232,15 @@ class _DataSet:
 
     def _labels(self) -> list[str]:
         """The names behind a language column of numbers (a `ClassLabel`), in their order; else none."""
-        from datasets import load_dataset
+        from datasets import Features, load_dataset
 
         options = {"name": self.section.subset, "split": (self.section.splits or [""])[0], "streaming": True}
         stream = self._call(load_dataset, **options)
-        # Of parquet files whose card says nothing, the features are known once one is opened.
-        features = stream.features or self._call(lambda _path, revision: stream._resolve_features()).features or {}
+        features = stream.features
+        if features is None:  # of parquet files whose card says nothing, the schema is known once one is opened
+            rows = iter(stream.with_format("arrow").iter(batch_size=1))
+            first = self._call(lambda _path, revision: next(rows, None))
+            features = {} if first is None else Features.from_arrow_schema(first.schema)
         return list(getattr(features.get(self.section.language), "names", None) or [])
 
     def _code(self, value: Any, labels: Sequence[str]) -> str | None:
