@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from babelscope.config.schema import Model
 from babelscope.config.values import expanded
 from babelscope.core.errors import UserError, nearest
+from babelscope.core.files import read_json
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.models import packaged
 from babelscope.models.hookpoints import reads_ahead, resolve
@@ -151,10 +152,14 @@ def load_tokenizer(section: Model) -> Any:
     ------
     UserError: the package, folder, file or hub id does not exist or holds no tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         place, options = _source(section)
+        if section.gguf_file is not None and "gguf_file" not in options:
+            # Our own copy. For Gemma's 262,144 tokens AutoTokenizer takes 2.5 s more, since it parses them repeatedly.
+            settings = read_json(Path(place) / "tokenizer_config.json")
+            return PreTrainedTokenizerFast(tokenizer_file=f"{place}/tokenizer.json", **settings)
         return AutoTokenizer.from_pretrained(place, **options)
     except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
