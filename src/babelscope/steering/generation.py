@@ -6,7 +6,7 @@ language: strength 1 adds what the language's features add, on average, to a tok
 units a language that is far from anything that the model has seen.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,13 +75,16 @@ def generate(
     device = hooks.device_of(model)
     ids = prompts.to(device)
     edits = {name: add(rows.to(device), max(special, 1)) for name, rows in vectors.items()}
-    draw = None if temperature == 0 else _sampler(temperature, seed, range(first_row, first_row + len(ids)))
+    numbers = range(first_row, first_row + len(ids))
+    uniform = np.stack([np.random.default_rng([seed, row]).random(new_tokens, np.float32) for row in numbers])
     own_config = model.generation_config
     ends = torch.tensor(own_config.eos_token_id or [], dtype=torch.int64).flatten()
 
-    def choose(_ids: Tensor, logits: Tensor) -> Tensor:
+    def choose(seen: Tensor, logits: Tensor) -> Tensor:
         logits[:, ends] = -torch.inf
-        return logits if draw is None else draw(logits)
+        drawn = torch.from_numpy(uniform[:, seen.shape[1] - ids.shape[1]])
+        token = _pick(logits, drawn, temperature).to(device)
+        return logits.scatter_(1, token.unsqueeze(1), torch.inf)  # `generate` takes the largest
 
     # `generate` takes what a config leaves unset from the model's own, so that one is replaced.
     model.generation_config = GenerationConfig()
@@ -97,22 +100,21 @@ def generate(
     return generated
 
 
-def _sampler(temperature: float, seed: int, rows: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Turn logits into scores whose largest is a token drawn from `softmax(logits / temperature)`.
+def _pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Draw a token per row from `softmax(logits / temperature)` by inverting the cumulative distribution.
 
-    `logits / temperature - log(e)`, e exponential (Gumbel-max trick); every row has a generator of its own.
+    Parameters
+    ----------
+    logits: `[rows, vocabulary]`.
+    uniform: float32 `[rows]`, in [0, 1).
+    temperature: 0 takes the most probable token.
     """
-    states = [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in rows]
-    generators = [torch.Generator().manual_seed(state) for state in states]
-
-    def draw(logits: Tensor) -> Tensor:
-        noise = torch.empty(logits.shape)
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
-        noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
-        return logits.float() / temperature - noise.to(logits.device)
-
-    return draw
+    if temperature == 0:
+        return logits.argmax(1)
+    # On the CPU: the order in which a GPU adds is not always the same.
+    cumulative = (logits.float() / temperature).softmax(1).cpu().cumsum_(1)
+    wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
 
 
 def fluency(model: Any, prompts: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
