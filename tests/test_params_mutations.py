@@ -18,7 +18,7 @@ from babelscope.core.fingerprint import fingerprint
 from babelscope.core.resume import scratch
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae.training.schedule import learning_rate
-from babelscope.tracking.training import flatten
+from babelscope.tracking.store import flatten
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
 LOADED = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}

@@ -25,7 +25,7 @@ def test_every_script_is_a_stage_of_its_name():
 def test_a_stage_declares_exactly_the_packages_that_it_may_import(name):
     declared = {dep for dep in PIPELINE[name]["deps"] if dep.startswith(("src/", "stages/"))}
     imported = {path.split("/")[2] for path in closure(ROOT / STAGES[name]) if path.count("/") > 2}
-    free = () if name in ("report", "track") else NO_DEPENDENCIES
+    free = () if name in ("report", "track") else NO_DEPENDENCIES  # `prune` computes nothing
     packages = imported - set(free) - {"core", "config"}
     assert declared == {f"src/babelscope/{package}" for package in packages} | {STAGES[name]}
 

@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as handle:
-            os.fchmod(handle.fileno(), 0o666 & ~_UMASK)  # some writers leave files that only the owner can read
+        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only the owner can read
+        with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except Exception as error:
@@ -116,13 +116,20 @@ def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> Non
     FileNotFoundError: there is no such file.
     ValueError: it is damaged.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
+    with _parquet_errors(), parquet.ParquetFile(path) as file:
+        for _ in file.iter_batches(columns=None if columns is None else list(columns)):
+            pass
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Turn pyarrow's errors into `ValueError`, but for a missing file."""
+    import pyarrow as pa
+
     try:
-        with parquet.ParquetFile(path) as file:
-            for _ in file.iter_batches(columns=None if columns is None else list(columns)):
-                pass
+        yield
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -137,10 +144,15 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
     UserError: the file is missing, damaged, or lacks a column.
     """
     import polars as pl
+    from pyarrow import parquet
 
     try:
-        check_parquet(path, columns)
-        return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
+        with _parquet_errors(), parquet.ParquetFile(path) as file:
+            table = file.read(columns=None if columns is None else list(columns))
+            table.validate(full=True)  # Polars takes offsets and UTF-8 as they are
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        return frame if columns is None else frame.select(columns)
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
 
