@@ -1,8 +1,8 @@
-// Lists, filters and shows the features. What comes from the data reaches the page as text (`textContent`) alone.
+// Lists, filters and shows the features. Data reach the page as text nodes only, never as markup.
 "use strict";
 (() => {
   const ROW = 30; // pixels; as in browser.css
-  const MARGIN = 12; // rows drawn above and below what is seen
+  const MARGIN = 12; // rows drawn above and below those in view
   const LEVELS = 5;
 
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -27,17 +27,13 @@
   let current = null;
   let sorting = { key: "entropy", down: false };
 
-  const make = (tag, attributes = {}, ...children) => {
-    const element = document.createElement(tag);
+  const maker = (namespace) => (tag, attributes = {}, ...children) => {
+    const element = document.createElementNS(namespace, tag);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     element.append(...children); // strings become text nodes
     return element;
   };
-  const drawn = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    return element;
-  };
+  const make = maker("http://www.w3.org/1999/xhtml"), drawn = maker("http://www.w3.org/2000/svg");
   const number = (value, digits, sign = false) => {
     if (value === null) return "–";
     const text = value.toFixed(digits);
@@ -49,7 +45,7 @@
   const english = new Intl.DisplayNames(["en"], { type: "language" });
   const called = (tag) => {
     let name = tag;
-    try { name = english.of(tag); } catch { /* no such tag: as params.yaml has it */ }
+    try { name = english.of(tag); } catch { /* not a language tag: show it as it is */ }
     return name === tag ? tag : `${name} (${tag})`;
   };
   const plural = (count, one) => `${thousands(count)} ${one}${count === 1 ? "" : "s"}`;
@@ -84,7 +80,7 @@
         (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)) && matches(one))
       .sort((a, b) => {
         const x = value(a), y = value(b);
-        if (x === null || y === null) return (x === null) - (y === null); // what is not known comes last
+        if (x === null || y === null) return (x === null) - (y === null); // unknown values come last
         return way * (x - y); // the sort is stable: ties stay in the order of hookpoint and unit
       });
     for (const head of list.querySelectorAll("[data-sort]")) {
@@ -118,7 +114,7 @@
     body.replaceChildren(...rows);
   }
 
-  // A long name loses its middle, not its layer or its unit.
+  // Shorten a long name in the middle: its layer and unit stay.
   function brief(one) {
     const [name, unit] = [data.hookpoints[one.at], one.unit];
     return one.id.length > 20 ? `${name.slice(0, 9).replace(/\.$/, "")}…/${unit}` : one.id;
@@ -171,19 +167,19 @@
       make("div", { class: "title" }, make("h2", {}, one.id), make("div", {}, step(-1, "← previous"), " ", step(1, "next →"))),
       make("p", { class: "what", role: "status" }, what),
       ...(one.said ? [make("p", { class: "said" }, `“${one.said[0]}”`, make("small", {},
-        ` (a language model’s words; detection ${number(one.said[1], 2)}, fuzzing ${number(one.said[2], 2)}, by chance 0.5)`))] : []));
+        ` (explanation by a language model; scores: detection ${number(one.said[1], 2)}, fuzzing ${number(one.said[2], 2)}, chance 0.5)`))] : []));
   }
 
   function figures(one) {
     const [count, size] = one.on;
     const figure = (value, ...text) => make("div", {}, make("dt", {}, ...text), make("dd", {}, value));
     return make("dl", { class: "figures" },
-      figure(number(one.entropy, 3), `entropy over ${data.languages.length} languages, nats`),
-      figure(percent(one.rate), one.of.length === 1 ? "of its language’s tokens" : "of the tokens of the language in which it fires most"),
+      figure(number(one.entropy, 3), `entropy of the firing rates over ${data.languages.length} languages, nats`),
+      figure(percent(one.rate), one.of.length === 1 ? "share of its language’s tokens on which it fires" : "share of tokens on which it fires, in the language with the highest rate"),
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
-        ? "ΔNLL without it: not measured"
-        : `ΔNLL without it, nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
+        ? "change in loss without it (ΔNLL): not measured"
+        : `change in loss without it (ΔNLL), nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
   }
 
   function rates(one) {
@@ -216,8 +212,8 @@
       bar("other", 100 - heights[0] - heights[1], heights[1]);
     });
     return [
-      make("p", { class: "legend" }, make("i", { class: "own" }), `its own: ${plural(sums[0], "token")}`,
-        make("i", { class: "other" }), `others: ${plural(sums[1], "token")}`),
+      make("p", { class: "legend" }, make("i", { class: "own" }), `own languages: ${plural(sums[0], "token")}`,
+        make("i", { class: "other" }), `other languages: ${plural(sums[1], "token")}`),
       make("p", { class: "axis" }, make("span", {}, `${plural(most, "token")} ↑`)),
       picture,
       make("p", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation →"), make("span", {}, number(one.largest, 2))),
@@ -227,15 +223,15 @@
   const level = (value, one) => Math.min(LEVELS, Math.max(1, Math.ceil((LEVELS * value) / one.largest)));
 
   function texts(one) {
-    const some = (entries, nothing) => entries.length
+    const some = (entries) => entries.length
       ? make("ol", { class: "texts" }, ...entries.map((entry) => text(one, entry)))
-      : make("p", { class: "none" }, nothing);
+      : make("p", { class: "none" }, "The feature fires in none.");
     const own = one.of.length === 1 ? "its language" : "its languages";
-    const scale = make("p", { class: "scale" }, "Share of its largest activation: ");
+    const scale = make("p", { class: "scale" }, "Activation as a share of the feature’s largest: ");
     for (let step = 1; step <= LEVELS; step++) scale.append(make("span", { class: `a${step}` }, `≤ ${(100 * step) / LEVELS} %`));
     return make("div", {},
-      make("h3", {}, `Texts of ${own} in which it is most active`), scale, some(one.own, "It fires in none."),
-      make("h3", {}, "Texts of other languages in which it is most active"), some(one.other, "It fires in none."));
+      make("h3", {}, `Texts of ${own} in which it is most active`), scale, some(one.own),
+      make("h3", {}, "Texts of other languages in which it is most active"), some(one.other));
   }
 
   function text(one, [place, ...pairs]) {
@@ -260,12 +256,12 @@
       make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(([token, logit]) => make("tr", {},
         make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)))))));
     if (!one.promoted.length)
-      return make("p", { class: "none" }, "No logit lens: its direction does not lie in the residual stream.");
+      return make("p", { class: "none" }, "There is no logit lens: the decoder direction of this feature is not in the residual stream.");
     return make("div", { class: "pair" },
       side("Tokens that it promotes (logit)", one.promoted), side("Tokens that it suppresses (logit)", one.suppressed));
   }
 
-  // White space at the ends, control and format characters would not be seen.
+  // Make white space at the ends, control and format characters visible.
   const visible = (token) => token
     .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥")
     .replace(/[\p{Cc}\p{Cf}]|[^\S ]/gu, (hidden) => `\\u${hidden.codePointAt(0).toString(16).padStart(4, "0")}`);
@@ -274,13 +270,13 @@
 
   function fromAddress() {
     let id = location.hash.slice(1);
-    try { id = decodeURIComponent(id); } catch { /* as it stands */ }
+    try { id = decodeURIComponent(id); } catch { /* not encoded */ }
     show(id ? byId.get(id) ?? null : shown[0] ?? null);
   }
 
   function go(one) {
     if (!one || one === current) return;
-    history.replaceState(null, "", `#${one.id}`); // every step in the list as an entry of its own would bury the rest
+    history.replaceState(null, "", `#${one.id}`); // a history entry per step would bury the others
     show(one);
   }
 

@@ -73,6 +73,10 @@ class ReportInputs:
         """To how many languages every feature belongs."""
         return int(self.params.get("score", {}).get("members", 1))
 
+    def order(self, column: str) -> pl.Expr:
+        """A column of languages, as what sorts in the order of params.yaml."""
+        return pl.col(column).cast(pl.Enum(self.languages))
+
     def figure(self, name: str, key: str) -> Any:
         """The figure `key` of `metrics/<name>.json`, or None if there is none."""
         return self.metrics.get(name, {}).get(key)
@@ -93,7 +97,7 @@ def layer_labels(hookpoints: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; its first `labels` columns are names, the others figures. `folded`: the link that opens it."""
+    """A table of text. Its first `labels` columns are names. It opens by a link that says `folded`, or is open."""
 
     caption: str
     head: Sequence[str]
@@ -102,7 +106,7 @@ class Table:
     folded: str = ""
 
     @classmethod
-    def of(cls, caption: str, columns: Mapping[str, Iterable[str]], labels: int = 1, folded: str = "") -> "Table":
+    def of(cls, caption: str, columns: Mapping[str, Any], labels: int = 1, folded: str = "") -> "Table":
         """A table from its columns by their headings."""
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         return cls(caption, list(columns), rows, labels, folded)
@@ -111,8 +115,12 @@ class Table:
     def grid(cls, caption: str, frame: pl.DataFrame, decimals: int, folded: str) -> "Table":
         """`value` of a frame as `ReportInputs.grid` has its rows: one row per language, one column per hookpoint."""
         groups = frame.group_by("hookpoint", maintain_order=True)
-        columns = {str(name): figures(rows["value"], decimals) for (name,), rows in groups}
-        return cls.of(caption, {"language": frame["language"].unique(maintain_order=True)} | columns, folded=folded)
+        columns: dict[str, Iterable[str]] = {"language": frame["language"].unique(maintain_order=True)}
+        columns |= {str(name): figures(rows["value"], decimals) for (name,), rows in groups}
+        return cls.of(caption, columns, folded=folded)
+
+
+Block = Markup | Table
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Picture:
     name: str
     label: str
     chart: Any
-    caption: Sequence[Markup | Table]
+    caption: Sequence[Block]
     wide: bool = False
 
 
@@ -133,7 +141,7 @@ class Section:
     id: str
     short: str
     title: str
-    blocks: Sequence[Markup | Table | Picture]
+    blocks: Sequence[Block | Picture]
 
 
 def prose(text: str, **values: object) -> Markup:
