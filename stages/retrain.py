@@ -13,8 +13,9 @@ from babelscope import config
 from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
 from babelscope.core import stage
-from babelscope.core.files import read_table, scratch, write_atomically
+from babelscope.core.files import read_table, write_atomically
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 from babelscope.models import hardware
 from babelscope.sae import checkpoint
 

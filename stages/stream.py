@@ -13,8 +13,9 @@ from babelscope.activations.streamed import MODE, OUT
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 
 CORPUS = Path("data/corpus/texts.parquet")
 log = logging.getLogger(__name__)
@@ -41,28 +42,25 @@ def stream(params: config.Config) -> None:
     from babelscope import sae
     from babelscope.activations.streaming import Stream
     from babelscope.core.progress import Progress
-    from babelscope.features.count import measure
+    from babelscope.features.count import count
     from babelscope.models import hardware, hookpoints, loading, tokens
-    from babelscope.models.text_batch import pack
     from babelscope.sae import checkpoint
     from babelscope.sae.training import module
 
     device = hardware.prepare(params.hardware)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    skeleton = loading.load_skeleton(params.model)
-    if skeleton is not None:
-        hookpoints.resolve(skeleton, params.hookpoints)
+    loading.check_hookpoints(params.model, params.hookpoints)
     corpus = read_table(CORPUS)
     tokenizer = loading.load_tokenizer(params.model)
 
-    training = pack(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
+    training = tokens.tokenize_corpus(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
     if not len(training) or corpus.filter(split="eval").is_empty():
         raise UserError(f"{CORPUS}: no texts of split 'train' or none of split 'eval'")
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     hookpoints.resolve(model, params.hookpoints)
     tokens.check_fits(model, training)
-    tokens.check_fits(model, pack(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
+    tokens.check_fits(model, tokens.tokenize_corpus(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
     dtype, steps = loading.DTYPES[params.extract.store_dtype], -(-params.train.tokens // params.train.batch)
     batches = Stream(
         model, training, params.hookpoints,
@@ -84,32 +82,20 @@ def stream(params: config.Config) -> None:
     # As `encode` reads them: what is counted is what the files say.
     saes = {name: sae.load(OUT, name).to(device) for name in params.hookpoints}
 
-    texts = pack(tokenizer, corpus, params.corpus.max_tokens)
-    of = pl.DataFrame({"text_id": texts.text_ids, "tokens": texts.own.numpy()}).join(
-        corpus.select("text_id", "language", "split"), on="text_id", how="left", maintain_order="left"
-    )  # fmt: skip
-    language = of["language"].cast(pl.Enum(params.languages))
-    with Progress("count", int(texts.own.sum()), "tokens") as progress:
-        measured = measure(
-            model, texts, language.to_physical().cast(pl.Int64).to_torch(), (of["split"] == "eval").to_torch(), saes,
-            params.languages, dtype=dtype, batch_tokens=params.extract.batch_tokens,
+    texts = tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
+    with Progress("count", int(texts.lengths.sum()), "tokens") as progress:
+        measured = count(
+            model, texts, saes, params.languages, dtype=dtype, batch_tokens=params.extract.batch_tokens,
             chunk_tokens=params.encode.chunk_tokens, advance=progress.update,
         )  # fmt: skip
-    totals = (
-        of.filter(split="train")
-        .group_by("language")
-        .agg(pl.col("tokens").sum(), texts=pl.len().cast(pl.Int64))
-        .sort(pl.col("language").cast(pl.Enum(params.languages)))
-    )
     rows = []
     for name, found in measured.items():
         figures = found.quality.figures(params.languages)
-        counts = found.counts.frame(hookpoints.layer_of(name))
-        write_atomically(OUT / name / "counts.parquet", counts.write_parquet)
-        write_atomically(OUT / name / "totals.parquet", totals.write_parquet)
+        write_atomically(OUT / name / "counts.parquet", found.counts.write_parquet)
+        write_atomically(OUT / name / "totals.parquet", found.totals.write_parquet)
         write_json(OUT / name / "quality.json", figures)
         shown = f"{figures['fvu']:.3f}", f"{figures['l0']:.1f}", f"{100 * figures['dead_share']:.1f} %"
-        rows.append([name, *shown, counts["unit"].n_unique()])
+        rows.append([name, *shown, found.counts["unit"].n_unique()])
     write_json(MODE, {"source": params.train.source})
     shutil.rmtree(scratch(work), ignore_errors=True)
     stage.table(["hookpoint", "FVU", "L0", "dead latents", "fired"], rows)

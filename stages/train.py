@@ -17,8 +17,9 @@ from babelscope.activations.store import ActivationStore
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.resume import scratch
 from babelscope.models import hardware
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import SAE, checkpoint

@@ -17,13 +17,14 @@ from torch.nn import functional as F  # noqa: N812
 from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
 from babelscope.models import hookpoints, loading
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation
 from babelscope.report.sections.own import own_and_others
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
-from babelscope.tracking import sync
+from babelscope.tracking import summary
 
 LANGUAGES, SAE_AT = ["en", "de", "fi"], "layers.1.mlp"
 NEURONS = ["layers.2.mlp.act_fn", "layers.0.mlp.act_fn"]
@@ -96,7 +97,7 @@ def check_primary_method() -> None:
         shown = own_and_others(inputs)
         assert dict(zip(shown["language"], shown["own"], strict=True)) == own
         assert ablation.method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
-        series = sync._numbers(Path(), params, {"ablate": numbers})[1]
+        series = summary.numbers(Paths(), params, {"ablate": numbers})[1]
         at = by_layer.filter(method=primary, ablated="en", evaluated="en")["delta"].item()
         assert series["dnll_own_by_layer/en", 1] == at
 

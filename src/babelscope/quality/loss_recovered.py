@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core.files import write_atomically
+from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
 from babelscope.models.head import head_of
