@@ -50,68 +50,52 @@
   };
   const plural = (count, one) => `${thousands(count)} ${one}${count === 1 ? "" : "s"}`;
 
-  // --- which features, in which order
-
+  // What a column is sorted by, if that is not the column's own key.
   const COMPARED = {
     feature: (one) => one.at * 1e7 + one.unit,
     languages: (one) => one.of.length * 1000 + one.of[0],
-    entropy: (one) => one.entropy,
-    rate: (one) => one.rate,
-    delta: (one) => one.delta,
   };
 
   function choose() {
     const wanted = Object.fromEntries(new FormData(filters));
     const words = simple(wanted.words.trim());
-    const texts = new Set(), tokens = new Set();
-    if (words) {
-      searched.texts.forEach((text, place) => text.includes(words) && texts.add(place));
-      searched.tokens.forEach((token, place) => token.includes(words) && tokens.add(place));
-    }
-    const matches = (one) =>
-      !words || one.id.includes(words) ||
-      one.own.some((text) => texts.has(text[0])) || one.other.some((text) => texts.has(text[0])) ||
-      one.promoted.some(([token]) => tokens.has(token)) || one.suppressed.some(([token]) => tokens.has(token));
-    const value = COMPARED[sorting.key], way = sorting.down ? -1 : 1;
-    shown = data.features
-      .filter((one) =>
-        (wanted.language === "" || one.of.includes(Number(wanted.language))) &&
-        (wanted.hookpoint === "" || one.at === Number(wanted.hookpoint)) &&
-        (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)) && matches(one))
-      .sort((a, b) => {
-        const x = value(a), y = value(b);
-        if (x === null || y === null) return (x === null) - (y === null); // unknown values come last
-        return way * (x - y); // the sort is stable: ties stay in the order of hookpoint and unit
-      });
+    const hits = (all) => new Set(all.flatMap((text, place) => (words && text.includes(words) ? [place] : [])));
+    const texts = hits(searched.texts), tokens = hits(searched.tokens);
+    const matches = (one) => !words || one.id.includes(words) ||
+      [...one.own, ...one.other].some(([text]) => texts.has(text)) ||
+      [...one.promoted, ...one.suppressed].some(([token]) => tokens.has(token));
+    const value = COMPARED[sorting.key] ?? ((one) => one[sorting.key]), way = sorting.down ? -1 : 1;
+    shown = data.features.filter((one) => matches(one) &&
+      (wanted.language === "" || one.of.includes(Number(wanted.language))) &&
+      (wanted.hookpoint === "" || one.at === Number(wanted.hookpoint)) &&
+      (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)));
+    shown.sort((a, b) => { // the sort is stable: ties stay in the order of hookpoint and unit
+      const x = value(a), y = value(b);
+      return x === null || y === null ? (x === null) - (y === null) : way * (x - y); // unknown values come last
+    });
     for (const head of list.querySelectorAll("[data-sort]")) {
       if (head.dataset.sort === sorting.key) head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
     }
-    const all = data.features.length;
-    document.getElementById("count").textContent = shown.length === all
-      ? plural(all, "feature") : `${thousands(shown.length)} of ${plural(all, "feature")}`;
+    const all = plural(data.features.length, "feature"), part = shown.length < data.features.length;
+    document.getElementById("count").textContent = part ? `${thousands(shown.length)} of ${all}` : all;
     list.querySelector("table").setAttribute("aria-rowcount", shown.length + 1);
     list.scrollTop = 0;
     draw();
   }
 
-  // --- the list: only the rows that can be seen are in the page
-
+  // Only the rows in view are in the page.
   function draw() {
     const from = Math.max(0, Math.floor(list.scrollTop / ROW) - MARGIN);
     const to = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + MARGIN);
-    const rows = [];
     const space = (count) => {
-      if (!count) return;
       const cell = make("td", { colspan: 5 });
       cell.style.height = `${count * ROW}px`;
-      rows.push(make("tr", { class: "space", "aria-hidden": "true" }, cell));
+      return count ? [make("tr", { class: "space", "aria-hidden": "true" }, cell)] : [];
     };
-    space(from);
-    for (let place = from; place < to; place++) rows.push(row(shown[place], place));
-    space(shown.length - to);
+    const rows = shown.slice(from, to).map((one, index) => row(one, from + index));
     if (!shown.length) rows.push(make("tr", {}, make("td", { colspan: 5, class: "label none" }, "No feature passes the filters.")));
-    body.replaceChildren(...rows);
+    body.replaceChildren(...space(from), ...rows, ...space(shown.length - to));
   }
 
   // Shorten a long name in the middle: its layer and unit stay.
@@ -142,15 +126,11 @@
     draw();
   }
 
-  // --- one feature
-
   function show(one) {
     current = one;
     document.title = one ? `${one.id} · Babelscope` : document.title;
-    const parts = one
-      ? [title(one), figures(one), rates(one), texts(one), tokens(one)]
-      : [make("p", { class: "none" }, "No such feature.")];
-    detail.replaceChildren(...parts);
+    detail.replaceChildren(...(one
+      ? [title, figures, rates, texts, tokens].map((part) => part(one)) : [make("p", { class: "none" }, "No such feature.")]));
     reveal();
     draw();
   }
@@ -199,24 +179,25 @@
   function histogram(one) {
     const [own, other] = one.histogram;
     const most = Math.max(1, ...own.map((count, bin) => count + other[bin]));
-    const sums = one.histogram.map((counts) => counts.reduce((a, b) => a + b, 0));
+    const [ours, theirs] = one.histogram.map((counts) => plural(counts.reduce((a, b) => a + b, 0), "token"));
+    const largest = number(one.largest, 2);
     const picture = drawn("svg", {
       class: "histogram", viewBox: `0 0 ${own.length} 100`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `Histogram of ${sums[0] + sums[1]} activations from 0 to ${number(one.largest, 2)}; at most ${most} tokens in a bin`,
+      "aria-label": `Histogram of the activations, from 0 to ${largest}: ${ours} of its own languages, ${theirs} of others; at most ${most} in a bin`,
     });
     own.forEach((count, bin) => {
-      const heights = [count, other[bin]].map((tokens) => (100 * tokens) / most);
-      const bar = (kind, y, height) => height &&
-        picture.append(drawn("rect", { class: kind, x: bin + 0.06, y, width: 0.88, height }));
-      bar("own", 100 - heights[0], heights[0]);
-      bar("other", 100 - heights[0] - heights[1], heights[1]);
+      let y = 100;
+      for (const [kind, tokens] of [["own", count], ["other", other[bin]]]) {
+        const height = (100 * tokens) / most;
+        y -= height;
+        if (height) picture.append(drawn("rect", { class: kind, x: bin + 0.06, y, width: 0.88, height }));
+      }
     });
+    const axis = (...parts) => make("p", { class: "axis" }, ...parts.map((part) => make("span", {}, part)));
     return [
-      make("p", { class: "legend" }, make("i", { class: "own" }), `own languages: ${plural(sums[0], "token")}`,
-        make("i", { class: "other" }), `other languages: ${plural(sums[1], "token")}`),
-      make("p", { class: "axis" }, make("span", {}, `${plural(most, "token")} ↑`)),
-      picture,
-      make("p", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation →"), make("span", {}, number(one.largest, 2))),
+      make("p", { class: "legend" }, make("i", { class: "own" }), `own languages: ${ours}`,
+        make("i", { class: "other" }), `other languages: ${theirs}`),
+      axis(`${plural(most, "token")} ↑`), picture, axis("0", "activation →", largest),
     ];
   }
 
@@ -226,11 +207,10 @@
     const some = (entries) => entries.length
       ? make("ol", { class: "texts" }, ...entries.map((entry) => text(one, entry)))
       : make("p", { class: "none" }, "The feature fires in none.");
-    const own = one.of.length === 1 ? "its language" : "its languages";
     const scale = make("p", { class: "scale" }, "Activation as a share of the feature’s largest: ");
     for (let step = 1; step <= LEVELS; step++) scale.append(make("span", { class: `a${step}` }, `≤ ${(100 * step) / LEVELS} %`));
     return make("div", {},
-      make("h3", {}, `Texts of ${own} in which it is most active`), scale, some(one.own),
+      make("h3", {}, `Texts of its language${one.of.length === 1 ? "" : "s"} in which it is most active`), scale, some(one.own),
       make("h3", {}, "Texts of other languages in which it is most active"), some(one.other));
   }
 
@@ -252,9 +232,10 @@
   }
 
   function tokens(one) {
+    const row = ([token, logit]) => make("tr", {},
+      make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)));
     const side = (heading, entries) => make("div", {}, make("h3", {}, heading),
-      make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(([token, logit]) => make("tr", {},
-        make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)))))));
+      make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(row))));
     if (!one.promoted.length)
       return make("p", { class: "none" }, "There is no logit lens: the decoder direction of this feature is not in the residual stream.");
     return make("div", { class: "pair" },
@@ -265,8 +246,6 @@
   const visible = (token) => token
     .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥")
     .replace(/[\p{Cc}\p{Cf}]|[^\S ]/gu, (hidden) => `\\u${hidden.codePointAt(0).toString(16).padStart(4, "0")}`);
-
-  // --- going from one to the next
 
   function fromAddress() {
     let id = location.hash.slice(1);

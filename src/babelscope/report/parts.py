@@ -11,16 +11,14 @@ from babelscope.core.errors import UserError
 from babelscope.models.names import parts_of
 from babelscope.report.numbers import NONE, plain
 
-_NLL = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
-_CONTROL = ("excess", "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high")
 COLUMNS = {
-    "features": ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank"),
-    "nll": _NLL,
-    "by_layer": (*_NLL, "hookpoint"),
-    "control": ("method", "language", *_CONTROL),
-    "confusion": ("method", "normalize", "language", "predicted", "texts"),
-    "generations": ("language", "strength", "control", "nll", "distinct_2", "success"),
-    "similarity": ("language", "other", "units", "jaccard"),
+    "features": "kind hookpoint layer unit language probability entropy rank",
+    "nll": "method kind ablated control evaluated nll tokens delta low high",
+    "by_layer": "method kind ablated control evaluated nll tokens delta low high hookpoint",
+    "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
+    "confusion": "method normalize language predicted texts",
+    "generations": "language strength control nll distinct_2 success",
+    "similarity": "language other units jaccard",
 }
 
 
@@ -53,10 +51,10 @@ class ReportInputs:
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
             frame = getattr(self, name)
-            missing = [] if frame is None else [column for column in columns if column not in frame.columns]
+            missing = [] if frame is None else [key for key in columns.split() if key not in frame.columns]
             if missing:
-                has = ", ".join(frame.columns)
-                raise UserError(f"{name}.parquet: no column {', '.join(missing)}; the columns are {has}")
+                columns = ", ".join(frame.columns)
+                raise UserError(f"{name}.parquet: no column {', '.join(missing)}; the columns are {columns}")
 
     @property
     def languages(self) -> list[str]:
