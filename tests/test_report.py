@@ -352,6 +352,11 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert all(spec["description"] for spec in specs.values())
 
 
+def test_every_module_of_a_section_is_on_the_page() -> None:
+    files = {path.stem for path in (ROOT / "src/babelscope/report/sections").glob("*.py")}
+    assert files - {"__init__"} == set(page.NAMES) and len(set(page.NAMES)) == len(page.NAMES)
+
+
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     sections = [module.section(inputs()) for module in page.SECTIONS]
     blocks = [block for section in sections if section for block in section.blocks]
