@@ -73,19 +73,23 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
     assert score["features"] == count < len(features)
     agree([headline[0], told[0], figures["language-specific features"], rows["all"][0]], count)
     effective = score["effective_languages"]
-    shown = figures["effective languages of a feature: e to the mean entropy of its firing rates"]
+    shown = next(text for key, text in figures.items() if key.startswith("effective number of languages"))
     agree([told[3], shown, rows["all"][1], str(logged["effective_languages"])], effective)
     own, others = ablate["own"], ablate["others_abs"]
-    agree([headline[1], told[4], figures["own ΔNLL, nats/token"], in_line[0], str(logged["own"])], own)
-    signed = next(key for key in figures if key.startswith("others’ ΔNLL, nats/token: mean size (mean: "))
+    agree(
+        [headline[1], told[4], figures["ΔNLL of the language itself, nats/token"], in_line[0], str(logged["own"])], own
+    )
+    signed = next(key for key in figures if key.startswith("mean size of the ΔNLL of other languages"))
     agree([headline[2], told[5], figures[signed], in_line[1], str(logged["others_abs"])], others)
-    agree([signed.rpartition(" ")[2].rstrip(")"), in_line[2], str(logged["others"])], ablate["others"])
+    agree([signed.rpartition(" ")[2], in_line[2], str(logged["others"])], ablate["others"])
     assert others > abs(ablate["others"])  # the example tells them apart
     agree([figures["languages, 14 with features"], told[1]], len(LANGUAGES))
-    agree([figures["hookpoints (layers read)"], told[2]], len(example.HOOKPOINTS))
-    above = figures["rows whose own 95&nbsp;% interval lies above 0"]
+    agree([figures["hookpoints, with one SAE each"], told[2]], len(example.HOOKPOINTS))
+    above = figures["languages whose own ΔNLL has a 95\u00a0% interval above 0"]
     [largest, columns] = [
-        [figures[key], key.rpartition(": ")[2]] for key in figures if key.startswith("rows whose maximum")
+        [figures[key], key.rpartition(": ")[2]]
+        for key in figures
+        if key.startswith("languages whose features affect no")
     ][0]
     for text, key, at in ((largest, "rows", 3), (above, "rows_above_zero", 7), (columns, "columns", 8)):
         agree([text.removesuffix(" of 15"), in_line[at], str(logged[key])], ablate[key])
