@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from babelscope.config import schema
 from babelscope.core.errors import UserError
-from babelscope.models import hookpoints, loading, probing
+from babelscope.models import loading, probing
 
 Weights = dict[str, torch.Tensor]
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
