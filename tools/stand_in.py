@@ -127,7 +127,9 @@ def release(folder: Path, hookpoints: list[str], latents: int) -> None:
     from babelscope.activations.store import ActivationStore
 
     stores = [ActivationStore(folder / "data/activations" / name) for name in hookpoints]
-    sums = [torch.stack([rows.double().sum(0) for _, rows in store.chunks(8192)]).sum(0) for store in stores]
+    sums = [
+        sum(store.gather(rows).double().sum(0) for rows in torch.arange(store.rows).split(8192)) for store in stores
+    ]
     basis = torch.linalg.qr(torch.stack(sums).T)[0].float()
     d = len(basis)
     generator = torch.Generator().manual_seed(0)
