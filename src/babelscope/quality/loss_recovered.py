@@ -22,8 +22,7 @@ from torch import Tensor
 from babelscope.core import resume
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.head import head_of
-from babelscope.models.nll import target_count, targets, text_nll
+from babelscope.models.nll import head_of, target_count, targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import Shelf, Shelved

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from babelscope import sae
-from babelscope.ablation import controls
+from babelscope.ablation.conditions import matched
 from babelscope.config import Config
 from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
@@ -118,7 +118,7 @@ def directions(params: Config, paths: Paths, languages: list[str]) -> dict[str, 
             sums = dict(counts.filter(language=language).select("unit", "sum").iter_rows())
             sets: dict[int | None, list[int]] = {None: units}
             if params.steer.control and units:
-                [sets[1]] = controls.matched(
+                [sets[1]] = matched(
                     counts, totals, features, hookpoint, language, ratio=params.score.ratio, draws=1, seed=params.seed
                 )
             for draw, members in sets.items():
