@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 # Seconds until the first line; shorter work has none.
 _FIRST = 1.0
+tqdm.monitor_interval = 0  # no thread that redraws bars
 _LINE = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {rate_fmt}, {remaining} left"
 
 
@@ -23,12 +24,6 @@ class _LogLines(io.StringIO):
         if line := text.strip():
             log.info("%s", line)
         return len(text)
-
-
-class _Bar(tqdm):  # type: ignore[misc]
-    """tqdm without its thread, which would only redraw."""
-
-    monitor_interval = 0
 
 
 class Progress:
@@ -53,7 +48,7 @@ class Progress:
             "file": _LogLines(), "bar_format": _LINE, "delay": min(_FIRST, self.every) or 1e-9,
             "mininterval": min(_FIRST, self.every), "maxinterval": float("inf"), "miniters": 1,
         }  # fmt: skip
-        self._tqdm = _Bar(
+        self._tqdm = tqdm(
             total=total, desc=name, unit=f" {unit}", unit_scale=True, smoothing=0, disable=False,
             **({} if self._is_bar else lines),
         )  # fmt: skip
