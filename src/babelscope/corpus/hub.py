@@ -226,9 +226,14 @@ class _DataSet:
 
     def _labels(self) -> list[str]:
         """The names behind a language column of numbers (a `ClassLabel`), in their order; else none."""
+        from datasets import Features
+
         stream = self._load(self.section.subset, (self.section.splits or [""])[0])
-        # The features of Parquet files whose card says nothing are known once a file is opened.
-        features = stream.features or self._call(stream._resolve_features).features or {}
+        features = stream.features
+        if features is None:  # those of Parquet files whose card says nothing are known once a file is opened
+            rows = iter(stream.with_format("arrow").iter(batch_size=1))
+            first = self._call(lambda _path, revision: next(rows, None))
+            features = {} if first is None else Features.from_arrow_schema(first.schema)
         return list(getattr(features.get(self.section.language), "names", None) or [])
 
     def _code(self, value: Any, labels: Sequence[str]) -> str | None:

@@ -24,7 +24,8 @@ from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import read_json
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.models import packaged
-from babelscope.models.hookpoints import reads_ahead, resolve
+from babelscope.models.hookpoints import resolve
+from babelscope.models.probing import reads_ahead
 
 log = logging.getLogger(__name__)
 

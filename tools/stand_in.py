@@ -1,4 +1,4 @@
-"""`python benchmarks/stand_in.py FOLDER`: an experiment of full shape on stand-ins, stage by stage: memory and time.
+"""`python tools/stand_in.py FOLDER`: an experiment of full shape on stand-ins, stage by stage: memory and time.
 
 What a hub would give is made in FOLDER: a Llama of the shape of Llama 3.2 1B (16 layers, d = 2048) with random weights
 and the embedded model's tokenizer, and a release in the format of EleutherAI/sparsify with 131,072 TopK latents at each
