@@ -86,7 +86,7 @@ class Counter:
         """
         tables = {name: table.cpu() for name, table in self.state().items()}
         cell = tables["tokens"].nonzero().squeeze(1)
-        code, unit = (part.numpy() for part in (cell // self.units, cell % self.units))
+        code, unit = (cell // self.units).numpy(), (cell % self.units).numpy()
         return pl.DataFrame(
             {
                 "layer": pl.repeat(layer, len(cell), dtype=pl.Int32, eager=True),
