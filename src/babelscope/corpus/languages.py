@@ -26,7 +26,7 @@ _ALIASES = {
 # Scripts that are part, or a style, of another one.
 _SCRIPTS = {"Hang": "Kore", "Hira": "Jpan", "Kana": "Jpan", "Hrkt": "Jpan", "Aran": "Arab", "Latf": "Latn",
             "Latg": "Latn"}  # fmt: skip
-# The usual script of a language, where CLDR has another one.
+# The usual script of a language, if CLDR has another one.
 _WRITTEN = {"crh": "Latn"}
 # `langcodes` writes Serbo-Croatian as Serbian in Latin script, which is one of its standards.
 _SERBO_CROATIAN = frozenset({"sh", "hbs"})

@@ -94,5 +94,5 @@ def count(
             waiting[split] = {name: x[last:] for name, x in rows.items()}, numbers[last:]
     for split, (rows, numbers) in waiting.items():
         measure(rows, numbers, split)
-    of = totals(texts.frame.filter(split="train"), languages)
-    return {name: Counted(counters[name].frame(layer_of(name)), of, sums[name].result()) for name in saes}
+    by_language = totals(texts.frame.filter(split="train"), languages)
+    return {name: Counted(counters[name].frame(layer_of(name)), by_language, sums[name].result()) for name in saes}

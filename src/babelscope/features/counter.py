@@ -18,7 +18,7 @@ class Counter:
     ----------
     languages: names; language codes below are positions in it.
     units: how many units there are.
-    device: where the counts are kept and what is added lies; by default the CPU.
+    device: of the counts and of what is added; by default the CPU.
     """
 
     def __init__(self, languages: Sequence[str], units: int, device: torch.device | None = None) -> None:

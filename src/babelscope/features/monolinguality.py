@@ -15,7 +15,7 @@ def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | N
 
     Parameters
     ----------
-    counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` where there are several.
+    counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` if there are several.
         A lazy frame is read one layer at a time.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
     units: the units wanted: `layer`, `unit` (and `hookpoint`), in any number of rows; None for all.

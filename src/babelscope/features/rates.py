@@ -19,12 +19,12 @@ def columns(counts: Counts) -> list[str]:
 
 
 def unit_key(counts: Counts) -> list[str]:
-    """The columns that name a unit: `hookpoint` where given, `layer`, `unit`."""
+    """The columns that name a unit: `hookpoint` (if there is one), `layer`, `unit`."""
     return [name for name in ("hookpoint", "layer", "unit") if name in columns(counts)]
 
 
 def tie_break(key: Sequence[str]) -> list[str]:
-    """The unit key in the order in which ties break: `layer`, `unit`, then `hookpoint` where given."""
+    """The unit key in the order in which ties break: `layer`, `unit`, then `hookpoint` (if there is one)."""
     return sorted(key, key=["layer", "unit", "hookpoint"].index)
 
 

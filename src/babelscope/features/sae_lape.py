@@ -40,10 +40,10 @@ def sae_lape(
 
     Parameters
     ----------
-    counts: `layer`, `unit`, `language`, `tokens` and, where known, `texts`, `hookpoint`; one row per unit and
+    counts: `layer`, `unit`, `language`, `tokens` and, if known, `texts`, `hookpoint`; one row per unit and
         language, rows without a firing may be missing. With `hookpoint`, a unit is (hookpoint, layer, unit). A lazy
         frame is read one layer at a time.
-    totals: `language`, `tokens` and, where `counts` has it, `texts`: one row per language. Its order of the languages
+    totals: `language`, `tokens` and, if `counts` has it, `texts`: one row per language. Its order of the languages
         is the order of the result.
     example_rate, token_rate: shares of texts and of tokens, 0 to 1. Paper: 0.98 and 0.1.
     ratio: share of the highest probability, above 0, at most 1. Paper: 0.5.
@@ -54,7 +54,7 @@ def sae_lape(
     Returns
     -------
     `language`, (`hookpoint`,) `layer`, `unit`, `probability` (P(l, u)), `entropy` (nats), `members`, `rank` (from 1),
-    sorted by language, (layer where `per_layer`,) rank. A language without units has no row here; `summary` names it.
+    sorted by language, (layer if `per_layer`,) rank. A language without units has no row here; `summary` names it.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
 
     Returns
     -------
-    `language`, `units` (how many rows of `features` it has), `mean_entropy` (nats), `mean_probability` (both null for
+    `language`, `units` (how many rows of `features` it has), `mean_entropy` (nats), `mean_probability` (both None for
     a language without units).
     """
     owned = features.group_by("language", maintain_order=True).agg(

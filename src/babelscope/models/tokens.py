@@ -1,4 +1,4 @@
-"""The only place that tokenizes texts; and batches of texts of like length, so that padding costs little."""
+"""The only place that tokenizes texts; and batches of texts of similar length, so that there is little padding."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
