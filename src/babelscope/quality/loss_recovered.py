@@ -73,14 +73,10 @@ def loss_recovered(
     layers = sorted({hooks.layer_of(name) for name in saes})
     restarts = layers if probing.can_restart(model, layers) else []
 
-    def measure(batch: Sequence[TokenizedText]) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            return _sums(model, saes, batch, restarts)
-
     parts = list(
         resume.parts(
-            "quality", batches(texts, batch_tokens, _MOST_PADDING), measure, keep,
-            size=lambda batch: sum(map(target_count, batch)), unit="tokens",
+            "quality", batches(texts, batch_tokens, _MOST_PADDING), lambda batch: _sums(model, saes, batch, restarts),
+            keep, size=lambda batch: sum(map(target_count, batch)), unit="tokens",
         )
     )  # fmt: skip
     sums = {key: torch.cat([part[key] for part in parts], -1) for key in ("clean", "sae", "zero", "tokens")}
@@ -110,6 +106,7 @@ def zero(content: Tensor) -> hooks.Edit:
     return lambda x: x.masked_fill(content.unsqueeze(-1), 0.0)
 
 
+@torch.inference_mode()
 def _sums(
     model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText], restarts: Sequence[int]
 ) -> dict[str, Tensor]:
