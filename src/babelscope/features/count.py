@@ -50,10 +50,8 @@ def count(
 
     Parameters
     ----------
-    model: a causal language model.
     texts: `texts.frame` has `language` and `split`; texts of the split "eval" are held out.
     saes: by hookpoint, on the device of the model.
-    languages: names.
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.

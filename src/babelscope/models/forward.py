@@ -42,8 +42,6 @@ def read_batches(
 
     Parameters
     ----------
-    model: a causal language model.
-    texts: the texts.
     batches: the numbers of each batch's texts, see `TokenizedTexts.batches`.
     hookpoints: what to read, see `names_to_read`.
     dtype: of the activations.

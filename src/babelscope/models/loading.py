@@ -262,10 +262,7 @@ def _quantised(kind: str, dtype: torch.dtype) -> Any:
 def load_model(section: Model, dtype: str) -> Any:
     """The causal language model in evaluation mode on the CPU, its parameters frozen.
 
-    Parameters
-    ----------
-    section: which model.
-    dtype: "float32", "bfloat16" or "float16": the precision of weights and forward pass.
+    `dtype`: "float32", "bfloat16" or "float16", the precision of weights and forward pass.
 
     Raises
     ------
