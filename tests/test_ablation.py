@@ -137,7 +137,7 @@ def assert_same(model, interventions, change, texts, conditions, batch_tokens=40
         for row, condition in enumerate(conditions):
             slow = torch.tensor([straightforward(model, change, text, condition) for text in texts])
             assert torch.allclose(result.ablated[row].float(), slow, atol=1e-4, rtol=0), condition
-    assert torch.equal(result.tokens, torch.tensor([text.own - (text.special == 0) for text in texts]))
+    assert torch.equal(result.tokens, torch.tensor([text.content_tokens - (text.special == 0) for text in texts]))
     return result
 
 
@@ -155,7 +155,7 @@ def test_same_numbers_as_one_whole_pass_per_text_and_condition(family, method, s
     texts = make_texts(special, 12)
     result = assert_same(model, interventions, lambda *a: change(saes, *a), texts, conditions)
     assert torch.equal(result.ablated[0], result.clean)
-    changed = (result.ablated[1] != result.clean)[torch.tensor([text.own > 1 for text in texts])]
+    changed = (result.ablated[1] != result.clean)[torch.tensor([text.content_tokens > 1 for text in texts])]
     assert changed.float().mean() > 0.9
     assert partial.suits(model, max(len(text.ids) for text in texts)) == PARTLY.get(family, False)
 

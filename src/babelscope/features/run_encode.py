@@ -20,12 +20,12 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
     if streamed.is_streaming():
         targets = {"counts.parquet": paths.counts(hookpoint), "totals.parquet": paths.totals(hookpoint)}
         streamed.publish(hookpoint, targets)
-        counts, of = (read_table(path) for path in targets.values())
+        counts, by_language = (read_table(path) for path in targets.values())
     else:
-        counts, of = encode(hookpoint, params, paths)
+        counts, by_language = encode(hookpoint, params, paths)
         write_atomically(paths.counts(hookpoint), counts.write_parquet)
-        write_atomically(paths.totals(hookpoint), of.write_parquet)
-    tokens, fired = int(of["tokens"].sum()), counts["unit"].n_unique()
+        write_atomically(paths.totals(hookpoint), by_language.write_parquet)
+    tokens, fired = int(by_language["tokens"].sum()), counts["unit"].n_unique()
     l0 = int(counts["tokens"].sum()) / tokens
     numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
     write_json(paths.metrics("encode", hookpoint), numbers)
