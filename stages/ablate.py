@@ -46,7 +46,7 @@ def main() -> None:
     places = {method: hookpoints_of(method, features, params) for method in methods}
     counts = {name: read_counts(method, name) for method, names in places.items() for name in names}
     totals = {method: read_totals(method, names[0]) for method, names in places.items()}
-    saes = sae.Shelf(SAES, params.hookpoints if set(methods) != {"neuron"} else [], device)
+    saes = sae.SAECache(SAES, params.hookpoints if set(methods) != {"neuron"} else [], device)
     model = loading.load_model(params.model, knobs.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, list(counts))

@@ -34,7 +34,7 @@ def main() -> None:
     from babelscope.models import hardware, loading, matmul, tokens
 
     device = hardware.prepare(params.hardware)
-    saes = sae.Shelf(SAES, features["hookpoint"].unique(maintain_order=True).to_list(), device)
+    saes = sae.SAECache(SAES, features["hookpoint"].unique(maintain_order=True).to_list(), device)
     texts = read_texts()
     tokenizer = loading.load_tokenizer(params.model)
     firings = collectors(features, saes, params)
@@ -170,9 +170,7 @@ def read_passes(
 
 def read_at(hookpoint: str, collector: Any) -> str:
     """What a collector's SAE encodes: the hookpoint, or what enters its module (transcoders)."""
-    from babelscope.models.hookpoints import INPUT
-
-    return hookpoint if collector.sae.b_in is None else hookpoint + INPUT
+    return str(collector.sae.input_name(hookpoint))
 
 
 def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, count: int) -> pl.DataFrame:

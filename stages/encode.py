@@ -7,10 +7,10 @@ from typing import NamedTuple
 import polars as pl
 
 from babelscope import config, sae
-from babelscope.activations import streamed
-from babelscope.activations.store import ActivationStore
+from babelscope.activations.store import ActivationStore, place
 from babelscope.core import stage
-from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.files import copy_file, read_table, write_atomically, write_json
+from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.models import hardware
@@ -20,9 +20,11 @@ from babelscope.models.hookpoints import layer_of
 def main() -> None:
     params = config.load()
     hookpoint = config.hookpoint_argument(sys.argv, params)
-    counts, totals = (Path("data/counts") / f"{hookpoint}.{end}" for end in ("parquet", "totals.parquet"))
-    if streamed.is_streaming():
-        streamed.publish(hookpoint, {"counts.parquet": counts, "totals.parquet": totals})
+    paths = Paths()
+    counts, totals = paths.counts(hookpoint), paths.totals(hookpoint)
+    if params.train.source == "stream":
+        copy_file(paths.stream / hookpoint / "counts.parquet", counts)
+        copy_file(paths.stream / hookpoint / "totals.parquet", totals)
     else:
         found = encode(hookpoint, params)
         write_atomically(counts, found.counts.write_parquet)
@@ -44,10 +46,10 @@ class Tables(NamedTuple):
 def encode(hookpoint: str, params: config.Config) -> Tables:
     """Encode the stored activations of the training split."""
     device = hardware.prepare(params.hardware)
-    dictionary = sae.load(Path("data/sae"), hookpoint).to(device)
-    source = Path("data/activations") / hookpoint
-    activations = ActivationStore(source / "input" if dictionary.b_in is not None else source)
-    table = read_table("data/activations/tokens.parquet").filter(pl.col("split") == "train")
+    paths = Paths()
+    dictionary = sae.load(paths.saes, hookpoint).to(device)
+    activations = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
+    table = read_table(paths.tokens).filter(pl.col("split") == "train")
     language = table["language"].cast(pl.Enum(params.languages)).to_physical().cast(pl.Int64).to_torch()
     text = table["text_id"].rle_id().cast(pl.Int64).to_torch()
     rows = table["row"].to_torch()

@@ -70,7 +70,6 @@ def collect(params: config.Config) -> list[Case]:
     from babelscope.explain.windows import windows
     from babelscope.features.pieces import by_piece
     from babelscope.models import hardware, loading, tokens
-    from babelscope.models.hookpoints import INPUT
 
     knobs = params.explain
     device = hardware.prepare(params.hardware)
@@ -89,7 +88,7 @@ def collect(params: config.Config) -> list[Case]:
     with Progress("explain, reading", len(row) * len(hookpoints), "tokens") as progress:
         for name in hookpoints:
             dictionary, mine = sae.load(SAES, name).to(device), first.filter(hookpoint=name)
-            store = ActivationStore(place(ACTIVATIONS, name if dictionary.b_in is None else name + INPUT))
+            store = ActivationStore(place(ACTIVATIONS, dictionary.input_name(name)))
             chosen = windows(
                 dictionary, mine["unit"].to_list(), lambda at, store=store: store.gather(row[at]), spans,  # type: ignore[misc]
                 knobs.examples, knobs.scored, params.seed, progress.update,

@@ -46,7 +46,7 @@ def main() -> None:
             latents.append(str(hookpoint))
             counts = read_table(COUNTS / f"{hookpoint}.parquet", columns=["unit", "language", "min_positive", "max"])
         owners[str(hookpoint)] = unit_totals.owned(rows, counts, params.languages)
-    saes = sae.Shelf(SAES, latents, device)
+    saes = sae.SAECache(SAES, latents, device)
     if not owners:
         log.warning("%s: no features, so only fastText identifies anything", FEATURES)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import polars
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
 from babelscope.core.progress import Progress
 from babelscope.models.forward import collate, own_activations
-from babelscope.models.hardware import is_sharding, trainer
 from babelscope.models.hookpoints import shard_blocks
+from babelscope.models.lightning import is_sharding, pl, trainer
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedText, batches
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_atomically, write_json
+from babelscope.models.names import INPUT
 
 _KEY = "activations"
 # The tensors of a shard in int8, in the order of `Quantised`.
@@ -23,8 +24,8 @@ _AT_ONCE = 1024
 
 
 def place(folder: Path, hookpoint: str) -> Path:
-    """Where the activations of a hookpoint lie in `folder`: those of `<hookpoint>.input` in `<hookpoint>/input`."""
-    base = hookpoint.removesuffix(".input")
+    """The folder of a hookpoint's activations below `folder`; `<hookpoint>.input` has `<hookpoint>/input`."""
+    base = hookpoint.removesuffix(INPUT)
     return folder / base if base == hookpoint else folder / base / "input"
 
 

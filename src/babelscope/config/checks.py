@@ -150,7 +150,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> "Config":
-        devices = self.hardware.devices * self.hardware.num_nodes
+        wanted = self.hardware.devices
+        count = wanted if isinstance(wanted, int) else len(wanted) if isinstance(wanted, list) else 1  # auto: unknown
+        devices = count * self.hardware.num_nodes
         if self.train.source != "pretrained" and self.train.batch % devices:
             raise ValueError(
                 f"train.batch: {self.train.batch} does not divide among {devices} devices (hardware.devices times "

@@ -41,6 +41,11 @@ class Paths:
         return self.data / "stream"
 
     @property
+    def stream_mode(self) -> Path:
+        """What `train.source` said when stage `stream` ran."""
+        return self.stream / "mode.json"
+
+    @property
     def saes(self) -> Path:
         """One SAE per hookpoint (stage `train`)."""
         return self.data / "sae"

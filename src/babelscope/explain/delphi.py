@@ -26,7 +26,6 @@ from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.progress import Progress
 from babelscope.models import loading
-from babelscope.models.hookpoints import INPUT
 
 SAES, ACTIVATIONS = Path("data/sae"), Path("data/activations")
 # Files per hookpoint, and rows encoded at once.
@@ -75,7 +74,7 @@ def write_cache(
 def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: dict[str, Any]) -> int:
     """Write the cache of one hookpoint; returns the number of firings."""
     dictionary = sae.load(SAES, hookpoint)
-    store = ActivationStore(place(ACTIVATIONS, hookpoint if dictionary.b_in is None else hookpoint + INPUT))
+    store = ActivationStore(place(ACTIVATIONS, dictionary.input_name(hookpoint)))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
     locations, activations, beyond = [], [], 0

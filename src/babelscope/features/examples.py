@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelved
+from babelscope.sae.cache import CachedSAE
 
 BINS = 24
 
@@ -87,7 +87,7 @@ class Firings:
 
     def __init__(
         self,
-        sae: SAE | Shelved,
+        sae: SAE | CachedSAE,
         units: Tensor,
         owns: Tensor,
         largest: Tensor,

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf
+from babelscope.sae.cache import SAECache
 
 # The methods of the paper, by kind of unit.
 METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
@@ -88,7 +88,7 @@ class Totals:
         self,
         texts: int,
         owners: Mapping[str, Owned],
-        saes: Mapping[str, SAE] | Shelf,
+        saes: Mapping[str, SAE] | SAECache,
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
@@ -115,7 +115,7 @@ class Totals:
     def encodes(self, hookpoint: str) -> str:
         """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
         dictionary = self.saes.get(hookpoint)
-        return hookpoint if dictionary is None or dictionary.b_in is None else f"{hookpoint}.input"
+        return hookpoint if dictionary is None else dictionary.input_name(hookpoint)
 
     @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:

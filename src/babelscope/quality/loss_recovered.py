@@ -29,7 +29,7 @@ from babelscope.models.head import head_of
 from babelscope.models.nll import targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf, Shelved
+from babelscope.sae.cache import CachedSAE, SAECache
 
 # Few texts have few of like length. Padding costs their blocks alone, since an NLL is of real tokens only; a pass over
 # few tokens costs more: it reads all weights.
@@ -43,7 +43,7 @@ SCHEMA = {
 
 def loss_recovered(
     model: Any,
-    saes: Mapping[str, SAE] | Shelf,
+    saes: Mapping[str, SAE] | SAECache,
     texts: Sequence[TokenizedText],
     language: Sequence[str],
     languages: Sequence[str],
@@ -96,7 +96,7 @@ def loss_recovered(
     return _frame(sums, list(saes), language, languages)
 
 
-def splice(sae: SAE | Shelved, own: Tensor, entering: Mapping[str, Tensor], name: str) -> hooks.Edit:
+def splice(sae: SAE | CachedSAE, own: Tensor, entering: Mapping[str, Tensor], name: str) -> hooks.Edit:
     """The edit that puts the SAE's reconstruction in the place of the activations.
 
     Parameters
@@ -120,7 +120,7 @@ def zero(own: Tensor) -> hooks.Edit:
 
 
 def _batch(
-    model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText], kept: Sequence[int]
+    model: Any, saes: Mapping[str, SAE] | SAECache, batch: Sequence[TokenizedText], kept: Sequence[int]
 ) -> dict[str, Tensor]:
     """NLL sums of a batch, on the CPU: `clean`, `tokens` `[texts]`; `sae`, `zero` `[hookpoints, texts]`.
 

@@ -28,7 +28,7 @@ def run(params: Config, paths: Paths) -> None:
             params.quality.tokens,
         )
     )
-    saes = sae.Shelf(paths.saes, params.hookpoints, device)
+    saes = sae.SAECache(paths.saes, params.hookpoints, device)
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, params.hookpoints)
