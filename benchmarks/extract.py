@@ -20,26 +20,27 @@ from torch import Tensor
 
 from babelscope import config
 from babelscope.activations import extraction
-from babelscope.models import hardware, hookpoints, loading, tokens
+from babelscope.models import hardware, hookpoints, loading
+from babelscope.models.tokens import TokenizedTexts, tokenize_corpus
 
 TOKENS, ROUNDS = 20_000, 7
 OURS, BARE = "babelscope", "bare forward pass"
 
 
-def sample(params: config.Config) -> list[extraction.Shard]:
-    """One shard of every so manieth batch of the whole corpus: of all lengths, and padded as all batches are."""
+def sample(params: config.Config) -> tuple[TokenizedTexts, list[extraction.Shard]]:
+    """One shard of every n-th batch of the whole corpus: of all lengths, and padded as all batches are."""
     corpus, tokenizer = pl.read_parquet("data/corpus/texts.parquet"), loading.load_tokenizer(params.model)
-    texts = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
-    shards = extraction.plan(tokens.by_length(texts), params.extract.batch_tokens)
-    step = max(1, sum(shard.rows for shard in shards) // TOKENS)
-    return [extraction.Shard(0, [batch for shard in shards for batch in shard.batches][step // 2 :: step])]
+    texts = tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
+    step = max(1, int(texts.lengths.sum()) // TOKENS)
+    chosen = texts.batches(params.extract.batch_tokens)[step // 2 :: step]
+    return texts, [extraction.Shard(0, chosen, sum(int(texts.lengths[batch].sum()) for batch in chosen))]
 
 
-def packed(shards: list[extraction.Shard], batch_tokens: int) -> list[Tensor]:
+def packed(texts: TokenizedTexts, shards: list[extraction.Shard], batch_tokens: int) -> list[Tensor]:
     """The same token ids end to end, as full batches [rows, length] with the mean length of the texts (rounded)."""
-    texts = [text.ids for shard in shards for batch in shard.batches for text in batch]
-    ids = torch.tensor([token for text in texts for token in text])
-    length = round(len(ids) / len(texts))
+    rows_of_ids = [text.ids for shard in shards for batch in shard.batches for text in texts[batch]]
+    ids = torch.tensor([token for row in rows_of_ids for token in row])
+    length = round(len(ids) / len(rows_of_ids))
     rows = batch_tokens // length
     return list(ids[: len(ids) // (rows * length) * rows * length].view(-1, rows, length))
 
@@ -52,11 +53,14 @@ def cut(model: Any, layers: int) -> torch.nn.Module:
     return body
 
 
-def extraction_seconds(model: Any, shards: list[extraction.Shard], params: config.Config) -> float:
+def extraction_seconds(
+    model: Any, texts: TokenizedTexts, shards: list[extraction.Shard], params: config.Config
+) -> float:
     """Seconds that the stage's call takes."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        extraction.extract(model, shards, params.hookpoints, Path(folder), params.extract.store_dtype, params.hardware)
+        dtype = params.extract.store_dtype
+        extraction.extract(model, texts, shards, params.hookpoints, Path(folder), dtype, params.hardware)
         return time.perf_counter() - start
 
 
@@ -73,14 +77,14 @@ def bare_seconds(body: torch.nn.Module, full: list[Tensor]) -> float:
 def main() -> None:
     params = config.load()
     device = hardware.prepare(params.hardware)
-    shards = sample(params)
-    full = [ids.to(device) for ids in packed(shards, params.extract.batch_tokens)]
+    texts, shards = sample(params)
+    full = [ids.to(device) for ids in packed(texts, shards, params.extract.batch_tokens)]
     model = loading.load_model(params.model, params.extract.dtype)
     body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints)).to(device)
     count = {OURS: sum(shard.rows for shard in shards), BARE: sum(ids.numel() for ids in full)}
     rates: dict[str, list[float]] = {name: [] for name in count}
     for number in range(1 + ROUNDS):  # the first does not count
-        seconds = {OURS: extraction_seconds(model, shards, params), BARE: bare_seconds(body, full)}
+        seconds = {OURS: extraction_seconds(model, texts, shards, params), BARE: bare_seconds(body, full)}
         for name in rates if number else ():
             rates[name].append(count[name] / seconds[name])
     ratio = statistics.median(a / b for a, b in zip(rates[OURS], rates[BARE], strict=True))
@@ -88,7 +92,7 @@ def main() -> None:
     print(f"{case}, {race.machine()}")
     for name, values in rates.items():
         print(f"{name:20}{statistics.median(values):9.0f} tokens/s")
-    print(f"median of the rounds' ratios: {ratio:.3f}, padding {extraction.padding_share(shards):.1%}")
+    print(f"median of the rounds' ratios: {ratio:.3f}, padding {extraction.padding_share(texts, shards):.1%}")
     race.write("extract", [
         race.record(case, name, round(statistics.median(values)), "tokens/s",
                     **({"ratio_to_floor": ratio} if name == OURS else {}))

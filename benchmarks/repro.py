@@ -20,9 +20,7 @@ import race
 import torch
 
 from babelscope import config
-from babelscope.activations import extraction
 from babelscope.models import hardware, hookpoints, loading, tokens
-from babelscope.models.tokens import pad
 from extract import cut
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +32,8 @@ def forward(folder: Path) -> float:
     params = config.load(folder / "params.yaml")
     device = hardware.prepare(params.hardware)
     corpus, tokenizer = pl.read_parquet(folder / "data/corpus/texts.parquet"), loading.load_tokenizer(params.model)
-    texts = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
-    shards = extraction.plan(tokens.by_length(texts), params.extract.batch_tokens)
-    batches = [pad(batch)[0].to(device) for shard in shards for batch in shard.batches]
+    texts = tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
+    batches = [tokens.pad(texts[batch])[0].to(device) for batch in texts.batches(params.extract.batch_tokens)]
     model = loading.load_model(params.model, params.extract.dtype)
     body = cut(model, 1 + max(hookpoints.layer_of(name) for name in params.hookpoints)).to(device)
     with torch.inference_mode():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import race
 import torch
 from peers.worker import DEVICE, Case, batches, timed
@@ -23,8 +24,7 @@ from babelscope.activations import extraction
 from babelscope.activations.streaming import Stream
 from babelscope.config.schema import Hardware
 from babelscope.features.counter import Counter
-from babelscope.models.text_batch import PackedTexts
-from babelscope.models.tokens import TokenizedText
+from babelscope.models.tokens import TokenizedTexts
 from babelscope.sae.autoencoder import initialise
 
 LENGTH, LANGUAGES = 128, 15
@@ -58,10 +58,14 @@ def model_of(shape: tuple[int, ...], vocabulary: int) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def texts_of(tokens: int, vocabulary: int) -> list[TokenizedText]:
+def texts_of(tokens: int, vocabulary: int) -> TokenizedTexts:
     """Texts of `LENGTH` random tokens."""
     ids = torch.randint(vocabulary, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
-    return [TokenizedText(f"{number:06d}", tuple(row), 0) for number, row in enumerate(ids.tolist())]
+    text_ids = [f"{number:06d}" for number in range(len(ids))]
+    frame = pl.DataFrame(
+        {"text_id": text_ids, "token_ids": ids.tolist()}, schema_overrides={"token_ids": pl.List(pl.Int32)}
+    )
+    return TokenizedTexts(frame)
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
@@ -82,15 +86,15 @@ def passes(shape: tuple[int, ...], vocabulary: int, tokens: int, batch_tokens: i
     names = [f"layers.{block}.mlp" for block in range(shape[2])]
     texts = texts_of(tokens, vocabulary)
     options: dict[str, Any] = {"transcode": False, "dtype": torch.float16, "batch_tokens": batch_tokens}
-    stream = Stream(model, PackedTexts(texts), names, **options, size=1024, steps=1, seed=0, block_rows=tokens)
+    stream = Stream(model, texts, names, **options, size=1024, steps=1, seed=0, block_rows=tokens)
     every = torch.arange(len(texts))
     rates = {"forward pass, all hookpoints read": tokens / seconds(lambda: stream._compute(every), 3)}
-    few = texts[: len(texts) // 4]
+    few = TokenizedTexts(texts.frame[: len(texts) // 4])
     shards = extraction.plan(few, batch_tokens)
 
     def write() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            extraction.extract(model, shards, names, Path(folder), "float16", HARDWARE)
+            extraction.extract(model, few, shards, names, Path(folder), "float16", HARDWARE)
 
     rates["extract to float16 files, start-up included"] = LENGTH * len(few) / seconds(write, 1)
     return rates

@@ -13,9 +13,10 @@ from babelscope import config
 from babelscope.config import schema
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
 
 CORPUS, FEATURES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet")
 COUNTS, NEURONS, SAES, OUT = Path("data/counts"), Path("data/neurons"), Path("data/sae"), Path("data/ablation")

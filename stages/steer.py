@@ -11,9 +11,10 @@ import polars as pl
 from babelscope import config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_part, read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.progress import Progress
+from babelscope.core.resume import read_part, scratch
 
 CORPUS, FEATURES, SAES = Path("data/corpus/texts.parquet"), Path("data/scores/features.parquet"), Path("data/sae")
 COUNTS, OUT = Path("data/counts"), Path("data/steer/generations.parquet")

@@ -30,7 +30,8 @@ from babelscope import config
 from babelscope.activations.store import ActivationStore, write_index, write_shard
 from babelscope.config.schema import Corpus
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_part, read_table
+from babelscope.core.files import read_json, read_table
+from babelscope.core.resume import read_part
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import require
 from babelscope.corpus.messages import running_text

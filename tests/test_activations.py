@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from babelscope.activations import extraction, store
 from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
+from babelscope.features import count
 from babelscope.features.counter import Counter, whole_texts
-from babelscope.features.scan import scan
 from babelscope.models import hookpoints, tokens
 from babelscope.sae import SAE
 
@@ -92,30 +92,31 @@ def model():
 
 
 def corpus(count=40):
-    texts = [tokens.TokenizedText(f"t{i:02d}", (1, *range(2, 4 + i * 5 % 13)), 1) for i in range(count)]
     frame = pl.DataFrame(
         {
-            "text_id": [t.text_id for t in texts],
+            "text_id": [f"t{i:02d}" for i in range(count)],
             "language": ["en" if i % 2 else "no" for i in range(count)],
             "split": ["eval" if i % 5 == 0 else "train" for i in range(count)],
-        }
+            "token_ids": [list(range(2, 4 + i * 5 % 13)) for i in range(count)],
+        },
+        schema_overrides={"token_ids": pl.List(pl.Int32)},
     )
-    return tokens.by_length(texts), frame
+    return tokens.TokenizedTexts(frame, [1])
 
 
 def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model, tmp_path):
-    texts, frame = corpus()
+    texts = corpus()
     names = ["layers.0.mlp", "layers.2"]
     shards = extraction.plan(texts, batch_tokens=64, shard_rows=50)
     assert len(shards) > 2
-    assert extraction.extract(model, shards, names, tmp_path, "float16", HARDWARE)
-    table = extraction.token_table(shards, frame)
+    assert extraction.extract(model, texts, shards, names, tmp_path, "float16", HARDWARE)
+    table = extraction.token_table(texts, shards)
     assert table.columns == ["row", "text_id", "language", "split", "position", "token_id"]
     assert len(table) == sum(t.own for t in texts) == sum(s.rows for s in shards)
     for name in names:
         store.write_index(tmp_path / name, [s.rows for s in shards], 16, "float16", "m", name)
         opened = store.ActivationStore(tmp_path / name)
-        for text in texts[::7]:
+        for text in texts[range(0, len(texts), 7)]:
             rows = table.filter(text_id=text.text_id)
             assert rows["token_id"].to_list() == list(text.ids[1:])
             assert rows["position"].to_list() == list(range(text.own))
@@ -124,30 +125,32 @@ def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model,
 
 
 def test_bytes_of_a_hookpoint_do_not_depend_on_the_others_and_finished_shards_are_kept(model, tmp_path):
-    shards = extraction.plan(corpus()[0], batch_tokens=64, shard_rows=50)
-    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
-    extraction.extract(model, shards, ["layers.2", "layers.1.mlp"], tmp_path / "two", "float16", HARDWARE)
+    texts = corpus()
+    shards = extraction.plan(texts, batch_tokens=64, shard_rows=50)
+    extraction.extract(model, texts, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    extraction.extract(model, texts, shards, ["layers.2", "layers.1.mlp"], tmp_path / "two", "float16", HARDWARE)
     path = "layers.1.mlp/shard-00001.safetensors"
     whole = (tmp_path / "one" / path).read_bytes()
     assert whole == (tmp_path / "two" / path).read_bytes()
     marked = tmp_path / "one/layers.1.mlp/shard-00000.safetensors"
     marked.write_bytes(b"kept")
     (tmp_path / "one" / path).unlink()
-    extraction.extract(model, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
+    extraction.extract(model, texts, shards, ["layers.1.mlp"], tmp_path / "one", "float16", HARDWARE)
     assert (tmp_path / "one" / path).read_bytes() == whole
     assert marked.read_bytes() == b"kept"
 
 
 def test_token_table_is_the_same_for_every_batch_size():
-    texts, frame = corpus()
+    texts = corpus()
     small, large = (extraction.plan(texts, n, 30) for n in (32, 512))
-    assert extraction.token_table(small, frame).equals(extraction.token_table(large, frame))
+    assert extraction.token_table(texts, small).equals(extraction.token_table(texts, large))
 
 
 def test_activations_that_do_not_fit_the_dtype_are_refused(model, tmp_path):
-    shards = extraction.plan(corpus()[0], 64)
+    texts = corpus()
+    shards = extraction.plan(texts, 64)
     with hookpoints.editing(model, {"layers.0": lambda x: x * 1e9}), pytest.raises(UserError, match="store_dtype"):
-        extraction.extract(model, shards, ["layers.0"], tmp_path, "float16", HARDWARE)
+        extraction.extract(model, texts, shards, ["layers.0"], tmp_path, "float16", HARDWARE)
 
 
 def naive_counts(values, indices, language, text, languages):
@@ -180,9 +183,9 @@ def test_counts_equal_a_naive_loop_however_they_are_cut(seed, rows, size):
     found = {(r["language"], r["unit"]): r for r in frame.iter_rows(named=True)}
     expected = naive_counts(values, indices, language, text, languages)
     assert found.keys() == expected.keys()
-    for key, (count, texts, total, largest, smallest) in expected.items():
+    for key, (firings, texts, total, largest, smallest) in expected.items():
         row = found[key]
-        assert (row["tokens"], row["texts"]) == (count, texts)
+        assert (row["tokens"], row["texts"]) == (firings, texts)
         assert row["sum"] == pytest.approx(total) and row["max"] == largest and row["min_positive"] == smallest
 
 
@@ -191,20 +194,25 @@ def test_no_text_gives_no_rows():
     assert Counter(["en"], 3).frame(0).is_empty()
 
 
-def test_a_scan_counts_what_a_loop_over_the_texts_counts(model):
+def test_a_running_pass_counts_what_a_loop_over_the_texts_counts(model):
     draw = torch.Generator().manual_seed(4)
     decoder = torch.nn.functional.normalize(torch.randn(32, 16, generator=draw))
     sae = SAE(decoder, decoder, torch.zeros(32), torch.zeros(16), 3)
-    texts = tokens.by_length([tokens.TokenizedText(f"t{i}", (1, *range(2, 4 + i)), 1) for i in range(7)])
-    language = {text.text_id: ["en", "tr"][int(text.text_id[1]) % 2] for text in texts}
-    counts, totals = scan(model, {"layers.1.mlp": sae}, texts, language, batch_tokens=16)
+    frame = pl.DataFrame(
+        {
+            "text_id": [f"t{i}" for i in range(8)],
+            "language": ["en", "tr"] * 4,
+            "split": ["train"] * 7 + ["eval"],
+            "token_ids": [list(range(2, 4 + i)) for i in range(8)],
+        }
+    )
+    texts = tokens.TokenizedTexts(frame, [1])
+    counts, totals, _ = count.count(model, texts, {"layers.1.mlp": sae}, ["en", "tr"], batch_tokens=16)["layers.1.mlp"]
     fired = {}
-    for text in texts:
+    for text, language in zip(texts[range(7)], frame["language"], strict=False):
         seen = hookpoints.read(model, ["layers.1.mlp"], input_ids=torch.tensor([text.ids]))["layers.1.mlp"][0, 1:]
         values, indices = sae.encode(seen)
         for unit in indices[values > 0].tolist():
-            fired[language[text.text_id], unit] = fired.get((language[text.text_id], unit), 0) + 1
-    found = {(row["language"], row["unit"]): row["tokens"] for row in counts["layers.1.mlp"].iter_rows(named=True)}
-    assert found == fired
-    assert totals.rows() == [("en", sum(t.own for t in texts if language[t.text_id] == "en"), 4),
-                             ("tr", sum(t.own for t in texts if language[t.text_id] == "tr"), 3)]  # fmt: skip
+            fired[language, unit] = fired.get((language, unit), 0) + 1
+    assert {(row["language"], row["unit"]): row["tokens"] for row in counts.iter_rows(named=True)} == fired
+    assert totals.rows() == [("en", 2 + 4 + 6 + 8, 4), ("tr", 3 + 5 + 7, 3)]

@@ -14,8 +14,8 @@ from babelscope.browse import lens, tables
 from babelscope.browse.effects import effects
 from babelscope.browse.units import probabilities, units
 from babelscope.features.counter import whole_texts
-from babelscope.features.examples import BINS, Firings
-from babelscope.features.pieces import by_piece, pieces
+from babelscope.features.examples import BINS, Features, Firings
+from babelscope.features.pieces import by_piece, cut, pieces
 from babelscope.models import hookpoints, logit_lens, tokens
 from babelscope.sae.autoencoder import SAE
 
@@ -148,7 +148,7 @@ def test_firings_are_those_of_looking_at_every_token(size: int) -> None:
     values, indices = sae.encode(x)
     dense = torch.zeros(len(x), 48).scatter(1, indices, values)[:, chosen]
     largest = dense[~held_out].amax(0)
-    found = Firings(sae, chosen, owns, largest, texts=3, held_out=2, longest=5)
+    found = Firings(Features(sae, chosen), owns, largest, texts=3, held_out=2, longest=5)
     for start, end in whole_texts(text, size):
         found.add(x[start:end], text[start:end], language[start:end], held_out[start:end])
     for feature in range(4):
@@ -176,17 +176,18 @@ def test_tables_of_what_was_collected() -> None:
     one = candidates((2, 1, ["en"], 0.0), (2, 3, ["de"], 0.5))
     features = units(one, one, ["en", "de"], ["layers.2.mlp"], None).with_columns(largest=pl.Series([4.0, 2.0]))
     owns = torch.tensor([[True, False], [False, True]])
-    found = Firings(sae, torch.tensor([1, 3]), owns, torch.tensor([4.0, 2.0]), texts=2, held_out=1, longest=8)
+    latents = Features(sae, torch.tensor([1, 3]))
+    found = Firings(latents, owns, torch.tensor([4.0, 2.0]), texts=2, held_out=1, longest=8)
     x = torch.zeros(6, 4)
     x[0, 1], x[1, 1], x[3, 1], x[4, 3], x[5, 3] = 1.0, 4.0, 0.123456, 2.0, 1.0
     text, language = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
     found.add(x, text, language, text == 2)
     content = pl.DataFrame({"text_id": ["a", "b"], "language": ["en", "de"], "split": "train", "text": ["x yz", "மர"]})
     spans = [[(0, 1), (1, 3), (3, 4)], [(0, 1), (1, 2)]]
-    cut = tables.cut(content, list(zip(content["text"], spans, strict=True)))
-    assert cut["pieces"].to_list() == [["x", " y", "z"], ["ம", "ர"]]
+    in_pieces = cut(content, list(zip(content["text"], spans, strict=True)))
+    assert in_pieces["pieces"].to_list() == [["x", " y", "z"], ["ம", "ர"]]
     firings = {"layers.2.mlp": found}
-    assert tables.examples(features, firings, ["a", "b", "c"], cut).drop("hookpoint", "layer").rows() == [
+    assert tables.examples(features, firings, ["a", "b", "c"], in_pieces).drop("hookpoint", "layer").rows() == [
         (1, "own", 0, "a", [1.0, 4.0, 0.0]),
         (3, "own", 0, "b", [0.0, 2.0]),
         (1, "other", 0, "b", [pytest.approx(0.1235, abs=1e-7), 0.0]),

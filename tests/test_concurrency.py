@@ -37,7 +37,7 @@ def outputs(repo: Repo) -> dict[str, str]:
 
 def holder(repo: Repo) -> int:
     """The process that is at the first training, once it is."""
-    lock = repo.folder / ".scratch" / "locks" / f"toy_pipeline@train@{HOOKPOINTS[0]}"
+    lock = repo.folder / ".scratch" / "locks" / f"toy_pipeline@train@{HOOKPOINTS[0]}.pid"
     deadline = time.monotonic() + 60
     while not (lock.is_file() and lock.read_text()):
         assert time.monotonic() < deadline
@@ -132,6 +132,6 @@ def test_where_the_file_system_has_no_locks_a_stage_runs_without(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(stage.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with stage.alone():
         assert list((tmp_path / ".scratch" / "locks").iterdir())

@@ -14,7 +14,7 @@ from closure import ROOT
 from safetensors.torch import save_file
 
 from babelscope.activations.store import ActivationStore, write_index, write_shard
-from babelscope.core import files
+from babelscope.core import files, resume
 from babelscope.core.errors import UserError
 from babelscope.models import forward
 from babelscope.models.tokens import TokenizedText
@@ -93,13 +93,13 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
 
 @pytest.mark.parametrize("damage", ["half", "empty", "noise", "start"])
 def test_a_damaged_part_of_an_interrupted_run_is_computed_again(tmp_path, damage, caplog):
-    path = tmp_path / "from-000000.safetensors"
-    assert files.read_part(path) is None and not caplog.text
+    path = tmp_path / "part-000000.safetensors"
+    assert resume.read_part(path) is None and not caplog.text
     save_file({"a": torch.arange(100)}, path)
-    assert torch.equal(files.read_part(path)["a"], torch.arange(100))
+    assert torch.equal(resume.read_part(path)["a"], torch.arange(100))
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert files.read_part(path) is None
-    assert "from-000000.safetensors: damaged, computed again" in caplog.text
+    assert resume.read_part(path) is None
+    assert "part-000000.safetensors: damaged, computed again" in caplog.text
 
 
 @pytest.fixture

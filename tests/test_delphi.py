@@ -50,14 +50,14 @@ def test_every_hookpoint_of_params_is_written(
     params = config.load()
     model = params.model.model_copy(update={"name": "/some/where/models/tiny"})  # noqa: F811
     monkeypatch.setattr(config, "load", lambda: params.model_copy(update={"model": model}))
-    delphi.main([str(tmp_path)])
+    delphi.main(tmp_path, [])
     settings = json.loads((tmp_path / SAE_AT / "config.json").read_text())
     assert settings["model_name"] == "tiny"  # as on every other machine
     assert {path.name for path in tmp_path.iterdir()} == set(config.load().hookpoints)
 
 
 def test_the_cache_holds_every_firing_at_its_token(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    delphi.main([str(tmp_path), SAE_AT])
+    delphi.main(tmp_path, [SAE_AT])
     found, tokens = firings(tmp_path / SAE_AT)
     assert {path.name for path in tmp_path.iterdir()} == {SAE_AT}
     table = pl.read_parquet("data/activations/tokens.parquet").filter(split="train")
@@ -102,11 +102,11 @@ def test_activations_too_large_for_float16_are_written_as_its_largest_and_told(
         return values * 1e9, indices
 
     monkeypatch.setattr(SAE, "encode", large)
-    delphi.main([str(tmp_path), SAE_AT])
+    delphi.main(tmp_path, [SAE_AT])
     assert set(firings(tmp_path / SAE_AT)[0].values()) == {65504.0}
     assert re.search(rf"{SAE_AT}: \d+ activations above 65504", caplog.text)
 
 
 def test_wrong_hookpoints_are_named(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match=r"hookpoints: no 'layers\.9\.mlp'; allowed: "):
-        delphi.main([str(tmp_path), "layers.9.mlp"])
+        delphi.main(tmp_path, ["layers.9.mlp"])

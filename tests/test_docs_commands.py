@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib.util
 import logging
 import re
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from test_docs import PAGES, PARAMS, text_of
 from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
+from babelscope.features import run_score
 from babelscope.models import hardware
 from babelscope.tracking import verify
 
@@ -36,21 +37,21 @@ TESTED = {
     ),
     "dvc checkout": (f"{END_TO_END}::test_verify_finds_a_flipped_byte_in_every_file_of_every_output", '"checkout"'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
-    "python -m babelscope.sae.export exported": (
+    "babelscope export exported": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
-        'main(["out"])',
+        'main(Path("out"), [])',
     ),
-    "python -m babelscope.sae.export exported layers.26.mlp": (
+    "babelscope export exported layers.26.mlp": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
-        'main(["some", "layers.2.mlp"])',
+        'main(Path("some"), ["layers.2.mlp"])',
     ),
-    "python -m babelscope.explain.delphi cache/latents": (
+    "babelscope delphi cache/latents": (
         "test_delphi.py::test_every_hookpoint_of_params_is_written",
-        "delphi.main([str(tmp_path)])",
+        "delphi.main(tmp_path, [])",
     ),
-    "python -m babelscope.explain.delphi cache/latents layers.26.mlp": (
+    "babelscope delphi cache/latents layers.26.mlp": (
         "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
-        "delphi.main([str(tmp_path), SAE_AT])",
+        "delphi.main(tmp_path, [SAE_AT])",
     ),
     "dvc repro --single-item train@layers.14.mlp": (ARRAY, 'side_by_side(repo, "train"'),
     "dvc repro --single-item train@layers.18.mlp": (ARRAY, 'side_by_side(repo, "train"'),
@@ -95,7 +96,7 @@ UNTESTED = {
     "dvc commit": "what docs/slurm/nodes.sbatch does at its end, on a cluster",
     "dvc repro extract stream": "two stages of the `dvc repro` that test_end_to_end.py runs",
 }
-INLINE = re.compile(r"`((?:\w+=\S+ )?(?:dvc|make|python|pytest|git|mlflow|source) [^`]+)`")
+INLINE = re.compile(r"`((?:\w+=\S+ )?(?:dvc|make|python|pytest|git|mlflow|source|babelscope) [^`]+)`")
 
 
 def blocks(page: Path) -> list[str]:
@@ -148,13 +149,9 @@ def parsed(**changes: Any) -> Callable[[], object]:
 
 
 def score_without_counts() -> None:
-    spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages/score.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(text.replace("- layers.6.mlp\n- layers.10.mlp\n", ""), encoding="utf-8")
-    module.main()
+    run_score.run(config.load(), Paths())
 
 
 def verify_a_damaged_cache() -> None:

@@ -30,7 +30,7 @@ CLOSING = {
     "train": "hookpoint tokens FVU (held out) lowest highest L0 dead latents",
     "encode": "hookpoint tokens latents that fired L0",
     "retrain": "hookpoint seed FVU (last batch)",
-    "prune": "prune: nothing to take away",
+    "prune": "prune: nothing to delete",
     "quality": "hookpoint NLL with the SAE with zeros recovered least of a language",
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",

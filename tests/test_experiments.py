@@ -50,6 +50,8 @@ def checkout(tmp_path):
     (binaries / "dvc").chmod(0o755)
     (binaries / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (binaries / "python").chmod(0o755)
+    (binaries / "babelscope").write_text(f'#!/bin/sh\nexec {sys.executable} -m babelscope "$@"\n')
+    (binaries / "babelscope").chmod(0o755)
     (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / ".venv" / ".ready").touch()
     author = ["-c", "user.name=a", "-c", "user.email=a@b.example"]

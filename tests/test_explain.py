@@ -3,9 +3,11 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -19,7 +21,8 @@ from babelscope.core.errors import UserError
 from babelscope.explain import client, prompts
 from babelscope.explain.client import Client, Request, tokens
 from babelscope.explain.scores import balanced_accuracy, fuzzed
-from babelscope.explain.windows import windows
+from babelscope.features import examples
+from babelscope.features.examples import Features, choose
 from babelscope.report import browser
 from babelscope.sae.autoencoder import SAE
 
@@ -72,7 +75,7 @@ def test_wrong_marks_are_as_many_and_none_of_the_right_ones() -> None:
 def test_the_texts_of_a_unit_are_its_strongest_and_further_ones_and_silent_ones() -> None:
     # Unit u fires on direction u, as strongly as the text's number says; text 0 and every third are silent for unit 1.
     sae = SAE(torch.eye(3), torch.eye(3), torch.zeros(3), torch.zeros(3), 1)
-    spans = [(2 * text, 2 * text + 2) for text in range(12)]
+    texts = torch.arange(12).repeat_interleave(2)
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         x = torch.zeros(len(rows), 3)
@@ -81,12 +84,13 @@ def test_the_texts_of_a_unit_are_its_strongest_and_further_ones_and_silent_ones(
         x[:, 2] = torch.where(x[:, 1] == 0, 0.5, 0.0)
         return x
 
-    [chosen] = windows(sae, [1], gather, spans, examples=2, scored=3, seed=0)
+    feature = Features(sae, torch.tensor([1]))
+    [chosen] = choose(feature, gather, texts, examples=2, scored=3, seeds=[[0, 1]])
     assert [one.text for one in chosen.examples] == [11, 10]
     assert chosen.examples[0].activations == [0.0, 11.0]
     assert [one.text for one in chosen.active] == [8, 5, 1]  # the strongest of the rest, the weakest, one between
     assert len(chosen.silent) == 3 and all(one.text % 3 == 0 and not any(one.activations) for one in chosen.silent)
-    [again] = windows(sae, [1], gather, spans, examples=2, scored=3, seed=0)
+    [again] = choose(feature, gather, texts, examples=2, scored=3, seeds=[[0, 1]])
     assert again == chosen
 
 
@@ -94,7 +98,8 @@ def test_texts_are_encoded_many_at_once_to_the_same_choice(monkeypatch: pytest.M
     g = torch.Generator().manual_seed(0)
     decoder, x = torch.randn(16, 8, generator=g), torch.randn(90, 8, generator=g)
     sae = SAE(decoder, decoder, torch.zeros(16), torch.zeros(8), 4)
-    spans = [(at, at + 3) for at in range(0, 90, 3)]
+    texts, two = torch.arange(30).repeat_interleave(3), Features(sae, torch.tensor([3, 7]))
+    options: dict[str, Any] = {"examples": 4, "scored": 3, "seeds": [[0, 3], [0, 7]]}
     asked: list[int] = []
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
@@ -102,11 +107,11 @@ def test_texts_are_encoded_many_at_once_to_the_same_choice(monkeypatch: pytest.M
         return x[rows]
 
     read: list[int] = []
-    whole = windows(sae, [3, 7], gather, spans, examples=4, scored=3, seed=0, advance=read.append)
+    whole = choose(two, gather, texts, **options, advance=read.append)
     assert asked[0] == sum(read) == 90 and len(asked) == 2  # all texts, then those that are shown
     for chunk in (1, 10):
-        monkeypatch.setattr("babelscope.explain.windows.CHUNK", chunk)
-        again = windows(sae, [3, 7], gather, spans, examples=4, scored=3, seed=0)
+        monkeypatch.setattr(examples, "CHUNK", chunk)
+        again = choose(two, gather, texts, **options)
         for one, other in zip(whole, again, strict=True):
             for part, same in zip(one, other, strict=True):
                 assert [w.text for w in part] == [w.text for w in same]
@@ -177,11 +182,21 @@ def server() -> Iterator[Server]:
 ASKED = [Request([{"role": "user", "content": f"question {i}"}], 5) for i in range(3)]
 
 
-def test_passing_failures_are_tried_again_and_answers_are_kept(server: Server, tmp_path: Path) -> None:
-    pauses: list[float] = []
-    server.script = [(429, "slow down"), (500, "oh"), (200, "not json"), (200, completion("first"))]
-    client = Client(server.url, "m", tmp_path, 1, pauses.append)
-    assert client.ask(ASKED[:1]) == ["first"] and pauses == [1.0, 2.0, 4.0]
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been waited before each further try (none before the first one, without Retry-After)."""
+    seconds: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=seconds.append, time=time.time))
+    return seconds
+
+
+def test_passing_failures_are_tried_again_and_answers_are_kept(
+    server: Server, tmp_path: Path, pauses: list[float]
+) -> None:
+    server.script = [(429, "slow down"), (500, "oh"), (503, "busy"), (200, completion("first"))]
+    client = Client(server.url, "m", tmp_path, 1)
+    assert client.ask(ASKED[:1]) == ["first"]
+    assert len(pauses) == 2 and 2 <= pauses[0] <= 3 and 4 <= pauses[1] <= 5  # a jitter of at most a second
     asked = len(server.seen)
     assert client.ask(ASKED[:1]) == ["first"] and len(server.seen) == asked  # not paid for twice
     assert server.seen[0] == {"model": "m", "messages": ASKED[0].messages, "max_tokens": 5, "temperature": 0, "seed": 0}
@@ -190,20 +205,33 @@ def test_passing_failures_are_tried_again_and_answers_are_kept(server: Server, t
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("7", 7.0), ("0", 1.0), ("99999", 300.0), ("soon", 1.0), ("nan", 1.0), ("-5", 1.0),
-     ("Wed, 21 Oct 2099 07:28:00 GMT", 300.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 1.0)],
+    [("7", [7]), ("0", []), ("99999", [300]), ("soon", []), ("nan", []), ("-5", []),
+     ("Wed, 21 Oct 2099 07:28:00 GMT", [300]), ("Wed, 21 Oct 2015 07:28:00 GMT", [])],
 )  # fmt: skip
-def test_a_server_says_when_to_try_again(server: Server, tmp_path: Path, header: str, seconds: float) -> None:
-    pauses: list[float] = []
+def test_a_server_says_when_to_try_again(
+    server: Server, tmp_path: Path, pauses: list[float], header: str, seconds: list[float]
+) -> None:
     server.script, server.retry_after = [(429, "slow down")], header
-    assert Client(server.url, "m", tmp_path, 1, pauses.append).ask(ASKED[:1]) and pauses == [seconds]
+    assert Client(server.url, "m", tmp_path, 1).ask(ASKED[:1]) and pauses == seconds
 
 
-def test_a_refusal_ends_what_waits_to_be_tried_again(server: Server, tmp_path: Path) -> None:
+def test_a_refusal_does_not_wait_for_what_is_tried_again(server: Server, tmp_path: Path) -> None:
     server.script, server.retry_after = [(503, "later"), (401, "who are you"), (401, "who are you")], "200"
     with pytest.raises(UserError, match=r"explain\.endpoint: http.*: status 401: who are you"):
         Client(server.url, "m", tmp_path, 2).ask(ASKED)
-    assert len(server.seen) <= 3  # one each; the first waits for 200 s otherwise
+    assert len(server.seen) <= 3  # one each; the first waits for 200 s
+
+
+def test_a_failure_that_stays_is_told_with_what_the_server_says(
+    server: Server, tmp_path: Path, pauses: list[float]
+) -> None:
+    server.script = [(503, "busy")] * 9
+    with pytest.raises(UserError, match=r"explain\.endpoint: http.*: status 503: busy"):
+        Client(server.url, "m", tmp_path, 1).ask(ASKED[:1])
+    assert len(server.seen) == 6
+    server.script = [(200, "not json")]
+    with pytest.raises(UserError, match=r"an answer without choices\[0\]\.message\.content"):
+        Client(server.url, "m", tmp_path, 1).ask(ASKED[:1])
 
 
 def test_what_was_answered_before_a_failure_is_kept(server: Server, tmp_path: Path) -> None:
@@ -240,11 +268,11 @@ def test_a_reply_without_end_is_cut_and_refused(
     assert len(server.seen) == 1 and not list(tmp_path.iterdir())
 
 
-def test_no_server_at_all_is_a_clear_error(tmp_path: Path) -> None:
+def test_no_server_at_all_is_a_clear_error(tmp_path: Path, pauses: list[float]) -> None:
     with pytest.raises(
         UserError, match=r"explain\.endpoint: http://127\.0\.0\.1:9/v1/chat/completions: ConnectionError"
     ):
-        Client("http://127.0.0.1:9/v1", "m", tmp_path, 2, lambda seconds: None).ask(ASKED)
+        Client("http://127.0.0.1:9/v1", "m", tmp_path, 2).ask(ASKED)
 
 
 def test_the_bound_counts_bytes_and_the_longest_answers() -> None:

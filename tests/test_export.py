@@ -1,4 +1,4 @@
-"""`python -m babelscope.sae.export`: what is written where, and what is refused."""
+"""`babelscope export`: what is written where, and what is refused."""
 
 from pathlib import Path
 
@@ -26,8 +26,8 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_sae_or_those_named_are_exported_and_load_to_the_same(repo: Path) -> None:
-    export.main(["out"])
-    export.main(["some", "layers.2.mlp"])
+    export.main(Path("out"), [])
+    export.main(Path("some"), ["layers.2.mlp"])
     assert {path.name for path in (repo / "out").iterdir()} == {"layers.1.mlp", "layers.2.mlp"}
     assert {path.name for path in (repo / "some").iterdir()} == {"layers.2.mlp"}
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
@@ -37,12 +37,12 @@ def test_every_sae_or_those_named_are_exported_and_load_to_the_same(repo: Path) 
 def test_where_there_is_nothing_to_export_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="data/sae: no SAEs; `dvc repro` makes them"):
-        export.main(["out"])
+        export.main(Path("out"), [])
 
 
 def test_an_unknown_hookpoint_and_a_threshold_are_refused(repo: Path) -> None:
     with pytest.raises(UserError, match="data/sae/layers.3.mlp: no such folder; allowed: layers.1.mlp, layers.2.mlp"):
-        export.main(["out", "layers.3.mlp"])
+        export.main(Path("out"), ["layers.3.mlp"])
     save(example(None), Path("data/sae/layers.1.mlp"), {"model_name": "m", "hook_name": "h"})
     with pytest.raises(UserError, match="layers.1.mlp: a JumpReLU, BatchTopK or ReLU SAE; sparsify has none"):
-        export.main(["out", "layers.1.mlp"])
+        export.main(Path("out"), ["layers.1.mlp"])

@@ -37,9 +37,10 @@ def extract(folder: Path, **hardware: Any) -> bool:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     # Three shards: the processes have unlike numbers of them, and of batches.
-    shards = extraction.plan(one.corpus()[0], batch_tokens=64, shard_rows=120)
+    texts = one.corpus()
+    shards = extraction.plan(texts, batch_tokens=64, shard_rows=120)
     assert len(shards) == 3
-    first = extraction.extract(model, shards, NAMES, folder, "int8", one.HARDWARE.model_copy(update=hardware))
+    first = extraction.extract(model, texts, shards, NAMES, folder, "int8", one.HARDWARE.model_copy(update=hardware))
     in_pieces = [isinstance(weight, DTensor) for weight in model.model.layers[0].parameters()]
     assert all(in_pieces) if hardware.get("strategy") == "fsdp" else not any(in_pieces)
     return first

@@ -13,12 +13,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from closure import ROOT
 
-from babelscope.core import files, fingerprint, stage
+from babelscope.core import files, fingerprint, resume, stage
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.core.progress import Progress
@@ -107,21 +106,22 @@ def test_progress_tells_rate_and_remaining_time_in_a_log(caplog, monkeypatch):
     with caplog.at_level(logging.INFO), Progress("extract", 130, "tokens", every=0) as progress:
         progress.skip(30)
         progress.update(40)
-    assert "extract: 40 of 100 tokens" in caplog.text and "s left" in caplog.text
+    assert "extract: 40.0 of 100 tokens" in caplog.text and caplog.text.endswith(" left\n")
 
 
 def test_progress_says_when_it_began_to_work_and_how_long_it_took(caplog, monkeypatch):
-    clock = iter([100.0, 100.5, 101.5, 105.0, 112.0, 120.0])
-    monkeypatch.setattr("babelscope.core.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    now = [100.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.delenv("CI", raising=False)
     with caplog.at_level(logging.INFO), Progress("encode", 500, "tokens") as progress:
-        for _ in range(4):
+        for seconds in (100.5, 101.5, 105.0, 112.0, 120.0):
+            now[0] = seconds
             progress.update(100)
     assert caplog.messages == [
-        "encode: 200 of 500 tokens, 133 tokens/s, 2 s left",
-        "encode: 400 of 500 tokens, 33 tokens/s, 3 s left",
-        "encode: 400 tokens in 20 s, 20 tokens/s",
+        "encode: 200 of 500 tokens in 00:01, 133 tokens/s, 00:02 left",
+        "encode: 400 of 500 tokens in 00:12, 33.3 tokens/s, 00:03 left",
+        "encode: 500 of 500 tokens in 00:20, 25.0 tokens/s, 00:00 left",
     ]
 
 
@@ -230,9 +230,9 @@ def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(t
     own, old, other = (f"train@layers.6.{'a' * 32}", f"train@layers.6.{'b' * 32}", f"train@layers.6.mlp.{'c' * 32}")
     for name in (own, old, other):
         leave(name)
-    assert files.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
+    assert resume.scratch("a" * 32).name == "a" * 32 and len(list((tmp_path / ".scratch").iterdir())) == 3
     with stage.alone():
-        assert files.scratch("a" * 32) == tmp_path / ".scratch" / own
+        assert resume.scratch("a" * 32) == tmp_path / ".scratch" / own
         assert {path.name for path in (tmp_path / ".scratch").iterdir()} == {own, other, "locks"}
         leave(old)
     # At the end there is nothing to resume: whatever is left of this stage goes.
@@ -242,9 +242,9 @@ def test_a_stage_deletes_what_its_earlier_runs_have_left_and_nothing_of_others(t
         raise UserError("a failed run may be resumed")
     assert (tmp_path / ".scratch" / old).is_dir()
     # Without locks nobody knows whether another process is at work on it.
-    monkeypatch.setattr(stage.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
     with stage.alone():
-        files.scratch("a" * 32)
+        resume.scratch("a" * 32)
     assert (tmp_path / ".scratch" / old).is_dir()
 
 
@@ -270,6 +270,66 @@ def test_what_dvc_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     assert not [path for path in read if str(path).startswith(str(tmp_path))]
     (folder / "shard-0").write_bytes(b"others")
     assert fingerprint.dvc_md5(folder) == fingerprint.content_md5(folder) != expected
+
+
+@pytest.mark.parametrize("function", ["_dvc_files", "_dvc_hash"])
+def test_without_dvcs_private_functions_the_hashes_are_the_same(tmp_path, monkeypatch, function):
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+    folder = tmp_path / "data/h"
+    for name in ("shard-0", "input/shard-0", "x.tmp", ".gitignore", "__pycache__/x.pyc", "input/.gitignore"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    expected = fingerprint.dvc_md5(folder), fingerprint.content_md5(folder)
+
+    def gone(*_):
+        raise ImportError("cannot import name")
+
+    monkeypatch.setattr(fingerprint, function, gone)
+    assert (fingerprint.dvc_md5(folder), fingerprint.content_md5(folder)) == expected
+    assert expected[0] == expected[1]
+
+
+# Refuses what Windows lacks (`fcntl` and others) to babelscope's own modules, and takes it out of `os` and `signal`.
+ELSEWHERE = """
+import builtins, importlib, os, pkgutil, signal, sys
+real = builtins.__import__
+def limited(name, globals=None, *rest, **more):
+    by = (globals or {}).get("__name__", "")
+    if name in {"fcntl", "resource", "pwd", "grp", "termios"} and by.startswith("babelscope"):
+        raise ImportError(f"no {name} on this system")
+    return real(name, globals, *rest, **more)
+builtins.__import__ = limited
+import babelscope.core.stage, babelscope.core.files, babelscope.config
+import torch, lightning.pytorch, transformers, datasets, polars, mlflow, dvc.repo, altair, jinja2
+for name in ("fchmod", "getuid", "geteuid", "fork", "sched_getaffinity"):
+    delattr(os, name)
+for name in ("SIGKILL", "SIGHUP"):
+    delattr(signal, name)
+sys.platform = "win32"
+for name in [name for name in sys.modules if name.startswith(("babelscope.core", "babelscope.config"))]:
+    del sys.modules[name]
+import babelscope
+for module in pkgutil.walk_packages(babelscope.__path__, "babelscope."):
+    if not module.name.endswith(("__main__", "triton_kernels")):
+        importlib.import_module(module.name)
+from babelscope.core import files, stage
+from pathlib import Path
+files.write_json(Path("x.json"), {"a": 1})
+sys.argv = ["stages/x.py"]
+stage.end_with_dvc()
+with stage.alone():
+    print("ran")
+"""
+
+
+def test_every_package_imports_and_a_stage_runs_on_systems_without_fcntl(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DVC_ROOT": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "ran\n", done.stderr
+    assert (tmp_path / "x.json").is_file()
 
 
 def caches(monkeypatch, folder, **variables):
@@ -330,16 +390,17 @@ def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise():
         assert done.stdout == f"{found}\n"
 
 
-def test_everything_that_is_imported_is_declared():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[><=\[]", entry)[0].lower().replace("-", "_") for entry in declared}
-    known = {
-        "ruamel": "ruamel.yaml",
-        "fasttext": "fasttext_predict",
-        "vl_convert": "vl_convert_python",
-        "dvc_data": "dvc_data",
-    }
-    optional = {"triton"}  # comes with CUDA builds of torch
+# Packages whose module has another name; and what others import for us (transformers) or run for us (DVC).
+MODULES = {"fasttext-predict": "fasttext", "vl-convert-python": "vl_convert", "pyyaml": "yaml"}
+FOR_OTHERS = {"accelerate", "gguf", "bitsandbytes", "dvc_s3"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["explain"], *extras["s3"], *extras["quantized"]]
+    names = {re.split(r"[><=\[]", entry)[0].lower() for entry in declared}
+    modules = {MODULES.get(name, name).replace("-", "_") for name in names}
     imported = set()
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -347,5 +408,16 @@ def test_everything_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    others = imported - set(sys.stdlib_module_names) - {"babelscope"} - optional
-    assert sorted(name for name in others if known.get(name, name).lower() not in names) == []
+    optional = {"triton"}  # comes with CUDA builds of torch
+    assert imported - set(sys.stdlib_module_names) - {"babelscope"} - optional == modules - FOR_OTHERS
+
+
+def test_the_tools_of_the_tests_are_no_part_of_what_the_pipeline_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name = lambda line: re.split(r"[><=\[]", line)[0].lower().replace("-", "_")  # noqa: E731
+    pins = {file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}
+            for file in ("requirements.txt", "requirements-dev.txt")}  # fmt: skip
+    tools = {name(entry) for entry in project["optional-dependencies"]["dev"]}
+    assert tools - {"ruamel.yaml"} <= pins["requirements-dev.txt"]  # which DVC brings
+    assert not pins["requirements-dev.txt"] & pins["requirements.txt"]
+    assert {name(entry) for entry in project["dependencies"]} <= pins["requirements.txt"]

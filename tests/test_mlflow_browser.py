@@ -19,8 +19,7 @@ from urllib.request import urlopen
 import pytest
 from test_tracking import HOOKPOINTS, LANGUAGES, ROOT, Repo, toy
 
-from babelscope.tracking.state import State
-from babelscope.tracking.sync import _note
+from babelscope.tracking.summary import note
 
 # Two settings that differ in one param, and what toy_pipeline.py makes of them by hand: features by layer.
 SETTINGS = {"4": {"en": [10, 20], "no": [15, 30], "fi": [0, 0]}, "16": {"en": [5, 10], "no": [8, 15], "fi": [0, 0]}}
@@ -135,9 +134,9 @@ def test_markup_in_a_models_name_stays_text_in_the_note(page: Any, repo: Repo, a
     hostile = "m`<img src=y onerror=window.hacked=1>![](http://127.0.0.1:9/z.png)<script>window.hacked=1</script>"
     run = repo.of("summary")[0].id
     params = {"model": {"name": hostile}, "languages": ["en"], "hookpoints": ["layers.0"], "score": {"members": 1}}
-    note = _note(params, {}, State("1a2b", [], {}, {}, []))
+    text = note(params, {}, "1a2b")
     with closing(sqlite3.connect(repo.folder / "mlflow.db")) as connection, connection:
-        connection.execute("UPDATE tags SET value = ? WHERE key = 'mlflow.note.content' AND run_uuid = ?", [note, run])
+        connection.execute("UPDATE tags SET value = ? WHERE key = 'mlflow.note.content' AND run_uuid = ?", [text, run])
     page.goto(re.sub(r"(#/experiments/\d+).*", rf"\1/runs/{run}", address))
     page.get_by_text("DVC state").wait_for()
     name = page.locator("code").filter(has_text="window.hacked")

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.models import names as names_of
-from babelscope.report import data
+from babelscope.report.parts import layer_labels
 from babelscope.tracking import summary
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -115,7 +115,7 @@ def test_what_was_read_is_not_changed_by_what_the_block_does_next(model):
 )
 def test_layer_of(name, layer):
     assert hookpoints.layer_of(name) == names_of.layer_of(name) == layer
-    labels = data.layer_labels([name, "layers.77"])
+    labels = layer_labels([name, "layers.77"])
     assert labels[name] == (str(layer) if name != "x" else "x")
     assert summary.layers([name])[name] == (layer, "")
 

@@ -18,8 +18,7 @@ from babelscope import config
 from babelscope.core.errors import UserError
 from babelscope.features import neurons
 from babelscope.features.counter import Counter
-from babelscope.models import hookpoints, tokens
-from babelscope.models.text_batch import PackedTexts, pack
+from babelscope.models import forward, hookpoints, tokens
 
 NAMES = ["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"]
 LANGUAGES = ["no", "en", "zh-CN"]
@@ -57,11 +56,21 @@ def tokenized(count: int = 20) -> list[tokens.TokenizedText]:
             for i in range(count)]  # fmt: skip
 
 
+def corpus() -> tokens.TokenizedTexts:
+    """The texts in two languages, by turns."""
+    frame = pl.DataFrame(
+        {
+            "text_id": [text.text_id for text in tokenized()],
+            "language": [LANGUAGES[number % 2] for number in range(20)],
+            "token_ids": [list(text.ids[1:]) for text in tokenized()],
+        }
+    )
+    return tokens.TokenizedTexts(frame, [1])
+
+
 def count(model: Any, checkpoint: Path) -> dict[str, pl.DataFrame]:
-    texts = PackedTexts(tokenized())
-    language = torch.tensor([int(name[1:]) % 2 for name in texts.text_ids])
     found = neurons.count(
-        model, texts, language, NAMES, LANGUAGES, dtype=torch.float32, batch_tokens=32, checkpoint=checkpoint
+        model, corpus(), NAMES, LANGUAGES, dtype=torch.float32, batch_tokens=32, checkpoint=checkpoint
     )
     assert list(found) == NAMES and all(counter.units == NEURONS for counter in found.values())
     return {name: counter.frame(hookpoints.layer_of(name)) for name, counter in found.items()}
@@ -99,7 +108,7 @@ def test_a_killed_count_goes_on_and_gives_the_same_tables(
     whole = count(model, tmp_path / "whole.safetensors")
     assert not list(tmp_path.iterdir())  # shorter than SAVE_EVERY
     monkeypatch.setattr(neurons, "SAVE_EVERY", 0.0)
-    read, passes = neurons.own_activations, []
+    read, passes = forward.own_activations, []
 
     def killed_at_4(*args: Any) -> Any:
         passes.append(1)
@@ -108,7 +117,7 @@ def test_a_killed_count_goes_on_and_gives_the_same_tables(
         return read(*args)
 
     checkpoint = tmp_path / "folder" / "counts.safetensors"
-    monkeypatch.setattr(neurons, "own_activations", killed_at_4)
+    monkeypatch.setattr(forward, "own_activations", killed_at_4)
     with pytest.raises(KeyboardInterrupt):
         count(model, checkpoint)
     resumed = count(model, checkpoint)
@@ -134,21 +143,21 @@ def test_a_hookpoint_that_does_not_give_one_vector_per_token_is_refused(tmp_path
         UserError, match=r"'layers.1.self_attn.q_norm' does not give one vector per token, but \[.*, 2, 8\]"
     ):
         neurons.count(
-            qwen, PackedTexts(tokenized()), torch.zeros(20, dtype=torch.int64), ["layers.1.self_attn.q_norm"], ["en"],
+            qwen, corpus(), ["layers.1.self_attn.q_norm"], LANGUAGES,
             dtype=torch.float32, batch_tokens=32, checkpoint=tmp_path / "none",
         )  # fmt: skip
 
 
-def test_texts_are_packed_as_they_are_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_tokenized_as_its_texts_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def tokenizer(texts: Any, return_special_tokens_mask: bool = False, **_: Any) -> dict[str, Any]:
         if return_special_tokens_mask:
             return {"input_ids": [1, 5], "special_tokens_mask": [1, 0]}
         return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
     corpus = pl.DataFrame({"text_id": ["a", "b", "c"], "text": ["one three", "", "seven eleven of"]})
-    monkeypatch.setattr("babelscope.models.text_batch._CHUNK", 2)
-    packed = pack(tokenizer, corpus, max_tokens=2)
-    assert packed.text_ids == ["a", "c"] and [packed[i].ids for i in range(2)] == [(1, 3, 5), (1, 5, 6)]
+    monkeypatch.setattr(tokens, "_CHUNK", 2)
+    texts = tokens.tokenize_corpus(tokenizer, corpus, max_tokens=2)
+    assert [(text.text_id, text.ids, text.special) for text in texts] == [("a", (1, 3, 5), 1), ("c", (1, 5, 6), 1)]
 
 
 def test_without_hookpoints_the_stage_writes_empty_tables_and_loads_nothing(tmp_path: Path) -> None:

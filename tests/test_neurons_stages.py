@@ -17,11 +17,14 @@ from torch.nn import functional as F  # noqa: N812
 from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
 from babelscope.models import hookpoints, loading
-from babelscope.report import data
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import ablation
+from babelscope.report.sections.own import own_and_others
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
-from babelscope.tracking import sync
+from babelscope.tracking import summary
 
 LANGUAGES, SAE_AT = ["en", "de", "fi"], "layers.1.mlp"
 NEURONS = ["layers.2.mlp.act_fn", "layers.0.mlp.act_fn"]
@@ -90,11 +93,11 @@ def check_primary_method() -> None:
         assert numbers[f"{other}/own"] != numbers["own"]
         features = pl.read_parquet("data/scores/features.parquet")
         params = config.load().model_dump()
-        inputs = data.ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
-        shown = data.own_and_others(inputs)
+        inputs = ReportInputs(params, features, nll, by_layer, {"ablate": numbers}, {}, {})
+        shown = own_and_others(inputs)
         assert dict(zip(shown["language"], shown["own"], strict=True)) == own
-        assert data.ablation_method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
-        series = sync._numbers(Path(), params, {"ablate": numbers})[1]
+        assert ablation.method(dataclasses.replace(inputs, metrics={})) == schema.primary_method(sorted(methods))
+        series = summary.numbers(Paths(), params, {"ablate": numbers})[1]
         at = by_layer.filter(method=primary, ablated="en", evaluated="en")["delta"].item()
         assert series["dnll_own_by_layer/en", 1] == at
 

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from closure import ROOT
 from dvc.utils.hydra import apply_overrides
-from dvc.utils.serialize import modify_yaml
+from dvc.utils.serialize import load_yaml, modify_yaml
 
 from babelscope import config
+from babelscope.core.errors import UserError
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
 # What each key that may hold a list or a mapping can be set to. DVC drops the comments that belong to the old value.
@@ -25,6 +27,12 @@ LISTS = {
     "ablate.methods": "[feature,directional]",
     "steer.strengths": "[1.5,2.5]",
 }
+
+
+def value_of(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
 
 
 def comments(text: str) -> list[tuple[str, str]]:
@@ -74,6 +82,26 @@ def test_every_list_is_tried() -> None:
         return {key} if isinstance(content, list) else set()
 
     assert {key for path in FILES for key in lists(config.read_yaml(path))} <= LISTS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_empty_list_leaves_a_file_that_can_be_read(tmp_path: Path, path: Path) -> None:
+    """DVC's writer spoils the file if a comment stands between the key and the first item of the list."""
+    copy = tmp_path / "params.yaml"
+    for key in LISTS:
+        if not isinstance(value_of(config.read_yaml(path), key), list):
+            continue
+        copy.write_text(path.read_text())
+        apply_overrides(copy, [f"{key}=[]"])
+        assert value_of(load_yaml(copy), key) == [], key
+
+
+def test_no_hookpoints_are_refused_by_name(tmp_path: Path) -> None:
+    copy = tmp_path / "params.yaml"
+    copy.write_text((ROOT / "params.yaml").read_text())
+    apply_overrides(copy, ["hookpoints=[]"])
+    with pytest.raises(UserError, match=r"params\.yaml: hookpoints: the list is empty"):
+        config.load(copy)
 
 
 def test_no_packages_leave_a_file_that_can_be_read(tmp_path: Path) -> None:

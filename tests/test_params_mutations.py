@@ -14,11 +14,11 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 from babelscope.core.errors import UserError
-from babelscope.core.files import scratch
 from babelscope.core.fingerprint import fingerprint
+from babelscope.core.resume import scratch
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae.training.schedule import learning_rate
-from babelscope.tracking.training import flatten
+from babelscope.tracking.store import flatten
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
 LOADED = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}

@@ -21,10 +21,21 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
-from babelscope.report import charts, data, page, tables
-from babelscope.report.data import ReportInputs
+from babelscope.report import charts, page
 from babelscope.report.numbers import p_value, percent, plain, significant
+from babelscope.report.parts import Picture, ReportInputs, Table, layer_labels
 from babelscope.report.relatives import relatives
+from babelscope.report.sections import (
+    ablation,
+    control,
+    features,
+    identification,
+    layers,
+    own,
+    quality,
+    similarity,
+    steering,
+)
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "<script>alert('x')</script>"
@@ -99,7 +110,7 @@ def test_significant_is_near_the_value(value: float) -> None:
 
 
 def test_counts_fill_the_whole_grid_in_the_order_of_params() -> None:
-    frame = data.counts(inputs())
+    frame = features.counts(inputs())
     assert frame.height == 15 * 7
     assert frame["language"].unique(maintain_order=True).to_list() == example.LANGUAGES
     assert frame["layer"][:7].to_list() == ["6", "10", "14", "18", "22", "26", "29"]
@@ -110,33 +121,33 @@ def test_counts_fill_the_whole_grid_in_the_order_of_params() -> None:
 
 
 def test_a_row_with_a_null_unit_is_no_feature() -> None:
-    assert data.counts(inputs(features=example.features(null_row=True))).equals(data.counts(inputs()))
+    assert features.counts(inputs(features=example.features(null_row=True))).equals(features.counts(inputs()))
 
 
 def test_no_features_at_all() -> None:
     none = inputs(features=example.features().clear())
-    assert data.counts(none)["value"].sum() == 0
-    assert data.found(none) == 0
+    assert features.counts(none)["value"].sum() == 0
+    assert features.found(none) == 0
     assert "features: removing" in page.build(none)
 
 
 def test_a_shared_feature_counts_once_in_all_and_once_per_language() -> None:
     one = example.features().head(1)
     shared = inputs(features=pl.concat([one.with_columns(language=pl.lit(name)) for name in ("en", "de")]))
-    assert data.found(shared) == 1
-    assert data.counts(shared)["value"].sum() == 2
+    assert features.found(shared) == 1
+    assert features.counts(shared)["value"].sum() == 2
 
 
 def test_features_of_other_kinds_languages_and_hookpoints_are_left_out() -> None:
     one = example.features().head(1)
     extra = [one.with_columns(kind=pl.lit("neuron")), one.with_columns(language=pl.lit("xx")),
              one.with_columns(hookpoint=pl.lit("layers.1.mlp"))]  # fmt: skip
-    assert data.counts(inputs(features=pl.concat([example.features(), *extra]))).equals(data.counts(inputs()))
+    assert features.counts(inputs(features=pl.concat([example.features(), *extra]))).equals(features.counts(inputs()))
 
 
 def test_layer_labels_fall_back_on_the_whole_name() -> None:
-    assert data.layer_labels(["layers.6.mlp", "layers.6"]) == {"layers.6.mlp": "layers.6.mlp", "layers.6": "layers.6"}
-    assert data.layer_labels(["layers.6.mlp", "embed"]) == {"layers.6.mlp": "layers.6.mlp", "embed": "embed"}
+    assert layer_labels(["layers.6.mlp", "layers.6"]) == {"layers.6.mlp": "layers.6.mlp", "layers.6": "layers.6"}
+    assert layer_labels(["layers.6.mlp", "embed"]) == {"layers.6.mlp": "layers.6.mlp", "embed": "embed"}
 
 
 def small(rows: list[tuple[str, str, float]], **columns: Any) -> pl.DataFrame:
@@ -155,30 +166,30 @@ def test_matrix_and_own_against_others_by_hand() -> None:
     again = small([("a", "a", 0.03), ("b", "b", 0.02)], control=1)
     other = small([("a", "a", 9.0)], method="additive")
     given_ = two_languages(pl.concat([cells, control, again, other], how="vertical_relaxed"))
-    matrix = data.matrix(given_)
+    matrix = ablation.matrix(given_)
     assert matrix.select("ablated", "evaluated", "value", "own", "largest").rows() == [
         ("b", "b", 0.2, True, False), ("b", "a", 0.3, False, True),
         ("a", "b", 0.1, False, False), ("a", "a", 0.5, True, True),
     ]  # fmt: skip
-    rows = data.own_and_others(given_).select("language", "own", "others", "random").rows()
+    rows = own.own_and_others(given_).select("language", "own", "others", "random").rows()
     assert rows == [("b", 0.2, 0.3, 0.02), ("a", 0.5, 0.1, pytest.approx(0.02))]
-    assert data.ablation_method(given_) == "feature"
+    assert ablation.method(given_) == "feature"
 
 
 def test_a_language_that_was_not_ablated_is_an_empty_row() -> None:
     given_ = two_languages(small([("a", "a", 0.5), ("a", "b", 0.0)]))
-    assert tables.ablation_cells(given_).rows == [["b", "–", "–"], ["a", "0", "0.5000*"]]
-    assert data.own_and_others(given_)["own"].to_list() == [None, 0.5]
+    assert ablation.table(given_).rows == [["b", "–", "–"], ["a", "0", "0.5000*"]]
+    assert own.own_and_others(given_)["own"].to_list() == [None, 0.5]
     assert specs_of(page.build(given_))["ablation"]["layer"]
 
 
 def test_own_by_layer() -> None:
-    frame = data.own_by_layer(inputs())
+    frame = layers.own_by_layer(inputs())
     source = example.by_layer().filter(ablated="tr", evaluated="tr", hookpoint="layers.26.mlp")
     cell = frame.filter(language="tr", hookpoint="layers.26.mlp")
     assert cell.select("value", "low", "high").rows() == source.select("delta", "low", "high").rows()
-    assert data.own_by_layer(inputs(by_layer=None)).is_empty()
-    assert data.own_by_layer(inputs(by_layer=example.by_layer().clear())).is_empty()
+    assert layers.own_by_layer(inputs(by_layer=None)).is_empty()
+    assert layers.own_by_layer(inputs(by_layer=example.by_layer().clear())).is_empty()
 
 
 def test_selectivity_of_each_hookpoint_alone_by_hand() -> None:
@@ -190,23 +201,23 @@ def test_selectivity_of_each_hookpoint_alone_by_hand() -> None:
         ]
     )
     given_ = dataclasses.replace(two_languages(small([("a", "a", 0.5)])), by_layer=by_layer)
-    found = data.by_hookpoint(data.own_by_layer(given_)).drop_nulls()
+    found = layers.selectivity(layers.own_by_layer(given_)).drop_nulls()
     assert found["hookpoint"].to_list() == ["layers.6.mlp", "layers.26.mlp"]
     assert found["own"].to_list() == pytest.approx([0.25, 0.1])
     assert found["others"].to_list() == pytest.approx([0.075, 0.1])
     assert found["rows"].to_list() == [2, 0]  # in layer 26 a's cost b more, b's own cost it nothing
-    table = tables.by_hookpoint(given_)
+    table = layers.selective_table(given_)
     assert [row[2:] for row in table.rows if row[0] == "layers.6.mlp"] == [["+0.2500", "+0.07500", "2 of 2"]]
     # With the owners alone evaluated there is nothing to compare with.
     own = dataclasses.replace(given_, by_layer=by_layer.filter(pl.col("ablated") == pl.col("evaluated")))
-    found = data.by_hookpoint(data.own_by_layer(own))
+    found = layers.selectivity(layers.own_by_layer(own))
     assert found["own"].count() == 2 and found["others"].count() == found["rows"].count() == 0
     drawn = [len(specs_of(page.build(one))["layers"]["vconcat"][1]["layer"]) for one in (given_, own)]
     assert drawn == [4, 2]
 
 
 def test_against_control_has_both_questions_of_every_language() -> None:
-    frame = data.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
+    frame = control.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
     assert frame.select("language", "question").rows() == [
         (name, question) for name in example.LANGUAGES for question in ("own", "selective")
     ]
@@ -214,24 +225,24 @@ def test_against_control_has_both_questions_of_every_language() -> None:
     assert de == [pytest.approx((0.08, 0.03, 0.14)), pytest.approx((0.11, 0.06, 0.16))]
     assert frame.filter(language="ja")["value"].to_list() == [None, None]
     other = example.control().with_columns(method=pl.lit("neuron"))
-    assert data.against_control(inputs(control=other))["value"].null_count() == 30
-    assert data.against_control(inputs(control=None)).is_empty()
+    assert control.against_control(inputs(control=other))["value"].null_count() == 30
+    assert control.against_control(inputs(control=None)).is_empty()
 
 
 def test_confusion_is_in_shares_of_a_languages_texts() -> None:
-    frame = data.confusion(inputs())
+    frame = identification.confusion(inputs())
     assert frame["method"].unique(maintain_order=True).to_list() == ["features", "fastText"]
     assert frame.filter(method="features", language="ru", predicted="bg").select("texts", "value").row(0) == (2, 2 / 30)
     assert frame.filter(method="fastText", language="ru", predicted="ru")["texts"].item() == 29
-    assert [row[:4] for row in tables.confusion(inputs()).rows] == [
+    assert [row[:4] for row in identification.table(frame).rows] == [
         ["features", "ru", "bg", "2"], ["fastText", "ru", "bg", "1"],
     ]  # fmt: skip
-    assert data.confusion(inputs(confusion=None)).is_empty()
-    assert data.confusion(inputs(confusion=example.confusion().clear())).is_empty()
+    assert identification.confusion(inputs(confusion=None)).is_empty()
+    assert identification.confusion(inputs(confusion=example.confusion().clear())).is_empty()
 
 
 def test_languages_that_are_alike_stand_side_by_side() -> None:
-    frame = data.similarity(inputs())
+    frame = similarity.similarity(inputs())
     order = frame["language"].unique(maintain_order=True).to_list()
     assert sorted(order) == sorted(example.LANGUAGES) and order == frame["other"][:15].to_list()
     assert abs(order.index("es") - order.index("pt-BR")) == 1 == abs(order.index("ru") - order.index("bg"))
@@ -242,12 +253,12 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
     assert frame.filter(language="es", other="es")["value"].item() is None
     assert frame.filter(language="fi", other="tr")["expected"].item() == "same script"
     assert frame.filter(language="he", other="ta")["expected"].item() == "neither"
-    assert tables.similarity(inputs()).rows[0][:3] == ["pt-BR", "es", "0.667"]
-    assert data.likeness(inputs())["neither"] == pytest.approx(0.05)
+    assert similarity.table(frame, example.LANGUAGES).rows[0][:3] == ["pt-BR", "es", "0.667"]
+    assert similarity.likeness(frame)["neither"] == pytest.approx(0.05)
     unknown = inputs(params=example.params() | {"languages": ["xx", "en", "de"]})
-    assert data.similarity(unknown).filter(language="en", other="de")["expected"].item() == "same branch"
-    assert data.similarity(inputs(params=example.params() | {"languages": ["en", "de"]})).is_empty()
-    assert data.similarity(inputs(similarity=None)).is_empty() and data.likeness(inputs(similarity=None)) == {}
+    assert similarity.similarity(unknown).filter(language="en", other="de")["expected"].item() == "same branch"
+    assert similarity.similarity(inputs(params=example.params() | {"languages": ["en", "de"]})).is_empty()
+    assert similarity.section(inputs(similarity=None)) is None
 
 
 def test_relatives() -> None:
@@ -258,19 +269,19 @@ def test_relatives() -> None:
 
 
 def test_steering_begins_with_the_untouched_model() -> None:
-    frame = data.steering(inputs())
+    frame = steering.steering(inputs())
     assert frame.filter(language="de").rows() == [
         ("de", 0.0, 0.0, pytest.approx(1.8), pytest.approx(0.95)), ("de", 4.0, 0.0, 2.5, pytest.approx(0.9)),
         ("de", 8.0, 1.0, 3.0, pytest.approx(0.9)), ("de", 16.0, 0.0, 4.0, pytest.approx(0.9)),
     ]  # fmt: skip
-    only = data.steering(inputs(generations=example.generations().filter(pl.col("language").is_not_null())))
+    only = steering.steering(inputs(generations=example.generations().filter(pl.col("language").is_not_null())))
     assert only["strength"].unique().sort().to_list() == [4.0, 8.0, 16.0]
-    assert data.steering(inputs(generations=None)).is_empty()
+    assert steering.steering(inputs(generations=None)).is_empty()
 
 
 def test_mean_fvu() -> None:
-    assert data.mean_fvu(inputs()) == pytest.approx(0.23 + 0.015 * 3)
-    assert data.mean_fvu(inputs(metrics={})) is None
+    assert quality.mean_fvu(inputs()) == pytest.approx(0.23 + 0.015 * 3)
+    assert quality.mean_fvu(inputs(metrics={})) is None
 
 
 def test_a_missing_column_is_named() -> None:
@@ -281,7 +292,7 @@ def test_a_missing_column_is_named() -> None:
 
 
 def test_the_example_agrees_with_its_own_metrics() -> None:
-    matrix = data.matrix(inputs())
+    matrix = ablation.matrix(inputs())
     own = matrix.filter(pl.col("own"))
     assert own["value"].mean() == pytest.approx(example.metrics()["ablate"]["own"])
     assert own["largest"].sum() == example.metrics()["ablate"]["rows"]
@@ -339,11 +350,12 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
 
 
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
-    for make in (tables.counts, tables.top_features, tables.ablation_rows, tables.ablation_cells, tables.own_by_layer,
-                 tables.by_hookpoint, tables.against_control, tables.similarity, tables.shared, tables.identified,
-                 tables.confusion, tables.steering, tables.fvu, tables.quality, tables.corpus,
-                 tables.metrics):  # fmt: skip
-        table = make(inputs())
+    sections = [module.section(inputs()) for module in page.SECTIONS]
+    blocks = [block for section in sections if section for block in section.blocks]
+    blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
+    tables = [block for block in blocks if isinstance(block, Table)]
+    assert len({table.caption for table in tables}) == len(tables) == 18
+    for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
 
@@ -355,20 +367,20 @@ def test_languages_that_are_not_identified_are_named() -> None:
     metrics = whole.metrics["identify"] | {"all_languages/accuracy/sae-count/units": 0.9, "all_languages/texts": 500}
     some = dataclasses.replace(whole, confusion=confusion, metrics=whole.metrics | {"identify": metrics})
     assert "Left out for both: ja, fi, which fastText does not know" in page.build(some)
-    rows = tables.identified(some).rows
+    rows = identification.methods_table(some).rows
     assert [row[:3] for row in rows if "among all languages" in row[0]] == [
         ["sae-count, by units owned, among all languages", "500", "90.0\u202f%"]
     ]
 
 
 def test_features_found_again_stand_beside_other_latents() -> None:
-    table = tables.quality(inputs())
+    table = quality.table(inputs())
     cells = [row[table.head.index("features found again")].replace("\u202f", " ") for row in table.rows]
     assert cells == ["–"] * 6 + ["62.5 % (50.0 %)"]
 
 
 def test_top_features_are_the_first_by_rank_and_none_is_said() -> None:
-    rows = tables.top_features(inputs()).rows
+    rows = features.top_features(inputs()).rows
     assert [row[3] for row in rows if row[0] == "tr"] == [str(rank) for rank in range(1, 11)]
     assert [row[:2] for row in rows if row[0] == "ta"] == [["ta", "no feature"]]
 

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from babelscope import config
 from babelscope.activations import store
+from babelscope.core.paths import Paths
 from babelscope.features import run_stability, stability
 from babelscope.features.stability import Overlap, partners, with_baseline
 from babelscope.sae import SAE, checkpoint
 from babelscope.sae.training import loop
+from babelscope.tracking import prune
 
 HOOKPOINT = "layers.2.mlp"
 SHIPPED = config.load(ROOT / "params.yaml")
@@ -247,5 +249,5 @@ def test_what_params_no_longer_lists_is_pruned(tmp_path: Path, monkeypatch: pyte
     for path in (*kept, *gone):
         path.mkdir(parents=True, exist_ok=True)
     use(monkeypatch, hookpoints=[])
-    load_stage("prune").main()
+    prune.run(config.load(), Paths())
     assert all(path.is_dir() for path in kept) and not any(path.exists() for path in gone)

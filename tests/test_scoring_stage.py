@@ -1,10 +1,9 @@
 """The stage `score`, run on two small hookpoints."""
 
-import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import polars as pl
 import pytest
@@ -12,6 +11,8 @@ import pytest
 from babelscope import config
 from babelscope.config import schema
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
+from babelscope.features.run_score import run
 
 ROOT = Path(__file__).parent.parent
 LOW, HIGH = "layers.2.mlp", "layers.11.mlp"
@@ -26,7 +27,7 @@ def counts(layer: int, *rows: tuple[int, str, int, int, float]) -> pl.DataFrame:
 
 
 @pytest.fixture
-def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     folder = tmp_path / "data" / "counts"
     folder.mkdir(parents=True)
     low = [(0, "en", 50, 9, 100.0), (0, "de", 5, 2, 5.0), (1, "en", 60, 10, 60.0), (2, "en", 3, 3, 9.0)]
@@ -41,16 +42,12 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     changes = {"languages": ["en", "de", "fi"], "hookpoints": [LOW, HIGH], "neurons": none}
     params = shipped.model_copy(update=changes)
     monkeypatch.setattr(config, "load", lambda: params)
-    spec = importlib.util.spec_from_file_location("stage_score", ROOT / "stages" / "score.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return lambda: run(config.load(), Paths())
 
 
-def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_and_metrics(score: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        score.main()
+        score()
     path = Path("data/scores/features.parquet")
     features = pl.read_parquet(path)
     assert features.columns == [
@@ -80,7 +77,7 @@ def test_features_and_metrics(score: ModuleType, caplog: pytest.LogCaptureFixtur
     assert metrics["mean_probability"] == pytest.approx((0.6 + 0.5 + 0.8) / 3)
     assert "no features: fi" in caplog.text
     before = path.read_bytes(), Path("metrics/score.json").read_bytes()
-    score.main()
+    score()
     assert (path.read_bytes(), Path("metrics/score.json").read_bytes()) == before
 
 
@@ -100,14 +97,14 @@ def with_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_neurons_stand_behind_the_features_and_change_none(
-    score: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    score: Callable[[], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    score.main()
+    score()
     path = Path("data/scores/features.parquet")
     alone, before = pl.read_parquet(path), json.loads(Path("metrics/score.json").read_text())
     with_neurons(monkeypatch)
     with caplog.at_level("INFO"):
-        score.main()
+        score()
     features = pl.read_parquet(path)
     assert features.filter(kind="sae").equals(alone)
     # The bar is the 20th of 24 values (0.83 * 24 = 19.9): 0.1. The round(0.375 * 8) = 3 neurons of lowest entropy: one
@@ -135,12 +132,12 @@ def test_neurons_stand_behind_the_features_and_change_none(
     assert "no neurons: fi (a lower neurons.quantile" in caplog.text
 
 
-def test_no_neuron_at_all_is_a_result(score: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_neuron_at_all_is_a_result(score: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     with_neurons(monkeypatch)
     section = config.load().neurons.model_copy(update={"quantile": 1.0})  # no probability is above the largest
     params = config.load().model_copy(update={"neurons": section})
     monkeypatch.setattr(config, "load", lambda: params)
-    score.main()
+    score()
     assert set(pl.read_parquet("data/scores/features.parquet")["kind"]) == {"sae"}
     metrics = json.loads(Path("metrics/score.json").read_text())
     assert metrics["neurons"] == 0 and metrics["languages_without_neurons"] == 3
@@ -148,37 +145,37 @@ def test_no_neuron_at_all_is_a_result(score: ModuleType, monkeypatch: pytest.Mon
 
 
 def test_counts_of_neurons_that_are_missing_or_stale_are_named(
-    score: ModuleType, monkeypatch: pytest.MonkeyPatch
+    score: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_neurons(monkeypatch)
     totals = Path("data/neurons/totals.parquet")
     TOTALS.with_columns(pl.col("tokens") + 1).write_parquet(totals)
     with pytest.raises(UserError, match=f"data/neurons/totals.parquet: other totals than in .*{LOW}.totals.parquet"):
-        score.main()
+        score()
     TOTALS.write_parquet(totals)
     Path(f"data/neurons/{HIGH}.act_fn.parquet").unlink()
     with pytest.raises(UserError, match=f"{HIGH}.act_fn.parquet: no such file; an earlier stage writes it: dvc repro"):
-        score.main()
+        score()
 
 
-def test_no_feature_at_all_is_a_result(score: ModuleType) -> None:
+def test_no_feature_at_all_is_a_result(score: Callable[[], None]) -> None:
     for hookpoint, layer in ((LOW, 2), (HIGH, 11)):
         counts(layer, (0, "en", 1, 1, 1.0)).write_parquet(f"data/counts/{hookpoint}.parquet")
-    score.main()
+    score()
     assert pl.read_parquet("data/scores/features.parquet").is_empty()
     metrics = json.loads(Path("metrics/score.json").read_text())
     assert metrics["languages_without_features"] == 3 and "mean_entropy" not in metrics
 
 
-def test_stale_and_missing_files_are_named(score: ModuleType) -> None:
+def test_stale_and_missing_files_are_named(score: Callable[[], None]) -> None:
     totals = Path(f"data/counts/{HIGH}.totals.parquet")
     TOTALS.with_columns(pl.col("tokens") + 1).write_parquet(totals)
     with pytest.raises(UserError, match=f"{HIGH}.totals.parquet: other totals than in .*{LOW}.totals.parquet"):
-        score.main()
+        score()
     TOTALS.head(2).write_parquet(totals)
     with pytest.raises(UserError, match=f"{HIGH}.totals.parquet: its languages"):
-        score.main()
+        score()
     TOTALS.write_parquet(totals)
     Path(f"data/counts/{LOW}.parquet").unlink()
     with pytest.raises(UserError, match=f"{LOW}.parquet: no such file"):
-        score.main()
+        score()

@@ -21,10 +21,9 @@ from babelscope.activations.streaming import Stream
 from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
 from babelscope.core.files import copy_file
-from babelscope.features.count import measure
+from babelscope.features.count import count
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.models import forward, hookpoints, tokens
-from babelscope.models.text_batch import PackedTexts
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.metrics import quality
 from babelscope.sae.training import loop
@@ -66,12 +65,21 @@ def tokenized(count: int = 60) -> list[tokens.TokenizedText]:
     return [tokens.TokenizedText(f"t{i * 37 % count:03d}", (1, 2 + i, *ids[i][: i * 5 % 12]), 1) for i in range(count)]
 
 
+def corpus_of(texts: list[tokens.TokenizedText]) -> tokens.TokenizedTexts:
+    """The texts, all behind the same special tokens, as they come from a corpus."""
+    frame = pl.DataFrame(
+        {"text_id": [text.text_id for text in texts], "token_ids": [list(text.ids[text.special :]) for text in texts]},
+        schema={"text_id": pl.String, "token_ids": pl.List(pl.Int32)},
+    )
+    return tokens.TokenizedTexts(frame, texts[0].ids[: texts[0].special])
+
+
 def stream(model: Any, settings: Train = SETTINGS, **changes: Any) -> Stream:
     options: dict[str, Any] = {
         "transcode": settings.transcode, "dtype": torch.float16, "batch_tokens": 64, "size": settings.batch,
         "steps": settings.tokens // settings.batch, "seed": 7, "block_rows": 100,
     }  # fmt: skip
-    return Stream(model, PackedTexts(tokenized()), NAMES, **{**options, **changes})
+    return Stream(model, corpus_of(tokenized()), NAMES, **{**options, **changes})
 
 
 def flat(batches: Iterator[list[Pair]]) -> list[torch.Tensor]:
@@ -83,18 +91,17 @@ def sorted_rows(x: torch.Tensor) -> list[list[float]]:
     return sorted(x.double().tolist())
 
 
-def test_packed_texts_are_the_texts_and_their_batches_those_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenized_corpus_holds_the_texts_and_its_batches_are_those_of_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     texts = tokenized()
-    packed = PackedTexts(iter([*texts[:30], tokens.TokenizedText("empty", (1,), 1), *texts[30:]]))
-    assert [packed[number] for number in range(len(packed))] == texts
-    assert packed.own.tolist() == [text.own for text in texts]
-    ordered = tokens.by_length(texts)
-    assert [packed[number] for number in packed.by_length()] == ordered
-    for window in (1, 7, 16384):
-        monkeypatch.setattr("babelscope.models.text_batch._WINDOW", window)
-        found = list(packed.batches(packed.by_length(), 64))
-        assert [batch for _, batch in found] == tokens.batches(ordered, 64)
-        assert [[packed[number] for number in numbers] for numbers, _ in found] == tokens.batches(ordered, 64)
+    monkeypatch.setattr(tokens, "_CHUNK", 7)
+    corpus = corpus_of([*texts[:30], tokens.TokenizedText("empty", (1,), 1), *texts[30:]])
+    assert list(corpus) == corpus[range(len(corpus))] == texts
+    assert corpus.lengths.tolist() == [text.own for text in texts]
+    assert [corpus[numbers] for numbers in corpus.batches(64)] == tokens.batches(tokens.by_length(texts), 64)
+    some = tokens.batches(tokens.by_length([texts[8], texts[3], texts[41]]), 64)
+    assert [corpus[numbers] for numbers in corpus.batches(64, [8, 3, 41])] == some
 
 
 @pytest.mark.parametrize("block_rows", [20, 100, 5000])
@@ -195,20 +202,28 @@ def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
     assert resumed == whole
 
 
-def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
-    """The token table and the stores that `extract` would leave of the same texts."""
-    texts = tokens.by_length(tokenized())
-    shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
-    assert extraction.extract(model, shards, names, folder, "float16", HARDWARE)
-    for name in names:
-        place = store.place(folder, name)
-        store.write_index(place, [shard.rows for shard in shards], 16, "float16", "tiny", name)
-    corpus = pl.DataFrame({"text_id": [text.text_id for text in texts]}).with_columns(
+def in_two_languages() -> tokens.TokenizedTexts:
+    """Texts of both splits in both languages."""
+    plain = corpus_of(tokenized())
+    ordered = plain.frame["text_id"].to_frame().with_columns(length=plain.frame["tokens"]).sort("length", "text_id")
+    of = ordered.select(
+        "text_id",
         language=pl.when(pl.col("text_id") < "t020").then(pl.lit("no")).otherwise(pl.lit("en")),
         split=pl.when(pl.int_range(pl.len()) % 4 == 0).then(pl.lit("eval")).otherwise(pl.lit("train")),
     )
+    return tokens.TokenizedTexts(plain.frame.join(of, on="text_id", maintain_order="left"), plain.special)
+
+
+def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, dict[str, store.ActivationStore]]:
+    """The token table and the stores that `extract` would leave of the same texts."""
+    texts = in_two_languages()
+    shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
+    assert extraction.extract(model, texts, shards, names, folder, "float16", HARDWARE)
+    for name in names:
+        place = store.place(folder, name)
+        store.write_index(place, [shard.rows for shard in shards], 16, "float16", "tiny", name)
     stores = {name: store.ActivationStore(store.place(folder, name)) for name in names}
-    return extraction.token_table(shards, corpus), stores
+    return extraction.token_table(texts, shards), stores
 
 
 @pytest.mark.parametrize("transcode", [False, True])
@@ -217,15 +232,11 @@ def test_counts_and_quality_are_those_of_stored_activations(model: Any, tmp_path
     run(model, tmp_path, settings)
     saes = {name: load(tmp_path, name) for name in NAMES}
     table, stores = extracted(model, tmp_path / "store", transcode)
-    languages, packed = ["en", "no"], PackedTexts(tokenized())
-    of = {row["text_id"]: row for row in table.iter_rows(named=True)}
-    language = torch.tensor([languages.index(of[name]["language"]) for name in packed.text_ids])
-    held_out = torch.tensor([of[name]["split"] == "eval" for name in packed.text_ids])
+    languages, texts = ["en", "no"], in_two_languages()
     done: list[int] = []
-    measured = measure(
-        model, packed, language, held_out, saes, languages,
-        dtype=torch.float16, batch_tokens=64, chunk_tokens=40, advance=done.append,
-    )  # fmt: skip
+    measured = count(
+        model, texts, saes, languages, dtype=torch.float16, batch_tokens=64, chunk_tokens=40, advance=done.append
+    )
     assert sum(done) == len(table) and max(done) <= 40
     rows = {split: table.filter(split=split) for split in ("train", "eval")}
     code = {split: part["language"].replace_strict({"en": 0, "no": 1}).to_torch() for split, part in rows.items()}
@@ -236,10 +247,12 @@ def test_counts_and_quality_are_those_of_stored_activations(model: Any, tmp_path
         for start, end in whole_texts(text, 40):
             values, indices = sae.encode((inputs or stores[name]).gather(rows["train"]["row"].to_torch()[start:end]))
             counter.add(values, indices, code["train"][start:end], text[start:end])
-        assert measured[name].counts.frame(2).equals(counter.frame(2))
-        assert len(counter.frame(2)) > 20
-        expected = quality(sae, stores[name], rows["eval"]["row"].to_torch(), code["eval"], 2, inputs)
-        assert measured[name].quality.figures(languages) == pytest.approx(expected.figures(languages), rel=1e-5)
+        expected = counter.frame(hookpoints.layer_of(name))
+        assert measured[name].counts.equals(expected) and len(expected) > 20
+        by_language = rows["train"].group_by("language").agg(pl.len(), pl.col("text_id").n_unique()).sort("language")
+        assert measured[name].totals.rows() == by_language.rows()
+        wanted = quality(sae, stores[name], rows["eval"]["row"].to_torch(), code["eval"], 2, inputs)
+        assert measured[name].quality.figures(languages) == pytest.approx(wanted.figures(languages), rel=1e-5)
 
 
 def test_a_transcoder_encodes_the_input_of_the_module(model: Any, tmp_path: Path) -> None:

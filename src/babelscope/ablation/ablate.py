@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.ablation.interventions import Intervention
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core.files import write_atomically
+from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial, probing
 from babelscope.models.head import head_of, stream_nll

@@ -9,9 +9,8 @@ from torch import Tensor
 from babelscope.activations.batches import Pair, permutation
 from babelscope.activations.moments import Moments, moments
 from babelscope.models import hookpoints as hooks
-from babelscope.models.forward import collate, names_to_read, own_activations
-from babelscope.models.text_batch import PackedTexts
-from babelscope.models.tokens import batches, by_length
+from babelscope.models.forward import names_to_read, read_batches
+from babelscope.models.tokens import TokenizedTexts
 
 # A block holds the rows of so many training batches, and at least so many rows: it is what rows are shuffled in.
 _BATCHES, _ROWS = 16, 16384
@@ -60,7 +59,7 @@ class Stream:
     def __init__(
         self,
         model: Any,
-        texts: PackedTexts,
+        texts: TokenizedTexts,
         hookpoints: Sequence[str],
         *,
         transcode: bool,
@@ -75,7 +74,7 @@ class Stream:
         self.transcode, self.dtype, self.batch_tokens = transcode, dtype, batch_tokens
         self.size, self.steps, self.seed = size, steps, seed
         self.block_rows = block_rows or max(_BATCHES * size, _ROWS)
-        self.rows = int(texts.own.sum())
+        self.rows = int(texts.lengths.sum())
         self._held = -1  # where in the endless sequence the block begins that lies in the buffers
         self._rows = 0
         # The same for all blocks: memory that is freed and taken in pieces of other sizes would go to waste.
@@ -115,7 +114,7 @@ class Stream:
         while True:
             epoch, offset = divmod(place, self.rows)
             for numbers in self._blocks(epoch):
-                count, start = int(self.texts.own[numbers].sum()), place - offset
+                count, start = int(self.texts.lengths[numbers].sum()), place - offset
                 if offset >= count:
                     offset -= count
                     continue
@@ -130,7 +129,7 @@ class Stream:
     def _blocks(self, epoch: int) -> list[Tensor]:
         """Numbers of the texts of every block, in the order of the epoch: a text is in the block that it begins in."""
         order = permutation(self.seed, epoch, len(self.texts))
-        own = self.texts.own[order]
+        own = self.texts.lengths[order]
         block = (own.cumsum(0) - own) // self.block_rows
         return list(torch.split(order, torch.bincount(block).tolist()))
 
@@ -146,17 +145,15 @@ class Stream:
             for name in self.hookpoints
         ]
 
-    @torch.no_grad()
     def _compute(self, numbers: Tensor) -> None:
         """Fill the buffers with the activations of these texts, in `by_length` order."""
-        names, device = names_to_read(self.hookpoints, self.transcode), hooks.device_of(self.model)
-        most = min(self.rows, self.block_rows + int(self.texts.own.max()))
+        names = names_to_read(self.hookpoints, self.transcode)
+        most = min(self.rows, self.block_rows + int(self.texts.lengths.max()))
         self._rows = 0
-        for batch in batches(by_length([self.texts[number] for number in numbers.tolist()]), self.batch_tokens):
-            ids, mask, own = (part.to(device) for part in collate(batch))
-            seen = own_activations(self.model, names, (ids, mask, own), self.dtype)
-            end = self._rows + sum(text.own for text in batch)
-            for name, x in seen.items():
+        batches = self.texts.batches(self.batch_tokens, numbers.tolist())
+        for activations, text in read_batches(self.model, self.texts, batches, names, self.dtype):
+            end = self._rows + len(text)
+            for name, x in activations.items():
                 if name not in self._buffers:
                     self._buffers[name] = x.new_empty(most, x.shape[1])
                 self._buffers[name][self._rows : end] = x

@@ -1,4 +1,4 @@
-"""What taking out one feature alone does to its own languages' text."""
+"""How much removing one feature alone changes the NLL of texts of its own languages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,14 +27,14 @@ def effects(
     keep: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
-    """Change of the NLL with one feature at a time taken out (`FeatureAblation`).
+    """Change of the NLL with one feature at a time removed (`FeatureAblation`).
 
     Parameters
     ----------
     model: a causal language model.
     saes: by hookpoint.
     features: hookpoint and unit of each.
-    texts: in `by_length` order.
+    texts: in `by_length` order, at least those of `wanted`.
     wanted: the text ids on which each feature is measured.
     batch_tokens: tokens in one forward pass.
     keep, advance: as in `ablate`.
@@ -42,28 +42,25 @@ def effects(
     Returns
     -------
     `SCHEMA`, a row per feature: `delta` (nats/token, over the target tokens of its texts together), `delta_tokens`,
-    `delta_texts`; `delta` is null where there is no target token.
+    `delta_texts`; `delta` is null if there is no target token.
     """
-    asking = [number for number, some in enumerate(wanted) if some]
-    used = {text_id for some in wanted for text_id in some}
+    used = {text_id for ids in wanted for text_id in ids}
     chosen = [text for text in texts if text.text_id in used]
-    place = {text.text_id: number for number, text in enumerate(chosen)}
-    asked = torch.zeros((len(asking), len(chosen)), dtype=torch.bool)
-    for row, number in enumerate(asking):
-        asked[row, [place[text_id] for text_id in wanted[number]]] = True
+    index = {text.text_id: number for number, text in enumerate(chosen)}
+    measured = [number for number, ids in enumerate(wanted) if ids]
+    asked = torch.zeros((len(measured), len(chosen)), dtype=torch.bool)
+    for row, number in enumerate(measured):
+        asked[row, [index[text_id] for text_id in wanted[number]]] = True
     rows: list[tuple[float | None, int, int]] = [(None, 0, 0)] * len(features)
-    if asking:
-        names = [name for name in saes if any(features[number][0] == name for number in asking)]
+    if measured:
+        conditions = [features[number] for number in measured]
         interventions = {
-            name: FeatureAblation(
-                saes[name], [[features[number][1]] if features[number][0] == name else [] for number in asking]
-            )
-            for name in names
-        }
+            name: FeatureAblation(saes[name], [[unit] if at == name else [] for at, unit in conditions])
+            for name in saes if name in dict(conditions)
+        }  # fmt: skip
         nll = ablate(model, interventions, chosen, batch_tokens, asked=asked, keep=keep, advance=advance)
         change = (nll.ablated - nll.clean).where(asked, 0.0).sum(1).tolist()
         tokens = (asked * nll.tokens).sum(1).tolist()
-        for row, number in enumerate(asking):
-            delta = change[row] / tokens[row] if tokens[row] else None
-            rows[number] = (delta, tokens[row], len(wanted[number]))
+        for number, nats, count in zip(measured, change, tokens, strict=True):
+            rows[number] = (nats / count if count else None, count, len(wanted[number]))
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")

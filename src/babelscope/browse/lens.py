@@ -26,41 +26,37 @@ def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = No
     has_text: bool `[vocabulary]`, which ids are tokens of the tokenizer, see `tokens_of`; others are left out. By
         default all.
     """
-    most = tokens if has_text is None else min(tokens, int(has_text.sum()))
     parts: list[list[Tensor]] = []
     for rows in logits:
+        ids = torch.arange(rows.shape[1]) if has_text is None else has_text.nonzero().squeeze(1)
+        known = rows if len(ids) == rows.shape[1] else rows[:, ids.to(rows.device)]
         ends = []
-        for sign in (1.0, -1.0):
-            signed = rows * sign
-            if has_text is not None:
-                signed[:, ~has_text.to(rows.device)] = -torch.inf
-            ids = _largest(signed, min(most, rows.shape[1]))
-            ends += [ids.cpu(), rows.gather(1, ids).cpu()]
+        for largest in (True, False):
+            columns = _extreme(known, min(tokens, len(ids)), largest)
+            ends += [ids[columns.cpu()], known.gather(1, columns).cpu()]
         parts.append(ends)
     if not parts:
-        ids, values = torch.zeros((0, tokens), dtype=torch.int64), torch.zeros((0, tokens))
-        return Extremes(ids, values, ids, values)
+        none, values = torch.zeros((0, tokens), dtype=torch.int64), torch.zeros((0, tokens))
+        return Extremes(none, values, none, values)
     return Extremes(*(torch.cat(list(part)) for part in zip(*parts, strict=True)))
 
 
-def _largest(rows: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest values of every row, int64 `[rows, count]`, in the order of `extremes`."""
-    values, ids = rows.topk(count, dim=1)
-    # Top-k breaks ties as it likes: among those that it chose by the second sort, at the border by looking again.
-    ids = ids.sort(dim=1).values
-    ids = ids.gather(1, rows.gather(1, ids).sort(dim=1, descending=True, stable=True).indices)
-    least = values[:, -1:]
-    for row in ((rows >= least).sum(1) > count).nonzero().flatten().tolist():
-        among = (rows[row] >= least[row]).nonzero().squeeze(1)
-        ids[row] = among[rows[row, among].sort(descending=True, stable=True).indices[:count]]
-    return ids
+def _extreme(rows: Tensor, count: int, largest: bool) -> Tensor:
+    """Columns of the `count` largest or smallest values of every row, int64 `[rows, count]`, in that order."""
+    # One more than wanted: top-k breaks ties as it likes, and a tie at the border is seen by the next value.
+    values, columns = rows.topk(min(count + 1, rows.shape[1]), dim=1, largest=largest)
+    columns = columns[:, :count].sort(dim=1).values
+    columns = columns.gather(1, rows.gather(1, columns).sort(dim=1, descending=largest, stable=True).indices)
+    if values.shape[1] > count > 0:
+        for row in (values[:, count - 1] == values[:, count]).nonzero().flatten().tolist():
+            least = values[row, count]
+            among = ((rows[row] >= least) if largest else (rows[row] <= least)).nonzero().squeeze(1)
+            columns[row] = among[rows[row, among].sort(descending=largest, stable=True).indices[:count]]
+    return columns
 
 
 def tokens_of(tokenizer: Any, vocabulary: int) -> Tensor:
-    """Which of the ids below `vocabulary` are tokens: bool `[vocabulary]`.
-
-    Embeddings often have more rows than the tokenizer has tokens, for the sake of round sizes.
-    """
+    """Which of the ids below `vocabulary` are tokens, bool `[vocabulary]`: embeddings are often padded."""
     ids = torch.tensor(sorted(tokenizer.get_vocab().values()), dtype=torch.int64)
     known = torch.zeros(vocabulary, dtype=torch.bool)
     known[ids[ids < vocabulary]] = True
@@ -86,10 +82,10 @@ def _text(tokenizer: Any, number: int) -> str:
 
 
 def _bytes() -> dict[str, int]:
-    """GPT-2's alphabet: the printable bytes of Latin-1 stand for themselves, the others for U+0100 and up, in order."""
+    """GPT-2's alphabet: the printable bytes of Latin-1 are themselves, the others U+0100 and up, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 _BYTES = _bytes()

@@ -1,4 +1,4 @@
-"""What was collected of the features, as the tables of `data/browse`."""
+"""The tables that stage `browse` writes of what it has collected."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,26 +8,7 @@ import polars as pl
 from babelscope.browse.lens import Extremes
 from babelscope.browse.units import KEY
 from babelscope.features.examples import BINS, Firings
-from babelscope.features.pieces import by_piece, pieces
-
-
-def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:
-    """Texts in pieces.
-
-    Parameters
-    ----------
-    texts: `text_id`, `language`, `split`.
-    spelled: of each what is read, and the spans of its tokens, see `babelscope.models.tokens.spelled` and `pieces`.
-
-    Returns
-    -------
-    `text_id`, `language`, `split`, `pieces` (list of strings), `piece` (the number of every token's piece, list).
-    """
-    found = [pieces(text, spans) for text, spans in spelled]
-    return texts.select("text_id", "language", "split").with_columns(
-        pl.Series("pieces", [part[0] for part in found], dtype=pl.List(pl.String)),
-        pl.Series("piece", [part[1] for part in found], dtype=pl.List(pl.Int64)),
-    )
+from babelscope.features.pieces import by_piece
 
 
 def examples(
@@ -40,20 +21,20 @@ def examples(
     features: of `units`.
     firings: by hookpoint, of its features in this order.
     text_ids: of the texts by the numbers that `firings` has for them.
-    texts: of `cut`, at least all examples.
+    texts: of `babelscope.features.pieces.cut`, at least all examples.
 
     Returns
     -------
     `hookpoint`, `layer`, `unit`, `side` (`own`: of its languages, `other`), `place` (from 0), `text_id`, `activations`
     (list, the largest on each piece of the text, to four significant digits).
     """
-    of = {row[0]: row[1:] for row in texts.select("text_id", pl.col("pieces").list.len(), "piece").iter_rows()}
+    pieces = {row[0]: row[1:] for row in texts.select("text_id", pl.col("pieces").list.len(), "piece").iter_rows()}
     rows: list[tuple[Any, ...]] = []
     for hookpoint, collector in firings.items():
         keys = features.filter(hookpoint=hookpoint).select(KEY).rows()
         for side in ("own", "other"):
             for one in collector.examples(side):
-                count, piece = of[text_ids[one.text]]
+                count, piece = pieces[text_ids[one.text]]
                 activations = by_piece(one.activations[: len(piece)].tolist(), piece, count)
                 rows.append((*keys[one.feature], side, one.place, text_ids[one.text], activations))
     schema = {"side": pl.String, "place": pl.Int32, "text_id": pl.String, "activations": pl.List(pl.Float32)}
@@ -66,7 +47,7 @@ def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.Dat
 
     Parameters
     ----------
-    features: of `units`, and `largest`, the top of the last bin.
+    features: of `units`, with `largest`, the upper end of the last bin.
     firings: by hookpoint, of its features in this order.
     """
     sides = {

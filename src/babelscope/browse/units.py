@@ -14,7 +14,7 @@ def units(
     hookpoints: Sequence[str],
     shared: int | None,
 ) -> pl.DataFrame:
-    """The features that were selected, and beside them those that several languages share.
+    """The features that were selected, and in addition those that several languages share.
 
     Parameters
     ----------

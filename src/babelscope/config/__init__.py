@@ -2,5 +2,6 @@
 
 from babelscope.config.checks import Config
 from babelscope.config.loading import check_folders, hookpoint_argument, load, parse, read_yaml
+from babelscope.config.schema import Model
 
-__all__ = ["Config", "check_folders", "hookpoint_argument", "load", "parse", "read_yaml"]
+__all__ = ["Config", "Model", "check_folders", "hookpoint_argument", "load", "parse", "read_yaml"]

@@ -1,17 +1,85 @@
 """Reading and validating params.yaml."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import yaml
 
 from babelscope.config.checks import Config
 from babelscope.config.schema import Dataset
 from babelscope.config.values import expanded, explain
 from babelscope.core.errors import UserError
+
+
+class YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.2 as DVC reads it: `no`, `on` and `12:30` are strings, `1e-3` is a number, `010` is ten, `0o10` eight.
+
+    Duplicate keys, merge keys (`<<`) and dates, which no file here needs, are refused.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ."""
+        content: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            try:
+                is_known = key in content
+            except TypeError:
+                raise _refusal("a list or a mapping cannot be a key", key_node) from None
+            if is_known:
+                raise _refusal(f"duplicate key {key!r:.80}", key_node)
+            content[key] = self.construct_object(value_node, deep=deep)
+        return content
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """An integer (decimal, `0x`, `0o`, `0b`) or a float; underscores between digits do not count."""
+        text = self.construct_scalar(node).replace("_", "").lower()
+        try:
+            if node.tag == "tag:yaml.org,2002:float":
+                return float(re.sub(r"\.(?=inf$|nan$)", "", text))
+            return int(text, {"0x": 16, "0o": 8, "0b": 2}.get(text.lstrip("+-")[:2], 10))
+        except ValueError as error:
+            raise _refusal(str(error)[:80], node) from None
+
+    def refuse(self, node: yaml.ScalarNode) -> Any:
+        """Raise for a kind of scalar that nothing here needs."""
+        raise _refusal(f"{node.value!r} is not supported here; write it between quotes if it is a string", node)
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+# The tag, the scalars that have it, and their first characters. The patterns are those of DVC's reader, ruamel.yaml.
+_RESOLVERS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "float": (
+        r"[-+]?[0-9][0-9_]*(\.[0-9_]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|[-+]?\.[0-9_]+([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "int": (r"[-+]?(0b[01_]+|0o?[0-7_]+|[0-9_]+|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+    "value": (r"=", "="),
+    "timestamp": (
+        r"\d{4}-\d\d-\d\d|\d{4}-\d\d?-\d\d?([Tt]|[ \t]+)\d\d?:\d\d:\d\d(\.\d*)?([ \t]*(Z|[-+]\d\d?(:\d\d)?))?",
+        "0123456789",
+    ),
+}
+for _tag, (_pattern, _first) in _RESOLVERS.items():
+    YamlLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$", re.ASCII), list(_first)
+    )
+    if _tag in ("int", "float"):
+        YamlLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", YamlLoader.construct_number)
+    elif _tag in ("merge", "value", "timestamp"):
+        YamlLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", YamlLoader.refuse)
 
 
 def parse(content: Any, source: str = "params.yaml") -> Config:
@@ -82,19 +150,23 @@ def check_folders(params: Config) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML 1.2 file.
+    """The content of a YAML 1.2 file, read as DVC reads it (see `YamlLoader`).
 
     Raises
     ------
     UserError: the file is missing or is not YAML.
     """
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        loader = YamlLoader(path.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
+        if loader.yaml_version not in (None, (1, 2)):
+            raise ValueError("only YAML 1.2 is read; remove the %YAML line")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (YAMLError, ValueError, TypeError, RecursionError) as error:  # a mapping for a key is a TypeError
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(error).split()))
         raise UserError(f"{path}: not valid YAML: {reason}") from None
 

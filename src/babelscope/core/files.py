@@ -2,11 +2,10 @@
 
 import errno
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,6 @@ from babelscope.core.errors import UserError
 
 if TYPE_CHECKING:  # the stages that need neither do not wait for their imports
     import polars as pl
-    from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 # The only way to read the umask is to set it.
 _UMASK = os.umask(0)
@@ -47,8 +43,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as handle:
-            os.fchmod(handle.fileno(), 0o666 & ~_UMASK)  # some writers leave files that only the owner can read
+        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only the owner can read
+        with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except Exception as error:
@@ -132,13 +128,20 @@ def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> Non
     FileNotFoundError: there is no such file.
     ValueError: it is damaged.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
+    with _parquet_errors(), parquet.ParquetFile(path) as file:
+        for _ in file.iter_batches(columns=None if columns is None else list(columns)):
+            pass
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Turn pyarrow's errors into `ValueError`, but for a missing file."""
+    import pyarrow as pa
+
     try:
-        with parquet.ParquetFile(path) as file:
-            for _ in file.iter_batches(columns=None if columns is None else list(columns)):
-                pass
+        yield
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -153,10 +156,15 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
     UserError: the file is missing, damaged, or lacks a column.
     """
     import polars as pl
+    from pyarrow import parquet
 
     try:
-        check_parquet(path, columns)
-        return pl.read_parquet(path, columns=None if columns is None else list(columns), glob=False)
+        with _parquet_errors(), parquet.ParquetFile(path) as file:
+            table = file.read(columns=None if columns is None else list(columns))
+            table.validate(full=True)  # Polars takes offsets and UTF-8 as they are
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        return frame if columns is None else frame.select(columns)
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
 
@@ -178,62 +186,8 @@ def scan_table(path: Path | str) -> "pl.LazyFrame":
     return pl.scan_parquet(path, glob=False)
 
 
-def read_part(path: Path) -> "dict[str, Tensor] | None":
-    """The tensors that an interrupted run has left in a safetensors file; null where it has not, or it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        return None
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        log.warning("%s: damaged, computed again (%s)", path, error)
-        return None
-
-
 def _unreadable(path: Path | str, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
     reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")
     return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
-
-
-class _Work:
-    """The stage that this process works at (see `stage.alone`), and whether it holds the stage's lock."""
-
-    name = ""
-    is_alone = False
-
-
-work = _Work()
-
-
-def scratch(fingerprint: str) -> Path:
-    """The folder in which a stage keeps what it needs to resume after a kill; the stage deletes it at its end.
-
-    It is keyed by the fingerprint of the stage's params and inputs, so that a run never resumes another one's work.
-    What runs of the same stage with other params, inputs or code have left is deleted (see `prune`).
-    """
-    folder = scratch_root() / (f"{work.name}.{fingerprint}" if work.name else fingerprint)
-    prune(keep=folder)
-    return folder
-
-
-def scratch_root() -> Path:
-    """The folder of all scratch folders; temporary copies of the repository share that of the main checkout."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
-
-
-def prune(keep: Path | None = None) -> None:
-    """Delete the scratch folders of this process's stage but `keep`; does nothing without the stage's lock.
-
-    A killed run cannot delete its own, which may hold terabytes. The lock says that no live process uses them.
-    """
-    if not work.is_alone:
-        return
-    for folder in scratch_root().glob("*.*"):
-        if folder.name.rpartition(".")[0] == work.name and folder != keep:
-            log.info("%s: deleted, a run with other params, inputs or code left it", folder)
-            shutil.rmtree(folder, ignore_errors=True)

@@ -5,8 +5,8 @@ import importlib.metadata
 import json
 import logging
 import os
-import sqlite3
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,22 @@ def dvc_md5(path: Path) -> str:
     root = next((parent for parent in path.absolute().parents if (parent / ".dvc").is_dir()), None)
     if root is None or (path.is_file() and path.stat().st_size < _SMALL) or not path.exists():
         return content_md5(path)
-    from dvc.exceptions import DvcException
+    try:
+        found = _dvc_hash(root, path)
+    except Exception as error:  # DVC's internals, or its database, are not what they were: the files are there
+        log.debug("%s: hashed without DVC (%s)", path, error)
+        found = None
+    return found or content_md5(path)
+
+
+def _dvc_hash(root: Path, path: Path) -> str:
+    """What DVC's own code says, which remembers the hashes of files (private interfaces: see `dvc_md5`)."""
     from dvc.repo import Repo
     from dvc_data.hashfile.build import build
 
-    try:
-        with Repo(str(root)) as repo:
-            local = repo.cache.local
-            found = build(local, str(path.absolute()), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)[2]
-            return str(found.hash_info.value)
-    except (DvcException, OSError, sqlite3.Error) as error:
-        log.debug("%s: hashed without DVC (%s)", path, error)
-        return content_md5(path)
+    with Repo(str(root)) as repo:
+        found = build(repo.cache.local, str(path.absolute()), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)[2]
+        return str(found.hash_info.value)
 
 
 def content_md5(path: Path) -> str:
@@ -110,10 +114,24 @@ def _file_md5(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files below `folder` that DVC sees."""
-    folder = folder.absolute()
     root = next((parent for parent in folder.parents if (parent / ".dvc").is_dir()), None)
+    found = [Path(base) / name for base, _, names in os.walk(folder, followlinks=True) for name in names]
     if root is None:
-        return (Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names)
+        return iter(found)
+    try:
+        return _dvc_files(root, folder)
+    except Exception as error:  # DVC's internals have changed
+        log.debug("%s: .dvcignore is read without DVC (%s)", folder, error)
+    lines = (root / ".dvcignore").read_text(encoding="utf-8").splitlines() if (root / ".dvcignore").is_file() else []
+    patterns = [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
+    return (
+        path for path in found
+        if not any(fnmatch(part, pattern) for part in path.relative_to(root).parts for pattern in patterns)
+    )  # fmt: skip
+
+
+def _dvc_files(root: Path, folder: Path) -> Iterator[Path]:
+    """The same by DVC's own code (a private interface)."""
     from dvc.fs import LocalFileSystem
     from dvc.ignore import DvcIgnoreFilter
 

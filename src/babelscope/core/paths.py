@@ -26,6 +26,11 @@ class Paths:
         return self.data / "corpus/sources.json"
 
     @property
+    def hookpoints(self) -> Path:
+        """The hookpoints that params.yaml lists (stage `prune`)."""
+        return self.data / "hookpoints.json"
+
+    @property
     def activations(self) -> Path:
         """One folder of shards per hookpoint (stage `extract`)."""
         return self.data / "activations"

@@ -1,19 +1,19 @@
 """What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
 
-import ctypes
 import errno
-import fcntl
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
-from babelscope.core import files
+from filelock import FileLock, Timeout
+
+from babelscope.core import resume
 from babelscope.core.errors import UserError
 from babelscope.core.redact import redact
 
@@ -50,8 +50,11 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1."""
+def run(main: Callable[[], None], locked: bool = True) -> None:
+    """Run a stage's `main`: log to stderr, print a `UserError` as one message and end with exit code 1.
+
+    `locked`: only one process at a time (see `alone`).
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
@@ -65,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
     end_with_dvc()
     keep_caches()
     try:
-        with alone():
+        with alone() if locked else nullcontext():
             main()
     except BaseException as error:
         told = _in_a_line(error)
@@ -90,7 +93,7 @@ def keep_caches() -> None:
             return
     except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
         log.debug("%s: not a folder that can be looked at", cache)
-    ours = files.scratch_root().absolute() / "caches"
+    ours = resume.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
     with suppress(OSError):
         if (cache / "hub").is_dir():
@@ -101,13 +104,14 @@ def keep_caches() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(ours / "triton"))
 
 
-# What is to be blamed on the machine, not on the program.
-_MACHINE = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+# Errors of the machine, not of the program. Windows lacks some of them.
+_NAMES = ("ENOSPC", "EROFS", "EDQUOT", "EACCES", "EPERM", "EIO", "EMFILE")
+_MACHINE = {getattr(errno, name, None) for name in _NAMES} - {None}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def _in_a_line(error: BaseException) -> str | None:
-    """What a user is told instead of a traceback; null where the program is wrong."""
+    """What a user is told instead of a traceback; None if the program is at fault."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _MACHINE:
@@ -115,7 +119,7 @@ def _in_a_line(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         first = " ".join(str(error).split())[:200]
         return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
-    # What pyarrow has read and Polars does not. Other libraries' panics have the same name, but are none of its class.
+    # Polars may refuse a file that pyarrow has read. Other libraries' panics have the same name, but another class.
     if (polars := sys.modules.get("polars")) is not None:
         is_told = isinstance(error, polars.exceptions.PolarsError) and str(error).startswith("parquet: ")
         if is_told or isinstance(error, polars.exceptions.PanicException):
@@ -129,50 +133,52 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def end_with_dvc() -> None:
-    """Have the system end this process when the DVC that started it is gone (Linux only).
+    """Have the system end this process when the DVC that started it has ended (Linux only).
 
-    A stage would outlive a DVC that was killed, and work on for hours on what the next `dvc repro` begins anew. It is
-    DVC's own child only if the shell in between gives way to it: hence `exec` in dvc.yaml. The kill is one that nothing
-    can put off: Lightning would take SIGTERM for a request, and never look at it while it waits for another process.
+    Otherwise a stage outlives a DVC that was killed, and works for hours on what the next `dvc repro` begins anew. The
+    stage is DVC's own child only if the shell between them is replaced: hence `exec` in dvc.yaml. The signal is
+    SIGKILL: Lightning would take SIGTERM for a request, and not look at it while it waits for another process.
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
+        import ctypes
+
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != _PARENT:  # it was gone before that call, which then does nothing
+        if os.getppid() != _PARENT:  # DVC had ended before that call, which then does nothing
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Wait until no other process works at the same stage of the same folder, and let none begin.
+    """Wait until no other process runs the same stage in the same folder, and keep others from starting it.
 
-    Both would write the same outputs, and the first to end would take away what the other has to resume from.
+    Both would write the same outputs, and the first to end would delete what the other has to resume from.
     """
     name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
-    files.work.name = name
+    resume.work.name = name
     if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
         yield  # the first process holds the lock for all
         return
-    place = files.scratch_root() / "locks" / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("a+") as file:
+    path = resume.scratch_root() / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path, fallback_to_soft=False), path.with_name(f"{name}.pid")
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            files.work.is_alone = True
-        except BlockingIOError:
-            file.seek(0)
-            log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, file.read())
-            fcntl.flock(file, fcntl.LOCK_EX)
-            files.work.is_alone = True
-        except OSError as error:  # some network file systems have no locks; without any, stages ran all the same
-            log.debug("%s: not locked (%s)", name, error)
-        file.truncate(0)
-        with suppress(OSError):  # only a help to who waits
-            os.write(file.fileno(), str(os.getpid()).encode())
-        try:
-            yield
-            files.prune()
-        finally:
-            files.work.name, files.work.is_alone = "", False
+            lock.acquire(timeout=0)
+        except Timeout:
+            pid = holder.read_text() if holder.is_file() else "unknown"
+            log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, pid)
+            lock.acquire(poll_interval=0.5)
+        resume.work.is_alone = True
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks: go on without
+        log.debug("%s: not locked (%s)", name, error)
+    with suppress(OSError):  # it only helps the user of a process that waits
+        holder.write_text(str(os.getpid()))
+    try:
+        yield
+        resume.prune()
+    finally:
+        resume.work.name, resume.work.is_alone = "", False
+        lock.release()
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:

@@ -1,19 +1,18 @@
-"""Asking an OpenAI-compatible endpoint (`/chat/completions`): retries, answers kept on disk, and what it will cost."""
+"""Requests to an OpenAI-compatible endpoint (`/chat/completions`): retries, answers kept on disk, and the cost."""
 
 import hashlib
 import json
-import math
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+from urllib3.exceptions import InvalidHeader
 
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_json
@@ -23,12 +22,9 @@ from babelscope.explain.prompts import Message
 KEY = "OPENAI_API_KEY"
 # A message in a chat has some tokens around it.
 _AROUND = 8
-_TRIES, _TIMEOUT = 6, 300.0
-# The longest wait that a server can ask for by Retry-After (seconds).
-_LONGEST_WAIT = 300.0
+_TIMEOUT = 300.0
 # Bytes of a reply: thousands of times what any answer asked for takes.
 _LONGEST = 2**24
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class Request(NamedTuple):
@@ -44,6 +40,22 @@ def tokens(some: Sequence[Request]) -> tuple[int, int]:
     return sent, sum(one.max_tokens for one in some)
 
 
+class _Retry(Retry):
+    """Waits as long as the server asks for (`Retry-After`), otherwise 0, 2, 4, ... s with jitter."""
+
+    def get_retry_after(self, response: Any) -> float | None:
+        """The seconds that the server asks for, at most `retry_after_max`; None if it names none that can be read."""
+        with suppress(InvalidHeader, OverflowError):
+            return super().get_retry_after(response)
+        return None
+
+
+_RETRY = _Retry(
+    5, allowed_methods=None, status_forcelist={408, 409, 425, 429, 500, 502, 503, 504}, raise_on_status=False,
+    backoff_factor=1, backoff_jitter=1, retry_after_max=300,
+)  # fmt: skip
+
+
 class Client:
     """An endpoint and a model behind it.
 
@@ -51,9 +63,8 @@ class Client:
     ----------
     endpoint: base URL, such as `http://localhost:8000/v1`.
     model: its name there.
-    keep: folder in which every answer is kept under the hash of its request: what is paid for is not asked twice.
+    folder: where every answer is kept under the hash of its request: what is paid for is not asked twice.
     parallel: requests at once.
-    pause: called with the seconds to wait before a request is tried again; without it a refusal ends the wait.
 
     The key is read from the environment (`OPENAI_API_KEY`); it is written nowhere.
 
@@ -62,111 +73,68 @@ class Client:
     UserError: the key in the environment cannot be one.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        model: str,
-        keep: Path,
-        parallel: int,
-        pause: Callable[[float], object] | None = None,
-    ) -> None:
-        key = os.environ.get(KEY, "")
-        if not (key.isascii() and key.isprintable()):
+    def __init__(self, endpoint: str, model: str, folder: Path, parallel: int) -> None:
+        self.key = os.environ.get(KEY, "")
+        if not (self.key.isascii() and self.key.isprintable()):
             raise UserError(f"{KEY}: holds characters that cannot be sent; allowed: printable ASCII, in one line")
-        self.url, self.model, self.keep = f"{endpoint.rstrip('/')}/chat/completions", model, keep
-        self._stop = threading.Event()
-        self.parallel, self.pause = parallel, pause or self._stop.wait
+        self.url, self.model = f"{endpoint.rstrip('/')}/chat/completions", model
+        self.folder, self.parallel = folder, parallel
 
     def ask(self, some: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
         """The answers, in the order of the requests.
 
-        After the first refusal nothing more is sent; requests under way are waited for, since they are paid for.
+        The first refusal ends it: nothing more is sent, and requests under way are not waited for.
 
         Raises
         ------
         UserError: the endpoint refuses, or fails again and again.
         """
-        self._stop.clear()
-        with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self._one, request) for request in some]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    advance(1)
-            finally:
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in futures]
+        answers: dict[int, str] = {}
+        with ThreadPool(self.parallel) as pool:  # its threads end with the process, unlike those of an executor
+            for number, answer in pool.imap_unordered(lambda pair: (pair[0], self._one(pair[1])), enumerate(some)):
+                answers[number] = answer
+                advance(1)
+        return [answers[number] for number in range(len(some))]
 
     def _one(self, request: Request) -> str:
         body = {"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens}
         body |= {"temperature": 0, "seed": 0}
         name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
-        file = self.keep / f"{name}.json"
-        with suppress(UserError, KeyError):  # where there is none yet
+        file = self.folder / f"{name}.json"
+        with suppress(UserError, KeyError):  # there is none yet
             return str(read_json(file)["answer"])
-        answer = self._answer(body)
+        try:
+            answer = self._answer(body)
+        except requests.RequestException as error:
+            raise self._refusal(type(error).__name__) from None
         write_json(file, {"answer": answer})
         return answer
 
     def _answer(self, body: dict[str, Any]) -> str:
-        key = os.environ.get(KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        reason = ""
-        asked_for = 0.0
-        for attempt in range(_TRIES):
-            if attempt:
-                self.pause(max(2.0 ** (attempt - 1), asked_for))
-                if self._stop.is_set():
-                    break
-            asked_for = 0.0
-            try:
-                with requests.post(self.url, json=body, headers=headers, timeout=_TIMEOUT, stream=True) as reply:
-                    content = _beginning(reply)
-            except requests.RequestException as error:
-                reason = f"{type(error).__name__}"
-                continue
-            if len(content) > _LONGEST:
-                reason = f"an answer of more than {_LONGEST:,} bytes"
-                break
-            if reply.status_code == 200:
-                if (answer := answer_in(content)) is not None:
-                    return answer
-                reason = "an answer without choices[0].message.content"
-                continue
-            # Before it is cut: half a key is too much, too.
-            said = redact(content.decode(errors="replace"))
-            reason = f"status {reply.status_code}: {' '.join(said.split())[:200]}"
-            asked_for = _retry_after(reply.headers.get("Retry-After", ""))
-            if reply.status_code not in _PASSING:
-                break
-        raise UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=_RETRY))
+            with session.post(self.url, json=body, headers=headers, timeout=_TIMEOUT, stream=True) as reply:
+                content = bytearray()
+                for part in reply.iter_content(2**16):
+                    content += part
+                    if len(content) > _LONGEST:
+                        raise self._refusal(f"an answer of more than {_LONGEST:,} bytes")
+        if reply.status_code != 200:
+            # Redacted before it is cut: half a key is too much, too.
+            said = " ".join(redact(content.decode(errors="replace")).split())[:200]
+            raise self._refusal(f"status {reply.status_code}: {said}")
+        if (answer := answer_in(bytes(content))) is None:
+            raise self._refusal("an answer without choices[0].message.content")
+        return answer
 
-
-def _retry_after(header: str) -> float:
-    """The seconds of a Retry-After header (RFC 9110: seconds, or a date); 0 where there is none that can be read."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else 0.0
-
-
-def _beginning(reply: requests.Response) -> bytes:
-    """What a server sends, or a little more than `_LONGEST` of it."""
-    content = bytearray()
-    for part in reply.iter_content(2**16):
-        content += part
-        if len(content) > _LONGEST:
-            break
-    return bytes(content)
+    def _refusal(self, reason: str) -> UserError:
+        return UserError(f"params.yaml: explain.endpoint: {self.url}: {reason}")
 
 
 def answer_in(reply: bytes) -> str | None:
-    """The text of the first choice in a reply, without what UTF-8 cannot spell; null where there is none."""
+    """The text of the first choice in a reply, without what UTF-8 cannot spell; None if there is none."""
     try:
         said = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):

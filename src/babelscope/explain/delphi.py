@@ -1,4 +1,4 @@
-"""`python -m babelscope.explain.delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
+"""`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
 
 delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. Of every hookpoint a folder
 with `config.json` and `<first>_<last>.safetensors`, latents in ranges: `locations` `[firings, 3]` (context, position,
@@ -6,9 +6,7 @@ latent less the first one), `activations` `[firings]` (float16), `tokens` `[cont
 the training split, its own tokens from position 0 on; behind its end stands the padding token, on which nothing fires.
 """
 
-import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +93,15 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
     return sum(map(len, activations))
 
 
-def main(arguments: list[str]) -> None:
-    """Write `<TARGET>/<hookpoint>/` for the hookpoints named, or all of params.yaml.
+def main(target: Path, hookpoints: list[str]) -> None:
+    """Write `<target>/<hookpoint>/` for `hookpoints`, or for all of params.yaml.
 
     Raises
     ------
     UserError: params.yaml does not list the hookpoint, or no activations are stored.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m babelscope.explain.delphi", description="Firings in delphi's cache format."
-    )
-    parser.add_argument("target", type=Path, help="folder, made where missing; delphi's `latents` folder")
-    parser.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp; all of params.yaml where none is named")
-    chosen = parser.parse_args(arguments)
     params = config.load()
-    names = chosen.hookpoints or params.hookpoints
+    names = hookpoints or params.hookpoints
     for name in names:
         if name not in params.hookpoints:
             raise UserError(f"params.yaml: hookpoints: no {name!r}; {nearest(name, params.hookpoints)}")
@@ -123,9 +115,5 @@ def main(arguments: list[str]) -> None:
         "model_name": local_name(params.model.name), "dataset_repo": "data/corpus/texts.parquet",
         "dataset_split": "train", "dataset_name": "", "dataset_column": "text", "batch_size": 1,
     }  # fmt: skip
-    found = [(name, export(name, chosen.target, table, pad, about)) for name in names]
+    found = [(name, export(name, target, table, pad, about)) for name in names]
     stage.table(["hookpoint", "firings"], [(name, f"{count:,}") for name, count in found])
-
-
-if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))

@@ -1,34 +1,115 @@
 """Does an explanation tell where a feature fires? Detection and fuzzing (Paulo et al. 2024, arXiv 2410.13928)."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from babelscope.explain import prompts
+from babelscope.explain.client import Request
+
+# Texts in one question, and tokens of an answer: a sentence, or a list.
+TOGETHER, SENTENCE, LIST = 5, 80, 40
+Text = tuple[list[str], list[float]]
+
+
+class Case(NamedTuple):
+    """One feature: its row in `data/scores/features.parquet`, and its texts as (pieces, activations)."""
+
+    row: dict[str, Any]
+    examples: list[Text]
+    active: list[Text]
+    silent: list[Text]
+
+    def question(self) -> Request:
+        """What makes the feature active?"""
+        largest = max(value for _, activations in self.examples for value in activations)
+        return Request(prompts.explain(self.examples, largest), SENTENCE)
+
+
+class Trial(NamedTuple):
+    """A text of which an explanation has to tell whether the case with this number fires as shown.
+
+    Attributes
+    ----------
+    case: number of the case.
+    task: `prompts.DETECT` or `prompts.FUZZ`.
+    truth: the right answer.
+    text: the text as it is shown.
+    """
+
+    case: int
+    task: str
+    truth: bool
+    text: str
+
+
+def trials(number: int, case: Case, seed: int) -> list[list[Trial]]:
+    """The trials of one case in groups of `TOGETHER`, each the content of one question, in random order."""
+    detect = [
+        Trial(number, prompts.DETECT, truth, "".join(pieces))
+        for truth, texts in ((True, case.active), (False, case.silent))
+        for pieces, _ in texts
+    ]
+    fuzz = []
+    for index, (pieces, activations) in enumerate(case.active):
+        right = [value > 0 for value in activations]
+        wrong = fuzzed(right, [seed, case.row["unit"], index])
+        fuzz += [
+            Trial(number, prompts.FUZZ, truth, prompts.marked(pieces, on))
+            for truth, on in ((True, right), (False, wrong))
+        ]
+    groups = []
+    for some in (detect, fuzz):
+        # In the order above, the true ones would be together.
+        order = np.random.default_rng([seed, number]).permutation(len(some)).tolist()
+        groups += [[some[i] for i in order[first : first + TOGETHER]] for first in range(0, len(some), TOGETHER)]
+    return groups
+
+
+def judge(group: Sequence[Trial], explanation: str) -> Request:
+    """The question about a group of trials."""
+    return Request(prompts.judge(group[0].task, explanation, [trial.text for trial in group]), LIST)
+
+
+def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int) -> list[tuple[Any, ...]]:
+    """Detection and fuzzing score of each case, and how many of its trials have a readable answer."""
+    said: list[dict[str, list[tuple[bool, bool | None]]]] = [
+        {prompts.DETECT: [], prompts.FUZZ: []} for _ in range(cases)
+    ]
+    for group, answer in zip(groups, answers, strict=True):
+        verdicts = prompts.verdicts(answer, len(group))
+        for index, trial in enumerate(group):
+            verdict = None if verdicts is None else verdicts[index]
+            said[trial.case][trial.task].append((trial.truth, verdict))
+    return [
+        (
+            *(balanced_accuracy([t for t, _ in pairs], [v for _, v in pairs]) for pairs in of.values()),
+            sum(verdict is not None for pairs in of.values() for _, verdict in pairs),
+        )
+        for of in said
+    ]
+
 
 def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> float | None:
-    """The mean of the shares of true and of false ones that were told right, answers that could not be read left out.
+    """The mean of the shares of true and of false ones that were told right; None is an answer that cannot be read.
 
     Returns
     -------
-    In 0..1, 0.5 by chance; null where one of the two kinds has no answer.
+    In 0..1, 0.5 by chance; None if one of the two kinds has no answer.
     """
     shares = []
     for kind in (True, False):
-        mine = [
-            answer is kind
-            for is_true, answer in zip(truth, said, strict=True)
-            if is_true is kind and answer is not None
-        ]
-        if not mine:
+        right = [v is kind for t, v in zip(truth, said, strict=True) if t is kind and v is not None]
+        if not right:
             return None
-        shares.append(sum(mine) / len(mine))
+        shares.append(sum(right) / len(right))
     return sum(shares) / 2
 
 
 def fuzzed(on: Sequence[bool], seed: Sequence[int]) -> list[bool]:
-    """As many marks as in `on`, at random on what is not marked there (on fewer where there is less)."""
+    """As many marks as in `on`, at random where `on` has none (fewer if there is less room)."""
     free = np.flatnonzero(~np.array(on, dtype=bool))
-    chosen = np.random.default_rng(list(seed)).permutation(free)[: sum(on)]
     result = np.zeros(len(on), dtype=bool)
-    result[chosen] = True
+    result[np.random.default_rng(list(seed)).permutation(free)[: sum(on)]] = True
     return [bool(value) for value in result]

@@ -3,26 +3,35 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import polars as pl
 import torch
 from torch import Tensor
 
-from babelscope.features.counter import Counter
-from babelscope.models import hookpoints as hooks
-from babelscope.models.forward import collate, names_to_read, own_activations
-from babelscope.models.text_batch import PackedTexts
+from babelscope.features.counter import Counter, totals
+from babelscope.models.forward import names_to_read, read_batches
+from babelscope.models.names import layer_of
+from babelscope.models.tokens import TokenizedTexts
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.metrics import Quality, QualitySums
 
 
-class Measured(NamedTuple):
-    """What was found out about one SAE: its firings on the training texts, its quality on the held-out ones."""
+class Counted(NamedTuple):
+    """What was measured of one SAE.
 
-    counts: Counter
+    Attributes
+    ----------
+    counts: firings on the texts that are not held out, see `Counter.frame`.
+    totals: `language`, `tokens`, `texts` of these texts.
+    quality: on the held-out texts.
+    """
+
+    counts: pl.DataFrame
+    totals: pl.DataFrame
     quality: Quality
 
 
-class _Waiting:
-    """Whole texts whose activations wait for the chunk to be full."""
+class _Chunk:
+    """Whole texts that wait until there are enough of them."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
@@ -37,20 +46,18 @@ class _Waiting:
 
 
 @torch.no_grad()
-def measure(
+def count(
     model: Any,
-    texts: PackedTexts,
-    language: Tensor,
-    held_out: Tensor,
+    texts: TokenizedTexts,
     saes: Mapping[str, SAE],
     languages: Sequence[str],
     *,
-    dtype: torch.dtype,
-    batch_tokens: int,
-    chunk_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    batch_tokens: int = 2048,
+    chunk_tokens: int = 8192,
     advance: Callable[[int], object] = lambda tokens: None,
-) -> dict[str, Measured]:
-    """Measure SAEs on texts whose activations are stored nowhere.
+) -> dict[str, Counted]:
+    """Count the firings of every latent, as `extract` and `encode` do through files, but with nothing stored.
 
     The forward passes are those of `extract` and the chunks those of `encode`: on the same machine the counts are
     those that stored activations give. Memory: two chunks of activations at every hookpoint, one forward pass, and the
@@ -59,52 +66,46 @@ def measure(
     Parameters
     ----------
     model: a causal language model.
-    texts: of both splits.
-    language: number of each text's language, int64 [texts].
-    held_out: bool [texts].
+    texts: `texts.frame` has `language` and `split`; texts of the split "eval" are held out.
     saes: by hookpoint, on the device of the model.
     languages: names.
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.
-    advance: told how many tokens are done.
+    advance: is called with the number of tokens that have just been done.
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`.
+    UserError: the model has no such hookpoint, or an activation is not finite in `dtype`.
     """
-    names = names_to_read(list(saes), any(sae.b_in is not None for sae in saes.values()))
+    names = names_to_read(list(saes), any(sae.is_transcoder for sae in saes.values()))
     counters = {name: Counter(languages, sae.latents) for name, sae in saes.items()}
     sums = {name: QualitySums(sae, len(languages)) for name, sae in saes.items()}
+    language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_list()
 
-    def flush(waiting: _Waiting, is_held_out: bool) -> None:
-        if not waiting.numbers:
-            return
-        own = texts.own[waiting.numbers]
-        code = language[waiting.numbers].repeat_interleave(own)
-        text = torch.arange(len(own)).repeat_interleave(own)
-        for name, sae in saes.items():
-            target = torch.cat(waiting.parts[name])
-            x, y = (target, None) if sae.b_in is None else (torch.cat(waiting.parts[name + hooks.INPUT]), target)
+    def flush(chunk: _Chunk, is_held_out: bool) -> None:
+        text = torch.tensor(chunk.numbers, dtype=torch.int64).repeat_interleave(texts.lengths[chunk.numbers])
+        for name, sae in saes.items() if chunk.numbers else ():
+            target = torch.cat(chunk.parts[name])
+            x, y = (torch.cat(chunk.parts[sae.input_name(name)]), target) if sae.is_transcoder else (target, None)
             if is_held_out:
-                sums[name].add(x, y, code)
+                sums[name].add(x, y, language[text])
             else:
                 values, indices = sae.encode(x)
-                counters[name].add(values.cpu(), indices.cpu(), code, text)
+                counters[name].add(values.cpu(), indices.cpu(), language[text], text)
         advance(len(text))
 
-    device = hooks.device_of(model)
-    chunks = {False: _Waiting(), True: _Waiting()}
-    for numbers, batch in texts.batches(texts.by_length(), batch_tokens):
-        ids, mask, own_mask = (part.to(device) for part in collate(batch))
-        rows, place = own_activations(model, names, (ids, mask, own_mask), dtype), 0
-        for number, text in zip(numbers, batch, strict=True):
-            which = bool(held_out[number])
-            if chunks[which].rows and chunks[which].rows + text.own > chunk_tokens:
+    chunks = {False: _Chunk(), True: _Chunk()}
+    for rows in read_batches(model, texts, texts.batches(batch_tokens), names, dtype):
+        start = 0
+        for number in torch.unique_consecutive(rows.text).tolist():
+            end, which = start + int(texts.lengths[number]), held_out[number]
+            if chunks[which].rows and chunks[which].rows + end - start > chunk_tokens:
                 flush(chunks[which], which)
-                chunks[which] = _Waiting()
-            chunks[which].add(number, {name: x[place : place + text.own] for name, x in rows.items()})
-            place += text.own
-    for which, waiting in chunks.items():
-        flush(waiting, which)
-    return {name: Measured(counters[name], sums[name].result()) for name in saes}
+                chunks[which] = _Chunk()
+            chunks[which].add(number, {name: x[start:end] for name, x in rows.activations.items()})
+            start = end
+    for which, chunk in chunks.items():
+        flush(chunk, which)
+    of = totals(texts.frame.filter(split="train"), languages)
+    return {name: Counted(counters[name].frame(layer_of(name)), of, sums[name].result()) for name in saes}

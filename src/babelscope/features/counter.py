@@ -102,6 +102,15 @@ class Counter:
         )
 
 
+def totals(texts: polars.DataFrame, languages: Sequence[str]) -> polars.DataFrame:
+    """`language`, `tokens`, `texts` (int64) in the order of `languages`, of `texts` with `language` and `tokens`."""
+    return (
+        texts.group_by("language")
+        .agg(polars.col("tokens").sum().cast(polars.Int64), texts=polars.len().cast(polars.Int64))
+        .sort(polars.col("language").cast(polars.Enum(languages)))
+    )
+
+
 def whole_texts(text: Tensor, size: int) -> list[tuple[int, int]]:
     """Cut rows into chunks of about `size` rows that hold whole texts.
 

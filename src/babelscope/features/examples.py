@@ -1,15 +1,66 @@
-"""Where features fire: histograms of their activations and the texts in which they are largest, in bounded memory."""
+"""Where the features of an SAE fire: histograms of their activations, and texts that show it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table
+from babelscope.core.paths import Paths
+from babelscope.features.counter import whole_texts
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE
 
 BINS = 24
+# Tokens that `choose` encodes at once, which bounds the memory.
+CHUNK = 8192
+
+
+def read_texts(paths: Paths) -> pl.DataFrame:
+    """`text_id`, `language`, `split`, `text`, in the order of the stored activations.
+
+    Raises
+    ------
+    UserError: the corpus lacks one of the texts.
+    """
+    stored = read_table(paths.tokens, columns=["text_id"]).unique(maintain_order=True)
+    texts = stored.join(read_table(paths.texts), on="text_id", how="left", maintain_order="left")
+    if texts["text"].null_count():
+        raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")
+    return texts.select("text_id", "language", "split", "text")
+
+
+class Features:
+    """Some latents of one SAE, whose activations are wanted as a matrix `[tokens, features]`.
+
+    Parameters
+    ----------
+    sae: the dictionary.
+    units: numbers of the latents, int64 `[features]`, without duplicates.
+    """
+
+    def __init__(self, sae: SAE | CachedSAE, units: Tensor) -> None:
+        self.sae, self.count, self.device = sae, len(units), sae.b_dec.device
+        self.number = torch.full((sae.latents,), -1, device=self.device)
+        self.number[units.to(self.device)] = torch.arange(len(units), device=self.device)
+
+    def reads(self, hookpoint: str) -> str:
+        """What the SAE of `hookpoint` encodes: the hookpoint itself; a transcoder encodes the input of its module."""
+        return self.sae.input_name(hookpoint)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Activations of the features on `x` `[tokens, d]`: float32 `[tokens, features]`, on the SAE's device."""
+        values, indices = self.sae.encode(x.to(self.device))
+        feature = self.number[indices]
+        row, column = ((values > 0) & (feature >= 0)).nonzero(as_tuple=True)
+        dense = torch.zeros((len(x), self.count), device=self.device)
+        dense[row, feature[row, column]] = values[row, column].float()
+        return dense
 
 
 class Example(NamedTuple):
@@ -20,7 +71,7 @@ class Example(NamedTuple):
     feature: number of the feature.
     place: 0 is the text with the largest activation.
     text: number of the text.
-    activations: one per token of the text, float32 `[longest]`, 0 behind its end.
+    activations: one per token of the text, float32 `[longest]`, followed by zeros.
     """
 
     feature: int
@@ -38,7 +89,7 @@ class _Best:
         self.tokens = torch.zeros((kept, features, longest), device=device)
 
     def merge(self, peak: Tensor, text: Tensor, dense: Tensor, start: Tensor, length: Tensor) -> None:
-        """Take in texts with larger numbers than any before.
+        """Add texts with larger numbers than any before.
 
         Parameters
         ----------
@@ -65,18 +116,17 @@ class _Best:
 
 
 class Firings:
-    """Collects, of some latents of one SAE, histograms and texts of largest activation.
+    """Collects histograms and texts of largest activation of some features, in one pass and bounded memory.
 
     Memory: `texts * longest` numbers per feature and side, and one chunk's activations of all features.
 
     Parameters
     ----------
-    sae: the dictionary.
-    units: numbers of the latents, int64 `[features]`, none twice.
+    features: the features.
     owns: bool `[features, languages]`, which languages are a feature's own.
-    largest: the top of each feature's histogram, float32 `[features]`, > 0.
+    largest: the upper end of each feature's histogram, float32 `[features]`, > 0.
     texts: how many texts to keep of a feature's own languages, and of the others.
-    held_out: how many held-out texts of its own languages.
+    held_out: how many held-out texts of its own languages to keep.
     longest: tokens of a text that are kept.
 
     Attributes
@@ -86,30 +136,16 @@ class Firings:
     """
 
     def __init__(
-        self,
-        sae: SAE | CachedSAE,
-        units: Tensor,
-        owns: Tensor,
-        largest: Tensor,
-        *,
-        texts: int,
-        held_out: int,
-        longest: int,
+        self, features: Features, owns: Tensor, largest: Tensor, *, texts: int, held_out: int, longest: int
     ) -> None:
-        device = sae.b_dec.device
-        self.sae, self.features = sae, len(units)
+        self.features, device = features, features.device
         self.owns, self.largest = owns.to(device), largest.to(device)
-        self.number = torch.full((sae.latents,), -1, device=device)
-        self.number[units.to(device)] = torch.arange(len(units), device=device)
-        self.histogram = torch.zeros((2, len(units), BINS), dtype=torch.int64, device=device)
-        self._best = {
-            "own": _Best(texts, len(units), longest, device),
-            "other": _Best(texts, len(units), longest, device),
-            "held_out": _Best(held_out, len(units), 0, device),
-        }
+        self.histogram = torch.zeros((2, features.count, BINS), dtype=torch.int64, device=device)
+        sizes = {"own": (texts, longest), "other": (texts, longest), "held_out": (held_out, 0)}
+        self._best = {side: _Best(kept, features.count, size, device) for side, (kept, size) in sizes.items()}
 
     def add(self, x: Tensor, text: Tensor, language: Tensor, held_out: Tensor) -> None:
-        """Look at a chunk that holds whole texts, whose numbers are larger than those of any chunk before.
+        """Add a chunk of whole texts, whose numbers are larger than those of all chunks before.
 
         Parameters
         ----------
@@ -120,30 +156,23 @@ class Firings:
         """
         if not len(x):
             return
-        device = self.largest.device
-        text, language, held_out = (part.to(device) for part in (text, language, held_out))
-        values, indices = self.sae.encode(x.to(device))
-        feature = self.number[indices]
-        row, column = ((values > 0) & (feature >= 0)).nonzero(as_tuple=True)
-        value, feature = values[row, column], feature[row, column]
-        self._count(value, feature, language[row], held_out[row])
-
+        text, language, held_out = (part.to(self.features.device) for part in (text, language, held_out))
+        dense = self.features.activations(x)
+        self._count(dense, language, held_out)
         numbers, owner, length = torch.unique_consecutive(text, return_inverse=True, return_counts=True)
         start = length.cumsum(0) - length
-        dense = torch.zeros((len(x), self.features), device=device)
-        dense[row, feature] = value
-        peak = torch.zeros((len(numbers), self.features), device=device)
+        peak = dense.new_zeros((len(numbers), dense.shape[1]))
         peak.scatter_reduce_(0, owner.unsqueeze(1).expand_as(dense), dense, "amax")
-        own = self.owns[:, language[start]].T
-        out = held_out[start].unsqueeze(1)
-        for name, among in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
-            self._best[name].merge(peak.where(among, 0.0), numbers, dense, start, length)
+        own, out = self.owns[:, language[start]].T, held_out[start].unsqueeze(1)
+        for side, among in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
+            self._best[side].merge(peak.where(among, 0.0), numbers, dense, start, length)
 
-    def _count(self, value: Tensor, feature: Tensor, language: Tensor, held_out: Tensor) -> None:
-        bins = (value / self.largest[feature] * BINS).long().clamp(0, BINS - 1)
-        side = (~self.owns[feature, language]).long()
-        place = ((side * self.features + feature) * BINS + bins)[~held_out]
-        self.histogram += torch.bincount(place, minlength=self.histogram.numel()).view_as(self.histogram)
+    def _count(self, dense: Tensor, language: Tensor, held_out: Tensor) -> None:
+        row, feature = (dense * ~held_out.unsqueeze(1)).nonzero(as_tuple=True)
+        bins = (dense[row, feature] / self.largest[feature] * BINS).long().clamp(0, BINS - 1)
+        side = (~self.owns[feature, language[row]]).long()
+        index = (side * self.features.count + feature) * BINS + bins
+        self.histogram += torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram)
 
     def texts(self, side: str) -> list[list[int]]:
         """By feature, numbers of its `own`, `other` or `held_out` (own, held-out) texts, the most active one first."""
@@ -155,3 +184,77 @@ class Firings:
         for feature, numbers in enumerate(self.texts(side)):
             for place, number in enumerate(numbers):
                 yield Example(feature, place, number, tokens[place, feature])
+
+
+class Shown(NamedTuple):
+    """The number of a text, and what one feature does in it: an activation per token, 0 where it does not fire."""
+
+    text: int
+    activations: list[float]
+
+
+class Chosen(NamedTuple):
+    """The texts of one feature: those that explain it, others in which it fires, and others in which it does not."""
+
+    examples: list[Shown]
+    active: list[Shown]
+    silent: list[Shown]
+
+
+@torch.inference_mode()
+def choose(
+    features: Features,
+    gather: Callable[[Tensor], Tensor],
+    text: Tensor,
+    examples: int,
+    scored: int,
+    seeds: list[list[int]],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> list[Chosen]:
+    """Choose texts for every feature, with two readings and the largest activation of every feature in every text.
+
+    The examples are those in which it is most active. The others are drawn (Paulo et al. 2024, arXiv 2410.13928): from
+    all further texts in which it fires, at even ranks of its largest activation, and at random from those in which it
+    never does.
+
+    Parameters
+    ----------
+    features: the features.
+    gather: rows (int64) -> activations `[rows, d]`.
+    text: number of each row's text, int64 `[rows]`: 0, 1, ..., the rows of a text together.
+    examples, scored: how many texts explain a feature, and how many of each kind test it (fewer if there are no more).
+    seeds: of the draws, for each feature.
+    advance: called with the tokens read since the last call.
+    """
+
+    def read(rows: Tensor) -> Iterator[Tensor]:
+        """The activations of each text whose rows are given, `[tokens, features]`; many are encoded at once."""
+        for start, end in whole_texts(text[rows], CHUNK):
+            part = rows[start:end]
+            lengths = torch.unique_consecutive(text[part], return_counts=True)[1]
+            yield from torch.split(features.activations(gather(part)).cpu(), lengths.tolist())
+
+    peaks = []
+    for dense in read(torch.arange(len(text))):
+        peaks.append(dense.amax(0))
+        advance(len(dense))
+    peak = torch.stack(peaks).T.numpy() if peaks else np.zeros((features.count, 0), dtype=np.float32)
+    picked = [_pick(values, examples, scored, seed) for values, seed in zip(peak, seeds, strict=True)]
+    needed = sorted({number for sides in picked for numbers in sides for number in numbers})
+    rows = torch.isin(text, torch.tensor(needed, dtype=torch.int64)).nonzero().squeeze(1)
+    shown = dict(zip(needed, read(rows), strict=True))
+    return [
+        Chosen(*([Shown(number, shown[number][:, feature].tolist()) for number in numbers] for numbers in sides))
+        for feature, sides in enumerate(picked)
+    ]
+
+
+def _pick(peak: NDArray[np.float32], examples: int, scored: int, seed: list[int]) -> tuple[list[int], ...]:
+    """Numbers of the texts: examples, active, silent."""
+    ranked = np.argsort(-peak, kind="stable")
+    ranked = ranked[peak[ranked] > 0]
+    top, rest = ranked[:examples], ranked[examples:]
+    even = np.unique(np.linspace(0, max(0, len(rest) - 1), min(scored, len(rest))).round().astype(int)).tolist()
+    silent = np.flatnonzero(peak == 0)
+    drawn = np.random.default_rng(seed).permutation(silent)[:scored]
+    return top.tolist(), [int(rest[i]) for i in even], drawn.tolist()

@@ -1,6 +1,5 @@
 """Firings of a model's own neurons, counted in a running forward pass: no activation is kept."""
 
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -8,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core import resume
 from babelscope.core.progress import Progress
 from babelscope.features.counter import Counter
-from babelscope.models import hookpoints as hooks
-from babelscope.models.forward import collate, own_activations, widths
-from babelscope.models.text_batch import PackedTexts
+from babelscope.models.forward import read_batches, widths
+from babelscope.models.hookpoints import device_of
+from babelscope.models.tokens import TokenizedTexts
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +21,9 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0
 
 
-@torch.no_grad()
 def count(
     model: Any,
-    texts: PackedTexts,
-    language: Tensor,
+    texts: TokenizedTexts,
     hookpoints: Sequence[str],
     languages: Sequence[str],
     *,
@@ -44,8 +39,7 @@ def count(
     Parameters
     ----------
     model: a causal language model.
-    texts: what is counted on.
-    language: number of each text's language, int64 [texts].
+    texts: what is counted on; `texts.frame` has `language`.
     hookpoints: whose dimensions are neurons: activation functions (`layers.N.mlp.act_fn`).
     languages: names.
     dtype: what activations are rounded to, as those of every other unit are.
@@ -61,22 +55,17 @@ def count(
     UserError: an activation is not finite in `dtype`, the forward pass never reaches a hookpoint, or one does not give
         one vector per token, in the order of the tokens.
     """
-    device = hooks.device_of(model)
+    device = device_of(model)
     found = widths(model, hookpoints, "neurons.hookpoints")
     counters = {name: Counter(languages, d, device) for name, d in found.items()}
-    finished = _restore(checkpoint, counters)
+    language, batches, finished = texts.codes(languages), texts.batches(batch_tokens), _restore(checkpoint, counters)
     saved = time.monotonic()
-    with Progress("neurons", int(texts.own.sum()), "tokens") as progress:
-        for done, (numbers, batch) in enumerate(texts.batches(texts.by_length(), batch_tokens), start=1):
-            own = texts.own[numbers]
-            if done <= finished:
-                progress.skip(int(own.sum()))
-                continue
-            ids, mask, is_own = (part.to(device) for part in collate(batch))
-            code = language[numbers].repeat_interleave(own).to(device)
-            text = torch.arange(len(own)).repeat_interleave(own).to(device)
-            for name, activations in own_activations(model, hookpoints, (ids, mask, is_own), dtype).items():
-                counters[name].add_dense(activations, code, text)
+    with Progress("neurons", int(texts.lengths.sum()), "tokens") as progress:
+        progress.skip(sum(int(texts.lengths[numbers].sum()) for numbers in batches[:finished]))
+        passes = read_batches(model, texts, batches[finished:], hookpoints, dtype)
+        for done, (activations, text) in enumerate(passes, start=finished + 1):
+            for name, x in activations.items():
+                counters[name].add_dense(x, language[text].to(device), text.to(device))
             if time.monotonic() - saved >= SAVE_EVERY:
                 _save(checkpoint, counters, done)
                 saved = time.monotonic()
@@ -86,12 +75,12 @@ def count(
 
 def _save(path: Path, counters: dict[str, Counter], batches: int) -> None:
     tables = {f"{name}/{key}": table for name, counter in counters.items() for key, table in counter.state().items()}
-    write_atomically(path, functools.partial(save_file, tables | {"batches": torch.tensor(batches)}))
+    resume.write_part(path, tables | {"batches": torch.tensor(batches)})
 
 
 def _restore(path: Path, counters: dict[str, Counter]) -> int:
     """Set the counters to what a killed run left; returns how many batches that run had counted."""
-    tables = read_part(path)
+    tables = resume.read_part(path)
     if tables is None:
         return 0
     for name, counter in counters.items():

@@ -3,6 +3,8 @@
 import unicodedata
 from collections.abc import Sequence
 
+import polars as pl
+
 _JOINER = "\u200d"
 
 
@@ -34,12 +36,31 @@ def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], list
     return [text[a:b] for a, b in zip(starts, ends, strict=True)], piece
 
 
-def _inside(text: str, place: int) -> bool:
-    """Whether the characters on both sides of `place` are drawn as one."""
-    if not 0 < place < len(text):
+def _inside(text: str, index: int) -> bool:
+    """Whether the characters on both sides of `index` are drawn as one."""
+    if not 0 < index < len(text):
         return False
-    after = text[place]
-    return unicodedata.category(after).startswith("M") or _JOINER in (after, text[place - 1])
+    after = text[index]
+    return unicodedata.category(after).startswith("M") or _JOINER in (after, text[index - 1])
+
+
+def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:
+    """Texts in pieces.
+
+    Parameters
+    ----------
+    texts: `text_id`, `language`, `split`.
+    spelled: of each the text that is read, and the spans of its tokens, see `babelscope.models.tokens.spelled`.
+
+    Returns
+    -------
+    `text_id`, `language`, `split`, `pieces` (list of strings), `piece` (the number of every token's piece, list).
+    """
+    found = [pieces(text, spans) for text, spans in spelled]
+    return texts.select("text_id", "language", "split").with_columns(
+        pl.Series("pieces", [part[0] for part in found], dtype=pl.List(pl.String)),
+        pl.Series("piece", [part[1] for part in found], dtype=pl.List(pl.Int64)),
+    )
 
 
 def by_piece(values: Sequence[float], piece: Sequence[int], count: int) -> list[float]:

@@ -4,12 +4,11 @@
 """
 
 import os
+from typing import Any
 
 # PyTorch, too, keeps what oneDNN prepares for a bfloat16 product of some shape (see `models.matmul`): 1024 times
 # 0.4 MiB. Batches of texts always have new shapes, which would fill it for nothing. Read when torch is imported.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-
-import shutil  # noqa: E402
 
 import polars as pl  # noqa: E402
 import torch  # noqa: E402
@@ -20,13 +19,12 @@ from babelscope.config import Config  # noqa: E402
 from babelscope.config.values import local_name  # noqa: E402
 from babelscope.core import stage  # noqa: E402
 from babelscope.core.errors import UserError  # noqa: E402
-from babelscope.core.files import read_table, scratch, write_atomically, write_json  # noqa: E402
-from babelscope.core.fingerprint import dvc_md5, fingerprint  # noqa: E402
+from babelscope.core.files import read_table, write_atomically, write_json  # noqa: E402
 from babelscope.core.paths import Paths  # noqa: E402
 from babelscope.core.progress import Progress  # noqa: E402
-from babelscope.features.count import measure  # noqa: E402
+from babelscope.core.resume import kept  # noqa: E402
+from babelscope.features.count import count  # noqa: E402
 from babelscope.models import hardware, hookpoints, loading, tokens  # noqa: E402
-from babelscope.models.text_batch import pack  # noqa: E402
 from babelscope.sae import checkpoint  # noqa: E402
 from babelscope.sae.training.loop import train  # noqa: E402
 
@@ -36,19 +34,17 @@ def run(params: Config, paths: Paths) -> None:
     device = hardware.prepare(params.hardware)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    skeleton = loading.load_skeleton(params.model)
-    if skeleton is not None:
-        hookpoints.resolve(skeleton, params.hookpoints)
+    loading.check_hookpoints(params.model, params.hookpoints)
     corpus = read_table(paths.texts)
     tokenizer = loading.load_tokenizer(params.model)
 
-    training = pack(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
+    training = tokens.tokenize_corpus(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
     if not len(training) or corpus.filter(split="eval").is_empty():
         raise UserError(f"{paths.texts}: no texts of split 'train' or none of split 'eval'")
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     hookpoints.resolve(model, params.hookpoints)
     tokens.check_fits(model, training)
-    tokens.check_fits(model, pack(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
+    tokens.check_fits(model, tokens.tokenize_corpus(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
     dtype, steps = loading.DTYPES[params.extract.store_dtype], -(-params.train.tokens // params.train.batch)
     source = Stream(
         model, training, params.hookpoints,
@@ -56,44 +52,32 @@ def run(params: Config, paths: Paths) -> None:
         size=params.train.batch, steps=steps, seed=params.seed,
     )  # fmt: skip
     knobs = params.model_dump(include={"extract", "hookpoints", "languages", "model", "seed", "train"})
-    knobs["max_tokens"] = params.corpus.max_tokens
-    folder = scratch(fingerprint("stream", knobs, {str(paths.texts): dvc_md5(paths.texts)}))
-    trained = train(source, params.train, params.hardware, seed=params.seed, folder=folder, label="stream")
-    if trained is None:
-        return
-    for name, (dictionary, history) in zip(params.hookpoints, trained, strict=True):
-        metadata = {"model_name": local_name(params.model.name), "hook_name": name}
-        checkpoint.save(dictionary, paths.stream / name, metadata)
-        write_atomically(paths.stream / name / "history.csv", pl.DataFrame(history).write_csv)
-    del source, training, trained, dictionary
-    # As `encode` reads them: the counts are those of the files.
-    saes = {name: sae.load(paths.stream, name).to(device) for name in params.hookpoints}
+    with kept("stream", knobs | {"max_tokens": params.corpus.max_tokens}, [paths.texts]) as folder:
+        trained = train(source, params.train, params.hardware, seed=params.seed, folder=folder, label="stream")
+        if trained is None:
+            return
+        for name, (dictionary, history) in zip(params.hookpoints, trained, strict=True):
+            metadata = {"model_name": local_name(params.model.name), "hook_name": name}
+            checkpoint.save(dictionary, paths.stream / name, metadata)
+            write_atomically(paths.stream / name / "history.csv", pl.DataFrame(history).write_csv)
+        del source, training, trained, dictionary
+        count_firings(params, paths, model, tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens))
 
-    texts = pack(tokenizer, corpus, params.corpus.max_tokens)
-    table = pl.DataFrame({"text_id": texts.text_ids, "tokens": texts.own.numpy()}).join(
-        corpus.select("text_id", "language", "split"), on="text_id", how="left", maintain_order="left"
-    )  # fmt: skip
-    language = table["language"].cast(pl.Enum(params.languages))
-    with Progress("count", int(texts.own.sum()), "tokens") as progress:
-        measured = measure(
-            model, texts, language.to_physical().cast(pl.Int64).to_torch(), (table["split"] == "eval").to_torch(), saes,
-            params.languages, dtype=dtype, batch_tokens=params.extract.batch_tokens,
-            chunk_tokens=params.encode.chunk_tokens, advance=progress.update,
+
+def count_firings(params: Config, paths: Paths, model: Any, texts: tokens.TokenizedTexts) -> None:
+    """Write counts, totals and quality of every SAE, as its file gives them to `encode`; log a line each."""
+    saes = {name: sae.load(paths.stream, name).to(hookpoints.device_of(model)) for name in params.hookpoints}
+    with Progress("count", int(texts.lengths.sum()), "tokens") as progress:
+        measured = count(
+            model, texts, saes, params.languages, dtype=loading.DTYPES[params.extract.store_dtype],
+            batch_tokens=params.extract.batch_tokens, chunk_tokens=params.encode.chunk_tokens, advance=progress.update,
         )  # fmt: skip
-    totals = (
-        table.filter(split="train")
-        .group_by("language")
-        .agg(pl.col("tokens").sum(), texts=pl.len().cast(pl.Int64))
-        .sort(pl.col("language").cast(pl.Enum(params.languages)))
-    )
     rows = []
     for name, found in measured.items():
         figures = found.quality.figures(params.languages)
-        counts = found.counts.frame(hookpoints.layer_of(name))
-        write_atomically(paths.stream / name / "counts.parquet", counts.write_parquet)
-        write_atomically(paths.stream / name / "totals.parquet", totals.write_parquet)
+        write_atomically(paths.stream / name / "counts.parquet", found.counts.write_parquet)
+        write_atomically(paths.stream / name / "totals.parquet", found.totals.write_parquet)
         write_json(paths.stream / name / "quality.json", figures)
         shown = f"{figures['fvu']:.3f}", f"{figures['l0']:.1f}", f"{100 * figures['dead_share']:.1f} %"
-        rows.append([name, *shown, counts["unit"].n_unique()])
-    shutil.rmtree(folder, ignore_errors=True)
+        rows.append([name, *shown, found.counts["unit"].n_unique()])
     stage.table(["hookpoint", "FVU", "L0", "dead latents", "fired"], rows)

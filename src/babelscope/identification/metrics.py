@@ -1,24 +1,15 @@
 """How well predicted languages agree with the true ones, and whether two classifiers differ."""
 
 import math
-from typing import NamedTuple
 
 import polars as pl
+from scipy.stats import binomtest
 
 from babelscope.core.errors import UserError
 
 
-class McNemar(NamedTuple):
-    """McNemar's exact test of two classifiers on the same texts."""
-
-    only_first: int  # texts that only the first gets right
-    only_second: int  # texts that only the second gets right
-    p_value: float  # two-sided
-
-
 def accuracy(truth: pl.Series, predicted: pl.Series) -> float:
     """Share of texts whose predicted language is the true one (a null prediction is wrong; nan without texts)."""
-    _same_length(truth, predicted)
     return int(_right(truth, predicted).sum()) / len(truth) if len(truth) else math.nan
 
 
@@ -29,33 +20,25 @@ def per_language(truth: pl.Series, predicted: pl.Series, languages: list[str]) -
 
     Returns
     -------
-    `language`, `texts` (that are truly of it), `predicted` (as it), `right`, `precision`, `recall`, `f1`, in the order
-    of `languages`.
+    `language`, `texts` (of this language), `predicted` (as this language), `right`, `precision`, `recall`, `f1`, in the
+    order of `languages`.
     """
-    _same_length(truth, predicted)
     hits = truth.filter(_right(truth, predicted))
-    rows = []
-    for language in languages:
-        texts, called, right = (int((series == language).sum()) for series in (truth, predicted, hits))
-        rows.append((
-            language, texts, called, right,
-            right / called if called else 0.0,
-            right / texts if texts else 0.0,
-            2 * right / (texts + called) if texts + called else 0.0,
-        ))  # fmt: skip
-    names = {"language": pl.String, "texts": pl.Int64, "predicted": pl.Int64, "right": pl.Int64}
-    return pl.DataFrame(rows, schema=names | dict.fromkeys(("precision", "recall", "f1"), pl.Float64), orient="row")
-
-
-def macro_f1(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> float:
-    """The unweighted mean of the F1 of `languages`."""
-    scores = per_language(truth, predicted, languages)["f1"].to_list()
-    return math.fsum(scores) / len(scores) if scores else math.nan
+    table = pl.DataFrame({"language": pl.Series(languages, dtype=pl.String)})
+    for name, series in (("texts", truth), ("predicted", predicted), ("right", hits)):
+        counts = (
+            series.cast(pl.String).alias("language").value_counts(name=name).with_columns(pl.col(name).cast(pl.Int64))
+        )
+        table = table.join(counts, on="language", how="left", maintain_order="left")
+    table = table.with_columns(pl.col("texts", "predicted", "right").fill_null(0))
+    right, called, texts = pl.col("right"), pl.col("predicted"), pl.col("texts")
+    ratios = {"precision": right / called, "recall": right / texts, "f1": 2 * right / (texts + called)}
+    return table.with_columns(**ratios).with_columns(pl.col(*ratios).fill_nan(0.0))
 
 
 def confusion(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> pl.DataFrame:
     """Every pair of `languages` with its number of texts: `language` (true), `predicted`, `texts` (0 included)."""
-    _same_length(truth, predicted)
+    _check_lengths(truth, predicted)
     names = pl.Series(languages, dtype=pl.String)
     pairs = pl.DataFrame({"language": names}).join(pl.DataFrame({"predicted": names}), how="cross")
     found = pl.DataFrame({"language": truth, "predicted": predicted}).group_by("language", "predicted").len("texts")
@@ -63,23 +46,20 @@ def confusion(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> p
     return counted.with_columns(pl.col("texts").fill_null(0).cast(pl.Int64))
 
 
-def mcnemar(first_right: pl.Series, second_right: pl.Series) -> McNemar:
-    """McNemar's exact test (1947): do two classifiers, right or wrong on the same texts, differ?
+def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
+    """McNemar's exact test (1947): the two-sided p-value that two classifiers differ, right or wrong on the same texts.
 
-    Of the n texts on which just one is right, the number that the first gets right is Binomial(n, 1/2) if they do not
-    differ; p = min(1, 2 P(X <= min(b, c))), in exact integer arithmetic.
+    Of the n texts on which only one is right, the number that the first gets right is Binomial(n, 1/2) if they do not
+    differ.
 
     Parameters
     ----------
     first_right, second_right: boolean, one value per text, in the same order.
     """
-    _same_length(first_right, second_right)
-    b, c = int((first_right & ~second_right).sum()), int((~first_right & second_right).sum())
-    tail = term = 1
-    for i in range(min(b, c)):
-        term = term * (b + c - i) // (i + 1)
-        tail += term
-    return McNemar(b, c, 1.0 if b == c else min(1.0, 2 * tail / 2 ** (b + c)))
+    _check_lengths(first_right, second_right)
+    only_first, only_second = int((first_right & ~second_right).sum()), int((~first_right & second_right).sum())
+    discordant = only_first + only_second
+    return float(binomtest(min(only_first, only_second), discordant).pvalue) if discordant else 1.0
 
 
 def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
@@ -100,7 +80,8 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
     `mcnemar_p/<method>/<normalize>`.
     """
     numbers: dict[str, float] = {}
-    reference = predictions.filter(method=baseline).select("text_id", reference=_hits())
+    predictions = predictions.with_columns(right=_right(predictions["language"], predictions["predicted"]))
+    reference = predictions.filter(method=baseline).select("text_id", reference="right")
     for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True):
         name = f"{method}/{normalize}"
         asked = [language for language in languages if language in set(rows["language"])]
@@ -108,20 +89,17 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
         numbers[f"accuracy/{name}"] = accuracy(rows["language"], rows["predicted"])
         numbers[f"macro_f1/{name}"] = math.fsum(scores["f1"]) / len(asked)
         numbers |= {f"f1/{name}/{language}": f1 for language, f1 in scores.select("language", "f1").iter_rows()}
-        both = rows.select("text_id", right=_hits()).join(reference, on="text_id")
+        both = rows.join(reference, on="text_id")
         if method != baseline and len(both):
-            numbers[f"mcnemar_p/{name}"] = mcnemar(both["right"], both["reference"]).p_value
+            numbers[f"mcnemar_p/{name}"] = mcnemar(both["right"], both["reference"])
     return numbers
 
 
-def _hits() -> pl.Expr:
-    return (pl.col("language") == pl.col("predicted")).fill_null(False)
-
-
 def _right(truth: pl.Series, predicted: pl.Series) -> pl.Series:
+    _check_lengths(truth, predicted)
     return (truth == predicted).fill_null(False)
 
 
-def _same_length(first: pl.Series, second: pl.Series) -> None:
+def _check_lengths(first: pl.Series, second: pl.Series) -> None:
     if len(first) != len(second):
         raise UserError(f"{len(first)} values against {len(second)}: both must be about the same texts")

@@ -1,4 +1,4 @@
-"""What a language's units do in a text: totals per text and language, the input of `identify`."""
+"""What a language's units do in a text: totals per text and language, from which `identify` tells the language."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
+from babelscope.models.tokens import codes
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import SAECache
 
@@ -23,9 +24,9 @@ class Owned:
     Attributes
     ----------
     units: numbers of the m units, int64 `[m]`, ascending.
-    owns: 1 where the language owns the unit, float32 `[m, languages]`.
+    owns: 1 if the language owns the unit, float32 `[m, languages]`.
     scale, shift: float32 `[m, languages]`; `activation * scale - shift` is the activation scaled by the range that it
-        has on the language; 0 where the language does not own the unit, or no ranges are known.
+        has on the language; 0 if the language does not own the unit, or no ranges are known.
     """
 
     units: Tensor
@@ -43,7 +44,7 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
     Parameters
     ----------
     features: `unit`, `language`: the selection at one hookpoint.
-    counts: `unit`, `language`, `min_positive`, `max` of the same hookpoint, or null where no range is wanted.
+    counts: `unit`, `language`, `min_positive`, `max` of the same hookpoint, or None if no range is wanted.
     languages: order of the columns.
 
     Raises
@@ -53,7 +54,7 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
     pairs = features.select(pl.col("unit").cast(pl.Int64), "language").sort("unit", "language")
     units = pairs["unit"].unique().sort()
     row = units.search_sorted(pairs["unit"]).cast(pl.Int64).to_torch()
-    column = pairs["language"].cast(pl.Enum(languages)).to_physical().cast(pl.Int64).to_torch()
+    column = codes(pairs["language"], languages)
     owns, scale, shift = (torch.zeros(len(units), len(languages)) for _ in range(3))
     owns[row, column] = 1.0
     if counts is not None:
@@ -62,14 +63,16 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
             on=["unit", "language"], how="left", maintain_order="left",
         )  # fmt: skip
         if ranges["max"].null_count():
-            raise UserError("counts: some selected units do not fire there: scored on other counts; dvc repro score")
+            raise UserError(
+                "counts: some selected units never fire: they come from other counts; run `dvc repro score`"
+            )
         low, high = (ranges[name].cast(pl.Float64).to_torch() for name in ("min_positive", "max"))
         scale[row, column] = (1 / (high - low + 1e-6)).float()
         shift[row, column] = (low / (high - low + 1e-6)).float()
     return Owned(units.to_torch(), owns, scale, shift)
 
 
-class Totals:
+class UnitTotals:
     """Adds up, text by text, what the units of every language do.
 
     Parameters
@@ -103,16 +106,16 @@ class Totals:
         self._tables = {name: self._table(name) for name in owners}
 
     def _table(self, name: str) -> tuple[Tensor, ...]:
-        """For latents: the row of every latent in the three tables, the last row (of zeros) being nobody's."""
-        mine = self.owners[name]
+        """For latents: the row of each in the three tables, of which the last, of zeros, is for latents of nobody."""
+        owned = self.owners[name]
         if name not in self.saes:
-            return mine.units.to(self.device), mine.owns.to(self.device)
-        slot = torch.full((self.saes[name].latents,), len(mine.units), dtype=torch.int64)
-        slot[mine.units] = torch.arange(len(mine.units))
-        tables = (F.pad(table, (0, 0, 0, 1)) for table in (mine.owns, mine.scale, mine.shift))
-        return tuple(table.to(self.device) for table in (slot, *tables))
+            return owned.units.to(self.device), owned.owns.to(self.device)
+        index = torch.full((self.saes[name].latents,), len(owned.units), dtype=torch.int64)
+        index[owned.units] = torch.arange(len(owned.units))
+        tables = (F.pad(table, (0, 0, 0, 1)) for table in (owned.owns, owned.scale, owned.shift))
+        return tuple(table.to(self.device) for table in (index, *tables))
 
-    def encodes(self, hookpoint: str) -> str:
+    def reads(self, hookpoint: str) -> str:
         """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
         dictionary = self.saes.get(hookpoint)
         return hookpoint if dictionary is None else dictionary.input_name(hookpoint)
@@ -132,14 +135,14 @@ class Totals:
             units, owns = self._tables[hookpoint]
             self.totals["neuron-count"].index_add_(0, text, ((x[:, units] > 0).float() @ owns).double().cpu())
             return
-        slot, owns, scale, shift = self._tables[hookpoint]
+        index, owns, scale, shift = self._tables[hookpoint]
         values, indices = self.saes[hookpoint].encode(x)
-        values = values.float()
-        place, fires = slot[indices], (values > 0).float()
+        values, rows = values.float(), index[indices]
+        fires = (values > 0).float()
 
-        def bag(table: Tensor, weights: Tensor) -> Tensor:
-            return F.embedding_bag(place, table, per_sample_weights=weights, mode="sum")
+        def total(table: Tensor, weights: Tensor) -> Tensor:
+            return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
-        count, scaled = bag(owns, fires), bag(scale, values * fires) - bag(shift, fires)
+        count, scaled = total(owns, fires), total(scale, values * fires) - total(shift, fires)
         self.totals["sae-count"].index_add_(0, text, count.double().cpu())
         self.totals["sae-min-max"].index_add_(0, text, scaled.double().cpu())

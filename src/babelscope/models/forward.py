@@ -1,7 +1,7 @@
-"""One forward pass over a batch: the activations of its own tokens at every hookpoint."""
+"""Forward passes over batches of texts: the activations of their content tokens at every hookpoint."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +9,54 @@ from torch import Tensor
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.tokens import TokenizedText, pad
+from babelscope.models.tokens import TokenizedText, TokenizedTexts, pad
 
 
 def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
     """The hookpoints, and where `transcode` the inputs of their modules, too, as `hookpoints.read` calls them."""
     return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
+
+
+class Rows(NamedTuple):
+    """The content tokens of one batch, text after text, without special tokens and padding.
+
+    Attributes
+    ----------
+    activations: by hookpoint `[tokens, d]`, on the model's device.
+    text: number of each token's text, int64 `[tokens]`, on the CPU: `codes[rows.text]` are the language codes.
+    """
+
+    activations: dict[str, Tensor]
+    text: Tensor
+
+
+@torch.no_grad()
+def read_batches(
+    model: Any,
+    texts: TokenizedTexts,
+    batches: Iterable[Sequence[int]],
+    hookpoints: Sequence[str],
+    dtype: torch.dtype,
+) -> Iterator[Rows]:
+    """One forward pass per batch, as far as the deepest hookpoint.
+
+    Parameters
+    ----------
+    model: a causal language model.
+    texts: the texts.
+    batches: the numbers of each batch's texts, see `TokenizedTexts.batches`.
+    hookpoints: what to read, see `names_to_read`.
+    dtype: of the activations.
+
+    Raises
+    ------
+    UserError: as `content_activations`.
+    """
+    device = hooks.device_of(model)
+    for numbers in batches:
+        ids, mask, content = (part.to(device) for part in collate(texts[numbers]))
+        text = torch.tensor(numbers).repeat_interleave(texts.lengths[numbers])
+        yield Rows(own_activations(model, hookpoints, (ids, mask, content), dtype), text)
 
 
 def own_activations(

@@ -30,7 +30,16 @@ def prepare(hardware: Hardware) -> torch.device:
     if not there[wanted]:
         allowed = ", ".join(["auto", *(name for name, found in there.items() if found)])
         raise UserError(f"params.yaml: hardware.accelerator: no {wanted!r} here; allowed: {allowed}")
-    return torch.device("cuda" if wanted == "gpu" else wanted)
+    if wanted != "gpu":
+        return torch.device(wanted)
+    return torch.device("cuda", hardware.devices[0]) if isinstance(hardware.devices, list) else torch.device("cuda")
+
+
+def device_count(hardware: Hardware) -> int:
+    """How many devices of each node the section names."""
+    if isinstance(hardware.devices, int | list):
+        return hardware.devices if isinstance(hardware.devices, int) else len(hardware.devices)
+    return torch.cuda.device_count() if prepare(hardware).type == "cuda" else 1
 
 
 def keep_freed_memory() -> None:

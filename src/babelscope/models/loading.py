@@ -23,7 +23,7 @@ from babelscope.config.values import expanded
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.models import packaged
-from babelscope.models.hookpoints import reads_ahead
+from babelscope.models.hookpoints import reads_ahead, resolve
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +221,18 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
     except _FAILURES as error:
         raise _refusal(section, "configuration", error) from None
     return model
+
+
+def check_hookpoints(section: Model, hookpoints: Sequence[str], key: str = "hookpoints") -> None:
+    """Check before a long load that the model has these hookpoints of params.yaml (not if it is a GGUF file).
+
+    Raises
+    ------
+    UserError: as `babelscope.models.hookpoints.resolve` and `load_model`.
+    """
+    skeleton = load_skeleton(section)
+    if skeleton is not None:
+        resolve(skeleton, hookpoints, key)
 
 
 def _check_decoder(section: Model, config: Any) -> None:

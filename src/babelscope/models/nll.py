@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from babelscope.models import head
+from babelscope.models.tokens import TokenizedText
 
 
 def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
@@ -28,3 +29,8 @@ def targets(mask: Tensor, special: Tensor) -> Tensor:
     """Which of the tokens 1.. of each text are targets: real ones that are not special. Bool `[texts, longest - 1]`."""
     position = torch.arange(1, mask.shape[1], device=mask.device)
     return mask[:, 1:].bool() & (position >= special.unsqueeze(1))
+
+
+def target_count(text: TokenizedText) -> int:
+    """The number of `targets` in one text."""
+    return max(len(text.ids) - max(text.special, 1), 0)

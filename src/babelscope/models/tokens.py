@@ -1,10 +1,12 @@
 """The only place that tokenizes texts; and batches of texts of like length, so that padding costs little."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from babelscope.core.errors import UserError
 
 # Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
 MOST_PADDING = 0.05
+# Texts tokenized at once: the tokenizer's own records take far more memory than the tokens.
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
 
 
 def by_length(texts: Sequence[TokenizedText]) -> list[TokenizedText]:
-    """The texts by (length, text_id): an order that depends on nothing else, in which like lengths stand together."""
+    """The texts by (length, text_id): an order of its own, in which texts of similar length are neighbours."""
     return sorted(texts, key=lambda text: (len(text.ids), text.text_id))
 
 
@@ -156,19 +160,86 @@ def batches(
     texts: Sequence[TokenizedText], batch_tokens: int, most_padding: float = MOST_PADDING
 ) -> list[list[TokenizedText]]:
     """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens, of which few are padding."""
-    result: list[list[TokenizedText]] = []
-    current: list[TokenizedText] = []
-    real = 0
-    for text in texts:
-        padded = (len(current) + 1) * len(text.ids)
-        if current and (padded > batch_tokens or padded > (1 + most_padding) * (real + len(text.ids))):
-            result.append(current)
-            current, real = [], 0
-        current.append(text)
-        real += len(text.ids)
-    if current:
-        result.append(current)
-    return result
+    cuts = _cut([len(text.ids) for text in texts], batch_tokens, most_padding)
+    return [list(texts[first:end]) for first, end in pairwise(cuts)]
+
+
+def _cut(lengths: Iterable[int], batch_tokens: int, most_padding: float = MOST_PADDING) -> list[int]:
+    """Where batches of texts of these lengths (ascending) begin and end."""
+    cuts, count, real, number = [0], 0, 0, 0
+    for number, length in enumerate(lengths):
+        padded = (count + 1) * length
+        if count and (padded > batch_tokens or padded > (1 + most_padding) * (real + length)):
+            cuts.append(number)
+            count = real = 0
+        count, real = count + 1, real + length
+    return [*cuts, number + 1] if count else cuts
+
+
+class TokenizedTexts:
+    """The tokenized texts of a whole corpus, by number, in 4 bytes a token (a list of `TokenizedText` takes about 40).
+
+    Parameters
+    ----------
+    frame: one row per text: `text_id`, `token_ids` (content tokens, `List(Int32)`) and any other columns, such as
+        `language` and `split`. Texts without content tokens are left out.
+    special: ids that the tokenizer puts before every text.
+
+    Attributes
+    ----------
+    frame: the rows that are left, with `tokens`, the number of content tokens.
+    lengths: the same, int64 `[texts]`.
+    """
+
+    def __init__(self, frame: pl.DataFrame, special: Sequence[int] = ()) -> None:
+        tokens = pl.col("token_ids").list.len().cast(pl.Int64)
+        self.frame = frame.with_columns(tokens=tokens).filter(pl.col("tokens") > 0)
+        self.special = tuple(special)
+        self.lengths = self.frame["tokens"].to_torch()
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, numbers: Sequence[int]) -> list[TokenizedText]:
+        rows = self.frame.select("text_id", "token_ids")[numbers].rows()
+        return [TokenizedText(text_id, (*self.special, *ids), len(self.special)) for text_id, ids in rows]
+
+    def __iter__(self) -> Iterator[TokenizedText]:
+        for first in range(0, len(self), _CHUNK):
+            yield from self[range(first, min(first + _CHUNK, len(self)))]
+
+    def codes(self, languages: Sequence[str]) -> Tensor:
+        """The position of each text's language in `languages`, int64 `[texts]`."""
+        return codes(self.frame["language"], languages)
+
+    def batches(self, batch_tokens: int, numbers: Sequence[int] | None = None) -> list[list[int]]:
+        """Cut the texts, or those with the given numbers, into batches as `babelscope.models.tokens.batches` does.
+
+        Returns
+        -------
+        The numbers of each batch's texts, in the order of `by_length`.
+        """
+        rows = self.frame.with_row_index("number").select("number", "text_id", "tokens")
+        rows = (rows if numbers is None else rows[numbers]).sort("tokens", "text_id")
+        order, lengths = rows["number"].to_list(), (rows["tokens"] + len(self.special)).to_list()
+        return [order[first:end] for first, end in pairwise(_cut(lengths, batch_tokens))]
+
+
+def codes(language: pl.Series, languages: Sequence[str]) -> Tensor:
+    """The position of each value in `languages`, int64."""
+    return language.cast(pl.Enum(languages)).to_physical().cast(pl.Int64).to_torch()
+
+
+def tokenize_corpus(tokenizer: Any, corpus: pl.DataFrame, max_tokens: int) -> TokenizedTexts:
+    """The texts of `corpus` (`text_id`, `text`, any others), tokenized as by `tokenize`."""
+    parts = [
+        pl.Series([ids[:max_tokens] for ids in content_ids(tokenizer, part["text"].to_list())], dtype=pl.List(pl.Int32))
+        for part in corpus.iter_slices(_CHUNK)
+    ]
+    token_ids = pl.concat(parts) if parts else pl.Series(dtype=pl.List(pl.Int32))
+    frame = corpus.with_columns(token_ids=token_ids).filter(pl.col("token_ids").list.len() > 0)
+    special = _leading_special_tokens(tokenizer, frame["text"][0]) if len(frame) else ()
+    return TokenizedTexts(frame.drop("text"), special)
 
 
 def pad(batch: Sequence[TokenizedText], pad_id: int = 0) -> tuple[Tensor, Tensor]:

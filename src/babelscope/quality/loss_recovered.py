@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from babelscope.core.files import read_part, write_atomically
+from babelscope.core.files import write_atomically
+from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
 from babelscope.models.head import head_of
@@ -108,7 +109,7 @@ def splice(sae: SAE | CachedSAE, own: Tensor, entering: Mapping[str, Tensor], na
 
     def edit(x: Tensor) -> Tensor:
         changed = x.clone()
-        changed[own] = sae(x[own] if sae.b_in is None else entering[name][own]).to(x.dtype)
+        changed[own] = sae(entering[name][own] if sae.is_transcoder else x[own]).to(x.dtype)
         return changed
 
     return edit
@@ -139,7 +140,7 @@ def _batch(
         with hooks.starting_at(model, layer, hidden.get(layer)), hooks.editing(model, {name: edit}):
             return text_nll(model, ids, mask, special)
 
-    with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.b_in is not None]) as entering:
+    with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.is_transcoder]) as entering:
         spliced = torch.stack([nll(name, splice(sae, own, entering, name)) for name, sae in saes.items()])
     zeroed = torch.stack([nll(name, zero(own)) for name in saes])
     sums = {"clean": clean, "sae": spliced, "zero": zeroed, "tokens": targets(mask, special).sum(1)}

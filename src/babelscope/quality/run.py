@@ -7,10 +7,11 @@ import polars as pl
 from babelscope import sae
 from babelscope.config import Config
 from babelscope.core import stage
-from babelscope.core.files import read_table, scratch, write_atomically, write_json
+from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
 from babelscope.models import hardware, hookpoints, loading, matmul, tokens
 from babelscope.quality.loss_recovered import loss_recovered
 

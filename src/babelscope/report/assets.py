@@ -7,6 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import jinja2
 from markupsafe import Markup
 
 
@@ -14,6 +15,11 @@ from markupsafe import Markup
 def asset(name: str) -> str:
     """The text of a file of this package."""
     return resources.files("babelscope.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def environment() -> jinja2.Environment:
+    """Templates: every value is escaped, and a missing one is an error."""
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def source_hash(script: str) -> str:

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import polars as pl
 
 from babelscope.core.errors import UserError
-from babelscope.report.assets import asset, embedded, source_hash
+from babelscope.report.assets import asset, embedded, environment, source_hash
 from babelscope.report.numbers import plain
 
 _KEY = ("hookpoint", "unit")
@@ -133,18 +132,19 @@ def build(inputs: BrowserInputs) -> str:
     that the script puts into the page as text, never as markup.
     """
     script = asset("browser.js")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     kinds = inputs.frames["features"]["kind"]
-    return environment.from_string(asset("browser.html.j2")).render(
-        policy=source_hash(script),
-        script=script,
-        style=asset("page.css") + asset("browser.css"),
-        data=embedded(content(inputs)),
-        model=inputs.model,
-        specific=plain(int((kinds == "specific").sum())),
-        shared=plain(int((kinds == "shared").sum())),
-        languages=inputs.languages,
-        hookpoints=inputs.hookpoints,
+    return (
+        environment()
+        .from_string(asset("browser.html.j2"))
+        .render(
+            policy=source_hash(script),
+            script=script,
+            style=asset("page.css") + asset("browser.css"),
+            data=embedded(content(inputs)),
+            model=inputs.model,
+            specific=plain(int((kinds == "specific").sum())),
+            shared=plain(int((kinds == "shared").sum())),
+            languages=inputs.languages,
+            hookpoints=inputs.hookpoints,
+        )
     )

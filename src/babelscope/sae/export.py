@@ -1,16 +1,13 @@
-"""`python -m babelscope.sae.export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` as EleutherAI/sparsify keeps them.
+"""`babelscope export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` as EleutherAI/sparsify keeps them.
 
 SAELens needs no export: a folder `data/sae/<hookpoint>` is its own format (`sae_lens.SAE.load_from_disk`).
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from babelscope import sae
-from babelscope.core import stage
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import write_atomically, write_json
 from babelscope.sae import SAE, formats
@@ -44,27 +41,17 @@ def write_sparsify(dictionary: SAE, folder: Path) -> None:
     write_json(folder / "cfg.json", config)
 
 
-def main(arguments: list[str]) -> None:
-    """Write the SAEs of the hookpoints named, or of all in `data/sae`, to `<TARGET>/<hookpoint>/`.
+def main(target: Path, hookpoints: list[str]) -> None:
+    """Write the SAEs of `hookpoints`, or of all in `data/sae`, to `<target>/<hookpoint>/`.
 
     Raises
     ------
     UserError: there are no SAEs, not the one named, or sparsify cannot hold one.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m babelscope.sae.export", description="Write data/sae/* as EleutherAI/sparsify keeps them."
-    )
-    parser.add_argument("target", type=Path, help="folder, made where missing")
-    parser.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp; all where none is named")
-    chosen = parser.parse_args(arguments)
     have = sorted(path.name for path in SAES.glob("*") if path.is_dir())
     if not have:
         raise UserError(f"{SAES}: no SAEs; `dvc repro` makes them")
-    for name in chosen.hookpoints or have:
+    for name in hookpoints or have:
         if name not in have:
             raise UserError(f"{SAES / name}: no such folder; {nearest(name, have)}")
-        write_sparsify(sae.load(SAES, name), chosen.target / name)
-
-
-if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+        write_sparsify(sae.load(SAES, name), target / name)

@@ -2,19 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from babelscope.config import read_yaml
 from babelscope.core.errors import UserError
-from babelscope.tracking.training import flatten
+from babelscope.tracking.store import flatten
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that dvc.lock describes: stage, flat params, and its output folder with its MD5 (`<md5>.dir`)."""
+    """A training that dvc.lock describes: stage, flat params (and the model's), output folder and MD5 (`<md5>.dir`)."""
 
     stage: str
     params: Mapping[str, str]
@@ -24,15 +24,13 @@ class Training:
 
 @dataclass(frozen=True)
 class State:
-    """The current stages together: their hash, their trainings, and the MD5 of every file that they read or wrote.
+    """The current stages together: their hash, their trainings, and the MD5 of every file and folder that they wrote.
 
-    Of `files` those that they wrote are `outputs`; `outdated` names the stages whose entry was written with other
-    params than the present ones.
+    `outdated` names the stages whose entry in dvc.lock has other params than params.yaml.
     """
 
     hash: str
     trainings: list[Training]
-    files: Mapping[str, str]
     outputs: Mapping[str, str]
     outdated: list[str]
 
@@ -42,7 +40,7 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
 
     Parameters
     ----------
-    params: the content of params.yaml; of its lists are the current hookpoints, dvc.lock keeps removed ones as well.
+    params: the content of params.yaml; its lists say which hookpoints are current: dvc.lock keeps removed ones as well.
     without: the stage that asks, which is not a part of the state.
 
     Raises
@@ -52,7 +50,8 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
     if not (folder / "dvc.lock").is_file():
         raise UserError(f"{folder / 'dvc.lock'}: no such file; `dvc repro` writes it")
     try:
-        return _read(read_yaml(folder / "dvc.lock") or {}, read_yaml(folder / "dvc.yaml"), params, without)
+        locked = (read_yaml(folder / "dvc.lock") or {}).get("stages", {})
+        return _state(locked, read_yaml(folder / "dvc.yaml")["stages"], params, without)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / 'dvc.lock'}: not as DVC writes it ({type(error).__name__}: {error}); git checkout dvc.lock, or "
@@ -60,49 +59,41 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
         ) from None
 
 
-def _read(lock: Any, pipeline: Any, params: Mapping[str, Any], without: str) -> State:
-    locked, defined = lock.get("stages", {}), pipeline["stages"]
-    names = [name for name in sorted(locked) if name != without and _is_current(name, defined, params)]
-    stages = {name: locked[name] for name in names}
-    content = {
+def _state(locked: Any, defined: Any, params: Mapping[str, Any], without: str) -> State:
+    stages = {
         name: {
-            "deps": _hashes(entry.get("deps", [])),
-            "outs": _hashes(entry.get("outs", [])),
-            "params": _params(entry),
+            "deps": _hashes(locked[name].get("deps", [])),
+            "outs": _hashes(locked[name].get("outs", [])),
+            "params": dict(locked[name].get("params", {}).get("params.yaml", {})),
         }
-        for name, entry in stages.items()
+        for name in sorted(locked)
+        if name != without and _is_current(name, defined, params)
     }
-    text = json.dumps(content, sort_keys=True)
+    pretrained = _get(params, "train.source") == "pretrained"
     return State(
-        hash=hashlib.sha256(text.encode()).hexdigest()[:32],
-        trainings=[_training(name, stages[name]) for name in stages if _is_training(name, params)],
-        files={path: md5 for part in content.values() for path, md5 in {**part["deps"], **part["outs"]}.items()},
-        outputs={path: md5 for part in content.values() for path, md5 in part["outs"].items()},
+        hash=hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()[:32],
+        trainings=[
+            _training(name, stages[name], params) for name in stages if name.startswith("train@") and not pretrained
+        ],
+        outputs={path: md5 for stage in stages.values() for path, md5 in stage["outs"].items()},
         outdated=[
-            name for name, entry in stages.items() if any(_get(params, k) != v for k, v in _params(entry).items())
+            name
+            for name, stage in stages.items()
+            if any(_get(params, key) != value for key, value in stage["params"].items())
         ],
     )
-
-
-def _is_training(name: str, params: Mapping[str, Any]) -> bool:
-    return name.partition("@")[0] == "train" and _get(params, "train.source") != "pretrained"
 
 
 def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     base, at, item = name.partition("@")
     if base not in defined or bool(at) != ("matrix" in defined[base]):
         return False
-    # `matrix: {hookpoint: ${hookpoints}}`: each matrix names the list in params.yaml that it is of.
+    # `matrix: {hookpoint: ${hookpoints}}` names the list in params.yaml that it goes through.
     return not at or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
 
 
-def _hashes(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def _hashes(entries: Any) -> dict[str, str]:
     return {entry["path"]: str(entry.get(entry.get("hash", "md5"))) for entry in entries}
-
-
-def _params(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The params of a stage by dotted key, as dvc.lock has them."""
-    return dict(entry.get("params", {}).get("params.yaml", {}))
 
 
 def _get(params: Any, dotted: str) -> Any:
@@ -111,9 +102,9 @@ def _get(params: Any, dotted: str) -> Any:
     return params
 
 
-def _training(name: str, entry: Mapping[str, Any]) -> Training:
-    outputs = {path: md5 for path, md5 in _hashes(entry["outs"]).items() if md5.endswith(".dir")}
-    if len(outputs) != 1:
-        raise UserError(f"dvc.lock: {name}: expected one output folder, found {', '.join(outputs) or 'none'}")
-    [(output, md5)] = outputs.items()
-    return Training(name, flatten(_params(entry)), output, md5)
+def _training(name: str, stage: Mapping[str, Any], params: Mapping[str, Any]) -> Training:
+    folders = {path: md5 for path, md5 in stage["outs"].items() if md5.endswith(".dir")}
+    if len(folders) != 1:
+        raise UserError(f"dvc.lock: {name}: expected one output folder, found {', '.join(folders) or 'none'}")
+    [(output, md5)] = folders.items()
+    return Training(name, flatten({**stage["params"], "model": params.get("model", {})}), output, md5)

@@ -1,12 +1,13 @@
-"""Where the runs lie: MLflow's own defaults in the root of the repository, or the server that the user names."""
+"""Where the runs are (MLflow's defaults in the root of the repository, or the user's server), and what writes them."""
 
+import json
 import logging
 import os
 import re
 import sqlite3
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from babelscope.tracking import view
 
 log = logging.getLogger(__name__)
 
+Points = dict[tuple[str, int], float]  # the value of a metric at a step
+
 # A user's own settings win. A dead server must not stop the pipeline for the ten minutes that MLflow would try.
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -28,48 +31,80 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-# Without a kind, MLflow's pages ask the user what sort of experiment this is, and hide the charts until they know.
-_EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "One `summary` run per state of the DVC pipeline, one `training` run per SAE. "
-    "Rebuilt from DVC's files by `dvc repro`.",
-    **view.tag(),
-}
+# MLflow's limits: metrics and params in one call, characters of a param.
+_METRICS, _PARAMS, _CHARACTERS = 1000, 100, 6000
 
 
 @dataclass(frozen=True)
 class Store:
-    """An open tracking store.
-
-    Parameters
-    ----------
-    client: the `mlflow.MlflowClient`.
-    experiment_id: the experiment in which everything is looked for and logged.
-    """
+    """An open tracking store: an `mlflow.MlflowClient`, and the experiment that holds all runs."""
 
     client: Any
     experiment_id: str
 
     def search(self, **tags: str) -> list[Any]:
-        """The runs that carry all these tags (`__` stands for a dot in a tag's name), oldest first."""
+        """The runs that have all these tags (`__` in a name means a dot), oldest first."""
         wanted = [f"tags.`{key.replace('__', '.')}` = '{value}'" for key, value in tags.items()]
         order = ["attributes.start_time ASC"]
         return list(self.client.search_runs([self.experiment_id], " and ".join(wanted), order_by=order))
+
+    def create(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Start a run with its params (nested or flat) and tags, without credentials; returns its id."""
+        from mlflow.entities import Param
+
+        tags = {key: redact(value) for key, value in tags.items()}
+        run_id = str(self.client.create_run(self.experiment_id, run_name=redact(name), tags=tags).info.run_id)
+        entries = [Param(key, redact(value)[:_CHARACTERS]) for key, value in flatten(params).items()]
+        for start in range(0, len(entries), _PARAMS):
+            self.client.log_batch(run_id, params=entries[start : start + _PARAMS])
+        return run_id
+
+    def log(self, run_id: str, points: Iterable[tuple[str, float, int, int]]) -> None:
+        """Log (metric, value, milliseconds since 1970, step); `_` replaces what MLflow forbids in a metric's name."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(re.sub(r"[^\w.\- :/]", "_", name), *point) for name, *point in points]
+        for start in range(0, len(metrics), _METRICS):
+            self.client.log_batch(run_id, metrics=metrics[start : start + _METRICS])
+
+    def points(self, run: Any) -> Points:
+        """Every point that a run has."""
+        histories = (self.client.get_metric_history(run.info.run_id, name) for name in run.data.metrics)
+        return {(point.key, point.step): point.value for history in histories for point in history}
+
+    def conclude(self, run_id: str, stage: str, output_md5: str) -> None:
+        """End a training run and tag it with its output; it replaces other runs with the same output."""
+        self.client.set_terminated(run_id, "FINISHED")
+        self.client.set_tag(run_id, "output_md5", output_md5)
+        for twin in self.search(dvc__stage=stage, output_md5=output_md5):
+            if twin.info.run_id != run_id:
+                self.client.delete_run(twin.info.run_id)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested params as MLflow's flat text ones: `{"train": {"k": 4}}` becomes `{"train.k": "4"}`, a list `a, b`."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return flat
 
 
 def root() -> Path:
     """The main checkout: `dvc exp run --temp` and the queue work in copies of it, whose runs belong to it."""
     if "DVC_ROOT" in os.environ:
         return Path(os.environ["DVC_ROOT"]).absolute()
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2]
-    return here
+    current = Path.cwd()
+    copies = (folder for folder in (current, *current.parents) if folder.parts[-3:] == (".dvc", "tmp", "exps"))
+    return next((folder.parents[2] for folder in copies), current)
 
 
 def database() -> Path | None:
-    """The file of the default store, or None where `MLFLOW_TRACKING_URI` names another."""
+    """The file of the default store, or None if `MLFLOW_TRACKING_URI` names another."""
     return None if os.environ.get("MLFLOW_TRACKING_URI") else root() / "mlflow.db"
 
 
@@ -78,10 +113,15 @@ def uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(root() / "mlflow.db")
 
 
+def shown() -> str:
+    """The tracking URI without a password."""
+    return redact(uri())
+
+
 def _sqlite(path: Path) -> str:
     """The URI of a database file.
 
-    SQLAlchemy decodes a URI and cuts it at `?`, MLflow makes the folder that stands in it as it is. Where the two would
+    SQLAlchemy decodes a URI and cuts it at `?`; MLflow creates the folder in it without decoding. If the two would
     not mean the same folder, the path is relative to the current one, which is the repository or below it.
     """
     text = str(path)
@@ -90,71 +130,10 @@ def _sqlite(path: Path) -> str:
     return f"sqlite:///{text}"
 
 
-def _location(folder: Path) -> str:
-    """A folder of artifacts as MLflow stores it: the path, or a URI where MLflow would take `%` for an escape."""
+def _artifacts(experiment: str) -> str:
+    """Where MLflow puts the artifacts of an experiment: a path, or a URI if MLflow would take `%` for an escape."""
+    folder = root() / "mlruns" / folder_of(experiment)
     return folder.as_uri() if "%" in str(folder) else str(folder)
-
-
-def local_folder(location: str) -> Path:
-    """The local folder that an artifact location of MLflow means."""
-    return Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)
-
-
-def shown() -> str:
-    """The tracking URI as it may be shown: without a password."""
-    return redact(uri())
-
-
-@contextmanager
-def lock() -> Iterator[None]:
-    """Only one process of this repository at a time."""
-    path = root() / "mlflow.db.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path, is_singleton=True):
-        yield
-
-
-def open_store(experiment: str) -> Store:
-    """Open the store and the experiment; make both where missing. Any number of processes may do so at once.
-
-    Raises
-    ------
-    mlflow.exceptions.MlflowException, OSError: the store cannot be reached or read.
-    """
-    for key, value in _SETTINGS.items():
-        os.environ.setdefault(key, value)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    path = database()
-    if path is not None:
-        _prepare(path)
-    client = MlflowClient(uri())
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return Store(client, _create(client, experiment))
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    for key, value in _EXPERIMENT_TAGS.items():  # made by hand, or by an older version; the note may be the user's own
-        if key not in found.tags or (key in view.tag() and found.tags[key] != value):
-            client.set_experiment_tag(found.experiment_id, key, value)
-    return Store(client, found.experiment_id)
-
-
-def _create(client: Any, experiment: str) -> str:
-    """Make the experiment, or take the one that another process has just made."""
-    from mlflow.exceptions import MlflowException
-
-    # MLflow would put the artifacts beside the current folder, which may be a temporary one.
-    place = _location(root() / "mlruns" / folder_of(experiment)) if database() is not None else None
-    try:
-        return str(client.create_experiment(experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
-    except MlflowException:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise
-        return str(found.experiment_id)
 
 
 def folder_of(experiment: str) -> str:
@@ -162,21 +141,63 @@ def folder_of(experiment: str) -> str:
     return re.sub(r"^\.+|[^\w. -]", "_", experiment)[:100]
 
 
-def _prepare(path: Path) -> None:
-    """Make the database under a lock, whole or not at all, and let its artifacts follow a moved repository."""
-    if not path.exists():
+def local_folder(location: str) -> Path | None:
+    """The local folder that an artifact location of MLflow means, or None if it is remote."""
+    parts = urlsplit(location)
+    return {"": Path(location), "file": Path(url2pathname(parts.path))}.get(parts.scheme)
+
+
+def lock() -> FileLock:
+    """A context that only one process of this repository is in at a time."""
+    return FileLock(root() / "mlflow.db.lock", is_singleton=True)
+
+
+def open_store(experiment: str) -> Store:
+    """Open the store and the experiment; create both if missing. Any number of processes may do so at once.
+
+    Raises
+    ------
+    mlflow.exceptions.MlflowException, OSError: the store cannot be reached or read.
+    """
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    path = database()
+    if path is not None and not path.exists():
         with lock():
             if not path.exists():
                 _make(path)
-    _follow(path)
+    client = MlflowClient(uri())
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        try:
+            # MLflow would put the artifacts below the current folder, which may be a temporary one.
+            client.create_experiment(experiment, artifact_location=_artifacts(experiment) if path is not None else None)
+        except MlflowException:
+            if client.get_experiment_by_name(experiment) is None:  # no other process has just created it
+                raise
+        found = client.get_experiment_by_name(experiment)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    tags = view.experiment_tags(found.experiment_id)
+    for key, value in tags.items():  # the note may be the user's own
+        if key not in found.tags or (key == view.TAG and found.tags[key] != value):
+            client.set_experiment_tag(found.experiment_id, key, value)
+    if path is not None and found.artifact_location != _artifacts(experiment):
+        _follow(path, found.artifact_location, experiment)
+    return Store(client, found.experiment_id)
 
 
 def _make(path: Path) -> None:
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    """Create the database, whole or not at all."""
+    from mlflow import MlflowClient
 
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    store = SqlAlchemyStore(_sqlite(draft), _location(path.parent / "mlruns"))
-    store.engine.dispose()
+    MlflowClient(_sqlite(draft)).search_experiments(max_results=1)  # creates the tables
     # A write-ahead log lets the pages be read while a training writes; the setting stays with the file.
     with closing(sqlite3.connect(draft)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -185,80 +206,70 @@ def _make(path: Path) -> None:
     draft.rename(path)
 
 
-def _follow(path: Path) -> None:
-    """MLflow stores absolute artifact locations: turn those of a repository that was moved or copied to here."""
-    here = f"{_location(path.parent / 'mlruns')}/"
+def _follow(path: Path, location: str, experiment: str) -> None:
+    """Look for the artifacts here if the repository was moved or copied from elsewhere: MLflow stores absolute paths.
+
+    MLflow has no function for it. So this is the one place that writes to its tables, if they are as it knows them.
+    """
+    folder = local_folder(location)
+    if folder is None or folder.parts[-2:] != ("mlruns", folder_of(experiment)):
+        return  # the user's own place
+    old, new = (f"{place.rpartition('/')[0]}/" for place in (location, _artifacts(experiment)))
+    columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
     try:
         with closing(sqlite3.connect(path, timeout=20)) as connection, connection:
-            # Experiment 0 is made with the database, and so remembers where that was.
-            row = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
-            there = str(row[0]).removesuffix("0") if row else here
-            if there == here or not there.endswith("/mlruns/"):
-                return
-            log.warning("mlflow: the repository was moved from %s: its artifacts are now looked for here", there)
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            for table, column in columns.items():
+                if column not in [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]:
+                    raise sqlite3.DatabaseError(f"this version of MLflow has no column {table}.{column}")
+            for table, column in columns.items():
                 connection.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                    (here, len(there) + 1, len(there), there),
+                    (new, len(old) + 1, len(old), old),
                 )
-    except sqlite3.Error as error:  # an empty or foreign file: MLflow itself says what is wrong with it
-        log.debug("mlflow: %s", error)
+    except sqlite3.Error as error:
+        log.warning("mlflow: the repository was moved from %s, and its artifacts are still looked for there (%s)",
+                    old, error)  # fmt: skip
+    else:
+        log.warning("mlflow: the repository was moved from %s: its artifacts are now looked for here", old)
 
 
-def holds(experiment: str, summary: str, outputs: Iterable[tuple[str, str]]) -> bool:
-    """Whether the default store already has a state's runs, asked without the second that importing MLflow takes.
-
-    Parameters
-    ----------
-    summary: hash of the pipeline state.
-    outputs: stage and output MD5 of every training.
-
-    Returns
-    -------
-    False also where the question cannot be answered this way (another store, another schema).
-    """
+def stamp(experiment: str) -> str:
+    """What changes with everything that is written to the default store; empty for a server. Imports no MLflow."""
     path = database()
     if path is None or not path.exists():
-        return False
-    wanted = [{"dvc.state": summary}, *({"dvc.stage": stage, "output_md5": md5} for stage, md5 in outputs)]
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
-            found = [_places(connection, experiment, tags) for tags in wanted]
-    except sqlite3.Error as error:
-        log.debug("mlflow: %s", error)
-        return False
-    # A summary whose artifacts are gone is written anew; a training has none.
-    return all(found) and local_folder(found[0][0]).is_dir()
+        return ""
+    file, ahead, artifacts = path.stat(), Path(f"{path}-wal"), root() / "mlruns" / folder_of(experiment)
+    version = [file.st_ino, file.st_mtime_ns, file.st_size, ahead.stat().st_size if ahead.exists() else 0]
+    return json.dumps([*version, str(artifacts), sorted(os.listdir(artifacts)) if artifacts.is_dir() else []])
 
 
-def _places(connection: sqlite3.Connection, experiment: str, tags: dict[str, str]) -> list[str]:
-    """Artifact locations of the finished runs that carry all these tags."""
-    carries = "EXISTS (SELECT 1 FROM tags t WHERE t.run_uuid = r.run_uuid AND t.key = ? AND t.value = ?)"
-    query = (
-        "SELECT r.artifact_uri FROM runs r JOIN experiments e ON e.experiment_id = r.experiment_id "
-        "WHERE e.name = ? AND e.lifecycle_stage = 'active' AND r.lifecycle_stage = 'active' AND r.status = 'FINISHED' "
-        + "".join(f"AND {carries} " for _ in tags)
-    )
-    values = [part for pair in tags.items() for part in pair]
-    return [str(place) for (place,) in connection.execute(query, [experiment, *values])]
+def settle() -> None:
+    """Empty the write-ahead log of the default store, so that `stamp` stays the same when this process ends."""
+    if (path := database()) is not None:
+        with closing(sqlite3.connect(path, timeout=20)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one short line without credentials."""
+    text = redact(str(error)).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def git_tags(folder: Path) -> dict[str, str]:
     """MLflow's own tags for the commit and branch that `folder` is at, and the DVC experiment that is running."""
 
     def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-            )
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
         except (OSError, subprocess.SubprocessError):
             return ""  # no git, or no commit yet
         return done.stdout.strip()
 
-    branch = git("rev-parse", "--abbrev-ref", "HEAD")
     tags = {
         "mlflow.source.git.commit": git("rev-parse", "HEAD"),
-        "mlflow.source.git.branch": "" if branch == "HEAD" else branch,
+        "mlflow.source.git.branch": git("branch", "--show-current"),
         "mlflow.source.name": "dvc.yaml",
         "mlflow.source.type": "PROJECT",
         "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),

@@ -9,56 +9,74 @@ from typing import Any
 
 import polars as pl
 
+from babelscope.config.values import local_name
+from babelscope.core.files import read_json, read_table
+from babelscope.core.paths import Paths
 from babelscope.models.names import parts_of
+from babelscope.report.numbers import plain, significant
+from babelscope.tracking import view
 
+Metrics = Mapping[str, Mapping[str, Any]]  # the content of metrics/<name>.json by <name>: `<stage>[.<hookpoint>]`
 Figures = dict[str, float]
-Series = dict[tuple[str, int], float]
+Series = dict[tuple[str, int], float]  # by name and layer
+
+# A removed hookpoint in a file that is older than its removal.
+_HOOKPOINT_LIKE = re.compile(r"\.\d+(\.|$)")
 
 
-def figures(
-    metrics: Mapping[str, Mapping[str, Any]], hookpoints: Sequence[str], neurons: Sequence[str] = ()
-) -> tuple[Figures, Series]:
+def read_metrics(folder: Path) -> Metrics:
+    """The content of every `<name>.json` in `folder`, by `<name>`."""
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+
+def numbers(paths: Paths, params: Mapping[str, Any], metrics: Metrics) -> tuple[Figures, Series]:
+    """All figures and series of a state, from `metrics` and the tables of features and ablation if they are there."""
+    languages, hookpoints = params["languages"], params["hookpoints"]
+    single, series = figures(metrics, hookpoints, params.get("neurons", {}).get("hookpoints", []))
+    series |= {(view.X_AXIS, layer): layer for layer, _ in layers(hookpoints).values()}
+    if paths.features.is_file():
+        of_features = feature_figures(read_table(paths.features), languages, hookpoints)
+        single, series = single | of_features[0], series | of_features[1]
+    if (path := paths.ablation / "by_layer.parquet").is_file():
+        method = metrics.get("ablate", {}).get("primary_method", "feature")
+        series |= ablation_series(read_table(path), languages, hookpoints, method)
+    return single, series
+
+
+def figures(metrics: Metrics, hookpoints: Sequence[str], neurons: Sequence[str] = ()) -> tuple[Figures, Series]:
     """Split the numbers of `metrics/*.json` into single figures and series over the layers.
 
     Parameters
     ----------
-    metrics: the content of `metrics/<name>.json` by `<name>`, which is a stage or `<stage>.<hookpoint>`.
-    hookpoints: the current ones, whose files are read; those of removed hookpoints are left out.
-    neurons: the current ones of `neurons.hookpoints`, which keys may name as well (`neuron/own_alone/<hookpoint>`).
+    hookpoints: the current ones; the files of removed hookpoints are left out.
+    neurons: the current `neurons.hookpoints`, which keys may name as well (`neuron/own_alone/<hookpoint>`).
 
     Returns
     -------
-    The figures by name: the key, with the stage after it (`tokens/sample`) where several stages have the key.
+    The figures by name: the key, with the stage after it (`tokens/sample`) if several stages have the key.
     The series by name and layer: `fvu` of `train.<hookpoint>` is `fvu_by_layer`, `fvu/en` is `fvu_by_layer/en`, and
-    a key of a stage that holds a hookpoint (`own_alone/<hookpoint>`, `loss_recovered/<hookpoint>/en`) is one as well.
+    a key that contains a hookpoint (`own_alone/<hookpoint>`, `loss_recovered/<hookpoint>/en`) is one as well.
     """
     single: dict[tuple[str, str], float] = {}
     by_layer: dict[tuple[str, str], Series] = {}
-    # Apart from each other: a layer with an SAE and neurons is not one that two hookpoints of a series share.
-    places = layers(hookpoints) | layers(neurons)
+    # Two calls: an SAE and neurons of the same layer do not share a series.
+    positions = layers(hookpoints) | layers(neurons)
     for name, content in metrics.items():
         stage, _, owner = name.partition(".")
-        if owner and owner not in places:
+        if owner and owner not in positions:
             continue
         for key, value in content.items():
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-                or key == "layer"
-            ):
+            if isinstance(value, bool | str | None) or not math.isfinite(value) or key == "layer":
                 continue
             parts = key.split("/")
-            # Whose figure it is: the file's hookpoint, or one that the key names behind its first part.
-            at = next((i for i, part in enumerate(parts) if i and part in places), None)
-            if owner or at is not None:
-                layer, part = places[owner or parts[at or 0]]
-                head, tail = "/".join(parts[: at or 1]), "/".join(parts[at + 1 if at else 1 :])
+            # The hookpoint of a figure: the file's, or one that the key names after its first part.
+            index = next((i for i, part in enumerate(parts) if i and part in positions), 0)
+            if owner or index:
+                layer, part = positions[owner or parts[index]]
+                head, tail = "/".join(parts[: index or 1]), "/".join(parts[index + 1 :])
                 by_layer.setdefault((stage, head), {})[_series(head, part, tail), layer] = value
-            elif stage == "sample" or not any(
-                _HOOKPOINT_LIKE.search(part) for part in parts[1:]
-            ):  # its keys name sources
-                single[stage, key] = value
+            elif stage == "sample" or not any(_HOOKPOINT_LIKE.search(part) for part in parts[1:]):
+                single[stage, key] = value  # the keys of `sample` name sources, which may look like hookpoints
     shared = _shared(single), _shared(by_layer)
     return (
         {f"{key}/{stage}" if key in shared[0] else key: value for (stage, key), value in single.items()},
@@ -70,12 +88,8 @@ def figures(
     )
 
 
-# A removed hookpoint in a file that is older than its removal.
-_HOOKPOINT_LIKE = re.compile(r"\.\d+(\.|$)")
-
-
 def layers(hookpoints: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """The layer of each hookpoint, and what tells it apart where two share a layer (`mlp`, `residual`), else ""."""
+    """The layer of each hookpoint, and what tells those of one layer apart (`mlp`, `residual`), "" if none do."""
     found: dict[str, tuple[int, str]] = {}
     for hookpoint in hookpoints:
         parts = parts_of(hookpoint)
@@ -84,8 +98,12 @@ def layers(hookpoints: Sequence[str]) -> dict[str, tuple[int, str]]:
     return {hookpoint: (layer, part if crowded else "") for hookpoint, (layer, part) in found.items()}
 
 
-def feature_series(features: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str]) -> Series:
-    """How many features each language has in each layer, 0 where none: `features_by_layer/<language>` and `.../all`.
+def feature_figures(
+    features: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str]
+) -> tuple[Figures, Series]:
+    """How many features each language has: `features/<language>` in all, `features_by_layer/<language>` in each layer.
+
+    `features_by_layer/all` counts every unit once.
 
     Parameters
     ----------
@@ -97,19 +115,8 @@ def feature_series(features: pl.DataFrame, languages: Sequence[str], hookpoints:
     series: Series = {}
     for hookpoint, (layer, part) in layers(hookpoints).items():
         series[_series("features", part, "all"), layer] = units[hookpoint]
-        for language in languages:
-            series[_series("features", part, language), layer] = counts[hookpoint, language]
-    return series
-
-
-def feature_figures(features: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str]) -> Figures:
-    """How many features each language has over all hookpoints: `features/<language>`."""
-    found = Counter(
-        language
-        for kind, hookpoint, unit, language in features.select("kind", "hookpoint", "unit", "language").iter_rows()
-        if kind == "sae" and unit is not None and hookpoint in hookpoints
-    )
-    return {f"features/{language}": found[language] for language in languages}
+        series |= {(_series("features", part, name), layer): counts[hookpoint, name] for name in languages}
+    return {f"features/{name}": sum(counts[hookpoint, name] for hookpoint in hookpoints) for name in languages}, series
 
 
 def ablation_series(by_layer: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str], method: str) -> Series:
@@ -118,18 +125,16 @@ def ablation_series(by_layer: pl.DataFrame, languages: Sequence[str], hookpoints
     Parameters
     ----------
     by_layer: `data/ablation/by_layer.parquet`.
-    method: whose rows; `primary_method` of `metrics/ablate.json`.
+    method: `primary_method` of `metrics/ablate.json`, whose rows are shown.
     """
     own = by_layer.filter(
-        pl.col("method") == method,
-        pl.col("ablated") == pl.col("evaluated"),
-        pl.col("control").is_null(),
+        pl.col("method") == method, pl.col("ablated") == pl.col("evaluated"), pl.col("control").is_null()
     )
-    places = layers(hookpoints)
+    positions = layers(hookpoints)
     return {
-        (_series("dnll_own", places[hookpoint][1], language), places[hookpoint][0]): delta
+        (_series("dnll_own", positions[hookpoint][1], language), positions[hookpoint][0]): delta
         for hookpoint, language, delta in own.select("hookpoint", "ablated", "delta").iter_rows()
-        if hookpoint in places and language in languages and delta is not None and math.isfinite(delta)
+        if hookpoint in positions and language in languages and delta is not None and math.isfinite(delta)
     }
 
 
@@ -146,16 +151,28 @@ def language_table(values: Figures, languages: Sequence[str]) -> dict[str, list[
     return {"language": list(languages)} | {name: columns[name] for name in dict.fromkeys([*first, *sorted(columns)])}
 
 
-def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
-    """The content of every `<name>.json` in `folder`, by `<name>`."""
-    from babelscope.core.files import read_json
-
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-
-
-def metric_name(key: str) -> str:
-    """`key` with what MLflow does not allow in a metric's name replaced by `_`."""
-    return re.sub(r"[^\w.\- :/]", "_", key)
+def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
+    """A few lines that say what the run is, with the figures of the report's headline."""
+    score, ablate = metrics.get("score", {}), metrics.get("ablate", {})
+    members = params["score"]["members"]
+    kind = "language-specific features" if members == 1 else f"features shared by exactly {members} languages"
+    sentences = [
+        f"{plain(score.get('features'))} {kind} of {len(params['languages'])} languages"
+        f" at {len(params['hookpoints'])} hookpoints."
+    ]
+    if "effective_languages" in score:
+        sentences.append(f"Effective languages of a feature: {plain(score['effective_languages'], 2)}.")
+    if {"own", "others_abs"} <= set(ablate):
+        sentences.append(
+            f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
+            f" each other language's by {significant(ablate['others_abs'], digits=2)} in mean size."
+        )
+    # As code: MLflow shows a note as Markdown, and would fetch a picture that a name refers to.
+    model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())
+    return (
+        f"`{model}`: {' '.join(sentences)}\n\n"
+        f"DVC state `{state_hash}`; its dvc.lock and params.yaml are among the artifacts."
+    )
 
 
 def _series(name: str, part: str, rest: str = "") -> str:

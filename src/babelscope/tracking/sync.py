@@ -4,64 +4,64 @@ import json
 import logging
 import math
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from babelscope.config.values import local_name
+import polars as pl
+
+from babelscope.config import read_yaml
 from babelscope.core.files import read_table
-from babelscope.core.redact import redact
-from babelscope.report.numbers import plain, significant
+from babelscope.core.paths import Paths
 from babelscope.tracking import state as states
-from babelscope.tracking import store, summary, training, view
+from babelscope.tracking import store, summary, view
+from babelscope.tracking.training import describe, training_name
 
 log = logging.getLogger(__name__)
 
-TEXTS = "data/corpus/texts.parquet"
-Metrics = Mapping[str, Mapping[str, Any]]  # the content of metrics/<name>.json by name
 
+def sync(paths: Paths) -> None:
+    """Log what MLflow does not have yet of the pipeline whose files `paths` names; nothing is ever logged twice.
 
-def sync(folder: Path, params: Mapping[str, Any]) -> None:
-    """Log what MLflow does not have yet of the pipeline in `folder`; nothing is ever logged twice.
-
-    A server that is down costs a warning, no more: the next `dvc repro` logs what is missing.
-
-    Parameters
-    ----------
-    folder: where dvc.yaml, dvc.lock and the outputs lie.
-    params: the content of params.yaml.
+    A server that is down costs only a warning: the next `dvc repro` logs what is missing.
 
     Raises
     ------
-    UserError: dvc.lock is missing.
+    UserError: dvc.lock or params.yaml is missing or damaged.
     """
     started = time.monotonic()
-    state = states.read(folder, params)
-    experiment = params["track"]["experiment"]
+    # As the file has them, like dvc.lock: a validated data set also has the keys that the file leaves out.
+    params = read_yaml(paths.root / "params.yaml")
+    state, experiment = states.read(paths.root, params), params["track"]["experiment"]
     if state.outdated:
         log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))
         return
-    if store.holds(experiment, state.hash, [(t.stage, t.output_md5) for t in state.trainings]):
+    # What is in MLflow already is remembered: importing MLflow alone takes two seconds.
+    memory = store.root() / "mlflow.db.tracked"
+    if memory.is_file() and memory.read_text() == f"{state.hash} {store.stamp(experiment)}":
         log.info("track: state %s is in MLflow already", state.hash[:7])
         return
     try:
         with store.lock():
             opened = store.open_store(experiment)
-            logged = sum(_training(opened, folder, entry) for entry in state.trainings)
-            new = _summary(opened, folder, params, state)
+            trainings = [_training(opened, paths.root, entry) for entry in state.trainings]
+            is_new = _summary(opened, paths, params, state)
+            store.settle()
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        reason = redact(str(error))[:300]
+        reason = store.first_line(error)
         log.warning("track: cannot log to %s; the next `dvc repro` does (%s)", store.shown(), reason)
         return
+    if None not in trainings and (stamp := store.stamp(experiment)):
+        memory.write_text(f"{state.hash} {stamp}")
     log.info(
         "track: state %s %s, %d training runs logged, in experiment %r at %s (%.1f s)",
-        state.hash[:7], "logged" if new else "is in MLflow already", logged, experiment, store.shown(),
-        time.monotonic() - started,
+        state.hash[:7], "logged" if is_new else "is in MLflow already", trainings.count(True), experiment,
+        store.shown(), time.monotonic() - started,
     )  # fmt: skip
 
 
@@ -69,157 +69,107 @@ def _is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return isinstance(error, MlflowException | OSError | SQLAlchemyError)
+    return isinstance(error, MlflowException | OSError | SQLAlchemyError | sqlite3.Error)
 
 
-def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool:
-    """Make sure that a training has its one finished run; returns whether something had to be logged."""
-    found = opened.search(dvc__stage=entry.stage, output_md5=entry.output_md5)
-    if found:
-        if all(run.info.status != "FINISHED" for run in found):  # killed while it was repeated by force
-            opened.client.set_terminated(found[0].info.run_id, "FINISHED")
+def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool | None:
+    """Make sure that a training has its one finished run; returns whether it had to be logged, None if it cannot be."""
+    if opened.search(dvc__stage=entry.stage, output_md5=entry.output_md5):
         return False
     history = folder / entry.output / "history.csv"
     if not history.is_file():
         log.warning("track: %s: no such file; the run of %s is not logged: dvc checkout", history, entry.stage)
-        return False
-    points = training.read_history(history)
-    run_id, known = _leftover(opened, entry, points) or (_backfilled(opened, entry), {})
-    now = int(time.time() * 1000)
-    missing = [(summary.metric_name(key), value, now, step) for (key, step), value in points.items()
-               if (key, step) not in known]  # fmt: skip
-    training.log_points(opened, run_id, missing)
-    training.conclude(opened, run_id, entry.stage, entry.output_md5)
+        return None
+    points = read_history(history)
+    run_id, known = _unfinished(opened, entry, points) or (_backfilled(opened, entry), {})
+    _log(opened, run_id, {key: value for key, value in points.items() if key not in known})
+    opened.conclude(run_id, entry.stage, entry.output_md5)
     return True
+
+
+def read_history(path: Path) -> store.Points:
+    """The points of a history file: CSV with a column `step`, the other columns metrics; empty cells are no points."""
+    table = pl.read_csv(path).with_columns(pl.all().exclude("step").cast(pl.Float64))
+    points = table.unpivot(index="step").select("variable", "step", "value").iter_rows()
+    return {(name, step): value for name, step, value in points if value is not None and math.isfinite(value)}
 
 
 def _backfilled(opened: store.Store, entry: states.Training) -> str:
     tags = {"dvc.stage": entry.stage, "babelscope.kind": "training", "babelscope.backfilled": "true"}
-    return training.create(opened, training.training_name(entry.stage, entry.params), entry.params, tags)
+    return opened.create(training_name(entry.stage, entry.params), entry.params, tags)
 
 
-def _leftover(
-    opened: store.Store, entry: states.Training, points: training.Points
-) -> tuple[str, training.Points] | None:
-    """The unfinished run of this very training (it lost its server, say): one whose points are all in the history."""
+def _unfinished(opened: store.Store, entry: states.Training, points: store.Points) -> tuple[str, store.Points] | None:
+    """The unfinished run of this very training (it lost its server, for example): its points are all in the history."""
     for run in opened.search(dvc__stage=entry.stage, babelscope__kind="training"):
-        if run.info.status == "FINISHED" or "output_md5" in run.data.tags:
-            continue
-        known = training.points(opened, run)
-        if known and all(
-            key in points and math.isclose(points[key], value, rel_tol=1e-6) for key, value in known.items()
-        ):
+        known = {} if "output_md5" in run.data.tags else opened.points(run)
+        if known and all(math.isclose(points.get(key, math.nan), known[key], rel_tol=1e-6) for key in known):
             return run.info.run_id, known
     return None
 
 
-def _summary(opened: store.Store, folder: Path, params: Mapping[str, Any], state: states.State) -> bool:
+def _log(opened: store.Store, run_id: str, points: store.Points) -> None:
+    now = int(time.time() * 1000)
+    opened.log(run_id, [(name, value, now, step) for (name, step), value in points.items()])
+
+
+def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state: states.State) -> bool:
     """Make sure that the state has its one summary run; returns whether it had to be written."""
     found = opened.search(dvc__state=state.hash, babelscope__kind="summary")
-    whole = [
-        run
-        for run in found
-        if run.info.status == "FINISHED" and view.X_AXIS in run.data.metrics and _has_artifacts(run)
-    ]
+    whole = [run for run in found if run.info.status == "FINISHED" and _is_whole(run)]
     for run in found:
-        if not whole or run.info.run_id != whole[0].info.run_id:
+        if run not in whole[:1]:
             opened.client.delete_run(run.info.run_id)  # half-written, by an older version, or its artifacts are gone
     if whole:
         return False
-    metrics = summary.read_metrics(folder / "metrics")
-    figures, series = _numbers(folder, params, metrics)
+    metrics = summary.read_metrics(paths.root / "metrics")
+    figures, series = summary.numbers(paths, params, metrics)
     tags = {
-        **store.git_tags(folder),
+        **store.git_tags(paths.root),
         "babelscope.kind": "summary",
         "dvc.state": state.hash,
-        "mlflow.note.content": _note(params, metrics, state),
+        "mlflow.note.content": summary.note(params, metrics, state.hash),
     }
-    flat = training.flatten({key: value for key, value in params.items() if key not in ("hardware", "track")})
-    released = flat.get("train.source") == "pretrained"
-    what = flat["pretrained.name"] if released else f"k={flat['train.k']} latents={flat['train.latents']}"
-    name = f"{what} {state.hash[:7]}"
-    run_id = training.create(opened, name, flat, tags)
-    now = int(time.time() * 1000)
-    points = [(summary.metric_name(key), value, now, 0) for key, value in figures.items()]
-    points += [(summary.metric_name(key), value, now, layer) for (key, layer), value in series.items()]
-    training.log_points(opened, run_id, points)
-    _dataset(opened, run_id, folder, state)
+    logged = {key: value for key, value in params.items() if key not in ("hardware", "track")}
+    run_id = opened.create(f"{describe(params)} {state.hash[:7]}", logged, tags)
+    _log(opened, run_id, {(name, 0): value for name, value in figures.items()} | series)
+    _dataset(opened, run_id, paths, state)
     opened.client.log_table(run_id, summary.language_table(figures, params["languages"]), "languages.json")
     with tempfile.TemporaryDirectory() as copies:
-        _collect(folder, Path(copies))
+        _collect(paths, Path(copies))
         opened.client.log_artifacts(run_id, copies)
     opened.client.set_terminated(run_id, "FINISHED")
     return True
 
 
-def _has_artifacts(run: Any) -> bool:
-    """Whether the artifacts are where the run says; only a local folder can be asked cheaply."""
-    location = str(run.info.artifact_uri)
-    is_remote = urlsplit(location).scheme not in ("", "file")
-    return is_remote or store.local_folder(location).is_dir()
+def _is_whole(run: Any) -> bool:
+    """Whether a run has all that it should and its artifacts are there; only a local folder can be asked cheaply."""
+    folder = store.local_folder(str(run.info.artifact_uri))
+    return view.X_AXIS in run.data.metrics and (folder is None or folder.is_dir())
 
 
-def _numbers(folder: Path, params: Mapping[str, Any], metrics: Metrics) -> tuple[summary.Figures, summary.Series]:
-    """The figures and the series over the layers of the files in `folder`."""
-    languages, hookpoints = params["languages"], params["hookpoints"]
-    figures, series = summary.figures(metrics, hookpoints, params.get("neurons", {}).get("hookpoints", []))
-    series |= {(view.X_AXIS, layer): layer for layer, _ in summary.layers(hookpoints).values()}
-    if (path := folder / "data/scores/features.parquet").is_file():
-        features = read_table(path)
-        figures |= summary.feature_figures(features, languages, hookpoints)
-        series |= summary.feature_series(features, languages, hookpoints)
-    if (path := folder / "data/ablation/by_layer.parquet").is_file():
-        method = metrics.get("ablate", {}).get("primary_method", "feature")
-        series |= summary.ablation_series(read_table(path), languages, hookpoints, method)
-    return figures, series
-
-
-def _note(params: Mapping[str, Any], metrics: Metrics, state: states.State) -> str:
-    """A few lines that say what the run is, with the figures of the report's headline."""
-    score, ablate = metrics.get("score", {}), metrics.get("ablate", {})
-    members = params["score"]["members"]
-    kind = "language-specific features" if members == 1 else f"features shared by exactly {members} languages"
-    sentences = [
-        f"{plain(score.get('features'))} {kind} of {len(params['languages'])} languages"
-        f" at {len(params['hookpoints'])} hookpoints."
-    ]
-    if "effective_languages" in score:
-        sentences.append(f"Effective languages of a feature: {plain(score['effective_languages'], 2)}.")
-    if {"own", "others_abs"} <= set(ablate):
-        sentences.append(
-            f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
-            f" each other language's by {significant(ablate['others_abs'], digits=2)} in mean size."
-        )
-    # As code: MLflow shows a note as Markdown, and would fetch a picture that a name refers to.
-    model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())
-    return (
-        f"`{model}`: {' '.join(sentences)}\n\n"
-        f"DVC state `{state.hash}`; its dvc.lock and params.yaml are among the artifacts."
-    )
-
-
-def _dataset(opened: store.Store, run_id: str, folder: Path, state: states.State) -> None:
+def _dataset(opened: store.Store, run_id: str, paths: Paths, state: states.State) -> None:
     """Name the corpus as the run's data set; its digest is the start of the MD5 that DVC knows it by."""
-    if TEXTS not in state.files or not (folder / TEXTS).is_file():
+    name = paths.texts.relative_to(paths.root).as_posix()
+    if name not in state.outputs or not paths.texts.is_file():
         return
     import mlflow.data
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
-    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = get_dataset_source_from_json(json.dumps({"uri": TEXTS}), "local")
-    texts, digest = read_table(folder / TEXTS), state.files[TEXTS][:8]
-    data = mlflow.data.from_polars(texts, source=source, name="texts", digest=digest)
-    tags = [InputTag("mlflow.data.context", "corpus")]
-    opened.client.log_inputs(run_id, [DatasetInput(data._to_mlflow_entity(), tags)])
+    source = get_dataset_source_from_json(json.dumps({"uri": name}), "local")
+    texts, digest = read_table(paths.texts), state.outputs[name][:8]
+    data = Dataset(**mlflow.data.from_polars(texts, source=source, name="texts", digest=digest).to_dict())
+    opened.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "corpus")])])
 
 
-def _collect(folder: Path, target: Path) -> None:
+def _collect(paths: Paths, target: Path) -> None:
     """Copy what the run keeps: the pages and their pictures, the features, and the two files that define the state."""
-    for ending in ("html", "png"):
-        for path in sorted((folder / "reports").glob(f"*.{ending}")):
+    for path in sorted(paths.reports.glob("*")):
+        if path.suffix in (".html", ".png"):
             shutil.copy(path, target)
-    if (path := folder / "data/scores/features.parquet").is_file():
-        read_table(path).write_csv(target / "features.csv")
+    if paths.features.is_file():
+        read_table(paths.features).write_csv(target / "features.csv")
     (target / "pipeline").mkdir()
     for name in ("dvc.lock", "params.yaml"):
-        shutil.copy(folder / name, target / "pipeline")
+        shutil.copy(paths.root / name, target / "pipeline")

@@ -1,48 +1,44 @@
-"""Live MLflow runs of trainings, written by a thread of their own: tracking never holds up or stops a training."""
+"""Live MLflow runs of trainings, written by a thread of their own: tracking never delays or stops a training."""
 
-import json
 import logging
 import math
+import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from babelscope.core.redact import redact
+from babelscope.config.values import local_name
 from babelscope.tracking import store
 
 log = logging.getLogger(__name__)
 
 # Seconds between two writes, between two attempts to reach a dead server, and to wait for the last write.
 _EVERY, _RETRY, _LAST = 2.0, 30.0, 60.0
-_BATCH = 1000  # metrics in one call: MLflow's limit
-
-Points = dict[tuple[str, int], float]
 
 
 class TrainingRun:
-    """The MLflow run of one training; the constructor returns at once (see `training_run`).
+    """The MLflow run of one training; the constructor returns at once, and a thread imports MLflow and writes.
 
-    A context manager: leaving it by an exception marks the run as failed, or as killed where the user stopped it.
+    A killed training of the same stage and fingerprint is resumed, and no point is logged twice. A context manager:
+    without `finish` it marks the run as failed, or as killed if the user stopped it, and the next one resumes it.
+
+    Parameters
+    ----------
+    experiment: MLflow experiment (`track.experiment`).
+    stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
+    fingerprint: see `babelscope.core.fingerprint.fingerprint`.
+    params: what the stage depends on, as in params.yaml, e.g. `{"seed": 0, "train": {...}}`, and `model`, which is in
+        the name of the run; logged flat, as `train.k`.
     """
 
-    def __init__(
-        self,
-        experiment: str,
-        stage: str,
-        fingerprint: str,
-        name: str,
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
-    ) -> None:
-        self._experiment, self._name, self._params = experiment, name, params
-        self._keys = {"dvc.stage": stage, "babelscope.core.fingerprint": fingerprint}
-        self._tags = {**tags, **self._keys, "babelscope.kind": "training"}
+    def __init__(self, experiment: str, *, stage: str, fingerprint: str, params: Mapping[str, Any]) -> None:
+        self._experiment, self._params = experiment, params
+        self._keys = {"dvc.stage": stage, "babelscope.fingerprint": fingerprint}
         self._store: store.Store | None = None
-        self._run_id = ""
-        self._known: Points = {}
+        self._run_id, self._known = "", store.Points()
         self._contradicted = False
         self._pending: list[tuple[str, float, int, int]] = []
         self._lock, self._wake = threading.Lock(), threading.Event()
@@ -52,26 +48,22 @@ class TrainingRun:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take down the metrics of one step; they are written within seconds. What is not finite is left out."""
+        """Take the metrics of one step; they are written within seconds. Values that are not finite are left out."""
         now = int(time.time() * 1000)
-        points = [(key, float(value), now, step) for key, value in metrics.items() if math.isfinite(value)]
+        points = [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
         with self._lock:
             self._pending += points
 
     def finish(self, output_md5: str) -> None:
-        """Write what is left and end the run. `output_md5`: what `dvc_md5` says of the training's output folder."""
+        """Write what is left and end the run. `output_md5`: the `dvc_md5` of the training's output folder."""
         self._close("FINISHED", output_md5)
-
-    def fail(self, status: str = "FAILED") -> None:
-        """Write what is left and end the run as `FAILED` or `KILLED`; the next training like it resumes it."""
-        self._close(status, "")
 
     def __enter__(self) -> "TrainingRun":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._end is None:
-            self.fail("FAILED" if kind is None or issubclass(kind, Exception) else "KILLED")
+            self._close("FAILED" if kind is None or issubclass(kind, Exception) else "KILLED", "")
 
     def _close(self, status: str, output_md5: str) -> None:
         self._end = (status, output_md5)
@@ -81,171 +73,93 @@ class TrainingRun:
             log.warning("mlflow: the run of %s is incomplete; `dvc repro` completes it", self._keys["dvc.stage"])
 
     def _write(self) -> None:
-        """The thread: connect, then write every few seconds, and connect anew after a failure."""
+        """The thread: connect, then write every few seconds, and connect again after a failure."""
         pause = 0.0
-        while True:
+        while not self._done:
             ending = self._wake.wait(pause) and self._end is not None
             pause = _EVERY
             try:
                 if self._store is None:
-                    self._connect()
-                self._flush()
+                    self._store = self._connect()
+                self._flush(self._store)
                 if ending:
-                    self._terminate()
+                    self._terminate(self._store)
                     self._done = True
             except Exception as error:
-                # Whatever MLflow raises, the training is worth more; what may have been written is read again.
+                # Tracking must never stop a training: drop the connection; the next one reads which points are there.
                 self._store, pause = None, _RETRY
                 log.log(
                     logging.DEBUG if self._warned else logging.WARNING,
                     "mlflow: cannot log to %s; training goes on, `dvc repro` logs it later (%s)",
-                    store.shown(), _first_line(error),
+                    store.shown(), store.first_line(error),
                 )  # fmt: skip
                 self._warned = True
-            if ending:
-                return
+                if ending:
+                    return
 
-    def _connect(self) -> None:
-        """Find the run of the same stage and fingerprint, or make it, and read which points it has already."""
+    def _connect(self) -> store.Store:
+        """Find the unfinished run of the same stage and fingerprint, with the points that it has, or create a run."""
         opened = store.open_store(self._experiment)
-        wanted = {key.replace(".", "__"): value for key, value in self._keys.items()}
-        found = opened.search(**wanted)
-        # Where a finished training is repeated by force, its run is opened again.
-        run = next((run for run in found if run.info.status == "FINISHED"), found[-1] if found else None)
-        if run is None:
-            self._run_id = create(opened, self._name, self._params, {**store.git_tags(Path.cwd()), **self._tags})
-        else:
-            self._run_id = run.info.run_id
+        found = opened.search(**{key.replace(".", "__"): value for key, value in self._keys.items()})
+        unfinished = [run for run in found if "output_md5" not in run.data.tags]
+        if unfinished:
+            self._run_id = unfinished[-1].info.run_id
+            self._known = opened.points(unfinished[-1])
             opened.client.update_run(self._run_id, status="RUNNING")
-            self._known = points(opened, run)
-        self._store = opened
+        else:
+            tags = {**store.git_tags(Path.cwd()), **self._keys, "babelscope.kind": "training"}
+            name = training_name(self._keys["dvc.stage"], self._params)
+            self._run_id, self._known = opened.create(name, self._params, tags), {}
+        return opened
 
-    def _flush(self) -> None:
+    def _flush(self, opened: store.Store) -> None:
         with self._lock:
             pending = list(self._pending)
-        new = []
-        for key, value, moment, step in pending:
+        new = {}
+        for name, value, moment, step in pending:
             # MLflow would draw a step that is logged twice as two points.
-            if (key, step) in self._known:
-                self._contradicted |= not math.isclose(self._known[key, step], value, rel_tol=1e-6)
+            if (name, step) in self._known:
+                self._contradicted |= not math.isclose(self._known[name, step], value, rel_tol=1e-6)
             else:
-                new.append((key, value, moment, step))
-        if new:
-            assert self._store is not None
-            log_points(self._store, self._run_id, new)
-            self._known.update({(key, step): value for key, value, _, step in new})
+                new[name, step] = (name, value, moment, step)
+        opened.log(self._run_id, new.values())
+        self._known |= {key: point[1] for key, point in new.items()}
         with self._lock:
             del self._pending[: len(pending)]
 
-    def _terminate(self) -> None:
-        assert self._store is not None and self._end is not None
-        client, (status, output_md5) = self._store.client, self._end
-        if status == "FINISHED":
-            earlier = client.get_run(self._run_id).data.tags.get("output_md5", output_md5)
-            if self._contradicted or earlier != output_md5:
-                # Other numbers from the same inputs (another machine): its points are a mixture of both.
-                client.delete_run(self._run_id)
-                log.info("mlflow: not the numbers of the earlier run; `track` logs this one from its history")
-                return
-            conclude(self._store, self._run_id, self._keys["dvc.stage"], output_md5)
+    def _terminate(self, opened: store.Store) -> None:
+        assert self._end is not None
+        status, output_md5 = self._end
+        if not output_md5:
+            opened.client.set_terminated(self._run_id, status)
+        elif self._contradicted:
+            # Other numbers than before the kill (another machine): the points of the run are a mixture of both.
+            opened.client.delete_run(self._run_id)
+            log.info("mlflow: not the numbers of the killed run; `track` logs this one from its history")
         else:
-            client.set_terminated(self._run_id, status)
+            opened.conclude(self._run_id, self._keys["dvc.stage"], output_md5)
 
 
-def training_run(
-    experiment: str,
-    *,
-    stage: str,
-    fingerprint: str,
-    params: Mapping[str, Any],
-    name: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> TrainingRun:
-    """Open the run of a training: a killed one of the same stage and fingerprint is resumed, no point is logged twice.
+training_run = TrainingRun
 
-    Parameters
-    ----------
-    experiment: MLflow experiment (`track.experiment`).
-    stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
-    fingerprint: see `babelscope.core.fingerprint.fingerprint`.
-    params: what the stage depends on, as in dvc.yaml, e.g. `{"seed": 0, "train": {...}}`; logged flat, as `train.k`.
-    name: of the run; default `training_name(stage, params)`, the name that a rebuilt run gets, too.
-    tags: further tags.
+
+def training_name(stage: str, params: Mapping[str, Any]) -> str:
+    """A name that tells trainings apart, e.g. `layers.6.mlp gemma-3-270m k=32 latents=4608`."""
+    return f"{stage.partition('@')[2] or stage} {describe(params)}".strip()
+
+
+def describe(params: Mapping[str, Any]) -> str:
+    """The model and the SAEs for the name of a run, e.g. `gemma-3-270m k=32 latents=4608`; what `params` lack is not.
+
+    The model of a GGUF file is the file's name without the quantisation, another is the last part of its hub id.
     """
-    flat = flatten(params)
-    return TrainingRun(experiment, stage, fingerprint, name or training_name(stage, flat), flat, tags or {})
-
-
-def training_name(stage: str, params: Mapping[str, str]) -> str:
-    """A name that tells trainings apart, e.g. `layers.6.mlp k=32 latents=4608`, from the flat params."""
-    knobs = [f"{key}={params[f'train.{key}']}" for key in ("k", "latents") if f"train.{key}" in params]
-    return " ".join([stage.partition("@")[2] or stage, *knobs])
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested params as MLflow's flat text ones: `{"train": {"k": 4}}` becomes `{"train.k": "4"}`, a list `a, b`."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    return flat
-
-
-def create(opened: store.Store, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-    """Make a run with its params and tags; returns its id."""
-    from mlflow.entities import Param
-
-    run = opened.client.create_run(
-        opened.experiment_id, run_name=redact(name), tags={k: redact(v) for k, v in tags.items()}
-    )
-    # MLflow takes 100 params in a call, and no value of more than 6000 characters.
-    entries = [Param(key, redact(value)[:6000]) for key, value in params.items()]
-    for start in range(0, len(entries), 100):
-        opened.client.log_batch(run.info.run_id, params=entries[start : start + 100])
-    return str(run.info.run_id)
-
-
-def conclude(opened: store.Store, run_id: str, stage: str, output_md5: str) -> None:
-    """Tag a training run with its output and end it; it takes the place of others with the same output."""
-    opened.client.set_tag(run_id, "output_md5", output_md5)
-    opened.client.set_terminated(run_id, "FINISHED")
-    for twin in opened.search(dvc__stage=stage, output_md5=output_md5):
-        if twin.info.run_id != run_id:
-            opened.client.delete_run(twin.info.run_id)
-
-
-def points(opened: store.Store, run: Any) -> Points:
-    """Every point that a run has, by metric and step."""
-    histories = (opened.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics)
-    return {(point.key, point.step): point.value for history in histories for point in history}
-
-
-def log_points(opened: store.Store, run_id: str, values: Iterable[tuple[str, float, int, int]]) -> None:
-    """Log (metric, value, milliseconds since 1970, step) in as few calls as MLflow allows."""
-    from mlflow.entities import Metric
-
-    metrics = [Metric(*value) for value in values]
-    for start in range(0, len(metrics), _BATCH):
-        opened.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
-
-
-def read_history(path: Path) -> Points:
-    """The points of a history file: CSV with a column `step`, the other columns metrics; empty cells are no points."""
-    import polars as pl
-
-    table = pl.read_csv(path).with_columns(pl.all().exclude("step").cast(pl.Float64))
-    return {
-        (key, row["step"]): value
-        for row in table.iter_rows(named=True)
-        for key, value in row.items()
-        if key != "step" and value is not None and math.isfinite(value)
-    }
-
-
-def _first_line(error: Exception) -> str:
-    text = redact(str(error)).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    flat = store.flatten(params)
+    name, file = flat.get("model.name", ""), flat.get("model.gguf_file", "null")
+    words = [name and local_name(name).rpartition("/")[2]]
+    if file != "null":
+        words = [re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)]
+    if flat.get("train.source") == "pretrained":
+        words.append(flat["pretrained.name"].rpartition("/")[2])
+    else:
+        words += [f"{key}={flat[f'train.{key}']}" for key in ("k", "latents") if f"train.{key}" in flat]
+    return " ".join(filter(None, words))

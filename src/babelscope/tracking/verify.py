@@ -1,6 +1,6 @@
-"""`python -m babelscope.tracking.verify`: re-hash the outputs and the DVC cache.
+"""`babelscope verify`: re-hash the outputs and the DVC cache.
 
-DVC trusts a cached file by its name, and an output by its size and date: a flipped bit goes by unseen.
+DVC trusts a cached file by its name, and an output by its size and date: it does not notice a flipped bit.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from babelscope import config
-from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.fingerprint import content_md5
 from babelscope.tracking import state
@@ -22,15 +21,14 @@ CACHE = Path(".dvc/cache/files/md5")
 def corrupt(cache: Path) -> tuple[list[Path], int]:
     """The files under `cache` (`<2 hex>/<30 hex>[.dir]`) whose content has another MD5, and the count of all."""
     files = sorted(path for path in cache.glob("[0-9a-f][0-9a-f]/*") if path.is_file())
-    return [path for path in files if content_md5(path) != path.parent.name + path.name.removesuffix(".dir")], len(
-        files
-    )
+    bad = [path for path in files if content_md5(path) != path.parent.name + path.name.removesuffix(".dir")]
+    return bad, len(files)
 
 
 def changed(root: Path) -> tuple[list[Path], int]:
     """The files that are not what dvc.lock says the current stages wrote, by path below `root`; and how many outputs.
 
-    What is missing counts. Of a folder whose list of files is not in the cache, the folder itself is named.
+    Missing files count. If the list of a folder's files is not in the cache, the folder itself is named.
 
     Raises
     ------
@@ -41,17 +39,15 @@ def changed(root: Path) -> tuple[list[Path], int]:
 
 
 def _changed(root: Path, out: Path, md5: str) -> list[Path]:
-    if not (root / out).exists():
-        return [out]
-    if content_md5(root / out) == md5:
+    if (root / out).exists() and content_md5(root / out) == md5:
         return []
     listing = root / CACHE / md5[:2] / md5[2:]
-    if not md5.endswith(".dir") or not listing.is_file():
+    if not (root / out).exists() or not md5.endswith(".dir") or not listing.is_file():
         return [out]
     expected = {out / entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
-    here = {path.relative_to(root) for path in (root / out).rglob("*") if path.is_file() and path.suffix != ".tmp"}
-    damaged = [path for path, wanted in expected.items() if path not in here or content_md5(root / path) != wanted]
-    return sorted([*damaged, *(here - expected.keys())]) or [out]
+    found = {path.relative_to(root) for path in (root / out).rglob("*") if path.is_file() and path.suffix != ".tmp"}
+    damaged = [path for path, wanted in expected.items() if path not in found or content_md5(root / path) != wanted]
+    return sorted([*damaged, *(found - expected.keys())]) or [out]
 
 
 def main() -> None:
@@ -59,17 +55,11 @@ def main() -> None:
     root = Path(os.environ.get("DVC_ROOT", "."))
     bad, files = corrupt(root / CACHE)
     other, outputs = changed(root) if (root / "dvc.lock").is_file() else ([], 0)
-    complaints = []
+    lines = []
     if bad:
-        complaints.append((f"{len(bad)} of {files} cached files are corrupt; delete them and run `dvc repro`:", bad))
+        lines += [f"{len(bad)} of {files} cached files are corrupt; delete them and run `dvc repro`:", *bad]
     if other:
-        complaints.append(
-            ("not what dvc.lock says; delete them, then `dvc checkout` (metrics: git) or `dvc repro`:", other)
-        )
-    if complaints:
-        raise UserError("\n       ".join(line for said, paths in complaints for line in (said, *map(str, paths))))
+        lines += ["not what dvc.lock says; delete them, then `dvc checkout` (metrics: git) or `dvc repro`:", *other]
+    if lines:
+        raise UserError("\n       ".join(map(str, lines)))
     log.info("verify: %d cached files and %d outputs, all as they were written", files, outputs)
-
-
-if __name__ == "__main__":
-    stage.run(main)

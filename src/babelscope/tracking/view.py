@@ -1,20 +1,22 @@
-"""The saved view with which MLflow opens on the charts over the layers; without it they lie below a hundred bars."""
+"""The saved view with which MLflow opens on the charts over the layers; without it they are below a hundred bars."""
 
 import base64
 import json
 import zlib
+from typing import Any
 from urllib.parse import urlencode
 
 KEY = "babelscope"
-FILTER = "tags.`babelscope.kind` = 'summary'"
-
-# Of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
+# The tag that MLflow's menu "Views" reads (tried with 3.17 and 3.18, tests/test_mlflow_browser.py). Its format is not
+# public: a version that does not know it shows the experiment without a view.
+TAG = f"mlflow.sharedViewState.{KEY}"
+# A name of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
 HOST = "babelscope.localhost"
-# The metric that holds the layer itself: an axis titled so, where MLflow's own would be titled "Step".
+# The metric that holds the layer itself: an axis with this title, instead of MLflow's own "Step".
 X_AXIS = "layer"
 
-# Sections of charts in their order (MLflow's is the alphabet), open or closed. MLflow fills them by the metrics'
-# names, and puts those that are not named here at the end.
+# Sections of charts in their order (MLflow's is alphabetical), open or closed. MLflow fills them by the names of the
+# metrics, and puts the others at the end.
 _OPEN = ("features_by_layer", "dnll_own_by_layer", "fvu_by_layer", "Model metrics")
 _CLOSED = (
     *("features", "dnll_own", "nll_clean", "tokens", "l0_by_layer", "tokens_by_layer"),
@@ -22,27 +24,36 @@ _CLOSED = (
 )
 
 
-def tag() -> dict[str, str]:
-    """The experiment tag that MLflow 3.17's menu "Views" reads: JSON around a deflated state of the page."""
-    # MLflow's three columns cut the titles off, which end in what tells the charts apart: the language.
+def saved() -> str:
+    """The value of `TAG`: JSON around a deflated state of the page."""
+    # In MLflow's three columns the titles are cut off, and the language at their end tells the charts apart.
     section = {"isReordered": False, "deleted": False, "isGenerated": True, "columns": 2, "cardHeight": 320}
-    state = {
-        "searchFilter": FILTER,
+    names = [*((name, True) for name in _OPEN), *((name, False) for name in _CLOSED)]
+    state: dict[str, Any] = {
+        "searchFilter": "tags.`babelscope.kind` = 'summary'",
         "compareRunCharts": [],
-        "compareRunSections": [
-            {"uuid": name, "name": name, "display": name in _OPEN, **section} for name in (*_OPEN, *_CLOSED)
-        ],
+        "compareRunSections": [{"uuid": name, "name": name, "display": is_open, **section} for name, is_open in names],
         "isAccordionReordered": True,
         "hideEmptyCharts": True,
         "globalLineChartConfig": {"xAxisKey": "metric", "lineSmoothness": 0, "selectedXAxisMetricKey": X_AXIS},
     }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
     content = {"name": "Languages over the layers", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
-    return {f"mlflow.sharedViewState.{KEY}": json.dumps(content)}
+    return json.dumps(content)
 
 
 def address(base: str, experiment_id: str) -> str:
     """The address of the view on the MLflow server at `base`."""
-    # No filter here: MLflow ignores the view where the address itself has one.
+    # No filter here: MLflow ignores the view if the address itself has one.
     query = {"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": KEY}
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
+
+
+def experiment_tags(experiment_id: str) -> dict[str, str]:
+    """The tags of the experiment: its kind, its description with a link to the view, and the view."""
+    note = (
+        "One `summary` run per state of the DVC pipeline, one `training` run per SAE: "
+        f"[charts over the layers]({address('', experiment_id)}). `dvc repro` rebuilds them from DVC's files."
+    )
+    # Without a kind, MLflow's pages ask the user what sort of experiment this is, and hide the charts until they know.
+    return {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": note, TAG: saved()}

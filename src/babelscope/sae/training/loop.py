@@ -18,9 +18,9 @@ from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically
 from babelscope.core.progress import Progress
-from babelscope.models.lightning import is_sharding, pl, trainer
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.training.module import Activations, History, SAETraining
+from babelscope.sae.training.trainer import is_sharding, pl, trainer
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from babelscope.activations.batches import Pair, Source
 from babelscope.activations.moments import Normalisation
 from babelscope.config.schema import Train
 from babelscope.core.errors import UserError
-from babelscope.models.lightning import is_sharding, pl
 from babelscope.sae.training import sharding
 from babelscope.sae.training.graph import Graph
 from babelscope.sae.training.learner import Learner
 from babelscope.sae.training.schedule import BETAS, learning_rate, lr_multiplier
 from babelscope.sae.training.step import Step
+from babelscope.sae.training.trainer import is_sharding, pl
 
 History = list[dict[str, float]]
 
@@ -105,7 +105,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
 
     def configure_model(self) -> None:
         """Under FSDP shard the weights over the devices."""
-        if is_sharding(self.trainer) and not self._sharded:
+        if self._trainer is not None and is_sharding(self._trainer) and not self._sharded:
             self._sharded = True
             for learner in self.each:
                 sharding.shard(learner, "loss", self.device_mesh["data_parallel"])

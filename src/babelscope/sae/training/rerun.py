@@ -3,27 +3,24 @@
 It has no MLflow run: its curve says nothing that the first one's does not.
 """
 
-import shutil
-
 from babelscope.config import Config
 from babelscope.core import stage
-from babelscope.core.files import scratch
 from babelscope.core.paths import Paths
+from babelscope.core.resume import kept
 from babelscope.sae.training.stored import StoredActivations
 
 
 def run(params: Config, paths: Paths, hookpoint: str) -> None:
     """Write `paths.saes_again / hookpoint`."""
     data, seed = StoredActivations(params, paths, hookpoint), params.stability.seed
-    work = data.fingerprint("retrain", {"seed": seed, "train": params.train.model_dump()})
-    batches = data.batches(seed)
+    knobs = {"seed": seed, "train": params.train.model_dump()}
+    with kept(f"retrain@{hookpoint}", knobs, data.files) as folder:
+        batches = data.batches(seed)
+        from babelscope.sae.training.loop import train
 
-    from babelscope.sae.training.loop import train
-
-    result = train(batches, params.train, params.hardware, seed=seed, folder=scratch(work), label="retrain")
-    if result is None:
-        return
-    [(sae, history)] = result
-    data.save(sae, history, paths.saes_again / hookpoint)
-    shutil.rmtree(scratch(work), ignore_errors=True)
+        result = train(batches, params.train, params.hardware, seed=seed, folder=folder, label="retrain")
+        if result is None:
+            return
+        [(sae, history)] = result
+        data.save(sae, history, paths.saes_again / hookpoint)
     stage.table(["hookpoint", "seed", "FVU (last batch)"], [[hookpoint, seed, f"{history[-1]['fvu']:.3f}"]])

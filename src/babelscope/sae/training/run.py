@@ -7,9 +7,10 @@ from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import copy_file, read_json, scratch, write_json
-from babelscope.core.fingerprint import dvc_md5
+from babelscope.core.files import copy_file, read_json, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
+from babelscope.core.resume import scratch
 from babelscope.models.names import layer_of
 from babelscope.sae import checkpoint
 from babelscope.sae.training.stored import StoredActivations
@@ -70,9 +71,9 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
 def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
     """Train the SAE, with a live MLflow run; returns its figures (None on the other ranks of a distributed run)."""
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
-    knobs = params.model_dump(include={"languages", "seed", "train"})
-    work = data.fingerprint("train", knobs)
-    batches = data.batches(params.seed)
+    name, knobs = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})
+    work = fingerprint(name, knobs, {str(path): dvc_md5(path) for path in data.files})
+    folder, batches = scratch(work), data.batches(params.seed)
 
     from babelscope.sae.training.loop import Write, is_first_process, train
     from babelscope.tracking.training import training_run
@@ -80,14 +81,14 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     with ExitStack() as stack:
         write: Write | None = None
         if is_first_process():
-            run = training_run(params.track.experiment, stage=f"train@{hookpoint}", fingerprint=work, params=knobs)
+            run = training_run(params.track.experiment, stage=name, fingerprint=work, params=knobs)
             write = stack.enter_context(run).log
-        result = train(batches, params.train, params.hardware, seed=params.seed, folder=scratch(work), write=write)
+        result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
         if result is None:
             return None
         [(sae, history)] = result
         data.save(sae, history, out)
         run.finish(dvc_md5(out))
     figures = data.figures(sae)
-    shutil.rmtree(scratch(work), ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return figures

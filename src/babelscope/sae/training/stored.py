@@ -1,10 +1,8 @@
 """What the stages `train` and `retrain` share: the stored activations of a hookpoint, and the finished SAE's files."""
 
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import polars as pl
 import torch
@@ -14,7 +12,6 @@ from babelscope.activations.store import ActivationStore, place
 from babelscope.config import Config
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically
-from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
 from babelscope.models import hardware
 from babelscope.models.names import input_name
@@ -55,10 +52,6 @@ class StoredActivations:
         batches.moments()
         importing.join()
         return batches
-
-    def fingerprint(self, stage: str, knobs: Mapping[str, Any]) -> str:
-        """The name of the work of a stage on these files, see `core.fingerprint`."""
-        return fingerprint(f"{stage}@{self.hookpoint}", knobs, {str(path): dvc_md5(path) for path in self.files})
 
     def save(self, sae: SAE, history: list[dict[str, float]], folder: Path) -> None:
         """Write a finished SAE with its history."""

@@ -9,11 +9,9 @@ from importlib.metadata import PackageNotFoundError
 from typing import Any
 from unittest import mock
 
-import torch
-
 from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
-from babelscope.models.hardware import prepare
+from babelscope.models.hardware import device_count, prepare
 
 __all__ = ["is_sharding", "pl", "trainer"]
 
@@ -71,7 +69,7 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
     strategy: Any = hardware.strategy
     if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which has no CPU
         strategy = ModelParallelStrategy(
-            _devices(hardware, accelerator) * hardware.num_nodes, 1, save_distributed_checkpoint=False
+            device_count(hardware) * hardware.num_nodes, 1, save_distributed_checkpoint=False
         )
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
     try:
@@ -84,13 +82,6 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
         )
     except (ValueError, MisconfigurationException) as error:
         raise UserError(f"params.yaml: hardware: {' '.join(str(error).split())}") from None
-
-
-def _devices(hardware: Hardware, accelerator: str) -> int:
-    devices = hardware.devices
-    if isinstance(devices, int | list):
-        return devices if isinstance(devices, int) else len(devices)
-    return torch.cuda.device_count() if accelerator == "cuda" else 1
 
 
 def is_sharding(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,6 @@
+"""`python -m babelscope`: the command `babelscope` where it is not installed."""
+
+from babelscope.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Stage `browse`: what the feature browser shows of every selected feature, and of those that several languages share.
+
+The firings come from the stored activations, or from a forward pass if `train.source` is `stream`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+import torch
+
+from babelscope import sae
+from babelscope.activations.store import ActivationStore, place
+from babelscope.browse import tables
+from babelscope.browse.effects import effects
+from babelscope.browse.lens import extremes, readable, tokens_of
+from babelscope.browse.units import KEY, probabilities, units
+from babelscope.config import Config
+from babelscope.core import resume, stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, scan_table, write_atomically
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+from babelscope.features import sae_lape
+from babelscope.features.counter import whole_texts
+from babelscope.features.examples import Features, Firings, read_texts
+from babelscope.features.pieces import cut
+from babelscope.models import forward, hardware, loading, logit_lens, matmul, tokens
+from babelscope.models.nll import target_count
+
+log = logging.getLogger(__name__)
+
+
+def run(params: Config, paths: Paths) -> None:
+    """Write the tables below `paths.browse`."""
+    device = hardware.prepare(params.hardware)
+    features, rates = choose(params, paths)
+    saes = sae.SAECache(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
+    texts, tokenizer = read_texts(paths), loading.load_tokenizer(params.model)
+    firings = collectors(features, saes, params)
+    if params.train.source != "stream":
+        read_stored(firings, params, paths)
+    elif firings:
+        read_passes(firings, texts, tokenizer, params, device)
+    ids = texts["text_id"].to_list()
+    numbers = {one.text for each in firings.values() for side in ("own", "other") for one in each.examples(side)}
+    shown = texts[sorted(numbers)]
+    in_pieces = cut(shown, tokens.spelled(tokenizer, shown["text"].to_list(), params.corpus.max_tokens))
+
+    model = loading.load_model(params.model, params.ablate.dtype).to(device)
+    matmul.use_in(model)
+    held_out = [[ids[number] for number in some] for each in firings.values() for some in each.texts("held_out")]
+    removed = removed_alone(features, held_out, params, paths)
+    deltas = measure(model, tokenizer, saes, features, removed, texts, params, paths)
+    found = {
+        "features": features.hstack(deltas),
+        "probabilities": rates,
+        "histograms": tables.histograms(features, firings),
+        "texts": in_pieces.drop("piece"),
+        "examples": tables.examples(features, firings, ids, in_pieces),
+        "tokens": lens(model, tokenizer, saes, features, params.browse.tokens),
+    }
+    for name, frame in found.items():
+        write_atomically(paths.browse / f"{name}.parquet", frame.write_parquet)
+    is_specific = pl.col("kind") == "specific"
+    by_hookpoint = found["features"].group_by("hookpoint", maintain_order=True)
+    kinds = by_hookpoint.agg(is_specific.sum(), is_specific.not_().sum().alias("shared"), pl.col("delta").count())
+    stage.table(["hookpoint", "of one language", "of several", "removed alone"], kinds.rows())
+
+
+def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The features with `largest`, the largest activation on the training texts, and their rates in every language."""
+    selected = read_table(paths.features).filter(kind="sae")
+    totals = read_table(paths.totals(params.hookpoints[0]))
+    counts = pl.concat(
+        [scan_table(paths.counts(name)).with_columns(hookpoint=pl.lit(name)) for name in params.hookpoints]
+    )
+    candidates = sae_lape(counts, totals, **params.score.model_dump() | {"members": None, "top": None})
+    features = units(selected, candidates, params.languages, params.hookpoints, params.browse.shared)
+    if selected.join(features, on=KEY, how="anti").height:
+        raise UserError(
+            f"{paths.features}: other features than {paths.all_counts} and params.yaml give; run `dvc repro score`"
+        )
+    own_counts = counts.join(features.lazy(), on=KEY, how="semi").collect(engine="in-memory")
+    largest = own_counts.group_by(KEY).agg(largest=pl.col("max").max())
+    features = features.join(largest, on=KEY, how="left", maintain_order="left")
+    return features, probabilities(features, own_counts, totals)
+
+
+def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: Config) -> dict[str, Firings]:
+    """By hookpoint, what collects the firings of its features."""
+    result = {}
+    for name, dictionary in saes.items():
+        at = features.filter(hookpoint=name)
+        owns = [[language in own for language in params.languages] for own in at["languages"].to_list()]
+        result[name] = Firings(
+            Features(dictionary, at["unit"].cast(pl.Int64).to_torch()), torch.tensor(owns), at["largest"].to_torch(),
+            texts=params.browse.texts, held_out=params.browse.ablation_texts, longest=params.corpus.max_tokens,
+        )  # fmt: skip
+    return result
+
+
+def read_stored(firings: Mapping[str, Firings], params: Config, paths: Paths) -> None:
+    """Read the activations that `extract` stored."""
+    table = read_table(paths.tokens, columns=["row", "text_id", "language", "split"])
+    row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
+    language, is_held_out = tokens.codes(table["language"], params.languages), (table["split"] == "eval").to_torch()
+    with Progress("browse", len(row) * len(firings), "tokens") as progress:
+        for hookpoint, collector in firings.items():
+            store = ActivationStore(place(paths.activations, collector.features.reads(hookpoint)))
+            for start, end in whole_texts(text, params.encode.chunk_tokens):
+                part = slice(start, end)
+                collector.add(store.gather(row[part]), text[part], language[part], is_held_out[part])
+                progress.update(end - start)
+
+
+def read_passes(
+    firings: Mapping[str, Firings], corpus: pl.DataFrame, tokenizer: Any, params: Config, device: torch.device
+) -> None:
+    """Compute the activations in one forward pass, rounded as `extract` would store them."""
+    texts = tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
+    language, is_held_out = texts.codes(params.languages), (texts.frame["split"] == "eval").to_torch()
+    model = loading.load_model(params.model, params.extract.dtype).to(device)
+    by_input = {collector.features.reads(name): collector for name, collector in firings.items()}
+    batches, dtype = texts.batches(params.extract.batch_tokens), loading.DTYPES[params.extract.store_dtype]
+    with Progress("browse", int(texts.lengths.sum()), "tokens") as progress:
+        for activations, text in forward.read_batches(model, texts, batches, list(by_input), dtype):
+            for name, x in activations.items():
+                by_input[name].add(x, text, language[text], is_held_out[text])
+            progress.update(len(text))
+
+
+def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The tokens that each feature's direction promotes and suppresses, if it lies in the residual stream."""
+    found = {}
+    has_text = tokens_of(tokenizer, model.get_output_embeddings().weight.shape[0])
+    with torch.inference_mode():
+        for name, dictionary in saes.items():
+            if dictionary.d != logit_lens.width(model):
+                log.warning("%s: not as wide as the residual stream, so its features have no logit lens", name)
+                continue
+            units = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
+            directions = dictionary.W_dec[units.to(dictionary.b_dec.device)]
+            try:
+                found[name] = extremes(logit_lens.direct_logits(model, directions), count, has_text)
+            except UserError as error:
+                log.warning("browse: no tokens are listed: %s", error)
+                break
+    ids = {token for ends in found.values() for side in ends[::2] for token in side.flatten().tolist()}
+    return tables.tokens(features, found, readable(tokenizer, ids))
+
+
+def removed_alone(features: pl.DataFrame, held_out: list[list[str]], params: Config, paths: Paths) -> list[list[str]]:
+    """The texts on which each feature is removed: those `held_out`, of the first features in rank of each language."""
+    selected = read_table(paths.features).filter(kind="sae").sort("rank", maintain_order=True)
+    first = selected.group_by("language", maintain_order=True).head(params.browse.ablated).select(KEY).rows()
+    return [ids if key in set(first) else [] for key, ids in zip(features.select(KEY).rows(), held_out, strict=True)]
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    saes: Mapping[str, Any],
+    features: pl.DataFrame,
+    removed: Sequence[Sequence[str]],
+    corpus: pl.DataFrame,
+    params: Config,
+    paths: Paths,
+) -> pl.DataFrame:
+    """What removing each feature alone does to its texts `removed`; nothing is measured for transcoders."""
+    if any(dictionary.is_transcoder for dictionary in saes.values()):
+        log.warning("browse: transcoders read their module's input, so no feature is removed by itself")
+        removed = [[] for _ in removed]
+    used = corpus.filter(pl.col("text_id").is_in(sorted({text_id for ids in removed for text_id in ids})))
+    texts = tokens.tokenize(tokenizer, used["text_id"].to_list(), used["text"].to_list(), params.corpus.max_tokens)
+    depends = params.model_dump(
+        include={
+            "ablate": {"batch_tokens", "dtype"},
+            "extract": True,
+            "hookpoints": True,
+            "languages": True,
+            "model": True,
+        }
+    )
+    depends |= {"max_tokens": params.corpus.max_tokens, "texts": removed}
+    with (
+        resume.kept("browse", depends, [paths.texts, paths.features, paths.saes]) as folder,
+        Progress("browse, one feature removed", sum(map(target_count, texts)), "tokens") as progress,
+    ):
+        return effects(
+            model, saes, features.select("hookpoint", "unit").rows(), tokens.by_length(texts), removed,
+            params.ablate.batch_tokens, keep=folder, advance=progress.update,
+        )  # fmt: skip

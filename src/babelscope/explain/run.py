@@ -1,0 +1,96 @@
+"""Stage `explain`: the first features of each language in words, if `explain.endpoint` names a language model.
+
+A model behind an OpenAI-compatible endpoint says what the texts of a feature have in common. From its own words it then
+has to tell in which further texts the feature fires (detection), and on which tokens (fuzzing).
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from babelscope.config import Config
+from babelscope.core import resume, stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import write_atomically, write_json
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+
+SCHEMA = {
+    "hookpoint": pl.String, "layer": pl.Int32, "unit": pl.Int32, "language": pl.String, "explanation": pl.String,
+    "detection": pl.Float64, "fuzzing": pl.Float64, "texts": pl.Int64,
+}  # fmt: skip
+# Bytes of an explanation (8 a token): what is longer is cut, so that the cost of asking with it is bounded.
+LONGEST = 640
+log = logging.getLogger(__name__)
+
+
+def run(params: Config, paths: Paths) -> None:
+    """Write `paths.explanations` and the stage's metrics; without an endpoint, a table without rows."""
+    knobs = params.explain
+    if knobs.endpoint is None:
+        write([], paths)
+        log.info("explain: none to explain (params.yaml: explain.endpoint)")
+        return
+    from babelscope.explain.client import Client
+    from babelscope.explain.texts import collect  # imports torch
+
+    # Every answer is kept under its request: other features or a higher max_cost ask only what is new.
+    with resume.kept("explain", params.model_dump(include={"explain": {"endpoint", "model"}}), []) as folder:
+        client = Client(knobs.endpoint, str(knobs.model), folder, params.hardware.parallel)
+        write(ask(collect(params, paths), client, params), paths)
+
+
+def ask(cases: Sequence[Any], client: Any, params: Config) -> list[tuple[Any, ...]]:
+    """Explain and score the cases; before the first question, the cost is logged, and refused if it is too much."""
+    from babelscope.explain.scores import judge, scores, trials
+
+    questions = [case.question() for case in cases]
+    groups = [group for number, case in enumerate(cases) for group in trials(number, case, params.seed)]
+    check_cost(questions + [judge(group, "x" * LONGEST) for group in groups], params)
+    with Progress("explain", len(questions) + len(groups), "requests") as progress:
+        explanations = [short(answer) for answer in client.ask(questions, progress.update)]
+        answers = client.ask([judge(group, explanations[group[0].case]) for group in groups], progress.update)
+    results = zip(cases, explanations, scores(groups, answers, len(cases)), strict=True)
+    return [(*(case.row[key] for key in list(SCHEMA)[:4]), words, *figures) for case, words, figures in results]
+
+
+def short(answer: str) -> str:
+    """An explanation in one line of at most `LONGEST` bytes."""
+    return " ".join(answer.split()).encode()[:LONGEST].decode(errors="ignore")
+
+
+def check_cost(requests: Sequence[Any], params: Config) -> None:
+    """Log what the requests will cost at most.
+
+    Raises
+    ------
+    UserError: more than `explain.max_cost`.
+    """
+    from babelscope.explain.client import tokens
+
+    knobs, (sent, back) = params.explain, tokens(requests)
+    cost = (sent * knobs.price_in + back * knobs.price_out) / 1e6
+    log.info(
+        "explain: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
+        len(requests), sent, back, cost,
+    )  # fmt: skip
+    if cost > knobs.max_cost:
+        raise UserError(
+            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {knobs.max_cost}. Raise it, or "
+            "lower explain.per_language, examples or scored"
+        )
+
+
+def write(rows: list[tuple[Any, ...]], paths: Paths) -> None:
+    """Write the table and the metrics, and log the mean scores of each language."""
+    table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    write_atomically(paths.explanations, table.write_parquet)
+    means = {name: table[name].mean() for name in ("detection", "fuzzing")}
+    metrics = {"features": len(table)} | {name: mean for name, mean in means.items() if mean is not None}
+    write_json(paths.metrics("explain"), metrics)
+    if len(table):
+        by_language = table.group_by("language", maintain_order=True)
+        shown = by_language.agg(pl.len(), pl.col("detection").mean().round(3), pl.col("fuzzing").mean().round(3))
+        stage.table(["language", "explained", "detection", "fuzzing"], shown.rows())

@@ -1,0 +1,51 @@
+"""Stage `encode <hookpoint>`: how often every latent fires on every language of the training split."""
+
+import polars as pl
+
+from babelscope import sae
+from babelscope.activations import store
+from babelscope.config import Config
+from babelscope.core import stage
+from babelscope.core.files import copy_file, read_table, write_atomically, write_json
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+from babelscope.features.counter import Counter, totals, whole_texts
+from babelscope.models import hardware
+from babelscope.models.names import layer_of
+from babelscope.models.tokens import codes
+
+
+def run(params: Config, paths: Paths, hookpoint: str) -> None:
+    """Write `paths.counts(hookpoint)`, `paths.totals(hookpoint)` and the stage's metrics."""
+    if params.train.source == "stream":
+        copy_file(paths.stream / hookpoint / "counts.parquet", paths.counts(hookpoint))
+        copy_file(paths.stream / hookpoint / "totals.parquet", paths.totals(hookpoint))
+        counts, of = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
+    else:
+        counts, of = encode(hookpoint, params, paths)
+        write_atomically(paths.counts(hookpoint), counts.write_parquet)
+        write_atomically(paths.totals(hookpoint), of.write_parquet)
+    tokens, fired = int(of["tokens"].sum()), counts["unit"].n_unique()
+    l0 = int(counts["tokens"].sum()) / tokens
+    numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
+    write_json(paths.metrics("encode", hookpoint), numbers)
+    stage.table(["hookpoint", "tokens", "latents that fired", "L0"], [[hookpoint, f"{tokens:,}", fired, f"{l0:.1f}"]])
+
+
+def encode(hookpoint: str, params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Encode the stored activations of the training split: counts per language and latent, totals per language."""
+    device = hardware.prepare(params.hardware)
+    dictionary = sae.load(paths.saes, hookpoint).to(device)
+    activations = store.ActivationStore(store.place(paths.activations, dictionary.input_name(hookpoint)))
+    table = read_table(paths.tokens).filter(split="train")
+    language, text = codes(table["language"], params.languages), table["text_id"].rle_id().cast(pl.Int64).to_torch()
+    rows = table["row"].to_torch()
+
+    counter = Counter(params.languages, dictionary.latents)
+    with Progress(f"encode {hookpoint}", len(rows), "tokens") as progress:
+        for start, end in whole_texts(text, params.encode.chunk_tokens):
+            values, indices = dictionary.encode(activations.gather(rows[start:end]).to(device))
+            counter.add(values.cpu(), indices.cpu(), language[start:end], text[start:end])
+            progress.update(end - start)
+    texts = table.group_by("text_id", "language").len("tokens")
+    return counter.frame(layer_of(hookpoint)), totals(texts, params.languages)

@@ -1,0 +1,220 @@
+"""Stage `identify`: which language a text is in, told by the units that fire, compared with fastText's identifier.
+
+On the held-out split, and on the texts of another domain if `identify.also` names some.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import polars as pl
+from torch import Tensor
+
+from babelscope import sae
+from babelscope.activations.store import ActivationStore, place
+from babelscope.config import Config, schema
+from babelscope.config.values import expanded
+from babelscope.core import resume, stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+from babelscope.corpus.lid import FastText
+from babelscope.identification import metrics
+from babelscope.identification.classify import identify
+from babelscope.identification.unit_totals import METHODS, Owned, UnitTotals, owned
+from babelscope.models import forward, hardware, loading, tokens
+
+BASELINE = "fasttext"
+# Tokens encoded at once, which bounds the memory.
+CHUNK = 8192
+log = logging.getLogger(__name__)
+
+
+def run(params: Config, paths: Paths) -> None:
+    """Write the tables below `paths.identification` and the stage's metrics."""
+    device, also, lid = hardware.prepare(params.hardware), read_also(params), FastText()
+    features = read_table(paths.features)
+    owners = read_owners(features, params, paths)
+    latents = features.filter(kind="sae")["hookpoint"].unique(maintain_order=True).to_list()
+    saes = sae.SAECache(paths.saes, latents, device)
+    if not owners:
+        log.warning("%s: no features, so only fastText identifies anything", paths.features)
+
+    corpus = read_table(paths.texts).filter(split="eval")
+    held_out = UnitTotals(len(corpus), owners, saes, device)
+    # Neurons are stored nowhere, and latents are not if `train.source` is `stream`.
+    stored = [name for name in saes if params.train.source != "stream"]
+    add_texts(held_out, corpus, [name for name in owners if name not in stored], params, paths)
+    add_stored(held_out, corpus, stored, paths)
+    numbers = write("", corpus, held_out.totals, features, lid, params, paths)
+    for name in ("also", "also_confusion"):
+        (paths.identification / f"{name}.parquet").unlink(missing_ok=True)
+    if also is not None:
+        others = UnitTotals(len(also), owners, saes, device)
+        add_texts(others, also, list(owners), params, paths)
+        numbers |= write("also", also, others.totals, features, lid, params, paths)
+    write_json(paths.metrics("identify"), numbers)
+
+
+def read_also(params: Config) -> pl.DataFrame | None:
+    """The texts of `identify.also`: of each language the first `also_texts` by text_id, which is a hash of the text."""
+    also = params.identify.also
+    if also is None:
+        return None
+    from babelscope.corpus import hub, sampling, text_files
+
+    if isinstance(also, schema.Dataset):
+        raw, [record] = hub.read([also], params.languages, key="identify.also")
+        name = str(record["path"])
+    else:
+        if not expanded(also).is_dir():
+            raise UserError(f"params.yaml: identify.also: no folder {also!r}")
+        section = params.corpus.model_copy(update={"source": "files", "path": also, "packages": []})
+        raw, name = text_files.read(section, params.languages), also
+    texts = sampling.clean(raw, min_characters=1)
+    chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)
+    missing = [name for name in params.languages if name not in set(chosen["language"])]
+    if missing:
+        raise UserError(f"params.yaml: identify.also: {name!r} has no text in {', '.join(missing)}")
+    return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
+
+
+def read_owners(features: pl.DataFrame, params: Config, paths: Paths) -> dict[str, Owned]:
+    """By hookpoint, its selected units and the languages that own them."""
+    owners = {}
+    for (kind, hookpoint), rows in features.group_by("kind", "hookpoint", maintain_order=True):
+        columns = ["unit", "language", "min_positive", "max"]
+        counts = read_table(paths.counts(str(hookpoint)), columns=columns) if kind == "sae" else None
+        owners[str(hookpoint)] = owned(rows, counts, params.languages)
+    return owners
+
+
+def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], paths: Paths) -> None:
+    """Read the stored activations of the split at `hookpoints`: no forward pass is needed."""
+    if not hookpoints:
+        return
+    numbers = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
+    table = read_table(paths.tokens).filter(split="eval")
+    table = table.join(numbers, on="text_id", how="left", maintain_order="left")
+    if table["text"].null_count():
+        raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")
+    row, text = table["row"].to_torch(), table["text"].to_torch()
+    with Progress("identify", len(row) * len(hookpoints), "tokens") as progress:
+        for hookpoint in hookpoints:
+            store = ActivationStore(place(paths.activations, held_out.reads(hookpoint)))
+            for first in range(0, len(row), CHUNK):
+                part = slice(first, first + CHUNK)
+                held_out.add(hookpoint, store.gather(row[part]), text[part])
+                progress.update(len(row[part]))
+
+
+def add_texts(found: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], params: Config, paths: Paths) -> None:
+    """Run the model over `corpus` for `hookpoints`."""
+    if not hookpoints:
+        return
+    by_input = {found.reads(name): name for name in hookpoints}
+    # The ids decide the order of the batches.
+    numbered = corpus.select(pl.col("text_id").alias("id"), "text", text_id=pl.int_range(pl.len()).cast(pl.String))
+    texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), numbered, params.corpus.max_tokens)
+    number = texts.frame["text_id"].cast(pl.Int64).to_torch()
+    model = loading.load_model(params.model, params.extract.dtype).to(found.device)
+    tokens.check_fits(model, texts)
+    # Rounded as `extract` stores them, since the SAEs and the counts know no others; but not to int8, whose steps
+    # depend on the whole shard: there 0.4 % of the firings are others (measured on planted features).
+    dtype = loading.DTYPES[params.extract.store_dtype]
+
+    def compute(batch: list[int]) -> dict[str, Tensor]:
+        for activations, text in forward.read_batches(model, texts, [batch], list(by_input), dtype):
+            for name, x in activations.items():
+                found.add(by_input[name], x, number[text])
+        return {method: table[number[batch]] for method, table in found.totals.items()}
+
+    depends = params.model_dump(include={"extract", "languages", "model"})
+    depends |= {"max_tokens": params.corpus.max_tokens, "hookpoints": hookpoints, "texts": corpus["text_id"].to_list()}
+    batches = texts.batches(params.extract.batch_tokens)
+    with resume.kept("identify", depends, [paths.features, paths.saes, paths.all_counts]) as folder:
+        parts = resume.parts(
+            "identify", batches, compute, folder, size=lambda batch: int(texts.lengths[batch].sum()), unit="tokens"
+        )
+        for batch, part in zip(batches, parts, strict=True):
+            for method, rows in part.items():
+                found.totals[method][number[batch]] = rows
+
+
+def write(
+    name: str,
+    texts: pl.DataFrame,
+    totals: Mapping[str, Tensor],
+    features: pl.DataFrame,
+    lid: FastText,
+    params: Config,
+    paths: Paths,
+) -> dict[str, float]:
+    """Predict, write predictions and confusion matrices, and return the numbers (their keys begin with `name`).
+
+    Texts in languages that fastText does not know, or does not tell apart, are left out for all methods; what the units
+    make of all texts, among all languages, is in the numbers `all_languages/...`.
+    """
+    among, refused = lid.match(params.languages)
+    # Both are asked about the same texts and for the same languages; with a single one there is nothing to tell.
+    baseline = len(among) > 1 or not refused
+    compared = list(among.values()) if baseline else params.languages
+    for language, reason in refused.items():
+        log.warning("%s: %s: %s", language, "left out for both" if baseline else "not compared with fastText", reason)
+    known = texts.filter(pl.col("language").is_in(compared))
+    parts = by_units(texts, totals, features, compared, params.languages)
+    if baseline and len(known):
+        labels = {"method": pl.lit(BASELINE), "normalize": pl.lit("none")}
+        found = lid.predict(known["text"].to_list(), among)
+        parts.append(known.select("text_id", "language").with_columns(**labels).hstack(found))
+    if not parts:
+        raise UserError(f"{paths.features}: no features, and fastText knows less than two of params.yaml's languages")
+    predictions = pl.concat(parts)
+    write_atomically(paths.identification / f"{name or 'predictions'}.parquet", predictions.write_parquet)
+    confusion = pl.concat(
+        metrics.confusion(rows["language"], rows["predicted"], compared).select(
+            pl.lit(method).alias("method"), pl.lit(normalize).alias("normalize"), "language", "predicted", "texts"
+        )
+        for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True)
+    )
+    write_atomically(paths.identification / f"{name}_confusion.parquet".lstrip("_"), confusion.write_parquet)
+    numbers = metrics.figures(predictions, compared, BASELINE) | {"texts": len(known), "languages": len(compared)}
+    report(name or "held out", numbers)
+    everything = by_units(texts, totals, features, params.languages, params.languages)
+    if len(compared) < len(params.languages) and everything:
+        alone = metrics.figures(pl.concat(everything), params.languages, BASELINE) | {"texts": len(texts)}
+        report(f"{name or 'held out'}, all languages", alone)
+        numbers |= {f"all_languages/{key}": value for key, value in alone.items()}
+    return {f"{name}/{key}".lstrip("/"): value for key, value in numbers.items()}
+
+
+def by_units(
+    texts: pl.DataFrame, totals: Mapping[str, Tensor], features: pl.DataFrame, among: list[str], languages: list[str]
+) -> list[pl.DataFrame]:
+    """What every method predicts for those of `texts` that are in `among`, and of these languages only.
+
+    `totals`: for each method `[texts, languages]`, float64.
+    """
+    mask = texts["language"].is_in(among)
+    labelled = texts.filter(mask).select("text_id", "language")
+    parts = []
+    for kind, methods in METHODS.items():
+        of_kind = features.filter(kind=kind)
+        units = {language: of_kind.filter(language=language).height for language in among}
+        for method in (method for method in methods if method in totals and any(units.values())):
+            table = pl.DataFrame(totals[method].numpy(), schema=languages).filter(mask).select(among)
+            for normalize in ("units", "none"):
+                found = identify(table.with_row_index("text"), units, normalize=normalize)
+                labels = {"method": pl.lit(method), "normalize": pl.lit(normalize)}
+                parts.append(labelled.with_columns(**labels).hstack(found.select("predicted", "score")))
+    return parts if len(labelled) else []
+
+
+def report(texts: str, numbers: Mapping[str, float]) -> None:
+    """Log a line per method."""
+    rows = []
+    for method in (key.removeprefix("accuracy/") for key in numbers if key.startswith("accuracy/")):
+        p = numbers.get(f"mcnemar_p/{method}")
+        shares = [f"{100 * numbers[f'{kind}/{method}']:.2f} %" for kind in ("accuracy", "macro_f1")]
+        rows.append([texts, method, *shares, "-" if p is None else f"{p:.2g}"])
+    stage.table(["texts", "method", "accuracy", "macro F1", "McNemar p"], rows, labels=2)

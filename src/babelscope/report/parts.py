@@ -1,0 +1,152 @@
+"""What every section of the page is given, and what it is made of: prose, charts and tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+from markupsafe import Markup
+
+from babelscope.core.errors import UserError
+from babelscope.models.names import parts_of
+from babelscope.report.numbers import NONE, plain
+
+_NLL = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
+_CONTROL = ("excess", "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high")
+COLUMNS = {
+    "features": ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank"),
+    "nll": _NLL,
+    "by_layer": (*_NLL, "hookpoint"),
+    "control": ("method", "language", *_CONTROL),
+    "confusion": ("method", "normalize", "language", "predicted", "texts"),
+    "generations": ("language", "strength", "control", "nll", "distinct_2", "success"),
+    "similarity": ("language", "other", "units", "jaccard"),
+}
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything that the page shows.
+
+    `params` are the sections of params.yaml that decide the results; their `languages` and `hookpoints` set the order
+    of rows and columns. `metrics` is metrics/<name>.json by name (any key may be missing), `files` the MD5 of the input
+    files by path, `versions` the version by package. The frames are the pipeline's tables of the same names, as
+    docs/contracts.md describes them; a language without features has no row, or one whose unit is null.
+
+    Raises
+    ------
+    UserError: a frame lacks a column.
+    """
+
+    params: Mapping[str, Any]
+    features: pl.DataFrame
+    nll: pl.DataFrame
+    by_layer: pl.DataFrame | None
+    metrics: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+    control: pl.DataFrame | None = None
+    confusion: pl.DataFrame | None = None
+    generations: pl.DataFrame | None = None
+    similarity: pl.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        for name, columns in COLUMNS.items():
+            frame = getattr(self, name)
+            missing = [] if frame is None else [column for column in columns if column not in frame.columns]
+            if missing:
+                has = ", ".join(frame.columns)
+                raise UserError(f"{name}.parquet: no column {', '.join(missing)}; the columns are {has}")
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages, in the order of params.yaml."""
+        return list(self.params["languages"])
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """The hookpoints, in the order of params.yaml."""
+        return list(self.params["hookpoints"])
+
+    @property
+    def members(self) -> int:
+        """To how many languages every feature belongs."""
+        return int(self.params.get("score", {}).get("members", 1))
+
+    def figure(self, name: str, key: str) -> Any:
+        """The figure `key` of `metrics/<name>.json`, or None if there is none."""
+        return self.metrics.get(name, {}).get(key)
+
+    def grid(self) -> pl.DataFrame:
+        """Every pair of `language` and `hookpoint` in the order of params.yaml, with the axis label `layer`."""
+        labels = layer_labels(self.hookpoints)
+        columns = pl.DataFrame({"hookpoint": self.hookpoints, "layer": list(labels.values())})
+        return pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")
+
+
+def layer_labels(hookpoints: list[str]) -> dict[str, str]:
+    """Short names for an axis: the number of the layer if no two hookpoints share it, else the whole name."""
+    found = {name: parts_of(name) for name in hookpoints}
+    numbers = {name: str(parts[0]) for name, parts in found.items() if parts is not None}
+    return numbers if len(set(numbers.values())) == len(hookpoints) else {name: name for name in hookpoints}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; its first `labels` columns are names, the others figures. `folded`: the link that opens it."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int = 1
+    folded: str = ""
+
+    @classmethod
+    def of(cls, caption: str, columns: Mapping[str, Iterable[str]], labels: int = 1, folded: str = "") -> "Table":
+        """A table from its columns by their headings."""
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        return cls(caption, list(columns), rows, labels, folded)
+
+    @classmethod
+    def grid(cls, caption: str, frame: pl.DataFrame, decimals: int, folded: str) -> "Table":
+        """`value` of a frame as `ReportInputs.grid` has its rows: one row per language, one column per hookpoint."""
+        groups = frame.group_by("hookpoint", maintain_order=True)
+        columns = {str(name): figures(rows["value"], decimals) for (name,), rows in groups}
+        return cls.of(caption, {"language": frame["language"].unique(maintain_order=True)} | columns, folded=folded)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart (an Altair chart) with the text, and perhaps tables, beside it, or below it if it is `wide`."""
+
+    name: str
+    label: str
+    chart: Any
+    caption: Sequence[Markup | Table]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; `id` is its anchor, `short` its entry in the list of sections."""
+
+    id: str
+    short: str
+    title: str
+    blocks: Sequence[Markup | Table | Picture]
+
+
+def prose(text: str, **values: object) -> Markup:
+    """HTML written here, in which the `{name}`s are replaced by `values`: those are escaped."""
+    return Markup(text).format(**values)  # noqa: S704
+
+
+def figures(values: Iterable[Any], decimals: int = 0, *, sign: bool = False) -> list[str]:
+    """A column of a table."""
+    return [plain(value, decimals, sign=sign) for value in values]
+
+
+def intervals(lows: Iterable[float | None], highs: Iterable[float | None]) -> list[str]:
+    """A column of confidence intervals, or of ranges, in nats/token."""
+    ends = zip(figures(lows, 4, sign=True), figures(highs, 4, sign=True), strict=True)
+    return [NONE if NONE in pair else " to ".join(pair) for pair in ends]

@@ -1,0 +1,131 @@
+"""Stage `report`: all results as one self-contained HTML page, the features as another, pictures, and DVC's plots."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from babelscope.config import Config
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_json, read_table, write_atomically
+from babelscope.core.paths import Paths
+from babelscope.report import browser, charts, page
+from babelscope.report.parts import ReportInputs
+from babelscope.report.sections import ablation, features
+
+PACKAGES = (
+    "babelscope", "torch", "transformers", "lightning", "polars", "mlflow", "dvc", "altair", "vl-convert-python",
+)  # fmt: skip
+
+
+def run(params: Config, paths: Paths) -> None:
+    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
+    inputs, out = read(params, paths), paths.reports
+    matrix, counts = ablation.matrix(inputs), features.counts(inputs)
+    plots = {
+        "training": training_curves(params, paths),
+        "features_by_layer": counts.rename({"value": "features"}),
+        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest"),
+    }
+    files = {
+        "report.html": page.build(inputs).encode(),
+        "features.html": browser.build(read_features(params, paths)).encode(),
+        "features_by_layer.png": charts.png(features.chart(counts)),
+        "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
+        "plots/page.html": page.for_dvc().encode(),
+        **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
+    }
+    for name, content in files.items():
+        write_atomically(out / name, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+    sizes = [[out / name, f"{len(content) / 1e6:.2f}"] for name, content in files.items() if "/" not in name]
+    stage.table(["page or picture", "MB"], sizes)
+
+
+def read(params: Config, paths: Paths) -> ReportInputs:
+    """What the page shows.
+
+    Raises
+    ------
+    UserError: a file is missing that the page cannot do without, or one is damaged.
+    """
+    names = [("sample", None), ("extract", None), *((s, h) for s in ("train", "encode") for h in params.hookpoints)]
+    names += [(name, None) for name in ("quality", "score", "stability", "identify", "ablate", "steer")]
+    metrics = {
+        f"{name}.{hookpoint}" if hookpoint else name: paths.metrics(name, hookpoint) for name, hookpoint in names
+    }
+    needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
+    optional = {
+        "by_layer": paths.ablation / "by_layer.parquet",
+        "control": paths.ablation / "control.parquet",
+        "confusion": paths.identification / "confusion.parquet",
+        "similarity": paths.similarity,
+        "generations": paths.generations,
+    }
+    _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
+    frames = needed | {name: path for name, path in optional.items() if path.is_file()}
+    tables = {name: read_table(path) for name, path in frames.items()}
+    return ReportInputs(
+        # Neither the hardware nor the tracking changes a result, so neither changes the page.
+        params=portable(params.model_dump(exclude={"hardware", "track"}, exclude_unset=True)),
+        metrics={name: read_json(path) for name, path in metrics.items()},
+        files={path.relative_to(paths.root).as_posix(): _md5(path) for path in (*metrics.values(), *frames.values())},
+        versions={package: version(package) for package in PACKAGES},
+        features=tables.pop("features"),
+        nll=tables.pop("nll"),
+        by_layer=tables.pop("by_layer", None),
+        **tables,
+    )
+
+
+def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:
+    """What the feature browser shows."""
+    files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
+    _check(files.values(), "stage `browse` writes it")
+    if paths.explanations.is_file():
+        files["explanations"] = paths.explanations
+    frames = {name: read_table(path) for name, path in files.items()}
+    return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
+
+
+def training_curves(params: Config, paths: Paths) -> pl.DataFrame:
+    """The history of every SAE; without a row if the SAEs were trained elsewhere."""
+    if params.train.source == "pretrained":
+        return pl.DataFrame(schema={"step": pl.Int64, "tokens": pl.Int64, "fvu": pl.Float64, "hookpoint": pl.String})
+    files = {name: paths.saes / name / "history.csv" for name in params.hookpoints}
+    _check(files.values(), "stage `train` writes it")
+    return pl.concat([pl.read_csv(path).with_columns(hookpoint=pl.lit(name)) for name, path in files.items()])
+
+
+def _check(files: Iterable[Path], origin: str) -> None:
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no such file; {origin}: dvc repro report")
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def portable(content: Any) -> Any:
+    """`content` with the last part of every absolute path, whose rest differs between machines."""
+    match content:
+        case dict():
+            return {key: portable(value) for key, value in content.items()}
+        case list():
+            return [portable(value) for value in content]
+        case str() if content.startswith(("/", "~")):
+            return local_name(content)
+    return content
+
+
+def version(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

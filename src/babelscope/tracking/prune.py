@@ -1,0 +1,65 @@
+"""Stage `prune`: delete the outputs of hookpoints that params.yaml no longer lists.
+
+`score` and others depend on whole folders, since DVC cannot list the outputs of a matrix in `deps`. Files of an earlier
+list would change the folders' hashes, and DVC's run cache would not know the state: going back to an earlier list would
+run every stage after `encode` again. The output of this stage is not cached, so that DVC runs it whenever the list
+changes, also back.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from babelscope import config
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import write_json
+from babelscope.core.paths import Paths
+
+log = logging.getLogger(__name__)
+
+
+def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> list[Path]:
+    """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is not listed any more.
+
+    Parameters
+    ----------
+    lock: dvc.lock.
+    hookpoints: those of all stages but `retrain`.
+    retrained: those of `retrain`.
+
+    Raises
+    ------
+    UserError: one of them is not below data/ or metrics/: dvc.lock may come from someone else.
+    """
+    found = []
+    for name, entry in (config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}).items():
+        base, at, hookpoint = name.partition("@")
+        if at and hookpoint not in (retrained if base == "retrain" else hookpoints):
+            found += [Path(out["path"]) for out in entry.get("outs", [])]
+    for path in found:
+        if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in ("data", "metrics"):
+            raise UserError(
+                f"{lock}: {path} is not below data/ or metrics/ and is not deleted; git checkout {lock.name}"
+            )
+    return found
+
+
+def run(params: config.Config, paths: Paths) -> None:
+    """Delete what is stale; write the list of hookpoints, on which the stages that read folders depend."""
+    found = stale(paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints)
+    gone = [path for path in found if (paths.root / path).exists()]
+    for path in gone:
+        if (paths.root / path).is_dir():
+            shutil.rmtree(paths.root / path)
+        else:
+            (paths.root / path).unlink()
+    # A folder that a stage depends on has to be there, also if no hookpoint is trained again.
+    paths.saes_again.mkdir(parents=True, exist_ok=True)
+    # Without the hookpoints of `retrain`: what depends on this list does not depend on them.
+    write_json(paths.hookpoints, {"hookpoints": params.hookpoints})
+    if gone:
+        stage.table(["deleted"], [[path] for path in gone])
+    else:
+        log.info("prune: nothing to delete")
