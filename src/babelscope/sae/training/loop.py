@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 
 from babelscope.activations.batches import Source
 from babelscope.config.schema import Hardware, Train
@@ -30,7 +26,7 @@ Write = Callable[[int, Mapping[str, float]], None]
 _APART = 50
 
 
-class WriteLogger(Logger):  # type: ignore[misc]
+class WriteLogger(pl.loggers.Logger):  # type: ignore[misc]
     """A Lightning logger that passes the metrics on, e.g. to the live MLflow run (`tracking.training`)."""
 
     name, version = "babelscope", ""
@@ -39,7 +35,7 @@ class WriteLogger(Logger):  # type: ignore[misc]
         super().__init__()
         self.write = write
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @pl.utilities.rank_zero_only  # type: ignore[untyped-decorator]
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Pass on the metrics of a step."""
         self.write(step, metrics)
@@ -77,7 +73,7 @@ class ProgressLines(pl.Callback):  # type: ignore[misc]
             self.progress.__exit__(type(error), error, None)
 
 
-class TimedCheckpoint(ModelCheckpoint):  # type: ignore[misc]
+class TimedCheckpoint(pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
     """`folder/last.ckpt` every so many seconds, at most 2 % of the time.
 
     Lightning 2.6 ignores its own `train_time_interval` under manual optimisation.
@@ -108,7 +104,7 @@ class TimedCheckpoint(ModelCheckpoint):  # type: ignore[misc]
         """Nothing: the finished SAE takes the place of a checkpoint."""
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):  # type: ignore[misc]
+class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):  # type: ignore[misc]
     """Checkpoints that are whole or not there; a full disk is an error that a user can read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -197,4 +193,4 @@ def train(
 
 def is_first_process() -> bool:
     """Whether this process is rank 0 of a distributed run, or the only one; known before training starts."""
-    return not rank_zero_only.rank
+    return not pl.utilities.rank_zero_only.rank

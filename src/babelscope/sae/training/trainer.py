@@ -13,6 +13,7 @@ from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
 from babelscope.models.hardware import device_count, prepare
 
+# Other modules take Lightning from here: whatever imports it first pays for its packages.
 __all__ = ["is_sharding", "pl", "trainer"]
 
 # Optional packages of torchmetrics, which Lightning imports: they take more than half of the time of its import.
