@@ -131,4 +131,4 @@ sweeps: setup $(PEERS)
 	touch $@
 
 clean:
-	rm -rf data reports .scratch
+	rm -rf $(filter-out data/README.md,$(wildcard data/*)) reports .scratch

@@ -105,7 +105,8 @@ def main() -> None:
     what = conditions(
         features, counts, totals, params.languages, ratio=params.score.ratio, by_layer=True, draws=5, seed=params.seed
     )
-    every = torch.from_numpy(what.asked(language))
+    tokens_of = np.array([len(text.ids) - max(text.special, 1) for text in texts])
+    every = torch.from_numpy(what.asked(language, tokens_of, params.ablate.others_tokens))
     own = what.keys["ablated"].to_numpy()[:, None] == np.array(language, dtype=object)[None]
     saes = {name: sae.load(Path("data/sae"), name) for name in params.hookpoints}
     fast, plain = (loading.load_model(params.model, "float32") for _ in range(2))

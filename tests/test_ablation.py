@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.ablation import ablate, conditions, controls, results, selectivity, sequential
+from babelscope.ablation import ablate, conditions, run, statistics
 from babelscope.ablation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
-from babelscope.models import head, hookpoints, nll, partial, tokens
+from babelscope.models import hookpoints, nll, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
 D, LATENTS, K, VOCABULARY = 16, 64, 3, 60
@@ -239,7 +239,7 @@ def test_what_fills_a_pass_up_widens_no_threshold_sae():
     done = FeatureAblation(sae, [[0], [5]])
     assert sae.encode(torch.zeros(1, D))[0].shape[1] > sae.encode(x)[0].shape[1]
     assert done._encode(x)[0].shape == sae.encode(x)[0].shape
-    assert done.touches(x).nonzero().tolist() == [[0, 0], [1, 5]]
+    assert done.affected_tokens(x).nonzero().tolist() == [[0, 0], [1, 5]]
 
 
 def test_a_model_may_have_fewer_positions_than_a_pass_has_tokens():
@@ -248,7 +248,7 @@ def test_a_model_may_have_fewer_positions_than_a_pass_has_tokens():
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     hidden, wanted = torch.randn(20, D), torch.arange(20)
     expected = F.cross_entropy(model.lm_head(model.transformer.ln_f(hidden)), wanted, reduction="none")
-    assert torch.allclose(head.stream_nll(model, hidden, wanted), expected, atol=1e-5)
+    assert torch.allclose(nll.stream_nll(model, hidden, wanted), expected, atol=1e-5)
     assert partial.suits(model, 12)
 
 
@@ -302,7 +302,7 @@ def test_directions_are_projected_out_by_hand(saes):
     assert torch.allclose(found[0], torch.tensor([-0.5, 0.5, 3.0]), atol=1e-6)  # off (1, 1, 0) / sqrt 2
     assert torch.allclose(found[1], torch.tensor([0.0, 0, 6.0]), atol=1e-6)
     assert torch.allclose(found[2], torch.tensor([-0.5, 0.5, 9.0]), atol=1e-6)  # both rows: one direction
-    assert torch.equal(found[3], x[3]) and done.acts.tolist() == [True, True, True, False]
+    assert torch.equal(found[3], x[3]) and done.active.tolist() == [True, True, True, False]
     assert basis(sae.W_dec).shape == (3, 2)
 
 
@@ -318,13 +318,13 @@ def test_many_conditions_take_memory_by_their_units_and_give_what_a_table_of_all
     table = torch.zeros(len(sets), latents, dtype=torch.bool)
     for row, units in enumerate(sets):
         table[row, units] = True
-    assert torch.equal(done.touches(x), (table[:, indices] & (values > 0)).any(-1))
+    assert torch.equal(done.affected_tokens(x), (table[:, indices] & (values > 0)).any(-1))
     dense = torch.zeros(len(x), latents).scatter(1, indices, values)
     condition = torch.randint(len(sets), (len(x),), generator=g)
     condition[:4] = torch.arange(len(sets) - 4, len(sets))
     torch.testing.assert_close(done.change(x, condition), x - (dense * table[condition]) @ decoder)
     nothing = FeatureAblation(sae, [[], []])
-    assert torch.equal(nothing.change(x, condition * 0), x) and not nothing.touches(x).any()
+    assert torch.equal(nothing.change(x, condition * 0), x) and not nothing.affected_tokens(x).any()
 
 
 def test_the_additive_vector_by_hand():
@@ -356,7 +356,7 @@ TOTALS = pl.DataFrame({"language": ["en", "fi", "sv"], "tokens": [1000, 1000, 10
 
 def drawn(counts, language, draws, *, owned=OWNED, totals=TOTALS, ratio=1e-9, seed=0):
     """At so low a ratio every language is a member, and no unit has but one."""
-    return controls.matched(counts, totals, owned, "layers.1", language, ratio=ratio, draws=draws, seed=seed)
+    return conditions.matched(counts, totals, owned, "layers.1", language, ratio=ratio, draws=draws, seed=seed)
 
 
 @pytest.mark.parametrize(("language", "units"), [("en", [3, 9, 40, 77]), ("fi", [5, 8])])
@@ -428,7 +428,7 @@ def test_conditions_are_each_language_its_controls_and_each_hookpoint_alone():
         sizes, none = [len(units) for units in what.units[name]], [0] * 3
         assert sizes[:3] == own and sizes[9:] == (own + none if name == "layers.1" else none + own)
         assert all(n >= size and bool(n) == bool(size) for size, n in zip(np.repeat(own, 2), sizes[3:9], strict=True))
-    only = what.only(pl.col("control") == 1, pl.col("hookpoint") == "layers.2")
+    only = what.only([4, 6, 8, 12, 13, 14])
     assert only.keys["condition"].to_list() == list(range(6)) and only.keys["control"].to_list() == [1] * 3 + [None] * 3
     assert only.units["layers.2"] == [*what.units["layers.2"][4:9:2], *what.units["layers.2"][12:]]
 
@@ -446,15 +446,29 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
     language = ["a", "b", "c"] * 8
     tokens = np.array([10] * 24)
     what = conditions.Conditions(keys, {})
-    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 4 + 4 + 4, 8 + 4 + 4]
-    for others, each in ((80, 8), (40, 4), (20, 2), (1, 1)):
+    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 2 + 2 + 2, 8 + 2 + 2]
+    is_first = conditions.first_half(language)
+    assert is_first.reshape(8, 3).sum(0).tolist() == [4, 4, 4]
+    for others, each in ((80, 8), (40, 4), (20, 2), (1, 2)):  # one text in each half at least
         asked = what.asked(language, tokens, others)
         by_language = asked.reshape(3, 8, 3).sum(1)  # conditions x languages
         assert by_language[0].tolist() == [8, each, each]
-        assert by_language[1:].tolist() == [[min(each, 4), own, min(each, 4)] for own in (4, 8)]
+        less = min(each // 2, 2)
+        assert by_language[1:].tolist() == [[less, own, less] for own in (2, 8)]
+        assert not (asked[1] & ~is_first).any()  # a hookpoint alone is evaluated in the first half only
         if others == 40:  # a smaller sample is in a larger one, and has all lengths
-            assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 2, 4, 6]
+            assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 3, 4, 7]
             assert not (asked[2] & ~asked[0])[2::3].any()
+    # Of a control, in the first half every second other language, in the second half the others.
+    first, second = (by_language_in(what.only([2]), language, tokens, half) for half in (is_first, ~is_first))
+    assert (first, second) == ([2, 4, 2], [0, 4, 0])
+    of_a = conditions.Conditions(what.keys[2:].with_columns(ablated=pl.lit("a")), {})
+    first, second = (by_language_in(of_a, language, tokens, half) for half in (is_first, ~is_first))
+    assert (first, second) == ([4, 2, 0], [4, 0, 2])
+
+
+def by_language_in(what, language, tokens, half):
+    return (what.asked(language, tokens, None)[0] & half).reshape(8, 3).sum(0).tolist()
 
 
 def test_a_sample_is_as_long_as_asked_for_and_leans_to_no_length():
@@ -463,7 +477,7 @@ def test_a_sample_is_as_long_as_asked_for_and_leans_to_no_length():
     language, tokens = ["other"] * 41, lengths.astype(np.int64)
     for wanted in (60, 130, 400, 900):
         chosen = tokens[conditions.Conditions(keys, {}).asked(language, tokens, wanted)[0]]
-        assert abs(chosen.sum() - wanted) <= max(tokens.mean() / 2, 0.15 * wanted), wanted
+        assert abs(chosen.sum() - wanted) <= max(tokens.mean(), 0.15 * wanted), wanted
         assert abs(chosen.mean() / tokens.mean() - 1) < 0.2, wanted
 
 
@@ -481,7 +495,7 @@ def test_against_the_control_by_hand():
     )  # fmt: skip
     change[1, 2] = change[5:7, 2] = nan
     tokens = np.array([2, 4, 7])
-    found = selectivity.against_control(change, tokens, ["a", "b", "b"], keys, ["b", "a", "c"], 600, seed=0)
+    found = statistics.against_control(change, tokens, ["a", "b", "b"], keys, ["b", "a", "c"], 600, seed=0)
     b, a = found.iter_rows(named=True)
     assert (b["language"], a["language"]) == ("b", "a")
     assert (a["own"], a["control"], a["others"], a["control_others"]) == pytest.approx((0.3, 0.1, 0.0, 0.0))
@@ -500,7 +514,7 @@ def test_the_interval_against_the_control_pairs_the_texts():
         [(0, "a", None), (1, "a", 0)], schema={"condition": pl.Int64, "ablated": pl.String, "control": pl.Int32},
         orient="row",
     )  # fmt: skip
-    found = selectivity.against_control(change, np.ones(30, dtype=np.int64), ["a"] * 30, keys, ["a"], 200, seed=0)
+    found = statistics.against_control(change, np.ones(30, dtype=np.int64), ["a"] * 30, keys, ["a"], 200, seed=0)
     row = found.row(0, named=True)
     assert (row["excess_low"], row["excess_high"]) == pytest.approx((0.1, 0.1)) and row["above"]
     assert np.isnan(row["contrast"]) and not row["selective"]  # there is no other language
@@ -510,7 +524,7 @@ def tokens_of(texts):
     return np.array([max(len(text.ids) - text.special, 0) for text in texts])
 
 
-def test_later_draws_are_made_for_the_languages_that_the_first_do_not_decide(tmp_path):
+def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     texts = [tokens.TokenizedText(f"t{i}", (1, 2, 3), 1) for i in range(60)]
     language = ["en", "fi", "sv"] * 20
     keys = [(name, None, None) for name in ("en", "fi", "sv")]
@@ -519,13 +533,13 @@ def test_later_draws_are_made_for_the_languages_that_the_first_do_not_decide(tmp
     frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
     frame = frame.with_columns(pl.col("condition").cast(pl.Int64))
     what = conditions.Conditions(frame, {"h": [[row] for row in range(len(keys))]})
-    asked = torch.from_numpy(what.asked(language, np.full(60, 10), 50))
+    asked = what.asked(language, np.full(60, 10), 120)
     # en: far above its controls, and far more selective. fi: as its controls. sv: below them, for certain.
     own, others = {"en": 9.0, "fi": 1.0, "sv": 0.5}, {"en": 0.1, "fi": 1.0, "sv": 4.0}
     noise = torch.rand((len(keys), 60), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.2
     steps = []
 
-    def run(some, chosen, pairs, keep):
+    def measure(some, chosen, pairs, keep):
         steps.append((some.keys["ablated"].to_list(), some.keys["control"].to_list(), keep.name))
         ablated = torch.full(pairs.shape, torch.nan, dtype=torch.float64)
         for row, [number] in enumerate(some.units["h"]):
@@ -537,21 +551,34 @@ def test_later_draws_are_made_for_the_languages_that_the_first_do_not_decide(tmp
         zeros = torch.zeros(len(chosen), dtype=torch.float64)
         return ablate.TextNLL(zeros, ablated, torch.full((len(chosen),), 10), int(pairs.sum()), 1, 2)
 
-    nll_of, made = sequential.measure(what, texts, language, asked, run, tmp_path, resamples=200, seed=0)
-    assert [step[2] for step in steps] == ["first", "later"]
-    assert steps[1][:2] == (["fi", "fi"], [2, 3])
-    assert made.keys["control"].drop_nulls().to_list() == [0, 1] * 3 + [2, 3]
+    nll_of, made = run.measure_until_decided(what, texts, language, asked, measure, tmp_path, resamples=200, seed=0)
+    assert [step[2] for step in steps] == ["step-0", "step-1", "step-2"]
+    assert steps[0][:2] == ([*["en", "fi", "sv"], *["en"] * 2, *["fi"] * 2, *["sv"] * 2], [None] * 3 + [0, 1] * 3)
+    assert steps[1][:2] == (["en", "fi", "sv", "fi", "fi"], [None] * 3 + [0, 1])
+    assert steps[2][:2] == (["fi", "fi"], [2, 3])
+    assert made.keys["control"].drop_nulls().to_list() == [0, 1, 0, 1, 2, 3, 0, 1]
     numbers = [row for [row] in made.units["h"]]
-    assert torch.equal(nll_of.ablated.isnan(), ~asked[numbers]) and nll_of.passes == int(asked[numbers].sum())
-    assert nll_of.share == 0.5
-    found = results.control(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
+    is_half = np.array([keys[row][0] != "fi" and keys[row][2] is not None for row in numbers])
+    wanted = asked[numbers] & ~(is_half[:, None] & ~conditions.first_half(language))
+    assert np.array_equal(~nll_of.ablated.isnan().numpy(), wanted) and nll_of.passes == wanted.sum()
+    assert nll_of.share == 0.5 and nll_of.tokens.tolist() == [10] * 60
+    found = statistics.control(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
     assert found.select("above", "draws").rows() == [(True, 2), (False, 4), (False, 2)]
+
+
+def test_few_texts_decide_nothing():
+    keys = pl.DataFrame({"condition": [0, 1, 2], "ablated": ["a"] * 3, "control": [None, 0, 1]})
+    for count in (4, 5):
+        language = ["a"] * count + ["b"] * 5
+        change = np.array([[9.0] * count + [0.0] * 5, [0.1] * (count + 5), [0.2] * (count + 5)])
+        row = statistics.against_control(change, np.ones(count + 5, dtype=np.int64), language, keys, ["a"], 50, seed=0)
+        assert row["decided"].item() == (count == 5) and row["above"].item()
 
 
 def test_a_cell_is_of_the_texts_on_which_its_condition_was_evaluated():
     nan = np.nan
     ablated = np.array([[2.0, 4.0, 1.0], [2.0, nan, 1.0], [nan, nan, 3.0]])
-    found = selectivity.cells(np.ones(3), ablated, np.array([1, 3, 2]), ["en", "en", "fi"], 100, 0)
+    found = statistics.cells(np.ones(3), ablated, np.array([1, 3, 2]), ["en", "en", "fi"], 100, 0)
     assert found.filter(evaluated="en").select("condition", "nll", "tokens", "delta").rows() == [
         (-1, 0.5, 4, 0.0), (0, 1.5, 4, 1.0), (1, 1.5, 1, 1.0)]  # fmt: skip
     assert found.filter(evaluated="fi")["delta"].to_list() == [0.0, 0.0, 0.0, 1.0]
@@ -567,20 +594,20 @@ def test_the_tables_of_a_run(model, saes):
     what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
     nll_of = ablate.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None)))
-    found = results.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
-    assert found.columns == [*results.COLUMNS, "hookpoint", "layer"]
+    found = statistics.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    assert found.columns == [*statistics.COLUMNS, "hookpoint", "layer"]
     assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]
     assert len(found) == 2 + 4 + 2 * 2 + 2 * 4
     assert found.filter(pl.col("control").is_not_null()).select((pl.col("ablated") == pl.col("evaluated")).all()).item()
-    control = results.control(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    control = statistics.control(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
     assert control["language"].to_list() == ["en", "fi"] and control["method"].unique().to_list() == ["feature"]
     mine = found.filter(pl.col("ablated") == pl.col("evaluated"), pl.col("hookpoint").is_null())
     assert control["own"].to_list() == pytest.approx(mine.filter(pl.col("control").is_null())["delta"].to_list())
-    numbers = results.figures(found, control, ["en", "fi"])
+    numbers = statistics.figures(found, control, ["en", "fi"])
     own = found.filter(ablated="fi", evaluated="fi").filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
     assert numbers["dnll_own/fi"] == own["delta"].item()
     known = found.with_columns(low=pl.when(pl.col("ablated") == "fi").then(0.1).otherwise(-0.1))
-    assert results.figures(known, control, ["en", "fi"])["rows_above_zero"] == 1
+    assert statistics.figures(known, control, ["en", "fi"])["rows_above_zero"] == 1
     assert {
         "own_alone/layers.1", "others_alone/layers.2.mlp", "control_high/en", "languages_above_control",
         "languages_selective",
@@ -602,7 +629,7 @@ def test_nll_counts_every_own_token_that_has_something_before_it(model):
 def test_cells_are_sums_over_tokens_with_an_interval_around_them():
     clean, count = np.array([10.0, 20.0, 5.0]), np.array([5, 10, 5])
     ablated = np.array([[11.0, 24.0, 5.0], [10.0, 20.0, 5.0]])
-    cells = selectivity.cells(clean, ablated, count, ["en", "en", "no"], resamples=200, seed=0)
+    cells = statistics.cells(clean, ablated, count, ["en", "en", "no"], resamples=200, seed=0)
     assert cells.columns == ["condition", "evaluated", "nll", "tokens", "delta", "low", "high"]
     row = cells.row(by_predicate=(pl.col("condition") == 0) & (pl.col("evaluated") == "en"), named=True)
     assert row["nll"] == pytest.approx(35 / 15) and row["delta"] == pytest.approx(5 / 15) and row["tokens"] == 15
@@ -610,14 +637,14 @@ def test_cells_are_sums_over_tokens_with_an_interval_around_them():
     still = cells.filter(condition=1)
     assert still.select(pl.all_horizontal((pl.col("delta", "low", "high") == 0).all())).item()
     assert cells.filter(condition=-1)["nll"].to_list() == pytest.approx([2.0, 1.0])
-    assert cells.equals(selectivity.cells(clean, ablated, count, ["en", "en", "no"], resamples=200, seed=0))
+    assert cells.equals(statistics.cells(clean, ablated, count, ["en", "en", "no"], resamples=200, seed=0))
 
 
 def test_bootstrap_interval_has_the_width_of_the_standard_error():
     random = np.random.default_rng(0)
     count = np.full(400, 10)
     change = random.normal(1.0, 2.0, 400)
-    cells = selectivity.cells(np.zeros(400), change[None], count, ["en"] * 400, resamples=4000, seed=1)
+    cells = statistics.cells(np.zeros(400), change[None], count, ["en"] * 400, resamples=4000, seed=1)
     row = cells.filter(condition=0).row(0, named=True)
     error = change.std() / np.sqrt(400) / 10
     assert (row["high"] - row["low"]) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.08)
@@ -627,7 +654,7 @@ def test_selectivity_by_hand():
     delta = {("a", "a"): 0.5, ("a", "b"): 0.1, ("b", "a"): -0.2, ("b", "b"): 0.05, ("c", "a"): 0, ("c", "b"): 0}
     delta |= {("a", "c"): 0.0, ("b", "c"): 0.3, ("c", "c"): 0.0}
     frame = pl.DataFrame([{"ablated": a, "evaluated": e, "delta": float(v)} for (a, e), v in delta.items()])
-    result = selectivity.selectivity(frame, ["a", "b", "c"])
+    result = statistics.selectivity(frame, ["a", "b", "c"])
     assert result["own"] == pytest.approx(0.55 / 3) and result["others"] == pytest.approx(0.2 / 6)
     assert result["others_abs"] == pytest.approx(0.6 / 6)
     assert result["difference"] == pytest.approx(0.15)

@@ -1,8 +1,8 @@
 """The arithmetic of docs/scaling.md: its tables are what the script prints, its formulas what models and files have."""
 
-import sys
 from pathlib import Path
 
+import arithmetic
 import pytest
 import torch
 import transformers
@@ -11,13 +11,10 @@ from closure import ROOT
 from babelscope.activations import store
 from babelscope.models.hookpoints import blocks
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import arithmetic  # noqa: E402
-
 
 def test_the_page_has_the_tables_that_the_script_prints() -> None:
     text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    first, last = "<!-- python benchmarks/arithmetic.py -->\n", "\n<!-- end -->"
+    first, last = "<!-- python tools/arithmetic.py -->\n", "\n<!-- end -->"
     assert text.partition(first)[2].partition(last)[0] == arithmetic.page()
 
 

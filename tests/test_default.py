@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope import config
 from babelscope.corpus import gettext_catalogs
-from babelscope.models import head, hookpoints, loading, partial, probing, tokens
+from babelscope.models import hookpoints, loading, nll, partial, probing, tokens
 
 PARAMS = config.load(ROOT / "params.yaml")
 
@@ -38,8 +38,8 @@ def test_it_predicts_text_in_every_one_of_its_languages(model, texts):
         assert ready.special == 1 and ready.ids[0] == model.config.bos_token_id
         ids = torch.tensor([ready.ids])
         target = torch.ones((1, ids.shape[1] - 1), dtype=torch.bool)
-        nll = head.pass_nll(model, ids, torch.ones_like(ids), target)[0].double()
-        bits[language] += float(nll.sum()) / math.log(2)
+        found = nll.token_nll(model, ids, torch.ones_like(ids), target)[0].double()
+        bits[language] += float(found.sum()) / math.log(2)
         size[language] += len(text.encode())
     per_byte = {language: bits[language] / size[language] for language in bits}
     # Uniform over the vocabulary: some 5 bits per byte of Latin script.
@@ -50,16 +50,16 @@ def test_an_nll_is_within_1e_4_nats_of_float64(model, texts):
     entering = []
     handle = model.lm_head.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
     some = [torch.tensor([ready.ids[:20]]) for _, _, ready in texts[::3]]
-    found = [head.pass_nll(model, ids, torch.ones_like(ids), torch.ones((1, ids.shape[1] - 1)) > 0) for ids in some]
+    found = [nll.token_nll(model, ids, torch.ones_like(ids), torch.ones((1, ids.shape[1] - 1)) > 0) for ids in some]
     handle.remove()
     weight = model.lm_head.weight.double()
-    for ids, x, nll in zip(some, entering, found, strict=True):
+    for ids, x, per_token in zip(some, entering, found, strict=True):
         exact = F.cross_entropy(x[0, :-1].double() @ weight.T, ids[0, 1:], reduction="none")
-        assert (nll[0].double() - exact).abs().max() < 1e-4
+        assert (per_token[0].double() - exact).abs().max() < 1e-4
 
 
 def test_passes_over_parts_of_texts_are_exact_and_a_change_stays_in_its_token(model):
     hookpoints.resolve(model, PARAMS.hookpoints)
-    assert head.head_of(model) is not None
+    assert nll.head_of(model) is not None
     assert partial.suits(model, PARAMS.corpus.max_tokens)
     assert probing.stays_in_place(model, PARAMS.hookpoints[0])

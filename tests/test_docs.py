@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "data/README.md", ROOT / "mlruns/README.md"]
 PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
@@ -19,21 +20,21 @@ def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         if not link.startswith(("http", "#")):
             assert (page.parent / link.partition("#")[0]).exists(), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_modules_and_functions_exist(page: Path) -> None:
     for name in set(re.findall(r"`(babelscope(?:\.\w+)+)`", text_of(page))):
         parent, _, last = name.rpartition(".")
         assert hasattr(importlib.import_module(parent), last) or importlib.import_module(name), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_parameters_exist(page: Path) -> None:
     sections = "|".join(name for name, content in PARAMS.items() if isinstance(content, dict))
     text = re.sub(r"```text.*?```", "", text_of(page), flags=re.DOTALL)  # messages, of keys that there are not
@@ -41,15 +42,29 @@ def test_parameters_exist(page: Path) -> None:
         assert key == "md" or key in PARAMS[section], f"{section}.{key}"  # a page may be called as a section is
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_name_what_there_is(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for target in re.findall(r"(?:`|^)make ([a-z]+)", text_of(page), re.MULTILINE):
         assert target in targets, target
-    for script in re.findall(r"python (benchmarks/\w+\.py|stages/\w+\.py)", text_of(page)):
+    for script in re.findall(r"python ((?:benchmarks|stages|tools)/\w+\.py)", text_of(page)):
         assert (ROOT / script).is_file(), script
     for test in re.findall(r"tests/test_\w+\.py", text_of(page)):
         assert (ROOT / test).is_file(), test
+
+
+def test_the_folders_of_outputs_are_described() -> None:
+    outs = {part for stage in STAGES.values() for out in stage.get("outs", [])
+            for part in ([*out] if isinstance(out, dict) else [out])}  # fmt: skip
+    names = {path.split("/")[1] for path in outs if path.startswith("data/")}
+    table = text_of(ROOT / "data/README.md")
+    assert {name for name in names if f"`{name}/`" not in table and f"`{name}`" not in table} == set()
+
+
+def test_the_architecture_page_has_every_package() -> None:
+    tree = text_of(ROOT / "docs/architecture.md")
+    packages = [path.parent.name for path in (ROOT / "src/babelscope").glob("*/__init__.py")]
+    assert [name for name in packages if f"\n  {name}/ " not in tree] == []
 
 
 def test_the_readme_describes_every_stage() -> None:

@@ -76,6 +76,10 @@ BLOCKS = {"$EDITOR params.yaml": TOY, "dvc exp run --run-all": TOY}
 UNTESTED = {
     "make repro": "sets up an environment from the registries; what it runs there, `dvc repro`, is tested",
     "make test": "what runs this test",
+    "make dev": "the first step of `make test`",
+    "make check": "a step of `make test`",
+    "make format": "the tools of `make check`, which changes files",
+    "make clean": "deletes the outputs of the repository that it is run in",
     "make bench": "an hour, and the peers' environments from the registries",
     "python benchmarks/": "minutes to hours each, on a machine that does nothing else",
     "pytest tests/": "is run by `make test`",
@@ -89,7 +93,7 @@ UNTESTED = {
     "git init": "a command of git's own",
     "dvc gc --all-branches --all-tags --all-experiments": "a command of DVC's own, which throws outputs away",
     "dvc gc --workspace": "what the page says not to run",
-    "python tests/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
+    "python tools/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
     "make audit": "wants the network: it asks PyPI for advisories",
     "git checkout dvc.lock": "a command of git's own",
     "dvc repro train@h": "stands for any hookpoint: test_concurrency.py runs them",
@@ -112,7 +116,7 @@ def commands(page: Path, *, in_run_blocks: bool) -> list[str]:
     return [command for command in found if command]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_run_by_a_test_or_says_why_not(page: Path) -> None:
     for command in commands(page, in_run_blocks=False):
         known = command in TESTED or any(command.startswith(one) for one in UNTESTED)

@@ -17,7 +17,7 @@ from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
 from babelscope.evaluation import identify
 from babelscope.identification import unit_totals
-from babelscope.identification.metrics import accuracy, confusion, figures, mcnemar, per_language
+from babelscope.identification.metrics import accuracy, confusion, f1, figures, mcnemar
 from babelscope.identification.run import write
 from babelscope.sae.autoencoder import SAE
 
@@ -114,12 +114,7 @@ TRUTH, GUESS = pl.Series(["a", "a", "a", "b", "b", "c"]), pl.Series(["a", "a", "
 
 def test_agreement_by_hand() -> None:
     assert accuracy(TRUTH, GUESS) == 3 / 6
-    table = per_language(TRUTH, GUESS, ["a", "b", "c"])
-    assert table.rows() == [
-        ("a", 3, 3, 2, 2 / 3, 2 / 3, 2 / 3),
-        ("b", 2, 2, 1, 1 / 2, 1 / 2, 1 / 2),
-        ("c", 1, 0, 0, 0.0, 0.0, 0.0),
-    ]
+    assert f1(TRUTH, GUESS, ["a", "b", "c"]) == {"a": 2 * 2 / (3 + 3), "b": 2 * 1 / (2 + 2), "c": 0.0}
     assert confusion(TRUTH, GUESS, ["a", "b"]).rows() == [("a", "a", 2), ("a", "b", 1), ("b", "a", 0), ("b", "b", 1)]
     with pytest.raises(UserError, match="6 values against 1"):
         accuracy(TRUTH, GUESS.head(1))
@@ -192,20 +187,19 @@ NUMBER = {
 }
 
 
-def identified(languages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, float]]:
+def identified(languages: list[str], root: Path) -> tuple[Any, dict[str, float]]:
     """What the stage writes of texts in `languages`, whose units are right but for Chinese: all of it is zh-CN."""
-    monkeypatch.chdir(tmp_path)
     texts = [(f"{name}{i}", name, f"{NUMBER[name]} {i}.") for name in languages for i in range(5)]
     frame = pl.DataFrame(texts, schema=["text_id", "language", "text"], orient="row")
     owner = [languages.index(name if name != "zh-TW" else "zh-CN") for name in frame["language"]]
     totals = {"sae-count": F.one_hot(torch.tensor(owner), len(languages)).double()}
     features = pl.DataFrame({"kind": "sae", "language": languages, "unit": range(len(languages))})
-    numbers = write("", frame, totals, features, FastText(), SimpleNamespace(languages=languages), Paths())
-    return pl.read_parquet("data/identify/predictions.parquet"), numbers
+    numbers = write("", frame, totals, features, FastText(), SimpleNamespace(languages=languages), Paths(root))
+    return pl.read_parquet(root / "data/identify/predictions.parquet"), numbers
 
 
-def test_both_are_asked_about_the_same_texts_and_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictions, numbers = identified(["en", "zh-CN", "de", "zh-TW"], tmp_path, monkeypatch)
+def test_both_are_asked_about_the_same_texts_and_languages(tmp_path: Path) -> None:
+    predictions, numbers = identified(["en", "zh-CN", "de", "zh-TW"], tmp_path)
     asked = predictions.group_by("method", "normalize").agg(pl.col("text_id").sort())["text_id"].to_list()
     assert len(asked) == 3 and all(ids == [f"{name}{i}" for name in ("de", "en") for i in range(5)] for ids in asked)
     assert set(predictions["predicted"]) == {"en", "de"}
@@ -216,13 +210,11 @@ def test_both_are_asked_about_the_same_texts_and_languages(tmp_path: Path, monke
     # What the units make of Chinese is said, too, by itself.
     assert numbers["all_languages/accuracy/sae-count/units"] == 15 / 20 and numbers["all_languages/texts"] == 20
     assert not any(key.startswith("all_languages/") and "fasttext" in key for key in numbers)
-    assert set(pl.read_parquet("data/identify/confusion.parquet")["language"]) == {"en", "de"}
+    assert set(pl.read_parquet(tmp_path / "data/identify/confusion.parquet")["language"]) == {"en", "de"}
 
 
-def test_without_two_languages_that_fasttext_knows_the_units_are_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predictions, numbers = identified(["en", "zh-CN", "zh-TW"], tmp_path, monkeypatch)
+def test_without_two_languages_that_fasttext_knows_the_units_are_alone(tmp_path: Path) -> None:
+    predictions, numbers = identified(["en", "zh-CN", "zh-TW"], tmp_path)
     assert set(predictions["method"]) == {"sae-count"} and len(set(predictions["text_id"])) == 15
     assert numbers["accuracy/sae-count/units"] == 10 / 15 and numbers["texts"] == 15
     assert not any("fasttext" in key or "mcnemar" in key or "all_languages" in key for key in numbers)

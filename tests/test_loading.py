@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from babelscope.config import schema
 from babelscope.core.errors import UserError
-from babelscope.models import hookpoints, loading
+from babelscope.models import loading, probing
 
 Weights = dict[str, torch.Tensor]
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
@@ -130,7 +130,7 @@ def test_a_causal_model_is_none_that_reads_ahead(name: str, dtype: torch.dtype) 
     config = MODELS[name] if name in MODELS else transformers.BertConfig(**TINY, is_decoder=True)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
-    assert not hookpoints.reads_ahead(model)
+    assert not probing.reads_ahead(model)
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -65,7 +65,7 @@ def test_filled_up_with_the_last_row_to_one_of_few_sizes():
     expected = {0: 0, 1: 1, 2: 2, 3: 4, 5: 8, 33: 64, 64: 64, 65: 128, 128: 128, 129: 192, 1000: 1024}
     for rows, size in expected.items():
         x = torch.arange(2 * rows).view(rows, 2)
-        found = matmul.fill_up(x)
+        found = matmul.pad_rows(x)
         assert found.shape == (size, 2) and found.dtype == x.dtype
         assert torch.equal(found[:rows], x) and all(torch.equal(row, x[-1]) for row in found[rows:])
-    assert [len(matmul.fill_up(torch.ones(rows), 128)) for rows in (3, 65, 128, 129)] == [4, 128, 128, 256]
+    assert [len(matmul.pad_rows(torch.ones(rows), 128)) for rows in (3, 65, 128, 129)] == [4, 128, 128, 256]

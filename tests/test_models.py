@@ -128,9 +128,9 @@ def test_batches_hold_every_text_once_and_pad_little():
     sizes = [len(b) * max(len(t.ids) for t in b) for b in cut]
     assert max(sizes) <= 512
     assert sum(sizes) < 1.05 * sum(len(t.ids) for t in texts)
-    ids, mask = tokens.pad(cut[0], pad_id=9)
+    ids, mask = tokens.pad(cut[0])
     assert ids.shape == mask.shape
-    assert (ids[mask == 0] == 9).all() and mask.sum() == sum(len(t.ids) for t in cut[0])
+    assert (ids[mask == 0] == 0).all() and mask.sum() == sum(len(t.ids) for t in cut[0])
 
 
 def test_texts_are_cut_and_no_text_gives_no_tokens():

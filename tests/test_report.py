@@ -253,7 +253,7 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
     assert frame.filter(language="es", other="es")["value"].item() is None
     assert frame.filter(language="fi", other="tr")["expected"].item() == "same script"
     assert frame.filter(language="he", other="ta")["expected"].item() == "neither"
-    assert similarity.table(frame, example.LANGUAGES).rows[0][:3] == ["pt-BR", "es", "0.667"]
+    assert similarity.table(frame, inputs()).rows[0][:3] == ["pt-BR", "es", "0.667"]
     assert similarity.likeness(frame)["neither"] == pytest.approx(0.05)
     unknown = inputs(params=example.params() | {"languages": ["xx", "en", "de"]})
     assert similarity.similarity(unknown).filter(language="en", other="de")["expected"].item() == "same branch"
@@ -306,10 +306,13 @@ def test_headline_figures(html: str) -> None:
     assert title is not None and title.group(1).startswith("908 language-specific features: removing")
     figures = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
     assert figures["languages, 14 with features"] == "15"
-    assert figures["hookpoints (layers read)"] == "7"
-    assert figures["mean FVU (variance left unexplained)"] == "0.275"
-    assert figures["own ΔNLL, nats/token"] == significant(example.metrics()["ablate"]["own"], sign=True)
-    assert figures["rows whose maximum is the diagonal; columns: 13 of 15"] == "14 of 15"
+    assert figures["hookpoints, with one SAE each"] == "7"
+    assert figures["mean FVU (fraction of variance unexplained)"] == "0.275"
+    assert figures["ΔNLL of the language itself, nats/token"] == significant(
+        example.metrics()["ablate"]["own"], sign=True
+    )
+    [(label, rows)] = [item for item in figures.items() if item[0].startswith("languages whose features affect no")]
+    assert label.endswith("affect more: 13 of 15") and rows == "14 of 15"
 
 
 def test_same_inputs_same_page(html: str) -> None:
@@ -349,6 +352,11 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert all(spec["description"] for spec in specs.values())
 
 
+def test_every_module_of_a_section_is_on_the_page() -> None:
+    files = {path.stem for path in (ROOT / "src/babelscope/report/sections").glob("*.py")}
+    assert files - {"__init__"} == set(page.NAMES) and len(set(page.NAMES)) == len(page.NAMES)
+
+
 def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     sections = [module.section(inputs()) for module in page.SECTIONS]
     blocks = [block for section in sections if section for block in section.blocks]
@@ -361,15 +369,15 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
 
 def test_languages_that_are_not_identified_are_named() -> None:
     whole = inputs()
-    assert "Left out for both" not in page.build(whole)
+    assert "Both leave out" not in page.build(whole)
     assert whole.confusion is not None
     confusion = whole.confusion.filter(~pl.col("language").is_in(["ja", "fi"]))
     metrics = whole.metrics["identify"] | {"all_languages/accuracy/sae-count/units": 0.9, "all_languages/texts": 500}
     some = dataclasses.replace(whole, confusion=confusion, metrics=whole.metrics | {"identify": metrics})
-    assert "Left out for both: ja, fi, which fastText does not know" in page.build(some)
+    assert "<p>Both leave out texts in ja, fi: fastText" in page.build(some)
     rows = identification.methods_table(some).rows
     assert [row[:3] for row in rows if "among all languages" in row[0]] == [
-        ["sae-count, by units owned, among all languages", "500", "90.0\u202f%"]
+        ["sae-count, relative to the number of features, among all languages", "500", "90.0\u202f%"]
     ]
 
 
@@ -419,7 +427,7 @@ def test_missing_metrics_are_dashes() -> None:
         inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None)
     )
     assert set(specs_of(html)) == {"features", "ablation", "own"}
-    assert 'id="layers"' not in html and "<dt>own ΔNLL, nats/token</dt><dd>–</dd>" in html
+    assert 'id="layers"' not in html and "<dt>ΔNLL of the language itself, nats/token</dt><dd>–</dd>" in html
 
 
 def test_figures_that_are_no_numbers_do_not_break_the_page() -> None:
@@ -438,12 +446,13 @@ def test_the_control_is_drawn_only_where_there_is_one(html: str) -> None:
 
 
 def test_the_page_says_how_many_languages_are_above_the_control(html: str) -> None:
-    assert "Against such random latents" not in html
+    assert "own features cost it more than random latents in" not in html
     metrics = example.metrics()
     metrics["ablate"] |= {"languages_above_control": 6, "languages_selective": 0}
     text = " ".join(page.build(inputs(metrics=metrics)).split())
     count = len(inputs().languages)
-    assert f"cost it more in 6 of {count} languages" in text and f"larger than theirs in 0 of {count} (" in text
+    assert f"cost it more than random latents in 6 of {count} languages" in text
+    assert f"more selective than that of random latents in 0 of {count}." in text
 
 
 def test_shared_features_are_called_shared() -> None:

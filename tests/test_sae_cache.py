@@ -85,7 +85,7 @@ def test_interventions_from_the_cache_are_those_of_the_saes(folder):
     for name in NAMES:
         whole = checkpoint.load(folder, name)
         mine, wanted = FeatureAblation(cache[name], units), FeatureAblation(whole, units)
-        assert torch.equal(mine.touches(x), wanted.touches(x))
+        assert torch.equal(mine.affected_tokens(x), wanted.affected_tokens(x))
         assert torch.equal(mine.change(x, condition), wanted.change(x, condition))
         table = torch.zeros(3, LATENTS)
         for row, some in enumerate(units):

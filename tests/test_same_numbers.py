@@ -2,15 +2,13 @@
 
 import logging
 import re
-import runpy
 from typing import Any
 
 import polars as pl
 import pytest
 import report_example as example
-from closure import ROOT
 
-from babelscope.ablation import results
+from babelscope.ablation import run, statistics
 from babelscope.features import run_score
 from babelscope.report import page
 from babelscope.report.parts import ReportInputs
@@ -37,7 +35,6 @@ def agree(shown: list[str], exact: float) -> None:
 def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Features, and metrics: those of `score` and `ablate` are made by the stages, which also print their tables."""
     caplog.set_level(logging.INFO)
-    ablate = runpy.run_path(str(ROOT / "stages/ablate.py"), run_name="ablate")
     features = example.features()
     # Two languages share one feature: a sum over languages is not the count of features.
     shared = features.filter(language="en").head(1).with_columns(language=pl.lit("de"))
@@ -49,9 +46,9 @@ def computed(caplog: pytest.LogCaptureFixture) -> tuple[pl.DataFrame, dict[str, 
     # The diagonal is the largest of its row, but its interval holds 0.
     low = pl.when((pl.col("ablated") == "ru") & (pl.col("evaluated") == "ru")).then(-0.01).otherwise(pl.col("low"))
     nll, control = nll.with_columns(low=low), pl.DataFrame()
-    numbers = results.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
+    numbers = statistics.figures(nll, control, LANGUAGES) | {"share_computed": 0.25}
     found["ablate"] = numbers | {"primary_method": "feature"}
-    ablate["report"](nll, control, numbers, LANGUAGES)
+    run.report(nll, control, numbers, LANGUAGES)
     return features, example.metrics() | found
 
 
@@ -76,19 +73,23 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
     assert score["features"] == count < len(features)
     agree([headline[0], told[0], figures["language-specific features"], rows["all"][0]], count)
     effective = score["effective_languages"]
-    shown = figures["effective languages of a feature: e to the mean entropy of its firing rates"]
+    shown = next(text for key, text in figures.items() if key.startswith("effective number of languages"))
     agree([told[3], shown, rows["all"][1], str(logged["effective_languages"])], effective)
     own, others = ablate["own"], ablate["others_abs"]
-    agree([headline[1], told[4], figures["own ΔNLL, nats/token"], in_line[0], str(logged["own"])], own)
-    signed = next(key for key in figures if key.startswith("others’ ΔNLL, nats/token: mean size (mean: "))
+    agree(
+        [headline[1], told[4], figures["ΔNLL of the language itself, nats/token"], in_line[0], str(logged["own"])], own
+    )
+    signed = next(key for key in figures if key.startswith("mean size of the ΔNLL of other languages"))
     agree([headline[2], told[5], figures[signed], in_line[1], str(logged["others_abs"])], others)
-    agree([signed.rpartition(" ")[2].rstrip(")"), in_line[2], str(logged["others"])], ablate["others"])
+    agree([signed.rpartition(" ")[2], in_line[2], str(logged["others"])], ablate["others"])
     assert others > abs(ablate["others"])  # the example tells them apart
     agree([figures["languages, 14 with features"], told[1]], len(LANGUAGES))
-    agree([figures["hookpoints (layers read)"], told[2]], len(example.HOOKPOINTS))
-    above = figures["rows whose own 95&nbsp;% interval lies above 0"]
+    agree([figures["hookpoints, with one SAE each"], told[2]], len(example.HOOKPOINTS))
+    above = figures["languages whose own ΔNLL has a 95\u00a0% interval above 0"]
     [largest, columns] = [
-        [figures[key], key.rpartition(": ")[2]] for key in figures if key.startswith("rows whose maximum")
+        [figures[key], key.rpartition(": ")[2]]
+        for key in figures
+        if key.startswith("languages whose features affect no")
     ][0]
     for text, key, at in ((largest, "rows", 3), (above, "rows_above_zero", 7), (columns, "columns", 8)):
         agree([text.removesuffix(" of 15"), in_line[at], str(logged[key])], ablate[key])

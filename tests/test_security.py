@@ -243,7 +243,7 @@ def test_a_models_own_code_runs_with_the_flag_alone(tiny: Path, tmp_path: Path, 
     with_code(folder)
     loads = (loading.load_tokenizer, loading.load_skeleton, lambda section: loading.load_model(section, "float32"))
     for load in loads:
-        with pytest.raises(UserError, match=r"own, which is run only where model\.trust_remote_code is true"):
+        with pytest.raises(UserError, match=r"own, which runs only if model\.trust_remote_code is true"):
             load(model_at(folder))
         assert not planted.exists()
     assert type(loads[2](model_at(folder, trust=True))).__name__ == "M" and planted.exists()

@@ -8,6 +8,7 @@ from test_browse_stage import Tokenizer, browse, folder  # noqa: F401
 from test_neurons_stages import model, stage  # noqa: F401
 
 from babelscope.core import fingerprint as fingerprints
+from babelscope.corpus import lid
 from babelscope.models import loading
 from babelscope.steering import generation
 
@@ -37,7 +38,7 @@ def test_the_stage_feeds_special_tokens_and_its_batches_change_nothing(folder, m
     original = fingerprints.fingerprint
     monkeypatch.setattr(fingerprints, "fingerprint", fingerprint)
     monkeypatch.setattr(loading, "load_tokenizer", lambda section: Decoding())
-    monkeypatch.setattr("babelscope.corpus.lid.FastText", Lid)
+    monkeypatch.setattr(lid, "FastText", Lid)
     fed = []
     generate = generation.generate
     monkeypatch.setattr(

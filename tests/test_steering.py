@@ -1,7 +1,5 @@
 """Steering on a tiny model, and what is made of the generated texts."""
 
-import runpy
-
 import polars as pl
 import pytest
 import torch
@@ -10,8 +8,9 @@ from closure import ROOT
 from test_neurons_stages import tokenizer
 
 from babelscope import config
+from babelscope.core.paths import Paths
 from babelscope.sae.autoencoder import SAE
-from babelscope.steering import generation
+from babelscope.steering import generation, run, success
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +91,12 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(model):
 
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(20_000, 4)
-    drawn = generation._sampler(0.5, 0, range(20_000))(torch.empty(0), logits).argmax(1)
+    drawn = generation._pick(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), 0.5)
     wanted = (logits[0] / 0.5).softmax(0)
     torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20_000, wanted, atol=0.01, rtol=0)
 
 
-def test_special_tokens_are_in_the_prompt_and_are_not_pushed(model, tmp_path, monkeypatch):
+def test_special_tokens_are_in_the_prompt_and_stay_as_they_are(model, tmp_path, monkeypatch):
     rows = [("a", "en", "eval", "5 6 7 8"), ("b", "en", "eval", "5 6 7 9"), ("c", "en", "eval", "5"),
             ("d", "en", "eval", "8 9 5"), ("e", "de", "eval", "4 4 4"), ("f", "en", "train", "3 3 3")]  # fmt: skip
     (tmp_path / "data/corpus").mkdir(parents=True)
@@ -109,15 +108,14 @@ def test_special_tokens_are_in_the_prompt_and_are_not_pushed(model, tmp_path, mo
     params = params.model_copy(
         update={"steer": params.steer.model_copy(update={"prompts": 2, "prompt_tokens": 3, "prompt_language": "en"})}
     )
-    first_tokens = runpy.run_path(str(ROOT / "stages/steer.py"))["first_tokens"]
-    assert first_tokens(tokenizer, params) == [[1, 5, 6, 7], [1, 8, 9, 5]]
+    assert run.first_tokens(tokenizer, params, Paths()) == [[1, 5, 6, 7], [1, 8, 9, 5]]
 
     x = torch.zeros(1, 4, 2)
     added = torch.ones(1, 2)
-    assert generation.push(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
-    assert generation.push(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
+    assert generation.add(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
+    assert generation.add(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
     seen = []
-    monkeypatch.setattr(generation, "push", lambda vectors, spared: seen.append(spared) or (lambda y: y))
+    monkeypatch.setattr(generation, "add", lambda vectors, special: seen.append(special) or (lambda y: y))
     for special in (0, 1, 2):
         added = {"layers.1.mlp": torch.ones(3, 16)}
         generation.generate(model, PROMPTS, added, new_tokens=2, temperature=0.0, seed=0, special=special)
@@ -145,9 +143,9 @@ def test_judgement_and_figures_by_hand():
     frame = pl.DataFrame(
         rows, schema=names | {"predicted": pl.String, "nll": pl.Float64, "distinct_2": pl.Float64}, orient="row"
     )
-    judged = generation.judge(frame, {"fi": "fi"}, 0.5, 6.0)
+    judged = success.judge(frame, {"fi": "fi"}, 0.5, 6.0)
     assert judged["success"].to_list() == [None, None, False, False, True, False, False, False, None]
-    numbers = generation.figures(judged, {"fi": "fi"}, 0.5, 6.0)
+    numbers = success.figures(judged, {"fi": "fi"}, 0.5, 6.0)
     assert numbers["strength/fi"] == 2.0 and numbers["success/fi"] == 0.5 and numbers["called/fi"] == 1.0
     assert numbers["nll/fi"] == 7.0 and numbers["success_unsteered/fi"] == 0.5 and numbers["success_control/fi"] == 0
     assert numbers["success_at/1"] == 0.0 and numbers["success_at/2"] == 0.5 and "success/xx" not in numbers

@@ -188,3 +188,15 @@ def test_what_is_in_mlflow_is_remembered_until_anything_is_written_to_it(repo, c
     assert len(opened.search(babelscope__kind="training")) == len(opened.search(babelscope__kind="summary")) == 1
     (repo / "mlflow.db").unlink()
     assert store.stamp("x") == ""
+
+
+def test_tables_that_are_not_as_expected_are_left_alone(repo, caplog):
+    database = repo / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        connection.execute("CREATE TABLE runs (another TEXT)")
+        connection.execute("INSERT INTO experiments VALUES ('/old/mlruns/x')")
+    store._follow(database, "/old/mlruns/x", "x")
+    assert "no column runs.artifact_uri" in caplog.text
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT * FROM experiments").fetchall() == [("/old/mlruns/x",)]

@@ -1,10 +1,10 @@
 """Take units out of the forward pass and measure the NLL of every text, under many conditions at once.
 
-Only what can change is computed. One clean pass over a batch of texts shows which tokens each condition changes, and
-where first. Where it changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint
-at which a token changes, over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in
-the clean pass. The last token of a text predicts nothing and is left out. A model whose attention does not allow for
-this runs whole texts, from the first hookpoint at which a token changes; one that cannot start there, all blocks.
+Only what can change is computed. One clean pass over a batch of texts shows which tokens each condition changes. If it
+changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint at which a token changes,
+over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in the clean pass. The last
+token of a text predicts nothing and is left out. A model whose attention does not allow this runs whole texts, from the
+first hookpoint at which a token changes, or, if it cannot start there, from the first block.
 """
 
 import functools
@@ -23,8 +23,7 @@ from babelscope.core.files import write_atomically
 from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial, probing
-from babelscope.models.head import head_of, stream_nll
-from babelscope.models.nll import targets, text_nll
+from babelscope.models.nll import head_of, stream_nll, targets, text_nll
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
 
@@ -39,8 +38,8 @@ class TextNLL:
         not asked for.
     tokens: target tokens, int64 `[texts]`.
     passes: how many (condition, text) pairs had to be computed.
-    computed, whole: how many (condition, text, token, block) were computed, and how many whole passes would have run;
-        clean passes, and what passes are filled up with, aside.
+    computed, whole: how many (condition, text, token, block) were computed, and how many whole passes would have run,
+        without clean passes and padding.
     """
 
     clean: Tensor
@@ -52,15 +51,16 @@ class TextNLL:
 
     @property
     def share(self) -> float:
-        """What was computed of what whole passes would have run."""
+        """The share of whole passes that was computed."""
         return self.computed / max(self.whole, 1)
 
-    def followed_by(self, later: "TextNLL", texts: Tensor) -> "TextNLL":
-        """With further conditions, measured on `texts` (int64, the numbers of those of `later` among these)."""
-        more = torch.full((len(later.ablated), len(self.clean)), torch.nan, dtype=self.ablated.dtype)
-        more[:, texts] = later.ablated
-        sums = (getattr(self, key) + getattr(later, key) for key in ("passes", "computed", "whole"))
-        return TextNLL(self.clean, torch.cat([self.ablated, more]), self.tokens, *sums)
+    def add(self, part: "TextNLL", rows: Tensor, columns: Tensor) -> None:
+        """Take over what was measured under the conditions `rows` on the texts `columns` (int64)."""
+        self.clean[columns], self.tokens[columns] = part.clean, part.tokens
+        at = rows.unsqueeze(1), columns
+        self.ablated[at] = part.ablated.where(~part.ablated.isnan(), self.ablated[at])
+        for key in ("passes", "computed", "whole"):
+            setattr(self, key, getattr(self, key) + getattr(part, key))
 
 
 def ablate(
@@ -81,11 +81,11 @@ def ablate(
     interventions: by hookpoint, at least one, all with the same conditions.
     texts: in `by_length` order.
     batch_tokens: tokens in one forward pass.
-    asked: bool `[conditions, texts]`, the pairs that are wanted; null: all.
+    asked: bool `[conditions, texts]`, the pairs that are wanted; None: all.
     keep: folder for the result of every batch, from which an interrupted run goes on; the caller deletes it.
-    advance: told the number of target tokens done after every batch.
+    advance: called with the number of target tokens after every batch.
     """
-    conditions = len(next(iter(interventions.values())).acts)
+    conditions = len(next(iter(interventions.values())).active)
     wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
     runner = _runner(model, interventions, max((len(text.ids) for text in texts), default=0))
     head_of(model)  # tried now, when no hook is open
@@ -125,7 +125,7 @@ def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
     """The result of one batch of texts, on the CPU, as `TextNLL` has it."""
     wanted = wanted.to(run.ids.device)
     ablated = run.clean.expand(len(wanted), -1).clone()
-    condition, text = (wanted & run.touched()).nonzero(as_tuple=True)
+    condition, text = (wanted & run.affected()).nonzero(as_tuple=True)
     for some in run.split(condition, text):
         ablated[condition[some], text[some]] = run.ablated(condition[some], text[some])
     blocks = len(hooks.blocks(run.model))
@@ -157,40 +157,38 @@ class _Run:
         self.ids, self.mask = (t.to(device) for t in pad(batch))
         self.special = torch.tensor([text.special for text in batch], device=device)
         self.position = torch.arange(self.ids.shape[1], device=device)
-        self.own = self.mask.bool() & (self.position >= self.special.unsqueeze(1))
+        self.content_mask = self.mask.bool() & (self.position >= self.special.unsqueeze(1))
         self.layers = sorted({hooks.layer_of(name) for name in interventions})
-        conditions = len(next(iter(interventions.values())).acts)
+        conditions = len(next(iter(interventions.values())).active)
         self.hits = {
             layer: torch.zeros((conditions, *self.ids.shape), dtype=torch.bool, device=device) for layer in self.layers
         }
         self.computed = 0
 
-    def touched(self) -> Tensor:
-        """Bool `[conditions, texts]`: the pairs of which some token changes."""
+    def affected(self) -> Tensor:
+        """Bool `[conditions, texts]`: the pairs in which some token changes."""
         return torch.stack([hit.any(-1) for hit in self.hits.values()]).any(0)
 
-    def look(self, place: Tensor) -> dict[str, hooks.Edit]:
+    def record_hits(self, index: Tensor) -> dict[str, hooks.Edit]:
         """Edits for a clean pass, which change nothing and fill `hits`.
 
-        Parameters
-        ----------
-        place: int64 `[tokens]`, which tokens of the batch (text * longest + position) the pass computes, in its order.
+        `index`: int64 `[tokens]`, the tokens of the batch (text * longest + position) in the order of the pass.
         """
-        at = self.own.flatten()[place].nonzero().squeeze(1)
+        at = self.content_mask.flatten()[index].nonzero().squeeze(1)
 
         def edit(x: Tensor, name: str) -> Tensor:
             hit = self.hits[hooks.layer_of(name)].flatten(1)
-            hit[:, place[at]] |= self.interventions[name].touches(x.flatten(0, 1)[at])
+            hit[:, index[at]] |= self.interventions[name].affected_tokens(x.flatten(0, 1)[at])
             return x
 
         return {name: functools.partial(edit, name=name) for name in self.interventions}
 
-    def edits(self, layers: range, condition: Tensor, own: Tensor) -> dict[str, hooks.Edit]:
-        """The edits in `layers` for a pass over tokens of which the conditions (int64) are `condition`."""
+    def edits(self, layers: range, condition: Tensor, is_content: Tensor) -> dict[str, hooks.Edit]:
+        """The edits in `layers` for a pass over tokens under the conditions `condition` (int64 `[tokens]`)."""
 
         def edit(x: Tensor, name: str) -> Tensor:
             intervention = self.interventions[name]
-            at = (own & intervention.acts[condition]).nonzero().squeeze(1)
+            at = (is_content & intervention.active[condition]).nonzero().squeeze(1)
             if not len(at):
                 return x
             flat = x.flatten(0, 1).clone()
@@ -201,12 +199,12 @@ class _Run:
         return {name: functools.partial(edit, name=name) for name in names}
 
     def first_hits(self, condition: Tensor, text: Tensor) -> Tensor:
-        """Position of the first token that changes, int64 `[layers, pairs]`; `longest` where none does."""
+        """Position of the first token that changes, int64 `[layers, pairs]`; `longest` if none does."""
         return torch.stack([_first(hit[condition, text]) for hit in self.hits.values()])
 
 
 def _first(hit: Tensor) -> Tensor:
-    """Index of the first true value of each row of `hit` `[rows, n]`; n where there is none."""
+    """Index of the first true value of each row of `hit` `[rows, n]`; n if there is none."""
     return torch.where(hit.any(1), hit.int().argmax(1), hit.shape[1])
 
 
@@ -218,28 +216,20 @@ class _Partial(_Run):
     in_place: by block that holds hookpoints, whether a change at them is seen by other tokens only in the blocks above.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        interventions: Mapping[str, Intervention],
-        batch: Sequence[TokenizedText],
-        batch_tokens: int,
-        *,
-        in_place: Mapping[int, bool],
-    ) -> None:
-        super().__init__(model, interventions, batch, batch_tokens)
+    def __init__(self, model: Any, *batch: Any, in_place: Mapping[int, bool]) -> None:
+        super().__init__(model, *batch)
         self.blocks, self.in_place = len(hooks.blocks(model)), in_place
-        self.here = torch.zeros_like(self.own)
-        self.here[:, :-1] = self.mask[:, 1:].bool()
-        self.target = torch.zeros_like(self.own)
+        self.predicts = torch.zeros_like(self.content_mask)
+        self.predicts[:, :-1] = self.mask[:, 1:].bool()
+        self.target = torch.zeros_like(self.content_mask)
         self.target[:, :-1] = targets(self.mask, self.special)
         self.token = torch.zeros(self.ids.shape, device=self.ids.device)
-        if self.here.any():
+        if self.predicts.any():
             kept = sorted({layer + more for layer in self.layers for more in (0, 1)})
-            looks = self.look(self.here.flatten().nonzero().squeeze(1))
-            self.memory, last = partial.clean_pass(model, self.ids, self.here, kept, looks)
+            recording = self.record_hits(self.predicts.flatten().nonzero().squeeze(1))
+            self.memory, last = partial.clean_pass(model, self.ids, self.predicts, kept, recording)
             wanted = self.ids.roll(-1, 1)[self.target]
-            self.token[self.target] = stream_nll(model, last[self.target[self.here]], wanted)
+            self.token[self.target] = stream_nll(model, last[self.target[self.predicts]], wanted)
         self.clean = self.token.double().sum(1)
 
     def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
@@ -248,31 +238,31 @@ class _Partial(_Run):
         longest = self.ids.shape[1]
         start, least = _first((first < longest).T), first.amin(0)
         order = torch.argsort(start * longest + least, stable=True)
-        size = (self.here.sum(1)[text] - least)[order]
+        size = (self.predicts.sum(1)[text] - least)[order]
         number = (size.cumsum(0) - size).div(self.batch_tokens, rounding_mode="floor")
         return list(torch.split(order, [n for n in torch.bincount(number).tolist() if n])) if len(order) else []
 
     def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
         """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""
-        here = self.here[text]
-        state = _State(torch.zeros_like(here), torch.zeros(0, device=here.device))
-        since = torch.full((len(text),), here.shape[1], device=here.device)
+        predicts = self.predicts[text]
+        longest = predicts.shape[1]
+        state = _State(torch.zeros_like(predicts), torch.zeros(0, device=predicts.device))
+        since = torch.full((len(text),), longest, device=predicts.device)
         for layer, then in zip(self.layers, [*self.layers[1:], self.blocks], strict=True):
             hit = self.hits[layer][condition, text]
             before, since = since, torch.minimum(since, _first(hit))
-            behind = here & (self.position >= since.unsqueeze(1))
-            # In this block a change is seen by no other token; from the next one on, by all behind it.
-            now = hit | (here & (self.position >= before.unsqueeze(1))) if self.in_place[layer] else behind
-            if then == layer + 1 or not torch.equal(now, behind):
+            later = predicts & (self.position >= since.unsqueeze(1))
+            # In this block no other token sees a change; from the next one on, all later tokens do.
+            now = hit | (predicts & (self.position >= before.unsqueeze(1))) if self.in_place[layer] else later
+            if then == layer + 1 or not torch.equal(now, later):
                 state = self._run(state, range(layer, layer + 1), now, condition, text)
                 layer += 1
             if layer < then:
-                state = self._run(state, range(layer, then), behind, condition, text)
+                state = self._run(state, range(layer, then), later, condition, text)
         nll = self.token[text]
         wanted = state.tokens & self.target[text]
-        nll[wanted] = stream_nll(
-            self.model, state.hidden[wanted[state.tokens]], self.ids.roll(-1, 1)[text][wanted]
-        )  # fmt: skip
+        next_ids = self.ids.roll(-1, 1)[text][wanted]
+        nll[wanted] = stream_nll(self.model, state.hidden[wanted[state.tokens]], next_ids)
         return nll.double().sum(1)
 
     def _run(self, state: "_State", layers: range, tokens: Tensor, condition: Tensor, text: Tensor) -> "_State":
@@ -283,7 +273,7 @@ class _Partial(_Run):
         hidden = self.memory.hidden[layers[0]][text[row], position]
         if len(state.hidden):
             hidden[state.tokens[tokens]] = state.hidden
-        edits = self.edits(layers, condition[row], self.own[text[row], position])
+        edits = self.edits(layers, condition[row], self.content_mask[text[row], position])
         packed = partial.Tokens(row, position, text)
         self.computed += len(row) * len(layers)
         return _State(tokens, partial.partial_pass(self.model, self.memory, packed, hidden, layers, edits))
@@ -300,18 +290,10 @@ class _State:
 class _Whole(_Run):
     """Passes over whole texts, from the first hookpoint at which a token changes if the model `can_restart` there."""
 
-    def __init__(
-        self,
-        model: Any,
-        interventions: Mapping[str, Intervention],
-        batch: Sequence[TokenizedText],
-        batch_tokens: int,
-        *,
-        can_restart: bool,
-    ) -> None:
-        super().__init__(model, interventions, batch, batch_tokens)
-        looks = self.look(torch.arange(self.ids.numel(), device=self.ids.device))
-        with hooks.block_inputs(model, self.layers if can_restart else []) as hidden, hooks.editing(model, looks):
+    def __init__(self, model: Any, *batch: Any, can_restart: bool) -> None:
+        super().__init__(model, *batch)
+        recording = self.record_hits(torch.arange(self.ids.numel(), device=self.ids.device))
+        with hooks.block_inputs(model, self.layers if can_restart else []) as hidden, hooks.editing(model, recording):
             self.clean = text_nll(model, self.ids, self.mask, self.special)
         self.hidden = dict(hidden)
 
@@ -327,8 +309,8 @@ class _Whole(_Run):
         first = self.layers[int(_first((self.first_hits(condition, text) < self.ids.shape[1]).T)[0])]
         hidden = self.hidden[first][text] if first in self.hidden else None
         layers = range(0 if hidden is None else first, len(hooks.blocks(self.model)))
-        own = self.own[text]
-        edits = self.edits(layers, condition.unsqueeze(1).expand_as(own).flatten(), own.flatten())
+        is_content = self.content_mask[text]
+        edits = self.edits(layers, condition.unsqueeze(1).expand_as(is_content).flatten(), is_content.flatten())
         self.computed += int(self.mask[text].sum()) * len(layers)
         with hooks.starting_at(self.model, first, hidden), hooks.editing(self.model, edits):
             return text_nll(self.model, self.ids[text], self.mask[text], self.special[text])

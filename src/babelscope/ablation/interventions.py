@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.core.errors import UserError
-from babelscope.models.matmul import fill_up
+from babelscope.models.matmul import pad_rows
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
 
@@ -24,12 +23,12 @@ class Intervention(Protocol):
 
     Attributes
     ----------
-    acts: bool `[conditions]`, whether a condition has units here at all.
+    active: bool `[conditions]`, whether a condition has units here at all.
     """
 
-    acts: Tensor
+    active: Tensor
 
-    def touches(self, x: Tensor) -> Tensor:
+    def affected_tokens(self, x: Tensor) -> Tensor:
         """Which rows of `x` `[tokens, d]` each condition would change: bool `[conditions, tokens]`."""
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ class FeatureAblation:
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         device = sae.b_dec.device
         self.sae = sae
-        self.acts = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
+        self.active = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
         # Pairs of a latent and a condition that takes it out, ascending: a table of all pairs would be conditions x
         # latents, gigabytes where every feature of a large dictionary is a condition of its own.
         pairs = sorted({(unit, number) for number, some in enumerate(units) for unit in some})
@@ -63,14 +62,14 @@ class FeatureAblation:
         # The pairs of latent i are those from start[i] to start[i + 1].
         self.start = F.pad(torch.bincount(latent, minlength=sae.latents).cumsum(0), (1, 0))
 
-    def touches(self, x: Tensor) -> Tensor:
+    def affected_tokens(self, x: Tensor) -> Tensor:
         """Where one of a condition's units fires."""
         values, indices = self._encode(x)
-        hit = torch.zeros((len(self.acts), len(x)), dtype=torch.bool, device=x.device)
+        hit = torch.zeros((len(self.active), len(x)), dtype=torch.bool, device=x.device)
         token, column = (values > 0).nonzero(as_tuple=True)
         first = self.start[indices[token, column]]
         count = self.start[indices[token, column] + 1] - first
-        # Each firing once for every condition that takes its latent out.
+        # Each firing once for every condition that takes out its latent.
         offset = torch.arange(int(count.sum()), device=x.device) - (count.cumsum(0) - count).repeat_interleave(count)
         hit[self.condition[first.repeat_interleave(count) + offset], token.repeat_interleave(count)] = True
         return hit
@@ -80,9 +79,9 @@ class FeatureAblation:
         values, indices = self._encode(x)
         if not len(self.pair):
             return x
-        wanted = indices * len(self.acts) + condition.unsqueeze(1)
-        place = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
-        gone = torch.where(self.pair[place] == wanted, values, 0.0)
+        wanted = indices * len(self.active) + condition.unsqueeze(1)
+        index = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
+        gone = torch.where(self.pair[index] == wanted, values, 0.0)
         hit = (gone > 0).any(1)
         part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
         changed = x.clone()
@@ -90,7 +89,7 @@ class FeatureAblation:
         return changed
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = self.sae.encode(fill_up(x))
+        values, indices = self.sae.encode(pad_rows(x))
         return values[: len(x)], indices[: len(x)]
 
 
@@ -103,21 +102,21 @@ class Directional:
 
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         decoder = sae.W_dec
-        self.acts = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
+        self.active = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
         self.bases = [basis(decoder[list(some)]) for some in units]
 
-    def touches(self, x: Tensor) -> Tensor:
+    def affected_tokens(self, x: Tensor) -> Tensor:
         """Everywhere."""
-        return self.acts.unsqueeze(1).expand(-1, len(x))
+        return self.active.unsqueeze(1).expand(-1, len(x))
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
         """Project the span out."""
         changed = x.clone()
         for number in sorted(set(condition.tolist())):
-            if self.acts[number]:
-                mine, q = condition == number, self.bases[number]
-                part = x[mine].float()
-                changed[mine] = (part - part @ q @ q.T).to(x.dtype)
+            if self.active[number]:
+                rows, q = condition == number, self.bases[number]
+                part = x[rows].float()
+                changed[rows] = (part - part @ q @ q.T).to(x.dtype)
         return changed
 
 
@@ -150,14 +149,14 @@ class Additive:
         device = sae.b_dec.device
         # Of the decoder, only the rows that are needed: a dictionary may be as large as the model.
         rows = sorted({unit for some in units for unit in some})
-        number = {unit: place for place, unit in enumerate(rows)}
+        number = {unit: row for row, unit in enumerate(rows)}
         chosen = members([[number[unit] for unit in some] for some in units], len(rows), device)
-        self.acts = chosen.any(1)
+        self.active = chosen.any(1)
         self.shift = m * (chosen * largest[rows].to(device)) @ sae.W_dec.detach()[rows]
 
-    def touches(self, x: Tensor) -> Tensor:
+    def affected_tokens(self, x: Tensor) -> Tensor:
         """Everywhere."""
-        return self.acts.unsqueeze(1).expand(-1, len(x))
+        return self.active.unsqueeze(1).expand(-1, len(x))
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
         """Add the condition's vector."""
@@ -169,9 +168,9 @@ class NeuronAblation:
 
     def __init__(self, width: int, units: Units, device: torch.device | str = "cpu") -> None:
         self.removed = members(units, width, device)
-        self.acts = self.removed.any(1)
+        self.active = self.removed.any(1)
 
-    def touches(self, x: Tensor) -> Tensor:
+    def affected_tokens(self, x: Tensor) -> Tensor:
         """Where one of a condition's neurons is not 0 already."""
         return (self.removed.float() @ (x != 0).float().T) > 0
 
@@ -190,21 +189,13 @@ def interventions(
     method: "feature", "directional" or "additive".
     units: by hookpoint, of every condition.
     saes: by hookpoint.
-    largest: by hookpoint, float32 `[latents]`, for "additive".
-    m: for "additive".
-
-    Raises
-    ------
-    UserError: the method is unknown.
+    largest, m: for "additive", see `Additive`; `largest` by hookpoint.
     """
-    if method == "feature":
-        return {name: FeatureAblation(saes[name], some) for name, some in units.items()}
-    if method == "directional":
-        return {name: Directional(saes[name], some) for name, some in units.items()}
     if method == "additive":
         return {name: Additive(saes[name], some, largest[name], m) for name, some in units.items()}
-    allowed = "feature, directional, additive, neuron"
-    raise UserError(f"params.yaml: ablate.methods: {method!r}; allowed: {allowed}")
+    if method == "directional":
+        return {name: Directional(saes[name], some) for name, some in units.items()}
+    return {name: FeatureAblation(saes[name], some) for name, some in units.items()}
 
 
 def neurons(

@@ -1,7 +1,6 @@
 """Activations on disk: safetensors shards `[rows, d]` and an `index.json` that lists them."""
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ from babelscope.models.names import INPUT
 _KEY = "activations"
 # The tensors of a shard in int8, in the order of `Quantised`.
 _QUANTISED = (_KEY, "scales", "mean", "deviation")
-# Rows in float64 at once.
-_AT_ONCE = 1024
+# Rows that are converted to float64 at once.
+_CHUNK = 1024
 
 
 def place(folder: Path, hookpoint: str) -> Path:
-    """The folder of a hookpoint's activations below `folder`; `<hookpoint>.input` has `<hookpoint>/input`."""
+    """The folder of a hookpoint's activations in `folder`; those of `<hookpoint>.input` are in `<hookpoint>/input`."""
     base = hookpoint.removesuffix(INPUT)
     return folder / base if base == hookpoint else folder / base / "input"
 
@@ -39,9 +38,9 @@ class Quantised(NamedTuple):
 
     Attributes
     ----------
-    q: int8 `[rows, d]`, -127..127.
+    q: int8 `[rows, d]`, -127 to 127.
     scale: float32 `[rows]`.
-    mean, deviation: float32 `[d]`.
+    mean, deviation: float32 `[d]`, mean and standard deviation of the columns.
     """
 
     q: Tensor
@@ -49,18 +48,18 @@ class Quantised(NamedTuple):
     mean: Tensor
     deviation: Tensor
 
-    def rows(self, which: Tensor | slice) -> Tensor:
+    def rows(self, which: Tensor) -> Tensor:
         """Some rows as float32 `[n, d]`."""
         part = self.q[which].float().mul_(self.scale[which].unsqueeze(1))
         return part.mul_(self.deviation).add_(self.mean)
 
 
 def quantise(activations: Tensor) -> Quantised:
-    """Each row in 255 steps, evenly spaced and symmetric around the mean row, in units of the columns' deviations.
+    """Round each row to 255 evenly spaced steps, symmetric around the mean row, in units of standard deviations.
 
     Absmax quantisation by row (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest number of a row is 127
-    steps. Columns are brought to mean 0 and deviation 1 before, since single ones are often a hundred times larger than
-    all others, which would be left with few steps (ibid., section 4).
+    steps. The columns are standardised before, since a few of them are often a hundred times larger than all others,
+    which would be left with few steps (ibid., section 4).
 
     Parameters
     ----------
@@ -77,32 +76,26 @@ def quantise(activations: Tensor) -> Quantised:
 
 
 def _column_means(x: Tensor, power: int) -> NDArray[np.float64]:
-    """Mean of the columns of `x**power`, added up in one order on every machine, which PyTorch's threads do not."""
+    """Mean of the columns of `x**power`, summed in the same order on every machine (PyTorch's threads change it)."""
     total = np.zeros(x.shape[1])
-    for first in range(0, len(x), _AT_ONCE):
-        total += (x[first : first + _AT_ONCE].double().numpy() ** power).sum(0)
+    for first in range(0, len(x), _CHUNK):
+        total += (x[first : first + _CHUNK].double().numpy() ** power).sum(0)
     return total / max(1, len(x))
 
 
 def write_shard(folder: Path, number: int, activations: Tensor, *, quantised: bool = False) -> None:
-    """Write one shard `[rows, d]` to `folder`, whole or not at all; as `quantise` makes it, where `quantised`."""
+    """Write one shard `[rows, d]` to `folder`, atomically; in int8 if `quantised`."""
     content = {_KEY: activations.contiguous()}
     if quantised:
         content = dict(zip(_QUANTISED, quantise(activations), strict=True))
     write_atomically(folder / shard_name(number), lambda path: save_file(content, path))
 
 
-def write_index(folder: Path, shard_rows: list[int], d: int, dtype: str, model: str, hookpoint: str) -> None:
+def write_index(folder: Path, shard_rows: Sequence[int], d: int, dtype: str, model: str, hookpoint: str) -> None:
     """Write `index.json`: the shape and dtype of the whole, the model and hookpoint, and the rows of each shard."""
     shards = [{"file": shard_name(number), "rows": rows} for number, rows in enumerate(shard_rows)]
-    content = {
-        "shape": [sum(shard_rows), d],
-        "dtype": dtype,
-        "model": model,
-        "hookpoint": hookpoint,
-        "shards": shards,
-    }
-    write_json(folder / "index.json", content)
+    content = {"dtype": dtype, "model": model, "hookpoint": hookpoint, "shards": shards}
+    write_json(folder / "index.json", content | {"shape": [sum(shard_rows), d]})
 
 
 class ActivationStore:
@@ -111,12 +104,12 @@ class ActivationStore:
     Attributes
     ----------
     rows, d: shape of the whole.
-    dtype: dtype of the activations that it gives: the stored one, or float32 where they are stored in int8.
+    dtype: dtype of the activations that it returns: the stored one, or float32 if they are stored in int8.
     index: the content of `index.json`.
 
     Raises
     ------
-    UserError: the folder holds no index, or a shard is missing, corrupt or of another shape than the index says.
+    UserError: the folder has no index, or a shard is missing, corrupt or of another shape than the index says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,51 +119,39 @@ class ActivationStore:
             shards = [(folder / shard["file"], int(shard["rows"])) for shard in self.index["shards"]]
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{folder / 'index.json'}: not a store of activations ({error})") from None
-        self._shards: list[Tensor | Quantised] = []
-        for path, rows in shards:
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    whole = handle.get_tensor(_KEY)
-                    parts = [handle.get_tensor(name) for name in _QUANTISED] if whole.dtype == torch.int8 else []
-            except (OSError, ValueError, SafetensorError) as error:
-                raise UserError(f"{path}: missing or corrupt shard ({error})") from None
-            if tuple(whole.shape) != (rows, self.d):
-                raise UserError(f"{path}: shape {tuple(whole.shape)}, but index.json says {(rows, self.d)}")
-            if parts and [part.shape for part in parts[1:]] != [(rows,), (self.d,), (self.d,)]:
-                raise UserError(
-                    f"{path}: {', '.join(_QUANTISED[1:])} do not have the shapes of {(rows, self.d)} in int8"
-                )
-            self._shards.append(Quantised(*parts) if parts else whole)
-        self._sizes = [rows for _, rows in shards]
+        self._shards = [self._open(path, rows) for path, rows in shards]
         first = self._shards[0] if self._shards else torch.empty(0, dtype=torch.float16)
         self.dtype = torch.float32 if isinstance(first, Quantised) else first.dtype
-        self._starts = torch.tensor([0, *self._sizes]).cumsum(0)
+        self._starts = torch.tensor([0, *(rows for _, rows in shards)]).cumsum(0)
         if int(self._starts[-1]) != self.rows:
             raise UserError(f"{folder / 'index.json'}: shape says {self.rows} rows, the shards {int(self._starts[-1])}")
+
+    def _open(self, path: Path, rows: int) -> Tensor | Quantised:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                whole: Tensor = handle.get_tensor(_KEY)
+                parts = [handle.get_tensor(name) for name in _QUANTISED] if whole.dtype == torch.int8 else []
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: missing or corrupt shard ({error})") from None
+        if tuple(whole.shape) != (rows, self.d):
+            raise UserError(f"{path}: shape {tuple(whole.shape)}, but index.json says {(rows, self.d)}")
+        if parts and [part.shape for part in parts[1:]] != [(rows,), (self.d,), (self.d,)]:
+            raise UserError(f"{path}: {', '.join(_QUANTISED[1:])} do not have the shapes of {(rows, self.d)} in int8")
+        return Quantised(*parts) if parts else whole
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The given rows (int64 `[n]`, any order) as `[n, d]` in `dtype`; in `out`, if they ascend."""
         order = None
         if not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
-        # One copy per shard: batches are small, and what is done around the copies would cost more than they do.
-        ends = torch.searchsorted(rows, self._starts).tolist()
+        # One copy per shard: batches are small, so more calls would cost more than the copies.
+        counts = torch.searchsorted(rows, self._starts).diff()
+        rows = rows - self._starts[:-1].repeat_interleave(counts)
         found = torch.empty((len(rows), self.d), dtype=self.dtype) if out is None else out
-        for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False):
-            if first == end:
-                continue
+        sizes = counts.tolist()
+        for shard, index, part in zip(self._shards, torch.split(rows, sizes), torch.split(found, sizes), strict=True):
             if isinstance(shard, Quantised):
-                found[first:end] = shard.rows(rows[first:end] - start)
-            else:
-                torch.index_select(shard, 0, rows[first:end] - start, out=found[first:end])
+                part.copy_(shard.rows(index))
+            elif len(index):
+                torch.index_select(shard, 0, index, out=part)
         return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
-
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order: pairs of the first row's number and `[at most size, d]` in `dtype`."""
-        for number, shard in enumerate(self._shards):
-            for start in range(0, self._sizes[number], size):
-                part = slice(start, start + size)
-                yield (
-                    int(self._starts[number]) + start,
-                    shard.rows(part) if isinstance(shard, Quantised) else shard[part],
-                )

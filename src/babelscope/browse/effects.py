@@ -31,13 +31,10 @@ def effects(
 
     Parameters
     ----------
-    model: a causal language model.
-    saes: by hookpoint.
     features: hookpoint and unit of each.
     texts: in `by_length` order, at least those of `wanted`.
     wanted: the text ids on which each feature is measured.
-    batch_tokens: tokens in one forward pass.
-    keep, advance: as in `ablate`.
+    batch_tokens, keep, advance: as in `ablate`.
 
     Returns
     -------

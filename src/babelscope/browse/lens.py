@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Extremes(NamedTuple):
-    """The ends of the logits of some features: token ids int64 and logits float32, `[features, tokens]` each."""
+    """The tokens with the most extreme logits: ids (int64) and logits (float32), `[features, tokens]` each."""
 
     promoted: Tensor
     promoted_logits: Tensor

@@ -44,13 +44,13 @@ def run(params: Config, paths: Paths) -> None:
     elif firings:
         read_passes(firings, texts, tokenizer, params, device)
     ids = texts["text_id"].to_list()
-    numbers = {one.text for each in firings.values() for side in ("own", "other") for one in each.examples(side)}
-    shown = texts[sorted(numbers)]
+    chosen = {one.text for each in firings.values() for side in ("own", "other") for one in each.examples(side)}
+    shown = texts[sorted(chosen)]
     in_pieces = cut(shown, tokens.spelled(tokenizer, shown["text"].to_list(), params.corpus.max_tokens))
 
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
-    held_out = [[ids[number] for number in some] for each in firings.values() for some in each.texts("held_out")]
+    held_out = [[ids[number] for number in numbers] for each in firings.values() for numbers in each.texts("held_out")]
     removed = removed_alone(features, held_out, params, paths)
     deltas = measure(model, tokenizer, saes, features, removed, texts, params, paths)
     found = {
@@ -159,15 +159,9 @@ def removed_alone(features: pl.DataFrame, held_out: list[list[str]], params: Con
 
 
 def measure(
-    model: Any,
-    tokenizer: Any,
-    saes: Mapping[str, Any],
-    features: pl.DataFrame,
-    removed: Sequence[Sequence[str]],
-    corpus: pl.DataFrame,
-    params: Config,
-    paths: Paths,
-) -> pl.DataFrame:
+    model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, removed: Sequence[Sequence[str]],
+    corpus: pl.DataFrame, params: Config, paths: Paths,
+) -> pl.DataFrame:  # fmt: skip
     """What removing each feature alone does to its texts `removed`; nothing is measured for transcoders."""
     if any(dictionary.is_transcoder for dictionary in saes.values()):
         log.warning("browse: transcoders read their module's input, so no feature is removed by itself")

@@ -16,12 +16,8 @@ def examples(
 ) -> pl.DataFrame:
     """The texts in which each feature is most active.
 
-    Parameters
-    ----------
-    features: of `units`.
-    firings: by hookpoint, of its features in this order.
-    text_ids: of the texts by the numbers that `firings` has for them.
-    texts: of `babelscope.features.pieces.cut`, at least all examples.
+    `features`: of `units`. `firings`: by hookpoint, of its features in this order. `text_ids`: of the texts by the
+    numbers that `firings` has for them. `texts`: of `babelscope.features.pieces.cut`, at least all examples.
 
     Returns
     -------
@@ -37,18 +33,14 @@ def examples(
                 count, piece = pieces[text_ids[one.text]]
                 activations = by_piece(one.activations[: len(piece)].tolist(), piece, count)
                 rows.append((*keys[one.feature], side, one.place, text_ids[one.text], activations))
-    schema = {"side": pl.String, "place": pl.Int32, "text_id": pl.String, "activations": pl.List(pl.Float32)}
-    frame = pl.DataFrame(rows, schema=_key_schema(features) | schema, orient="row")
+    frame = _table(features, rows, {"text_id": pl.String, "activations": pl.List(pl.Float32)})
     return frame.with_columns(pl.col("activations").list.eval(pl.element().round_sig_figs(4)))
 
 
 def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.DataFrame:
     """Tokens by activation: `hookpoint`, `layer`, `unit`, `bin`, `low`, `high` (its ends), `own`, `other` (tokens).
 
-    Parameters
-    ----------
-    features: of `units`, with `largest`, the upper end of the last bin.
-    firings: by hookpoint, of its features in this order.
+    `features`: of `units`, with `largest`, the upper end of the last bin. `firings`: as in `examples`.
     """
     sides = {
         side: pl.Series(
@@ -70,11 +62,8 @@ def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.Dat
 def tokens(features: pl.DataFrame, found: Mapping[str, Extremes], text: Mapping[int, str]) -> pl.DataFrame:
     """The tokens that each feature's direction promotes and suppresses.
 
-    Parameters
-    ----------
-    features: of `units`.
-    found: by hookpoint, of its features in this order; a hookpoint may be missing.
-    text: of every token by id.
+    `features`: of `units`. `found`: by hookpoint, of its features in this order; a hookpoint may be missing. `text`: of
+    every token by id.
 
     Returns
     -------
@@ -87,10 +76,10 @@ def tokens(features: pl.DataFrame, found: Mapping[str, Extremes], text: Mapping[
             for side, ids, logits in (("promoted", *ends[:2]), ("suppressed", *ends[2:])):
                 pairs = zip(ids[number].tolist(), logits[number].tolist(), strict=True)
                 rows += [(*key, side, place, token, text[token], logit) for place, (token, logit) in enumerate(pairs)]
-    schema = {"side": pl.String, "place": pl.Int32, "token_id": pl.Int32, "token": pl.String, "logit": pl.Float32}
-    frame = pl.DataFrame(rows, schema=_key_schema(features) | schema, orient="row")
+    frame = _table(features, rows, {"token_id": pl.Int32, "token": pl.String, "logit": pl.Float32})
     return frame.with_columns(pl.col("logit").round_sig_figs(4))
 
 
-def _key_schema(features: pl.DataFrame) -> dict[str, Any]:
-    return dict(features.select(KEY).schema)
+def _table(features: pl.DataFrame, rows: Sequence[tuple[Any, ...]], columns: dict[str, Any]) -> pl.DataFrame:
+    schema = dict(features.select(KEY).schema) | {"side": pl.String, "place": pl.Int32} | columns
+    return pl.DataFrame(rows, schema=schema, orient="row")

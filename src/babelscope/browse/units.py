@@ -8,12 +8,9 @@ KEY = ["hookpoint", "layer", "unit"]
 
 
 def units(
-    selected: pl.DataFrame,
-    candidates: pl.DataFrame,
-    languages: Sequence[str],
-    hookpoints: Sequence[str],
+    selected: pl.DataFrame, candidates: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str],
     shared: int | None,
-) -> pl.DataFrame:
+) -> pl.DataFrame:  # fmt: skip
     """The features that were selected, and in addition those that several languages share.
 
     Parameters
@@ -21,7 +18,7 @@ def units(
     selected: the rows of kind `sae` of `data/scores/features.parquet`.
     candidates: what `sae_lape` finds by the same thresholds with `members=None` and nothing cut off.
     languages, hookpoints: their orders.
-    shared: keep so many of the shared features that were not selected, those of lowest entropy; null keeps all.
+    shared: keep so many of the shared features that were not selected, those of lowest entropy; None keeps all.
 
     Returns
     -------
@@ -47,11 +44,8 @@ def units(
 def probabilities(features: pl.DataFrame, counts: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
     """P(l, u) = c / T of every feature in every language.
 
-    Parameters
-    ----------
-    features: of `units`.
-    counts: `hookpoint`, `layer`, `unit`, `language`, `tokens`; rows without a firing may be missing.
-    totals: `language`, `tokens`, in the order wanted.
+    `features`: of `units`. `counts`: `hookpoint`, `layer`, `unit`, `language`, `tokens`; rows without a firing may be
+    missing. `totals`: `language`, `tokens`, in the order wanted.
 
     Returns
     -------

@@ -1,54 +1,37 @@
-"""The whole of params.yaml as one model: what its sections must have to do with each other."""
+"""The whole of params.yaml as one model, and the checks that concern several of its sections."""
+
+from collections.abc import Iterator
 
 from pydantic import field_validator, model_validator
 
-from babelscope.config.schema import (
-    Ablate,
-    Browse,
-    Corpus,
-    Encode,
-    Explain,
-    Extract,
-    Hardware,
-    Identify,
-    Model,
-    Neurons,
-    Pretrained,
-    Quality,
-    Score,
-    Section,
-    Stability,
-    Steer,
-    Track,
-    Train,
-)
+from babelscope.config import schema
 from babelscope.config.values import Hookpoints, Languages, Seed
 from babelscope.core.errors import nearest
 
 
-class Config(Section):
+class Config(schema.Section):
     """The whole of params.yaml."""
 
     languages: Languages
     hookpoints: Hookpoints
     seed: Seed
-    model: Model
-    corpus: Corpus
-    extract: Extract
-    train: Train
-    pretrained: Pretrained
-    encode: Encode
-    quality: Quality
-    score: Score
-    neurons: Neurons
-    stability: Stability
-    identify: Identify
-    ablate: Ablate
-    steer: Steer
-    browse: Browse
-    explain: Explain
-    track: Track
-    hardware: Hardware
+    model: schema.Model
+    corpus: schema.Corpus
+    extract: schema.Extract
+    train: schema.Train
+    pretrained: schema.Pretrained
+    encode: schema.Encode
+    quality: schema.Quality
+    score: schema.Score
+    neurons: schema.Neurons
+    stability: schema.Stability
+    identify: schema.Identify
+    ablate: schema.Ablate
+    steer: schema.Steer
+    browse: schema.Browse
+    explain: schema.Explain
+    track: schema.Track
+    hardware: schema.Hardware
 
     @field_validator("languages", "hookpoints")
     @classmethod
@@ -58,110 +41,89 @@ class Config(Section):
         return names
 
     @model_validator(mode="after")
-    def _neurons_fit(self) -> "Config":
-        names = self.neurons.hookpoints
-        both = [name for name in names if name in self.hookpoints]
-        if both:
-            raise ValueError(
-                f"neurons.hookpoints: {both[0]!r} is among hookpoints, too: there the units are an SAE's latents; "
+    def _sections_fit(self) -> "Config":
+        checks = (_neurons, _sources, _stability, _hardware, _languages)
+        if problem := next((problem for check in checks for problem in check(self)), None):
+            raise ValueError(problem)
+        return self
+
+
+def _neurons(params: Config) -> Iterator[str]:
+    names = params.neurons.hookpoints
+    for name in names:
+        if name in params.hookpoints:
+            yield (
+                f"neurons.hookpoints: {name!r} is among hookpoints, too: there the units are an SAE's latents; "
                 "allowed: any other, such as layers.6.mlp.act_fn"
             )
-        if "neuron" in self.ablate.methods and not names:
-            raise ValueError(
-                "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none; "
-                "allowed without them: feature, directional, additive"
-            )
-        return self
+    if "neuron" in params.ablate.methods and not names:
+        yield (
+            "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none; "
+            "allowed without them: feature, directional, additive"
+        )
 
-    @model_validator(mode="after")
-    def _transcoders_fit(self) -> "Config":
-        if self.train.transcode and "feature" in self.ablate.methods:
-            raise ValueError(
-                "ablate.methods: 'feature' subtracts what an SAE reads off the hookpoint itself, transcoders "
-                "(train.transcode) read its module's input; allowed with them: directional, additive, neuron"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _pretrained_fit(self) -> "Config":
-        if self.train.source != "pretrained":
-            return self
-        if self.pretrained.name is None:
-            raise ValueError("pretrained.name: train.source 'pretrained' needs a local folder or a hub id")
-        if isinstance(self.pretrained.folder, dict):
-            missing = [name for name in self.hookpoints if name not in self.pretrained.folder]
-            if missing:
-                raise ValueError(f"pretrained.folder: no folder for {missing[0]!r}, one of hookpoints")
-        return self
+def _sources(params: Config) -> Iterator[str]:
+    if params.train.transcode and "feature" in params.ablate.methods:
+        yield (
+            "ablate.methods: 'feature' subtracts what an SAE reads at the hookpoint itself, but transcoders "
+            "(train.transcode) read the input of its module; allowed with them: directional, additive, neuron"
+        )
+    if params.train.source == "pretrained":
+        if params.pretrained.name is None:
+            yield "pretrained.name: train.source 'pretrained' needs a local folder or a hub id"
+        folders = params.pretrained.folder
+        for name in params.hookpoints if isinstance(folders, dict) else ():
+            if name not in folders:
+                yield f"pretrained.folder: no folder for {name!r}, one of hookpoints"
+    if params.train.source == "stream" and params.extract.store_dtype == "int8":
+        yield (
+            "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
+            "allowed with it: float16, bfloat16"
+        )
+    if params.train.source == "stream" and params.explain.endpoint is not None:
+        yield (
+            "explain.endpoint: features are explained by stored activations, and train.source 'stream' stores "
+            "none; allowed with it: null"
+        )
 
-    @model_validator(mode="after")
-    def _store_dtype_fits(self) -> "Config":
-        if self.extract.store_dtype == "int8" and self.train.source == "stream":
-            raise ValueError(
-                "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
-                "allowed with it: float16, bfloat16"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _stability_fits(self) -> "Config":
-        chosen = self.stability.hookpoints
-        why = {
-            "stream": "a second training reads stored activations, and train.source 'stream' stores none",
-            "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
-        }
-        if chosen and self.train.source in why:
-            raise ValueError(f"stability.hookpoints: {why[self.train.source]}; allowed with it: an empty list, []")
-        for name in chosen:
-            if name not in self.hookpoints:
-                raise ValueError(
-                    f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, self.hookpoints)}"
-                )
-        if chosen and self.stability.seed == self.seed:
-            raise ValueError(f"stability.seed: {self.seed} is the seed of the first training, too; choose another")
-        return self
+def _stability(params: Config) -> Iterator[str]:
+    chosen = params.stability.hookpoints
+    reasons = {
+        "stream": "a second training reads stored activations, and train.source 'stream' stores none",
+        "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
+    }
+    if chosen and params.train.source in reasons:
+        yield f"stability.hookpoints: {reasons[params.train.source]}; allowed with it: an empty list, []"
+    for name in chosen:
+        if name not in params.hookpoints:
+            yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
+    if chosen and params.stability.seed == params.seed:
+        yield f"stability.seed: {params.seed} is the seed of the first training, too; choose another"
 
-    @model_validator(mode="after")
-    def _explain_fits(self) -> "Config":
-        if self.explain.endpoint is not None and self.train.source == "stream":
-            raise ValueError(
-                "explain.endpoint: features are explained by stored activations, and train.source 'stream' stores "
-                "none; allowed with it: null"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _strategy_fits(self) -> "Config":
-        if self.hardware.strategy == "fsdp" and self.model.quantization is not None:
-            raise ValueError(
-                f"hardware.strategy: 'fsdp' cannot cut weights in {self.model.quantization} (model.quantization); "
-                "allowed with them: auto, ddp"
-            )
-        return self
+def _hardware(params: Config) -> Iterator[str]:
+    if params.hardware.strategy == "fsdp" and params.model.quantization is not None:
+        yield (
+            f"hardware.strategy: 'fsdp' cannot cut weights in {params.model.quantization} (model.quantization); "
+            "allowed with them: auto, ddp"
+        )
+    wanted = params.hardware.devices
+    count = wanted if isinstance(wanted, int) else len(wanted) if isinstance(wanted, list) else 1  # auto: unknown
+    devices = count * params.hardware.num_nodes
+    if params.train.source != "pretrained" and params.train.batch % devices:
+        yield (
+            f"train.batch: {params.train.batch} does not divide among {devices} devices (hardware.devices times "
+            f"hardware.num_nodes); allowed: a multiple of {devices}"
+        )
 
-    @model_validator(mode="after")
-    def _prompts_fit(self) -> "Config":
-        if self.steer.prompt_language not in self.languages:
-            raise ValueError(
-                f"steer.prompt_language: {self.steer.prompt_language!r} is not one of languages; "
-                f"allowed: {', '.join(self.languages)}"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _batch_fits(self) -> "Config":
-        wanted = self.hardware.devices
-        count = wanted if isinstance(wanted, int) else len(wanted) if isinstance(wanted, list) else 1  # auto: unknown
-        devices = count * self.hardware.num_nodes
-        if self.train.source != "pretrained" and self.train.batch % devices:
-            raise ValueError(
-                f"train.batch: {self.train.batch} does not divide among {devices} devices (hardware.devices times "
-                f"hardware.num_nodes); allowed: a multiple of {devices}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _members_fit(self) -> "Config":
-        if self.score.members > len(self.languages):
-            raise ValueError(f"score.members: {self.score.members} of only {len(self.languages)} languages")
-        return self
+def _languages(params: Config) -> Iterator[str]:
+    if params.steer.prompt_language not in params.languages:
+        yield (
+            f"steer.prompt_language: {params.steer.prompt_language!r} is not one of languages; "
+            f"allowed: {', '.join(params.languages)}"
+        )
+    if params.score.members > len(params.languages):
+        yield f"score.members: {params.score.members} of only {len(params.languages)} languages"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from babelscope.core.errors import UserError
 
-if TYPE_CHECKING:  # the stages that need neither do not wait for their imports
+if TYPE_CHECKING:  # not every stage needs Polars
     import polars as pl
 
 # The only way to read the umask is to set it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
-# Why a file cannot be written, in the words of the system, and of torch, which has none for a full disk.
+# Why a file cannot be written: the words of the system, or of torch for a full disk, and ours.
 _REFUSALS = {
     "No space left on device": "no space left on the disk",
     "Disk quota exceeded": "the disk quota is used up",
@@ -33,11 +33,11 @@ _REFUSALS = {
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` and move the result to `path`: other processes see the old file or the whole new one.
 
-    The folder of `path` is made where missing. The temporary file lies beside `path`, so that the move is a rename.
+    The folder of `path` is made if it is missing. The temporary file is in that folder, so that the move is a rename.
 
     Raises
     ------
-    UserError: the disk is full or cannot be written to. There is nothing of the new file then.
+    UserError: the disk is full or cannot be written to. Nothing of the new file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except Exception as error:
-        # Writers put the system's words into exceptions of their own.
+        # Libraries put the system's words into exceptions of their own.
         reason = next((ours for theirs, ours in _REFUSALS.items() if theirs in str(error)), None)
         if reason is None:
             raise
@@ -61,7 +61,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def move(source: Path, target: Path) -> None:
     """Move a file, also to another file system: data/ may be a mount or a link to a larger disk.
 
-    The folder of `target` is made where missing. A copy is whole or not there, as with `write_atomically`.
+    The folder of `target` is made if it is missing. A copy is whole or not there, as with `write_atomically`.
 
     Raises
     ------
@@ -113,39 +113,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_parquet(path: Path | str, columns: Sequence[str] | None = None) -> None:
+def check_parquet(path: Path | str) -> None:
     """Read a Parquet file to its end, batch by batch, by pyarrow, which checks what the file says of itself.
 
-    Polars believes it: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
-
-    Parameters
-    ----------
-    path: the file.
-    columns: those that will be read; null: all.
+    Polars does not: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
 
     Raises
     ------
     FileNotFoundError: there is no such file.
     ValueError: it is damaged.
     """
+    import pyarrow as pa
     from pyarrow import parquet
 
-    with _parquet_errors(), parquet.ParquetFile(path) as file:
-        for _ in file.iter_batches(columns=None if columns is None else list(columns)):
-            pass
+    try:
+        with parquet.ParquetFile(path) as file:
+            for _ in file.iter_batches():
+                pass
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
 
 
 @contextmanager
-def _parquet_errors() -> Iterator[None]:
-    """Turn pyarrow's errors into `ValueError`, but for a missing file."""
+def _reading(path: Path | str) -> Iterator[None]:
+    """Turn what pyarrow and Polars raise into a `UserError`."""
+    import polars as pl
     import pyarrow as pa
 
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(str(error)) from None
+    except (OSError, ValueError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _unreadable(path, error) from None
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.DataFrame":
@@ -158,15 +158,12 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
     import polars as pl
     from pyarrow import parquet
 
-    try:
-        with _parquet_errors(), parquet.ParquetFile(path) as file:
+    with _reading(path):
+        with parquet.ParquetFile(path) as file:
             table = file.read(columns=None if columns is None else list(columns))
-            table.validate(full=True)  # Polars takes offsets and UTF-8 as they are
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
+        table.validate(full=True)  # Polars does not check offsets and UTF-8
+        frame = pl.DataFrame(table)
         return frame if columns is None else frame.select(columns)
-    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise _unreadable(path, error) from None
 
 
 def scan_table(path: Path | str) -> "pl.LazyFrame":
@@ -178,11 +175,9 @@ def scan_table(path: Path | str) -> "pl.LazyFrame":
     """
     import polars as pl
 
-    try:
+    with _reading(path):
         check_parquet(path)
         pl.read_parquet_schema(path)
-    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise _unreadable(path, error) from None
     return pl.scan_parquet(path, glob=False)
 
 

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from pathspec import GitIgnoreSpec
 
 from babelscope.core.errors import UserError
 
@@ -115,25 +116,8 @@ def _file_md5(path: Path) -> str:
 def _files(folder: Path) -> Iterator[Path]:
     """The files below `folder` that DVC sees."""
     root = next((parent for parent in folder.parents if (parent / ".dvc").is_dir()), None)
-    found = [Path(base) / name for base, _, names in os.walk(folder, followlinks=True) for name in names]
-    if root is None:
-        return iter(found)
-    try:
-        return _dvc_files(root, folder)
-    except Exception as error:  # DVC's internals have changed
-        log.debug("%s: .dvcignore is read without DVC (%s)", folder, error)
-    lines = (root / ".dvcignore").read_text(encoding="utf-8").splitlines() if (root / ".dvcignore").is_file() else []
-    patterns = [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
-    return (
-        path for path in found
-        if not any(fnmatch(part, pattern) for part in path.relative_to(root).parts for pattern in patterns)
-    )  # fmt: skip
-
-
-def _dvc_files(root: Path, folder: Path) -> Iterator[Path]:
-    """The same by DVC's own code (a private interface)."""
-    from dvc.fs import LocalFileSystem
-    from dvc.ignore import DvcIgnoreFilter
-
-    system = LocalFileSystem()
-    return (Path(name) for name in DvcIgnoreFilter(system, str(root)).find(system, str(folder)))
+    ignored = root / ".dvcignore" if root is not None else None
+    lines = ignored.read_text(encoding="utf-8").splitlines() if ignored is not None and ignored.is_file() else []
+    ignores = GitIgnoreSpec.from_lines(lines).match_file
+    for base, _, names in os.walk(folder, followlinks=True):
+        yield from (path for name in names if not ignores((path := Path(base, name)).relative_to(root or folder)))

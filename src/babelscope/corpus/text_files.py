@@ -13,9 +13,7 @@ from babelscope.core.files import check_parquet
 from babelscope.corpus.groups import name_of
 from babelscope.corpus.languages import match, normalise, require
 
-_SUFFIXES = (".parquet", ".jsonl", ".txt")
 _ALL = ("texts.parquet", "texts.jsonl")
-_SCHEMA = {"language": pl.String, "group": pl.String, "text": pl.String}
 
 
 def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
@@ -27,7 +25,8 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
 
     Returns
     -------
-    language (as in `languages`), group (null where the file has none), source, text; in the order of files and lines.
+    `language` (as in `languages`), `group` (None if the file has none), `source`, `text`; in the order of files and
+    lines.
 
     Raises
     ------
@@ -36,36 +35,26 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     folder = expanded(str(section.path))
     if not folder.is_dir():
         raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _READERS and path.is_file())
     if not paths:
         raise UserError(f"params.yaml: corpus.path: {str(section.path)!r} holds no <language>.parquet, .jsonl or .txt, "
                         "and no texts.parquet or texts.jsonl")  # fmt: skip
     source = f"files:{folder.resolve().name}"
     tables = [_table(path, language=None) for path in paths if path.name in _ALL]
     single = [path for path in paths if path.name not in _ALL]
-    offered = {language for table in tables for language in table["language"].unique().to_list()}
-    offered |= {path.stem for path in single}
+    offered = {language for table in tables for language in table["language"].unique()} | {p.stem for p in single}
     require(languages, {source: offered})
     asked = match(languages, offered)
     tables += [_table(path, path.stem) for path in single if normalise(path.stem) in asked]
-    spelling = {
-        name: asked[normalise(name)] for t in tables for name in t["language"].unique() if normalise(name) in asked
-    }
-    return (
-        pl.concat(tables)
-        .filter(pl.col("language").is_in(list(spelling)))
-        .select(
-            pl.col("language").replace_strict(spelling, return_dtype=pl.String),
-            "group",
-            pl.lit(source).alias("source"),
-            "text",
-        )
-    )
+    spelling = {name: asked[normalise(name)] for name in sorted(offered) if normalise(name) in asked}
+    texts = pl.concat(tables).filter(pl.col("language").is_in(list(spelling)))
+    language = pl.col("language").replace_strict(spelling, return_dtype=pl.String)
+    return texts.select(language, "group", pl.lit(source).alias("source"), "text")
 
 
 def _table(path: Path, language: str | None) -> pl.DataFrame:
-    """language, group, text of one file; `language` is what its name says, null where it has a column for it."""
-    frame = {".parquet": _parquet, ".jsonl": _jsonl, ".txt": _txt}[path.suffix](path)
+    """`language`, `group`, `text` of one file; `language` is in its name, or None if it has a column for it."""
+    frame = _READERS[path.suffix](path)
     needed = ["text"] if language is not None else ["text", "language"]
     for column in needed:
         if frame.schema.get(column) != pl.String:
@@ -118,16 +107,16 @@ def _jsonl(path: Path) -> pl.DataFrame:
         language = row.get("language")
         if language is not None and not isinstance(language, str):
             raise UserError(f"{path}: line {number}: 'language' is not a string")
-        rows.append({
-            "language": None if language is None else _encodable(language),
-            "group": None if group is None else _encodable(group),
-            "text": _encodable(row["text"]),
-        })  # fmt: skip
-    return pl.DataFrame(rows, schema=_SCHEMA)
+        values = {"language": language, "group": group, "text": row["text"]}
+        rows.append({key: None if value is None else _encodable(value) for key, value in values.items()})
+    return pl.DataFrame(rows, schema=dict.fromkeys(("language", "group", "text"), pl.String))
 
 
 def _txt(path: Path) -> pl.DataFrame:
     return pl.DataFrame({"text": _lines(path)}, schema={"text": pl.String})
+
+
+_READERS = {".parquet": _parquet, ".jsonl": _jsonl, ".txt": _txt}
 
 
 def _lines(path: Path) -> list[str]:

@@ -34,39 +34,33 @@ class Request(NamedTuple):
     max_tokens: int
 
 
-def tokens(some: Sequence[Request]) -> tuple[int, int]:
+def tokens(asked: Sequence[Request]) -> tuple[int, int]:
     """The most tokens that are sent and that come back: whatever the tokenizer, a token has at least one byte."""
-    sent = sum(len(m["content"].encode()) + _AROUND for one in some for m in one.messages)
-    return sent, sum(one.max_tokens for one in some)
+    sent = sum(len(m["content"].encode()) + _AROUND for one in asked for m in one.messages)
+    return sent, sum(one.max_tokens for one in asked)
 
 
 class _Retry(Retry):
     """Waits as long as the server asks for (`Retry-After`), otherwise 0, 2, 4, ... s with jitter."""
 
     def get_retry_after(self, response: Any) -> float | None:
-        """The seconds that the server asks for, at most `retry_after_max`; None if it names none that can be read."""
+        """The seconds that the server asks for, at most 300; None if it names none that can be read."""
         with suppress(InvalidHeader, OverflowError):
-            return super().get_retry_after(response)
+            return min(super().get_retry_after(response) or 0, 300)
         return None
 
 
 _RETRY = _Retry(
     5, allowed_methods=None, status_forcelist={408, 409, 425, 429, 500, 502, 503, 504}, raise_on_status=False,
-    backoff_factor=1, backoff_jitter=1, retry_after_max=300,
+    backoff_factor=1, backoff_jitter=1,
 )  # fmt: skip
 
 
 class Client:
-    """An endpoint and a model behind it.
+    """An endpoint (base URL, such as `http://localhost:8000/v1`) and a model behind it, asked in `parallel` requests.
 
-    Parameters
-    ----------
-    endpoint: base URL, such as `http://localhost:8000/v1`.
-    model: its name there.
-    folder: where every answer is kept under the hash of its request: what is paid for is not asked twice.
-    parallel: requests at once.
-
-    The key is read from the environment (`OPENAI_API_KEY`); it is written nowhere.
+    Every answer is kept in `folder` under the hash of its request: what is paid for is not asked twice. The key is read
+    from the environment (`OPENAI_API_KEY`); it is written nowhere.
 
     Raises
     ------
@@ -80,7 +74,7 @@ class Client:
         self.url, self.model = f"{endpoint.rstrip('/')}/chat/completions", model
         self.folder, self.parallel = folder, parallel
 
-    def ask(self, some: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
+    def ask(self, asked: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
         """The answers, in the order of the requests.
 
         The first refusal ends it: nothing more is sent, and requests under way are not waited for.
@@ -91,17 +85,17 @@ class Client:
         """
         answers: dict[int, str] = {}
         with ThreadPool(self.parallel) as pool:  # its threads end with the process, unlike those of an executor
-            for number, answer in pool.imap_unordered(lambda pair: (pair[0], self._one(pair[1])), enumerate(some)):
+            for number, answer in pool.imap_unordered(lambda pair: (pair[0], self._one(pair[1])), enumerate(asked)):
                 answers[number] = answer
                 advance(1)
-        return [answers[number] for number in range(len(some))]
+        return [answers[number] for number in range(len(asked))]
 
     def _one(self, request: Request) -> str:
         body = {"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens}
         body |= {"temperature": 0, "seed": 0}
         name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
         file = self.folder / f"{name}.json"
-        with suppress(UserError, KeyError):  # there is none yet
+        with suppress(UserError, KeyError):  # no answer is kept yet
             return str(read_json(file)["answer"])
         try:
             answer = self._answer(body)

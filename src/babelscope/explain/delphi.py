@@ -1,9 +1,9 @@
 """`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
 
-delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. Of every hookpoint a folder
-with `config.json` and `<first>_<last>.safetensors`, latents in ranges: `locations` `[firings, 3]` (context, position,
-latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A context is a text of
-the training split, its own tokens from position 0 on; behind its end stands the padding token, on which nothing fires.
+delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. It has a folder for each
+hookpoint with `config.json` and `<first>_<last>.safetensors`, one a range of latents: `locations` `[firings, 3]`
+(context, position, latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A
+context is a text of the training split: its content tokens from position 0 on, then padding, on which nothing fires.
 """
 
 import logging
@@ -22,10 +22,10 @@ from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.models import loading
 
-SAES, ACTIVATIONS = Path("data/sae"), Path("data/activations")
 # Files per hookpoint, and rows encoded at once.
 SPLITS, CHUNK = 5, 8192
 LARGEST = torch.finfo(torch.float16).max
@@ -33,16 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def contexts(table: pl.DataFrame, pad: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
-    """Texts as a matrix of tokens.
+    """Texts as a matrix of tokens `[contexts, longest]`, with context and position of every row of `table`.
 
     Parameters
     ----------
-    table: `text_id`, `token_id` of the rows in question, texts together, in order.
-    pad: id behind the end of a text.
-
-    Returns
-    -------
-    Tokens `[contexts, longest]`; context and position of every row of `table`.
+    table: `text_id`, `token_id`, the rows of a text together, in order.
+    pad: id after the end of a text.
     """
     context = table["text_id"].rle_id().cast(pl.Int64).to_numpy()
     first = np.searchsorted(context, np.arange(context[-1] + 1 if len(context) else 0))
@@ -52,30 +48,26 @@ def contexts(table: pl.DataFrame, pad: int) -> tuple[NDArray[np.uint32], NDArray
     return tokens, context, position
 
 
-def write_cache(
-    folder: Path,
-    latents: int,
-    tokens: NDArray[np.uint32],
-    locations: NDArray[np.int64],
-    activations: NDArray[np.float16],
-) -> None:
+def write_cache(folder: Path, latents: int, tokens: NDArray[np.uint32], locations: NDArray[np.int64],
+                activations: NDArray[np.float16]) -> None:  # fmt: skip
     """Write the files of one hookpoint; `locations` as in the cache, but with the whole latent numbers."""
     edges = np.linspace(0, latents, min(SPLITS, latents) + 1).astype(np.int64)
     for start, end in zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True):
-        here = (locations[:, 2] >= start) & (locations[:, 2] <= end)
-        mine = locations[here] - np.array([0, 0, start])
-        small = np.uint16 if mine.max(initial=0) < 2**16 else np.uint32
-        content = {"locations": mine.astype(small), "activations": activations[here], "tokens": tokens}
+        in_range = (locations[:, 2] >= start) & (locations[:, 2] <= end)
+        relative = locations[in_range] - np.array([0, 0, start])
+        small = np.uint16 if relative.max(initial=0) < 2**16 else np.uint32
+        content = {"locations": relative.astype(small), "activations": activations[in_range], "tokens": tokens}
         write_atomically(folder / f"{start}_{end}.safetensors", lambda path, c=content: save_file(c, path))  # type: ignore[misc]
 
 
 def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: dict[str, Any]) -> int:
     """Write the cache of one hookpoint; returns the number of firings."""
-    dictionary = sae.load(SAES, hookpoint)
-    store = ActivationStore(place(ACTIVATIONS, dictionary.input_name(hookpoint)))
+    paths = Paths()
+    dictionary = sae.load(paths.saes, hookpoint)
+    store = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
-    locations, activations, beyond = [], [], 0
+    locations, activations, too_large = [], [], 0
     with Progress(f"delphi {hookpoint}", len(rows), "tokens") as progress:
         for first in range(0, len(rows), CHUNK):
             values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
@@ -83,11 +75,12 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
             at = (row + first).numpy()
             locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
             fired = values[row, column]
-            beyond += int((fired > LARGEST).sum())
+            too_large += int((fired > LARGEST).sum())
             activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())
             progress.update(len(values))
-    if beyond:
-        log.warning("%s: %s activations above %s, the largest float16, are written as that", hookpoint, beyond, LARGEST)
+    if too_large:
+        message = "%s: %s activations above %s, the largest float16, are written as this number"
+        log.warning(message, hookpoint, too_large, LARGEST)
     write_cache(target / hookpoint, dictionary.latents, tokens, np.concatenate(locations), np.concatenate(activations))
     write_json(target / hookpoint / "config.json", about | {"ctx_len": tokens.shape[1], "n_tokens": int(tokens.size)})
     return sum(map(len, activations))
@@ -107,8 +100,7 @@ def main(target: Path, hookpoints: list[str]) -> None:
             raise UserError(f"params.yaml: hookpoints: no {name!r}; {nearest(name, params.hookpoints)}")
     if params.train.source == "stream":
         raise UserError("params.yaml: train.source: 'stream' stores no activations; allowed here: stored, pretrained")
-    file = ACTIVATIONS / "tokens.parquet"
-    table = read_table(file).filter(split="train")
+    table = read_table(Paths().tokens).filter(split="train")
     tokenizer = loading.load_tokenizer(params.model)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     about = {

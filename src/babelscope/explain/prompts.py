@@ -1,4 +1,4 @@
-"""What is asked of the explaining model, and how its answers are read."""
+"""The prompts for the explaining model, and how its answers are read."""
 
 import json
 import re
@@ -29,13 +29,13 @@ def marked(pieces: Sequence[str], on: Sequence[bool]) -> str:
     """The text with every run of marked pieces between << and >>, white space outside."""
     parts: list[str] = []
     before = False
-    for piece, here in zip(pieces, on, strict=True):
-        if here and not before:
+    for piece, is_marked in zip(pieces, on, strict=True):
+        if is_marked and not before:
             bare = piece.lstrip()
             parts.append(f"{piece[: len(piece) - len(bare)]}<<{bare}")
         else:
-            parts.append((">>" if before and not here else "") + piece)
-        before = here
+            parts.append((">>" if before and not is_marked else "") + piece)
+        before = is_marked
     return "".join(parts) + (">>" if before else "")
 
 
@@ -59,7 +59,7 @@ def judge(task: str, explanation: str, texts: Sequence[str]) -> list[Message]:
 
 
 def verdicts(answer: str, count: int) -> list[bool] | None:
-    """The list of 0 and 1 in an answer; null where there is none of the right length."""
+    """The list of 0 and 1 in an answer; None if there is none of the right length."""
     for found in re.findall(r"\[[^\[\]]*\]", answer):
         try:
             values = json.loads(found)

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.explanations` and the stage's metrics; without an endpoint, a table without rows."""
-    knobs = params.explain
-    if knobs.endpoint is None:
+    endpoint = params.explain.endpoint
+    if endpoint is None:
         write([], paths)
         log.info("explain: none to explain (params.yaml: explain.endpoint)")
         return
@@ -38,7 +38,7 @@ def run(params: Config, paths: Paths) -> None:
 
     # Every answer is kept under its request: other features or a higher max_cost ask only what is new.
     with resume.kept("explain", params.model_dump(include={"explain": {"endpoint", "model"}}), []) as folder:
-        client = Client(knobs.endpoint, str(knobs.model), folder, params.hardware.parallel)
+        client = Client(endpoint, str(params.explain.model), folder, params.hardware.parallel)
         write(ask(collect(params, paths), client, params), paths)
 
 
@@ -70,16 +70,16 @@ def check_cost(requests: Sequence[Any], params: Config) -> None:
     """
     from babelscope.explain.client import tokens
 
-    knobs, (sent, back) = params.explain, tokens(requests)
-    cost = (sent * knobs.price_in + back * knobs.price_out) / 1e6
+    section, (sent, back) = params.explain, tokens(requests)
+    cost = (sent * section.price_in + back * section.price_out) / 1e6
     log.info(
         "explain: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
         len(requests), sent, back, cost,
     )  # fmt: skip
-    if cost > knobs.max_cost:
+    if cost > section.max_cost:
         raise UserError(
-            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {knobs.max_cost}. Raise it, or "
-            "lower explain.per_language, examples or scored"
+            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {section.max_cost}. Raise it, "
+            "or lower explain.per_language, examples or scored"
         )
 
 

@@ -28,18 +28,10 @@ class Case(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A text of which an explanation has to tell whether the case with this number fires as shown.
+    """A text, as it is shown, of which an explanation has to tell whether the feature is active in it as marked."""
 
-    Attributes
-    ----------
-    case: number of the case.
-    task: `prompts.DETECT` or `prompts.FUZZ`.
-    truth: the right answer.
-    text: the text as it is shown.
-    """
-
-    case: int
-    task: str
+    case: int  # the number of the feature's case
+    task: str  # prompts.DETECT or prompts.FUZZ
     truth: bool
     text: str
 
@@ -60,10 +52,10 @@ def trials(number: int, case: Case, seed: int) -> list[list[Trial]]:
             for truth, on in ((True, right), (False, wrong))
         ]
     groups = []
-    for some in (detect, fuzz):
+    for of_task in (detect, fuzz):
         # In the order above, the true ones would be together.
-        order = np.random.default_rng([seed, number]).permutation(len(some)).tolist()
-        groups += [[some[i] for i in order[first : first + TOGETHER]] for first in range(0, len(some), TOGETHER)]
+        order = np.random.default_rng([seed, number]).permutation(len(of_task)).tolist()
+        groups += [[of_task[i] for i in order[first : first + TOGETHER]] for first in range(0, len(order), TOGETHER)]
     return groups
 
 
@@ -92,11 +84,9 @@ def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int
 
 
 def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> float | None:
-    """The mean of the shares of true and of false ones that were told right; None is an answer that cannot be read.
+    """The mean of the shares of true and of false ones that were told right, in 0..1 (0.5 by chance).
 
-    Returns
-    -------
-    In 0..1, 0.5 by chance; None if one of the two kinds has no answer.
+    An answer that cannot be read is None and left out; without an answer to one of the two kinds, the result is None.
     """
     shares = []
     for kind in (True, False):
@@ -108,7 +98,7 @@ def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> flo
 
 
 def fuzzed(on: Sequence[bool], seed: Sequence[int]) -> list[bool]:
-    """As many marks as in `on`, at random where `on` has none (fewer if there is less room)."""
+    """As many marks as in `on`, on random pieces that have none in `on` (fewer if there are not enough of them)."""
     free = np.flatnonzero(~np.array(on, dtype=bool))
     result = np.zeros(len(on), dtype=bool)
     result[np.random.default_rng(list(seed)).permutation(free)[: sum(on)]] = True

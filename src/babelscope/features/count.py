@@ -7,7 +7,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from babelscope.features.counter import Counter, totals
+from babelscope.features.counter import Counter, totals, whole_texts
 from babelscope.models.forward import names_to_read, read_batches
 from babelscope.models.names import layer_of
 from babelscope.models.tokens import TokenizedTexts
@@ -30,21 +30,6 @@ class Counted(NamedTuple):
     quality: Quality
 
 
-class _Chunk:
-    """Whole texts that wait until there are enough of them."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self.rows = 0
-        self.parts: dict[str, list[Tensor]] = {}
-
-    def add(self, number: int, rows: Mapping[str, Tensor]) -> None:
-        self.numbers.append(number)
-        self.rows += len(next(iter(rows.values())))
-        for name, x in rows.items():
-            self.parts.setdefault(name, []).append(x.clone())  # a view would keep its whole batch
-
-
 @torch.no_grad()
 def count(
     model: Any,
@@ -60,8 +45,8 @@ def count(
     """Count the firings of every latent, as `extract` and `encode` do through files, but with nothing stored.
 
     The forward passes are those of `extract` and the chunks those of `encode`: on the same machine the counts are
-    those that stored activations give. Memory: two chunks of activations at every hookpoint, one forward pass, and the
-    counters.
+    those that stored activations give. Memory: of each split a chunk and a batch of activations at every hookpoint, and
+    the counters.
 
     Parameters
     ----------
@@ -81,13 +66,11 @@ def count(
     names = names_to_read(list(saes), any(sae.is_transcoder for sae in saes.values()))
     counters = {name: Counter(languages, sae.latents) for name, sae in saes.items()}
     sums = {name: QualitySums(sae, len(languages)) for name, sae in saes.items()}
-    language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_list()
+    language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_torch()
 
-    def flush(chunk: _Chunk, is_held_out: bool) -> None:
-        text = torch.tensor(chunk.numbers, dtype=torch.int64).repeat_interleave(texts.lengths[chunk.numbers])
-        for name, sae in saes.items() if chunk.numbers else ():
-            target = torch.cat(chunk.parts[name])
-            x, y = (torch.cat(chunk.parts[sae.input_name(name)]), target) if sae.is_transcoder else (target, None)
+    def measure(rows: Mapping[str, Tensor], text: Tensor, is_held_out: bool) -> None:
+        for name, sae in saes.items():
+            x, y = (rows[sae.input_name(name)], rows[name]) if sae.is_transcoder else (rows[name], None)
             if is_held_out:
                 sums[name].add(x, y, language[text])
             else:
@@ -95,17 +78,21 @@ def count(
                 counters[name].add(values.cpu(), indices.cpu(), language[text], text)
         advance(len(text))
 
-    chunks = {False: _Chunk(), True: _Chunk()}
-    for rows in read_batches(model, texts, texts.batches(batch_tokens), names, dtype):
-        start = 0
-        for number in torch.unique_consecutive(rows.text).tolist():
-            end, which = start + int(texts.lengths[number]), held_out[number]
-            if chunks[which].rows and chunks[which].rows + end - start > chunk_tokens:
-                flush(chunks[which], which)
-                chunks[which] = _Chunk()
-            chunks[which].add(number, {name: x[start:end] for name, x in rows.activations.items()})
-            start = end
-    for which, chunk in chunks.items():
-        flush(chunk, which)
+    # Of each split, the texts behind the last full chunk.
+    waiting: dict[bool, tuple[dict[str, Tensor], Tensor]] = {}
+    for activations, text in read_batches(model, texts, texts.batches(batch_tokens), names, dtype):
+        for split in set(held_out[text].tolist()):
+            mask = held_out[text] == split
+            rows, numbers = {name: x[mask.to(x.device)] for name, x in activations.items()}, text[mask]
+            if split in waiting:
+                before, earlier = waiting[split]
+                rows = {name: torch.cat([before[name], x]) for name, x in rows.items()}
+                numbers = torch.cat([earlier, numbers])
+            *full, (last, _) = whole_texts(numbers, chunk_tokens)
+            for start, end in full:
+                measure({name: x[start:end] for name, x in rows.items()}, numbers[start:end], split)
+            waiting[split] = {name: x[last:] for name, x in rows.items()}, numbers[last:]
+    for split, (rows, numbers) in waiting.items():
+        measure(rows, numbers, split)
     of = totals(texts.frame.filter(split="train"), languages)
     return {name: Counted(counters[name].frame(layer_of(name)), of, sums[name].result()) for name in saes}

@@ -36,13 +36,7 @@ def read_texts(paths: Paths) -> pl.DataFrame:
 
 
 class Features:
-    """Some latents of one SAE, whose activations are wanted as a matrix `[tokens, features]`.
-
-    Parameters
-    ----------
-    sae: the dictionary.
-    units: numbers of the latents, int64 `[features]`, without duplicates.
-    """
+    """Some latents of `sae`, whose numbers are `units` (int64 `[features]`, without duplicates)."""
 
     def __init__(self, sae: SAE | CachedSAE, units: Tensor) -> None:
         self.sae, self.count, self.device = sae, len(units), sae.b_dec.device
@@ -64,20 +58,12 @@ class Features:
 
 
 class Example(NamedTuple):
-    """A text in which a feature fires.
-
-    Attributes
-    ----------
-    feature: number of the feature.
-    place: 0 is the text with the largest activation.
-    text: number of the text.
-    activations: one per token of the text, float32 `[longest]`, followed by zeros.
-    """
+    """A text in which a feature fires."""
 
     feature: int
-    place: int
+    place: int  # 0 is the text with the largest activation
     text: int
-    activations: Tensor
+    activations: Tensor  # one per token of the text, float32 [longest], followed by zeros
 
 
 class _Best:
@@ -91,11 +77,8 @@ class _Best:
     def merge(self, peak: Tensor, text: Tensor, dense: Tensor, start: Tensor, length: Tensor) -> None:
         """Add texts with larger numbers than any before.
 
-        Parameters
-        ----------
-        peak: largest activation of each feature in each text, float32 `[texts, features]`.
-        text, start, length: each text's number, first row in `dense` and rows, int64 `[texts]`.
-        dense: every activation, float32 `[rows, features]`.
+        `peak`: largest activation of each feature in each text, `[texts, features]`. `text`, `start`, `length`: each
+        text's number, first row in `dense` and rows, int64 `[texts]`. `dense`: every activation, `[rows, features]`.
         """
         kept, longest = len(self.value), self.tokens.shape[-1]
         # Stable: of two texts with the same activation (they may begin alike) the one with the smaller number stays.
@@ -116,17 +99,16 @@ class _Best:
 
 
 class Firings:
-    """Collects histograms and texts of largest activation of some features, in one pass and bounded memory.
+    """Collects histograms and texts of largest activation of some features, in one pass.
 
     Memory: `texts * longest` numbers per feature and side, and one chunk's activations of all features.
 
     Parameters
     ----------
-    features: the features.
     owns: bool `[features, languages]`, which languages are a feature's own.
     largest: the upper end of each feature's histogram, float32 `[features]`, > 0.
-    texts: how many texts to keep of a feature's own languages, and of the others.
-    held_out: how many held-out texts of its own languages to keep.
+    texts, held_out: how many texts to keep of a feature's own languages and of the others, and how many held-out texts
+        of its own languages.
     longest: tokens of a text that are kept.
 
     Attributes
@@ -147,12 +129,8 @@ class Firings:
     def add(self, x: Tensor, text: Tensor, language: Tensor, held_out: Tensor) -> None:
         """Add a chunk of whole texts, whose numbers are larger than those of all chunks before.
 
-        Parameters
-        ----------
-        x: activations of the hookpoint, `[tokens, d]`.
-        text: number of each token's text, int64 `[tokens]`, ascending.
-        language: language code of each token, int64 `[tokens]`.
-        held_out: bool `[tokens]`.
+        `x`: activations of the hookpoint, `[tokens, d]`; and of each token `[tokens]` the number of its `text` (int64,
+        ascending), the code of its `language` (int64), and whether it is `held_out` (bool).
         """
         if not len(x):
             return
@@ -187,18 +165,18 @@ class Firings:
 
 
 class Shown(NamedTuple):
-    """The number of a text, and what one feature does in it: an activation per token, 0 where it does not fire."""
+    """The number of a text, and what one feature does in it: an activation per token, 0 if it does not fire on it."""
 
     text: int
     activations: list[float]
 
 
 class Chosen(NamedTuple):
-    """The texts of one feature: those that explain it, others in which it fires, and others in which it does not."""
+    """The texts of one feature."""
 
-    examples: list[Shown]
-    active: list[Shown]
-    silent: list[Shown]
+    examples: list[Shown]  # those that explain it
+    active: list[Shown]  # others in which it fires
+    silent: list[Shown]  # others in which it does not
 
 
 @torch.inference_mode()
@@ -211,15 +189,14 @@ def choose(
     seeds: list[list[int]],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Chosen]:
-    """Choose texts for every feature, with two readings and the largest activation of every feature in every text.
+    """Choose texts for every feature.
 
     The examples are those in which it is most active. The others are drawn (Paulo et al. 2024, arXiv 2410.13928): from
     all further texts in which it fires, at even ranks of its largest activation, and at random from those in which it
-    never does.
+    never does. All texts are read once, and those that are chosen again.
 
     Parameters
     ----------
-    features: the features.
     gather: rows (int64) -> activations `[rows, d]`.
     text: number of each row's text, int64 `[rows]`: 0, 1, ..., the rows of a text together.
     examples, scored: how many texts explain a feature, and how many of each kind test it (fewer if there are no more).

@@ -1,4 +1,4 @@
-"""Texts cut where tokens end, but never inside of what is read as one character."""
+"""Texts cut at the ends of tokens, but never inside of what is read as one character."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -15,10 +15,7 @@ def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], list
     signs or accents that are drawn with it (Unicode's marks). Such tokens share a piece. White space between two tokens
     belongs to the later one.
 
-    Parameters
-    ----------
-    text: the whole text.
-    spans: of each token, where in the text its characters begin and end; what follows the last one is left out.
+    `spans`: of each token, where in the text its characters begin and end; what follows the last one is left out.
 
     Returns
     -------
@@ -45,22 +42,13 @@ def _inside(text: str, index: int) -> bool:
 
 
 def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:
-    """Texts in pieces.
+    """`text_id`, `language`, `split` of `texts`, with `pieces` (list of strings) and `piece` (of every token, list).
 
-    Parameters
-    ----------
-    texts: `text_id`, `language`, `split`.
-    spelled: of each the text that is read, and the spans of its tokens, see `babelscope.models.tokens.spelled`.
-
-    Returns
-    -------
-    `text_id`, `language`, `split`, `pieces` (list of strings), `piece` (the number of every token's piece, list).
+    `spelled`: of each the text that is read, and the spans of its tokens, see `babelscope.models.tokens.spelled`.
     """
-    found = [pieces(text, spans) for text, spans in spelled]
-    return texts.select("text_id", "language", "split").with_columns(
-        pl.Series("pieces", [part[0] for part in found], dtype=pl.List(pl.String)),
-        pl.Series("piece", [part[1] for part in found], dtype=pl.List(pl.Int64)),
-    )
+    schema = {"pieces": pl.List(pl.String), "piece": pl.List(pl.Int64)}
+    found = pl.DataFrame([pieces(text, spans) for text, spans in spelled], schema=schema, orient="row")
+    return texts.select("text_id", "language", "split").hstack(found)
 
 
 def by_piece(values: Sequence[float], piece: Sequence[int], count: int) -> list[float]:

@@ -13,27 +13,14 @@ def accuracy(truth: pl.Series, predicted: pl.Series) -> float:
     return int(_right(truth, predicted).sum()) / len(truth) if len(truth) else math.nan
 
 
-def per_language(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> pl.DataFrame:
-    """Precision, recall and F1 of each of `languages`.
-
-    F1 = 2 TP / (2 TP + FP + FN). A ratio with denominator 0 is 0, as in scikit-learn.
-
-    Returns
-    -------
-    `language`, `texts` (of this language), `predicted` (as this language), `right`, `precision`, `recall`, `f1`, in the
-    order of `languages`.
-    """
-    hits = truth.filter(_right(truth, predicted))
-    table = pl.DataFrame({"language": pl.Series(languages, dtype=pl.String)})
-    for name, series in (("texts", truth), ("predicted", predicted), ("right", hits)):
-        counts = (
-            series.cast(pl.String).alias("language").value_counts(name=name).with_columns(pl.col(name).cast(pl.Int64))
-        )
-        table = table.join(counts, on="language", how="left", maintain_order="left")
-    table = table.with_columns(pl.col("texts", "predicted", "right").fill_null(0))
-    right, called, texts = pl.col("right"), pl.col("predicted"), pl.col("texts")
-    ratios = {"precision": right / called, "recall": right / texts, "f1": 2 * right / (texts + called)}
-    return table.with_columns(**ratios).with_columns(pl.col(*ratios).fill_nan(0.0))
+def f1(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> dict[str, float]:
+    """F1 of each of `languages`: 2 TP / (2 TP + FP + FN), and 0 if that is 0 / 0, as in scikit-learn."""
+    right = _right(truth, predicted)
+    scores = {}
+    for language in languages:
+        both = int((truth == language).sum()) + int((predicted == language).sum())
+        scores[language] = 2 * int(right.filter(truth == language).sum()) / both if both else 0.0
+    return scores
 
 
 def confusion(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> pl.DataFrame:
@@ -49,12 +36,8 @@ def confusion(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> p
 def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
     """McNemar's exact test (1947): the two-sided p-value that two classifiers differ, right or wrong on the same texts.
 
-    Of the n texts on which only one is right, the number that the first gets right is Binomial(n, 1/2) if they do not
-    differ.
-
-    Parameters
-    ----------
-    first_right, second_right: boolean, one value per text, in the same order.
+    Of the n texts on which only one is right, the first gets Binomial(n, 1/2) right if they do not differ. Both series
+    are boolean, one value per text, in the same order.
     """
     _check_lengths(first_right, second_right)
     only_first, only_second = int((first_right & ~second_right).sum()), int((~first_right & second_right).sum())
@@ -65,8 +48,7 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
 def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
     """The numbers of every classifier, and McNemar's test of each against `baseline`.
 
-    A classifier may have no rows for the texts of some languages (those it does not know): its numbers are about the
-    others, and so is its comparison.
+    A classifier may have no rows for languages that it does not know: its numbers and its comparison leave them out.
 
     Parameters
     ----------
@@ -85,10 +67,10 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
     for (method, normalize), rows in predictions.group_by("method", "normalize", maintain_order=True):
         name = f"{method}/{normalize}"
         asked = [language for language in languages if language in set(rows["language"])]
-        scores = per_language(rows["language"], rows["predicted"], asked)
+        scores = f1(rows["language"], rows["predicted"], asked)
         numbers[f"accuracy/{name}"] = accuracy(rows["language"], rows["predicted"])
-        numbers[f"macro_f1/{name}"] = math.fsum(scores["f1"]) / len(asked)
-        numbers |= {f"f1/{name}/{language}": f1 for language, f1 in scores.select("language", "f1").iter_rows()}
+        numbers[f"macro_f1/{name}"] = math.fsum(scores.values()) / len(asked)
+        numbers |= {f"f1/{name}/{language}": score for language, score in scores.items()}
         both = rows.join(reference, on="text_id")
         if method != baseline and len(both):
             numbers[f"mcnemar_p/{name}"] = mcnemar(both["right"], both["reference"])

@@ -1,7 +1,7 @@
 """What a language's units do in a text: totals per text and language, from which `identify` tells the language."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import polars as pl
 import torch
@@ -17,22 +17,17 @@ from babelscope.sae.cache import SAECache
 METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
 
 
-@dataclass(frozen=True)
-class Owned:
-    """The units of one hookpoint that belong to languages.
+class Owned(NamedTuple):
+    """The m units of one hookpoint that belong to languages.
 
-    Attributes
-    ----------
-    units: numbers of the m units, int64 `[m]`, ascending.
-    owns: 1 if the language owns the unit, float32 `[m, languages]`.
-    scale, shift: float32 `[m, languages]`; `activation * scale - shift` is the activation scaled by the range that it
-        has on the language; 0 if the language does not own the unit, or no ranges are known.
+    `activation * scale - shift` is the activation scaled by the range that it has on the language; both are 0 if the
+    language does not own the unit, or no ranges are known.
     """
 
-    units: Tensor
-    owns: Tensor
-    scale: Tensor
-    shift: Tensor
+    units: Tensor  # their numbers, int64 [m], ascending
+    owns: Tensor  # 1 if the language owns the unit, float32 [m, languages]
+    scale: Tensor  # float32 [m, languages]
+    shift: Tensor  # float32 [m, languages]
 
 
 def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequence[str]) -> Owned:
@@ -77,10 +72,10 @@ class UnitTotals:
 
     Parameters
     ----------
-    texts: how many texts there are; text numbers below are positions among them.
+    texts: how many texts there are.
     owners: by hookpoint.
     saes: the dictionary of every hookpoint whose units are latents; at the others the units are neurons.
-    device: where the work is done.
+    device: of the work.
 
     Attributes
     ----------
@@ -88,21 +83,14 @@ class UnitTotals:
     """
 
     def __init__(
-        self,
-        texts: int,
-        owners: Mapping[str, Owned],
-        saes: Mapping[str, SAE] | SAECache,
-        device: torch.device | None = None,
-    ) -> None:
-        self.device = device or torch.device("cpu")
-        self.owners, self.saes = dict(owners), saes
+        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE] | SAECache,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:  # fmt: skip
+        self.device, self.owners, self.saes = device, dict(owners), saes
         kinds = {"sae" if name in saes else "neuron" for name in owners}
         width = next((part.owns.shape[1] for part in owners.values()), 0)
-        self.totals = {
-            method: torch.zeros(texts, width, dtype=torch.float64)
-            for kind, methods in METHODS.items() if kind in kinds
-            for method in methods
-        }  # fmt: skip
+        names = [method for kind, methods in METHODS.items() if kind in kinds for method in methods]
+        self.totals = {method: torch.zeros(texts, width, dtype=torch.float64) for method in names}
         self._tables = {name: self._table(name) for name in owners}
 
     def _table(self, name: str) -> tuple[Tensor, ...]:

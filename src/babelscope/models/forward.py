@@ -13,7 +13,7 @@ from babelscope.models.tokens import TokenizedText, TokenizedTexts, pad
 
 
 def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
-    """The hookpoints, and where `transcode` the inputs of their modules, too, as `hookpoints.read` calls them."""
+    """The hookpoints and, if `transcode`, the inputs of their modules, as `hookpoints.read` names them."""
     return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
 
 
@@ -62,40 +62,30 @@ def read_batches(
 def own_activations(
     model: Any, hookpoints: Sequence[str], batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """One forward pass over a batch.
-
-    Parameters
-    ----------
-    model: a causal language model.
-    hookpoints: what to read, see `babelscope.models.hookpoints.read`.
-    batch: token ids, attention mask and own-token mask, each `[texts, longest]`, on the model's device (see `collate`).
-    dtype: of the result.
-
-    Returns
-    -------
-    `[own tokens, d]` by hookpoint, text after text, special tokens and padding left out.
+    """One forward pass over a batch (see `collate`, on the model's device): `[content tokens, d]` by hookpoint.
 
     Raises
     ------
     UserError: an activation is not finite, or not in `dtype`, or a hookpoint does not give one vector per token.
     """
-    ids, mask, own = batch
+    ids, mask, content = batch
     seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=mask)
+    rows = {}
     for name in hookpoints:
-        _check_shape(name, seen[name], own.shape, "hookpoints")
-    rows = {name: seen[name][own].to(dtype) for name in hookpoints}
-    for name, activations in rows.items():
-        if not torch.isfinite(activations).all():
-            if not torch.isfinite(seen[name][own]).all():
-                computed = str(seen[name].dtype).removeprefix("torch.")
-                raise UserError(
-                    f"params.yaml: extract.dtype: the model's activations at {name} are infinite or not a number in "
-                    f"{computed}; allowed: float32 has the largest range (or are its weights damaged?)"
-                )
+        _check_shape(name, seen[name], content.shape, "hookpoints")
+        rows[name] = seen[name][content].to(dtype)
+        if torch.isfinite(rows[name]).all():
+            continue
+        if not torch.isfinite(seen[name][content]).all():
+            computed = str(seen[name].dtype).removeprefix("torch.")
             raise UserError(
-                f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
-                "(infinite or not a number); allowed: bfloat16 has the range of float32"
+                f"params.yaml: extract.dtype: the model's activations at {name} are infinite or not a number in "
+                f"{computed}; allowed: float32 has the largest range (or are its weights damaged?)"
             )
+        raise UserError(
+            f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
+            "(infinite or not a number); allowed: bfloat16 has the range of float32"
+        )
     return rows
 
 
@@ -113,18 +103,14 @@ def _refusal(name: str, reason: str, key: str) -> UserError:
 
 @torch.inference_mode()
 def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, int]:
-    """The d of what is read at each hookpoint, from passes over a few tokens that also show whether it can be read.
+    """The d of each hookpoint (see `hookpoints.read`), from passes over a few tokens that also check it.
 
-    Parameters
-    ----------
-    model: a causal language model.
-    hookpoints: what to read, see `babelscope.models.hookpoints.read`.
-    key: where params.yaml names them.
+    `key` is where params.yaml names the hookpoints.
 
     Raises
     ------
     UserError: a hookpoint does not give one vector per token, or gives them in another order (experts that each take
-        the tokens routed to them), or is run several times in a pass (a module that several blocks share).
+        the tokens routed to them), or runs several times in a pass (a module that several blocks share).
     """
     ids = probing.probe_ids(model)
     modules = sorted({name.removesuffix(hooks.INPUT) for name in hookpoints})
@@ -135,11 +121,11 @@ def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> di
     together = hooks.read(model, hookpoints, input_ids=ids, attention_mask=torch.ones_like(ids))
     for name in hookpoints:
         _check_shape(name, together[name], ids.shape, key)
-    # Among many texts each must give the rows that it gives alone. The last one tells most: whatever order is not that
-    # of the tokens, other texts' rows stand in its place.
+    # Among many texts each must give the rows that it gives alone. In another order than that of the tokens, the rows
+    # of the last text are most likely those of other texts.
     for text in (0, len(ids) - 1):
-        mask = torch.ones_like(ids[:1])
-        alone = hooks.read(model, hookpoints, input_ids=ids[text : text + 1], attention_mask=mask)
+        one = ids[text : text + 1]
+        alone = hooks.read(model, hookpoints, input_ids=one, attention_mask=torch.ones_like(one))
         for name in hookpoints:
             if not _in_order(together[name][text], alone[name][0]):
                 raise _refusal(name, "does not give its vectors in the order of the tokens", key)
@@ -147,17 +133,18 @@ def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> di
 
 
 def _in_order(found: Tensor, wanted: Tensor) -> bool:
-    """Whether rows `[tokens, d]` are in the order of `wanted`: most are nearest to their own, for in low precision a
-    token may be routed to another expert.
+    """Whether rows `[tokens, d]` are in the order of `wanted`: most of them are nearest to their own.
+
+    Not all, since in low precision a token may be routed to another expert.
     """
     distance = (found.float().unsqueeze(1) - wanted.float().unsqueeze(0)).norm(dim=-1)
     return bool((distance.diagonal() <= distance.amin(1)).float().mean() >= 0.75)
 
 
 def collate(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and own-token mask, each `[texts, longest]`."""
+    """Token ids, attention mask and content mask, each `[texts, longest]`."""
     ids, mask = pad(batch)
-    own = mask.bool()
+    content = mask.bool()
     for row, text in enumerate(batch):
-        own[row, : text.special] = False
-    return ids, mask, own
+        content[row, : text.special] = False
+    return ids, mask, content

@@ -1,7 +1,7 @@
 """Loading a causal language model and its tokenizer: a file inside a package, a local folder, or a hub id.
 
 transformers takes 15 s to read a GGUF file of 100 MB, most of it for names and vocabulary, and a pipeline run loads the
-model a dozen times. So what it makes of a local one is kept as safetensors, among the assets of the Hugging Face cache.
+model a dozen times. So what it reads from a local file is kept as safetensors in the Hugging Face cache.
 """
 
 import importlib.metadata
@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from babelscope.config.schema import Model
 from babelscope.config.values import expanded
 from babelscope.core.errors import UserError, nearest
+from babelscope.core.files import read_json
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.models import packaged
-from babelscope.models.hookpoints import reads_ahead, resolve
+from babelscope.models.hookpoints import resolve
+from babelscope.models.probing import reads_ahead
 
 log = logging.getLogger(__name__)
 
@@ -35,73 +37,68 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safetenso
 _LARGEST = 2**28
 _READERS = ("gguf", "transformers")
 
-# Of models and of activations; those that are to be stored in int8 are read in float32.
+# Of models and of activations; those that will be stored in int8 are read in float32.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def _where(section: Model) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is given: a folder or a hub id, and the options that say which file and revision."""
+    """What `from_pretrained` is given: a folder or a hub id, and the options that name the file and the revision."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
     if section.source == "package":
-        place = str(packaged.find(section.name, section.gguf_file)[0].parent)
-    else:
-        place = section.name
-        if section.revision is not None:
-            options["revision"] = section.revision
-        if place.startswith((".", "/", "~")) and not expanded(place).is_dir():
-            raise UserError(f"params.yaml: model.name: no folder {place!r}")
-    if expanded(place).is_dir():
-        place = str(expanded(place))
-        options["local_files_only"] = True
-        in_folder = section.source == "huggingface" and section.gguf_file is not None
-        if in_folder and not (Path(place) / str(section.gguf_file)).is_file():
-            have = [p.name for p in Path(place).glob("*.gguf")]
-            raise UserError(f"params.yaml: model.gguf_file: {nearest(str(section.gguf_file), have)}")
-    return place, options
+        folder = packaged.find(section.name, section.gguf_file)[0].parent
+        return str(folder), options | {"local_files_only": True}
+    if section.revision is not None:
+        options["revision"] = section.revision
+    folder = expanded(section.name)
+    if not folder.is_dir():
+        if section.name.startswith((".", "/", "~")):
+            raise UserError(f"params.yaml: model.name: no folder {section.name!r}")
+        return section.name, options
+    if section.gguf_file is not None and not (folder / section.gguf_file).is_file():
+        allowed = nearest(section.gguf_file, [path.name for path in folder.glob("*.gguf")])
+        raise UserError(f"params.yaml: model.gguf_file: {allowed}")
+    return str(folder), options | {"local_files_only": True}
 
 
 def _source(section: Model) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is given: as `_where` says, or the unpacked copy of a local GGUF file.
 
-    The copy holds the same model and tokenizer, the weights in float32, as safetensors. It is made if it does not exist
-    yet, under the hash of the file and the versions of what reads it.
+    The copy holds the same model and tokenizer, with the weights in float32 as safetensors. It is made once, under the
+    hash of the file and the versions of what reads it.
     """
     place, options = _where(section)
     files = _gguf_files(section, place)
-    if section.sha256 is not None and not files:
-        raise UserError(
-            "params.yaml: model.sha256: it is that of a local file model.gguf_file; allowed without it: null"
-        )
-    if section.sha256 is not None and len(files) == 1 and files[0].stat().st_size > _LARGEST:
-        packaged.check(files[0], section.sha256)
-    if not files or (len(files) == 1 and files[0].stat().st_size > _LARGEST):
+    if not files:
+        if section.sha256 is not None:
+            raise UserError(
+                "params.yaml: model.sha256: it is that of a local file model.gguf_file; allowed without it: null"
+            )
+        return place, options
+    if len(files) == 1 and files[0].stat().st_size > _LARGEST:
+        if section.sha256 is not None:
+            packaged.check(files[0], section.sha256)
         return place, options
     from huggingface_hub import cached_assets_path
 
     content = section.sha256 or "-".join(map(dvc_md5, files))
     name = "-".join([content, *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
-    rest = {key: value for key, value in options.items() if key != "gguf_file"}
+    advice = "set HF_HOME to a folder that can be written"
     try:
         folder = cached_assets_path("babelscope", "gguf") / name
         if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder.parent}: cannot be written")
-    except OSError as error:  # the home folder is read-only or missing, say
+    except OSError as error:  # such as a read-only or missing home folder
         if len(files) > 1:
-            raise UserError(
-                f"{section.gguf_file}: must be joined from {len(files)} parts, and nothing can be kept ({error}); "
-                "set HF_HOME to a folder that can be written"
-            ) from None
-        log.warning(
-            "%s: read slowly every time, since nothing can be kept (%s); set HF_HOME to a folder that can be written",
-            section.gguf_file, error,
-        )  # fmt: skip
+            reason = f"must be joined from {len(files)} parts, and nothing can be kept ({error})"
+            raise UserError(f"{section.gguf_file}: {reason}; {advice}") from None
+        log.warning("%s: read slowly every time, since nothing can be kept (%s); %s", section.gguf_file, error, advice)
         return place, options
     if not folder.is_dir():
         log.info("%s: unpacked once, to %s", section.gguf_file, folder)
         _unpack(files, section, options, folder)
-    return str(folder), rest
+    return str(folder), {key: value for key, value in options.items() if key != "gguf_file"}
 
 
 def _gguf_files(section: Model, place: str) -> list[Path]:
@@ -142,10 +139,10 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
 
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300]
-    if isinstance(error, UnpicklingError):  # torch's own words recommend to run it all the same
+    if isinstance(error, UnpicklingError):  # torch's own message advises to run it nevertheless
         reason = "its .bin file is damaged, or holds pickled code, which is never run; allowed: weights in safetensors"
     elif "trust_remote_code" in str(error):
-        reason = "it comes with Python code of its own, which is run only where model.trust_remote_code is true"
+        reason = "it comes with Python code of its own, which runs only if model.trust_remote_code is true"
     return UserError(f"params.yaml: model.name: cannot load the {what} of {section.name!r}: {reason}")
 
 
@@ -156,10 +153,14 @@ def load_tokenizer(section: Model) -> Any:
     ------
     UserError: the package, folder, file or hub id does not exist or holds no tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         place, options = _source(section)
+        if section.gguf_file is not None and "gguf_file" not in options:
+            # Our own copy. For Gemma's 262,144 tokens AutoTokenizer takes 2.5 s more, since it parses them repeatedly.
+            settings = read_json(Path(place) / "tokenizer_config.json")
+            return PreTrainedTokenizerFast(tokenizer_file=f"{place}/tokenizer.json", **settings)
         return AutoTokenizer.from_pretrained(place, **options)
     except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
@@ -168,7 +169,7 @@ def load_tokenizer(section: Model) -> Any:
 def _read_weights(place: str, **options: Any) -> Any:
     """The model with all its weights from the file.
 
-    transformers draws at random what a file lacks or has in another shape, and says so in a report only.
+    transformers draws missing weights, and weights of another shape, at random, and only reports it.
 
     Raises
     ------
@@ -182,21 +183,19 @@ def _read_weights(place: str, **options: Any) -> Any:
     # Tied weights are not in the report; a buffer that is absent keeps the value that the model's code gives it.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing, unused = sorted(parameters & set(report["missing_keys"])), sorted(report["unexpected_keys"])
-    mismatched = [
-        f"{name} {list(found)} (the model's: {list(expected)})"
-        for name, found, expected in sorted(report["mismatched_keys"])
-    ]
+    mismatched = [f"{name} {list(found)} (the model's: {list(shape)})"
+                  for name, found, shape in sorted(report["mismatched_keys"])]  # fmt: skip
     for names, what in ((missing, "the file lacks"), (mismatched, "the file has in another shape")):
         if names:
             others = f"; it holds tensors that the model has no place for: {_first_of(unused)}" if unused else ""
             raise UserError(
                 f"params.yaml: model.name: {place!r}: {what} {len(names)} of the {len(parameters)} weights of "
                 f"{type(model).__name__}, which would stay random: {_first_of(names)}{others}; allowed: files with all "
-                "weights under the names that transformers gives them (save_pretrained writes such)"
+                "weights under the names that transformers gives them (save_pretrained writes such files)"
             )
     if unused:
-        log.warning("%s: %d tensors of the file are not part of %s: %s",
-                    place, len(unused), type(model).__name__, _first_of(unused))  # fmt: skip
+        kind = type(model).__name__
+        log.warning("%s: %d tensors of the file are not part of %s: %s", place, len(unused), kind, _first_of(unused))
     return model
 
 
@@ -205,7 +204,7 @@ def _first_of(names: Sequence[str], count: int = 3) -> str:
 
 
 def load_skeleton(section: Model) -> torch.nn.Module | None:
-    """The model without weights (on the meta device), to check names before a long load; null for a GGUF file."""
+    """The model without weights (on the meta device), to check names before a long load; None for a GGUF file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if section.gguf_file is not None:
@@ -215,9 +214,8 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
         config = AutoConfig.from_pretrained(place, **options)
         _check_decoder(section, config)
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=section.trust_remote_code
-            )
+            options = {"trust_remote_code": section.trust_remote_code}
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, **options)
     except _FAILURES as error:
         raise _refusal(section, "configuration", error) from None
     return model
@@ -248,7 +246,7 @@ def _has_bitsandbytes() -> bool:
 
 
 def _quantised(kind: str, dtype: torch.dtype) -> Any:
-    """How transformers is to quantise the weights; what is computed with them is computed in `dtype`."""
+    """How transformers quantises the weights; computations with them run in `dtype`."""
     if not _has_bitsandbytes():
         raise UserError(
             f"params.yaml: model.quantization: {kind!r} needs the package bitsandbytes (pip install bitsandbytes); "
@@ -276,12 +274,12 @@ def load_model(section: Model, dtype: str) -> Any:
     """
     from transformers import AutoConfig
 
-    quantised = (
-        {} if section.quantization is None else {"quantization_config": _quantised(section.quantization, DTYPES[dtype])}
-    )
+    quantised = {}
+    if section.quantization is not None:
+        quantised["quantization_config"] = _quantised(section.quantization, DTYPES[dtype])
     try:
         place, options = _source(section)
-        if "gguf_file" not in options:  # whose configuration takes as long as its weights
+        if "gguf_file" not in options:  # it takes as long to read its configuration as its weights
             _check_decoder(section, AutoConfig.from_pretrained(place, **options))
         model = _read_weights(place, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
@@ -289,8 +287,8 @@ def load_model(section: Model, dtype: str) -> Any:
     model = model.eval().requires_grad_(False)
     if reads_ahead(model):
         raise UserError(
-            f"params.yaml: model.name: {section.name!r} is no causal language model: in {type(model).__name__} as its "
-            "config.json sets it up, what is computed at a token depends on the tokens after it (as in masked language "
-            "models); allowed: models that predict each token from those before it"
+            f"params.yaml: model.name: {section.name!r} is no causal language model: what {type(model).__name__} "
+            "(with its config.json) computes at a token depends on the tokens after it, as in masked language models; "
+            "allowed: models that predict each token from those before it"
         )
     return model

@@ -57,7 +57,7 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def fill_up(x: Tensor, multiple: int = 64) -> Tensor:
+def pad_rows(x: Tensor, multiple: int = 64) -> Tensor:
     """`x` `[rows, ...]` with its last row again and again behind it, so that its number of rows is one of few.
 
     For passes over parts of texts: hardly ever have two the same number of tokens, and blocks of ever different sizes

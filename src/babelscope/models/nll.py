@@ -1,16 +1,151 @@
-"""Negative log-likelihood of texts under a causal language model."""
+"""NLL of tokens and texts under a causal language model, without logits `[tokens, vocabulary]`.
 
+A vocabulary of 262,144 makes the logits of a batch larger than the model. An NLL needs their log-sum-exp and one of
+them, so the vocabulary is read in chunks whose logits stay in the cache (the online softmax of Milakov & Gimelshein
+2018, arXiv 1805.02867). A model that makes its logits in another way than `Head` is asked for all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from babelscope.models import head
+from babelscope.models import hookpoints as hooks
+from babelscope.models.matmul import linear, pad_rows
+from babelscope.models.probing import probe_ids
 from babelscope.models.tokens import TokenizedText
+
+# Tokens and entries of the vocabulary in one product: 512 x 2,048 float32 logits are 4 MiB.
+ROWS, COLUMNS = 512, 2048
+# Rows are padded to a multiple of this, so that products have few shapes.
+_MULTIPLE = 128
+# Sums of exponentials below this are computed again, with the largest logit subtracted.
+_SMALL = 1e-20
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model makes logits from what enters its unembedding: `cap * tanh(scale * (W x + b) / cap)`.
+
+    Attributes
+    ----------
+    unembedding: W `[vocabulary, d]` and b `[vocabulary]` or None.
+    scale: 1 in most families.
+    cap: None for none (Gemma 2's `final_logit_softcapping`).
+    """
+
+    unembedding: nn.Linear
+    scale: float
+    cap: float | None
+
+    def logits(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Float32 logits `[tokens, last - first]` of a part of the vocabulary; `x` is `[tokens, d]`."""
+        weight, bias = self.unembedding.weight[first:last], self.unembedding.bias
+        found = linear(x, weight, None if bias is None else bias[first:last]).float()
+        if self.scale != 1:
+            found *= self.scale
+        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
+
+    def nll(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """Nats of the token `wanted[i]` (int64) given `x[i]`, what enters the unembedding; float32 `[tokens]`."""
+        return _in_parts(self._nll, ROWS, x, wanted)
+
+    def _nll(self, x: Tensor, wanted: Tensor) -> Tensor:
+        tokens, x = len(x), pad_rows(x, _MULTIPLE)
+        total, target = torch.zeros(len(x), device=x.device), torch.zeros(tokens, device=x.device)
+        for logits in self._chunks(x, wanted, target):
+            total += logits.exp_().sum(1)
+        total = total[:tokens]
+        found = total.log() - target
+        # Their exponentials are beyond float32, or so small that they are lost.
+        extreme = (~((total > _SMALL) & total.isfinite())).nonzero().squeeze(1)
+        if len(extreme):
+            found[extreme] = self._shifted(x[extreme], wanted[extreme])
+        return found
+
+    def _chunks(self, x: Tensor, wanted: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """The logits of the vocabulary, chunk by chunk; those of `wanted` are copied to `target`."""
+        for first in range(0, self.unembedding.out_features, COLUMNS):
+            last = min(first + COLUMNS, self.unembedding.out_features)
+            logits = self.logits(x, first, last)
+            here = ((wanted >= first) & (wanted < last)).nonzero().squeeze(1)
+            target[here] = logits[here, wanted[here] - first]
+            yield logits
+
+    def _shifted(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """The NLL with the largest logit so far subtracted from all: for logits of any size."""
+        largest = torch.full((len(x),), -torch.inf, device=x.device)
+        total, target = torch.zeros_like(largest), torch.zeros_like(largest)
+        for logits in self._chunks(x, wanted, target):
+            higher = torch.maximum(largest, logits.amax(1))
+            total = total * (largest - higher).exp() + logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
+            largest = higher
+        return total.log() + (largest - target)
+
+
+_heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
+
+
+def head_of(model: Any) -> Head | None:
+    """The head of a causal language model, tried on one pass without hooks; None if its logits are made otherwise."""
+    if model not in _heads:
+        _heads[model] = _find(model)
+    return _heads[model]
+
+
+@torch.no_grad()
+def _find(model: Any) -> Head | None:
+    module = model.get_output_embeddings()
+    if type(module) is not nn.Linear:  # quantised, or wrapped
+        return None
+    ids = probe_ids(model, 1)
+    with _entering_unembedding(model) as entered:
+        whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    if len(entered) != 1 or entered[0].shape[:-1] != ids.shape:
+        return None
+    product = linear(entered[0][0], module.weight, module.bias).float()
+    if product.shape != whole.shape:
+        return None
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    scale = 1.0 if cap is not None else float((whole * product).sum() / product.square().sum())
+    head = Head(module, 1.0 if abs(scale - 1) < 1e-3 else scale, cap)
+    found = head.logits(entered[0][0], 0, module.out_features)
+    # Both come from the same product, so each value is compared with its own size: a cap bends only large logits.
+    dtype, size = module.weight.dtype, whole.abs()
+    steps = 64 if dtype == torch.float32 else 4
+    tolerance = steps * torch.finfo(dtype).eps * (size + size.median())
+    return head if bool(((found - whole).abs() <= tolerance).all()) else None
+
+
+class _Reached(Exception):
+    """Ends a forward pass before the unembedding."""
+
+
+@contextmanager
+def _entering_unembedding(model: Any, *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """While open, what enters the unembedding is kept here; with `stop`, a forward pass ends there."""
+    entered: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: Any) -> None:
+        entered.append(args[0])
+        if stop:
+            raise _Reached
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield entered
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
 
 
 def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
-    """Sum of the NLL of each text's own tokens, given what stands before them.
+    """Sum of the NLL of each text's own tokens, given the tokens before them.
 
     Parameters
     ----------
@@ -22,7 +157,7 @@ def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
     -------
     Nats, float64 `[texts]`. A token with nothing before it is not a target; see `targets`.
     """
-    return head.pass_nll(model, ids, mask, targets(mask, special)).double().sum(1)
+    return token_nll(model, ids, mask, targets(mask, special)).double().sum(1)
 
 
 def targets(mask: Tensor, special: Tensor) -> Tensor:
@@ -34,3 +169,57 @@ def targets(mask: Tensor, special: Tensor) -> Tensor:
 def target_count(text: TokenizedText) -> int:
     """The number of `targets` in one text."""
     return max(len(text.ids) - max(text.special, 1), 0)
+
+
+def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """NLL of the tokens `ids[:, 1:]` in a whole pass; see `text_nll`.
+
+    Parameters
+    ----------
+    model, ids, mask: as of `text_nll`.
+    target: bool `[texts, longest - 1]`, the tokens that are wanted.
+
+    Returns
+    -------
+    Nats, float32 `[texts, longest - 1]`; 0 for tokens that are not wanted.
+    """
+    head, wanted = head_of(model), ids[:, 1:][target]
+    nll = torch.zeros(target.shape, device=ids.device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if head is None:
+        nll[target] = _logits_nll(model(**inputs).logits[:, :-1][target], wanted)
+        return nll
+    with _entering_unembedding(model, stop=True) as entered:
+        model(**inputs)
+    nll[target] = head.nll(entered[0][:, :-1][target], wanted)
+    return nll
+
+
+def stream_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """NLL of the token `wanted[i]` (int64) given the residual stream after all blocks, `hidden` `[tokens, d]`; nats."""
+    head = head_of(model)
+
+    def part(hidden: Tensor, wanted: Tensor) -> Tensor:
+        padded, rows = pad_rows(hidden, _MULTIPLE), len(hidden)
+        if head is None:
+            return _logits_nll(hooks.logits_of(model, padded)[:rows], wanted)
+        with _entering_unembedding(model, stop=True) as entered:
+            hooks.logits_of(model, padded)
+        return head.nll(entered[0].squeeze(1)[:rows], wanted)
+
+    return _in_parts(part, ROWS, hidden, wanted)
+
+
+def _logits_nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """NLL from whole logits `[tokens, vocabulary]`; float32 nats."""
+
+    def part(logits: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+
+    return _in_parts(part, max(1, 2**23 // logits.shape[-1]), logits, wanted)
+
+
+def _in_parts(part: Callable[[Tensor, Tensor], Tensor], rows: int, x: Tensor, wanted: Tensor) -> Tensor:
+    """`part(x, wanted)` of so many rows at a time, put together."""
+    parts = [part(x[i : i + rows], wanted[i : i + rows]) for i in range(0, len(wanted), rows)]
+    return torch.cat(parts) if parts else torch.zeros(0, device=x.device)

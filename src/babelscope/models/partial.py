@@ -1,14 +1,15 @@
 """Forward passes over the tokens that a change can reach; all others are taken from one clean pass.
 
-In a causal model a change at one token reaches that token and those behind it, from the block where it happens upwards.
-Rows (a text under some change) lie packed, one after the other, so that every product is over changed tokens only (and
-a few more, `fill_up`); just attention sees rows, and adds the clean keys and values of the tokens before the change.
+In a causal model a change at one token reaches that token and the later ones, from the block where it happens upwards.
+Rows (a text under some change) are packed one after the other, so that every product is over changed tokens only (and
+padding, `pad_rows`). Only attention sees rows, and adds the clean keys and values of the tokens before the change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from torch.utils._pytree import tree_map_only
 
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.matmul import fill_up
+from babelscope.models.matmul import pad_rows
 
 _NAME = "babelscope_partial"
-# What attention may be asked for beyond a scaled dot product. Who asks is served by passes over whole texts.
+# What attention may be asked for beyond a scaled dot product. Who asks gets passes over whole texts.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -77,7 +78,7 @@ class _Attention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`.
 
-        What stands behind the tokens (`fill_up`) sees nothing, is seen by nothing, and comes out as 0.
+        The padding (`pad_rows`) sees nothing, is seen by nothing, and comes out as 0.
         """
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         own = query[: len(self.tokens.row)]
@@ -184,14 +185,14 @@ def partial_pass(
     tokens: those to compute. Exact if all others are as in the clean pass, where an attention of `layers` sees them.
     hidden: `[tokens, d]`, the residual stream before `layers`.
     layers: consecutive blocks.
-    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`fill_up`).
+    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`pad_rows`).
 
     Returns
     -------
     `[tokens, d]`, the residual stream after `layers`.
     """
     ids, position = memory.ids[tokens.text[tokens.row], tokens.position], tokens.position
-    ids, position, filled = (fill_up(x) for x in (ids, position, hidden))
+    ids, position, filled = (pad_rows(x) for x in (ids, position, hidden))
     with hooks.editing(model, edits), _attending(model, _Attention(tokens, memory, record=False)):
         return hooks.run_blocks(
             model, layers, filled[None], input_ids=ids[None], position_ids=position[None]
@@ -223,6 +224,10 @@ def _in_float32(model: Any) -> Iterator[None]:
         yield
 
 
+# By model, the length of the texts on which partial passes were found to give what whole passes give.
+_suited: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 @torch.no_grad()
 def suits(model: Any, longest: int) -> bool:
     """Whether partial passes of texts of up to `longest` tokens give what whole passes give: tried on two texts.
@@ -230,10 +235,15 @@ def suits(model: Any, longest: int) -> bool:
     The blocks compute in float32 for it, whatever the model's dtype: an attention that sees more than it should must
     not pass for rounding. Only quantised weights are compared as they are.
     """
+    if _suited.get(model, -1) >= longest:
+        return True
     try:
-        return _suits(model, max(longest, 2))
-    except Exception:  # whatever a foreign model raises here: it is served by passes over whole texts
-        return False
+        found = _suits(model, max(longest, 2))
+    except Exception as error:  # whatever a foreign model raises here
+        return probing.declined(model, "passes over parts of texts", error)
+    if found:
+        _suited[model] = longest
+    return found
 
 
 def _suits(model: Any, longest: int) -> bool:

@@ -1,16 +1,20 @@
 """What is measured on a model before it is relied on, by passes over a few tokens: names do not tell it.
 
-Each probe answers "no" if the model raises anything on the way: the slower way, which needs no such property, is taken.
+A probe for a faster way answers "no" (and logs why) if the model raises anything: the slower way needs no such
+property.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from babelscope.models import hookpoints as hooks
 from babelscope.models.names import layer_of
+
+log = logging.getLogger(__name__)
 
 # Texts and tokens of a probe: few, and no more positions than any model has.
 _TEXTS, _TOKENS = 16, 8
@@ -20,10 +24,13 @@ _ROUNDING, _STEPS = 1e-3, 4.0
 
 
 def probe_ids(model: Any, texts: int = _TEXTS, tokens: int = _TOKENS) -> Tensor:
-    """Token ids `[texts, tokens]` (int64), all different if the vocabulary is large enough, on the model's device."""
+    """Token ids `[texts, tokens]` (int64), all different if the vocabulary is large enough, on the model's device.
+
+    The first is from the middle of the vocabulary: padding and the like are at its ends.
+    """
     vocabulary = int(model.config.get_text_config().vocab_size)
     number = torch.arange(texts * tokens, device=hooks.device_of(model))
-    return ((number * 7919 + 1) % vocabulary).view(texts, tokens)
+    return ((number * 7919 + vocabulary // 2) % vocabulary).view(texts, tokens)
 
 
 def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -39,6 +46,12 @@ def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bo
     size = wanted.abs().median(0).values
     size = torch.maximum(wanted.abs(), size.clamp_min(float(size.median()) * 1e-2)).clamp_min(1e-30)
     return bool(((found - wanted) / size).square().mean().sqrt() <= tolerance)
+
+
+def declined(model: Any, way: str, error: Exception) -> bool:
+    """False, with a log line: `way` is not taken, because the model raised `error` in the probe for it."""
+    log.info("%s: no %s: %s: %.200s", type(model).__name__, way, type(error).__name__, error)
+    return False
 
 
 @torch.inference_mode()
@@ -59,8 +72,8 @@ def can_restart(model: Any, layers: Sequence[int]) -> bool:
                 logits = model(input_ids=ids[order], attention_mask=mask, use_cache=False).logits
             if not agree(logits, whole[order]):
                 return False
-    except Exception:  # whatever a foreign model raises here
-        return False
+    except Exception as error:  # whatever a foreign model raises here
+        return declined(model, "passes that start at a hookpoint", error)
     return True
 
 
@@ -68,22 +81,22 @@ def can_restart(model: Any, layers: Sequence[int]) -> bool:
 def stays_in_place(model: Any, hookpoint: str) -> bool:
     """Whether a change at one token's hookpoint reaches other tokens only in the blocks above.
 
-    It is so behind the block's attention: the change is made, and the block's outputs at all other tokens must be the
+    It is so after the block's attention: the change is made, and the block's outputs at all other tokens must be the
     same bit for bit.
     """
     ids = probe_ids(model, 2)
     layers, is_seen = range(layer_of(hookpoint) + 1), []
     # The first token, which most attentions look at, and one in the middle.
-    places = [(0, 0), (1, _TOKENS // 2)]
+    changed_at = [(0, 0), (1, _TOKENS // 2)]
 
     def change(x: Tensor) -> Tensor:
         is_seen.append(x.shape[:2] == ids.shape)
         if not is_seen[-1]:
             return x
         changed, draw = x.clone(), torch.Generator().manual_seed(0)
-        for place in places:
-            noise = torch.randn(x[place].shape, generator=draw).to(x)
-            changed[place] += noise * (1 + x[place].float().square().mean().sqrt()).to(x)
+        for at in changed_at:
+            noise = torch.randn(x[at].shape, generator=draw).to(x)
+            changed[at] += noise * (1 + x[at].float().square().mean().sqrt()).to(x)
         return changed
 
     try:
@@ -92,8 +105,44 @@ def stays_in_place(model: Any, hookpoint: str) -> bool:
             other = hooks.run_blocks(model, layers, None, input_ids=ids)
         # Some families hand on several residual streams, `[streams, batch, tokens, d]`.
         same = (clean == other).reshape(-1, *clean.shape[-3:]).all(-1).all(0)
-        for place in places:
-            same[place] = True
+        for at in changed_at:
+            same[at] = True
         return is_seen == [True] and same.shape == ids.shape and bool(same.all())
-    except Exception:  # whatever a foreign model raises here
+    except Exception as error:  # whatever a foreign model raises here
+        return declined(model, f"changes in place at {hookpoint}", error)
+
+
+def reads_ahead(model: Any) -> bool:
+    """Whether what the model computes at a token depends on later tokens, as in masked language models.
+
+    Computed as the derivative of the outputs at all tokens but the last by the embedding of the last one: in a causal
+    model no path leads there, so it is 0 in any precision. (Two passes over texts that differ in the last token would
+    need a tolerance between a weak dependence and rounding, which in bfloat16 is as large: experts multiply other
+    shapes if one token is routed to another expert.) Convolutions by Fourier transform are exact to rounding in
+    float32: hence 1e-4 of the derivative by the tokens' own embeddings.
+
+    A model whose code has no derivatives (kernels for inference only) counts as causal.
+    """
+    ids = probe_ids(model, 1, 4)
+    embedded: list[Tensor] = []
+
+    def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # which the model may change in place
+
+    handle = model.get_input_embeddings().register_forward_hook(start_here)
+    try:
+        with torch.enable_grad():
+            body = getattr(model, "base_model", model)
+            seen = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+            # Not their sum, which a layer norm keeps constant.
+            weights = torch.arange(seen.shape[-1], device=seen.device).sin()
+            (gradient,) = torch.autograd.grad((seen[:, :-1].float() * weights).sum(), embedded[0])
+    except (RuntimeError, IndexError) as error:
+        log.warning("%s: whether it is causal cannot be checked: %.200s", type(model).__name__, error)
         return False
+    finally:
+        handle.remove()
+    # Some models put the tokens first, then the texts.
+    by_token = gradient.float().reshape(ids.shape[1], -1).norm(dim=1)
+    return bool(by_token[-1] > 1e-4 * by_token[:-1].max())

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import polars as pl
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from babelscope.core.errors import UserError
 
@@ -20,7 +21,7 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """One text: its token ids, of which the first `special` were added by the tokenizer (e.g. BOS)."""
+    """One text: its token ids, the first `special` of which the tokenizer has added (such as BOS)."""
 
     text_id: str
     ids: tuple[int, ...]
@@ -33,65 +34,58 @@ class TokenizedText:
 
 
 def tokenize(tokenizer: Any, text_ids: Sequence[str], texts: Sequence[str], max_tokens: int) -> list[TokenizedText]:
-    """Token ids of each text, cut after `max_tokens` own tokens, with the tokenizer's leading special tokens.
+    """The first `max_tokens` content tokens of each text (see `content_ids`), behind the tokenizer's special tokens.
 
-    Closing special tokens (EOS) are left out: in a causal model they change nothing before them. See `content_ids` for
-    special tokens that are written in a text.
+    Special tokens at the end (EOS) are left out: in a causal model they change nothing before them.
     """
-    own = content_ids(tokenizer, texts)
-    leading = _leading_special_tokens(tokenizer, next((text for text, ids in zip(texts, own, strict=True) if ids), ""))
-    return [
-        TokenizedText(text_id, (*leading, *ids[:max_tokens]), len(leading))
-        for text_id, ids in zip(text_ids, own, strict=True)
-    ]
+    content = content_ids(tokenizer, texts)
+    special = _leading_special_tokens(tokenizer, next((text for text, ids in zip(texts, content) if ids), ""))  # noqa: B905
+    pairs = zip(text_ids, content, strict=True)
+    return [TokenizedText(text_id, (*special, *ids[:max_tokens]), len(special)) for text_id, ids in pairs]
 
 
 def content_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text itself, without special tokens.
 
-    What is spelled like a special token (`<s>`, `<|endoftext|>`) is text like any other, and is tokenized as such.
-    Vocabularies in which no other tokens spell it (Unigram) leave it out.
+    Text that looks like a special token (`<s>`, `<|endoftext|>`) is tokenized like any other text. Vocabularies in
+    which no other tokens spell it (Unigram) leave it out.
     """
-    return _encode(tokenizer, texts, offsets=False)[0]
+    return _encode(tokenizer, texts)[0]
 
 
 def spelled(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Each text, and where in it every own token that `tokenize` gives begins and ends (in characters).
+    """Each text, and where in it every content token that `tokenize` gives begins and ends (in characters).
 
-    A tokenizer that cannot tell (one without a fast version) has each text decoded from its tokens instead.
+    Tokenizers without a fast version do not tell: for these, each text is decoded from its tokens instead.
     """
     if not getattr(tokenizer, "is_fast", True):
         return [_decoded(tokenizer, ids[:max_tokens]) for ids in content_ids(tokenizer, texts)]
     _, spans = _encode(tokenizer, texts, offsets=True)
-    return [(text, where[:max_tokens]) for text, where in zip(texts, spans, strict=True)]
+    return [(text, span[:max_tokens]) for text, span in zip(texts, spans, strict=True)]
 
 
-def _encode(
-    tokenizer: Any, texts: Sequence[str], *, offsets: bool
-) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Ids and, if asked for, spans of the texts' own tokens."""
-    if not texts:  # which tokenizers of `tokenizers` refuse
+def _encode(tokenizer: Any, texts: Sequence[str], *, offsets: bool = False) -> tuple[list[Any], list[Any]]:
+    """Ids and, if asked for, spans of the texts' content tokens."""
+    if not texts:  # fast tokenizers refuse an empty list
         return [], []
     options = _as_text(tokenizer) | ({"return_offsets_mapping": True} if offsets else {})
     found = tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
     special = _special_ids(tokenizer)
-    kept = [[place for place, number in enumerate(ids) if number not in special] for ids in found["input_ids"]]
-
-    def chosen(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return [[values[place] for place in places] for values, places in zip(lists, kept, strict=True)]
-
-    return chosen(found["input_ids"]), chosen(found["offset_mapping"]) if offsets else []
+    kept = [[number not in special for number in ids] for ids in found["input_ids"]]
+    columns = (found["input_ids"], found["offset_mapping"] if offsets else [])
+    ids, spans = ([list(compress(row, mask)) for row, mask in zip(rows, kept)] for rows in columns)  # noqa: B905
+    return ids, spans
 
 
 def _as_text(tokenizer: Any) -> dict[str, bool]:
-    """The option by which a tokenizer takes special tokens in a text for text; Mistral's own one always does."""
+    """The option with which a tokenizer reads special tokens in a text as text; Mistral's own one always does."""
     return {} if type(tokenizer).__name__ == "MistralCommonBackend" else {"split_special_tokens": True}
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens that never stand for text: not the unknown token, and none of a single character.
+    """Ids of special tokens that are never text: not the unknown token, and none of a single character.
 
-    Some models have a line feed or an exclamation mark as padding.
+    Some models pad with a line feed or an exclamation mark.
     """
     names = ("all_special_ids", "all_special_tokens")
     tokens = dict(zip(*(getattr(tokenizer, name, []) for name in names), strict=True))
@@ -102,11 +96,10 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _leading_special_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """What the tokenizer puts before `text`, which has tokens of its own."""
+    """What the tokenizer puts before `text`, which has content tokens."""
     probe = tokenizer(text, return_special_tokens_mask=True, verbose=False, **_as_text(tokenizer))
     mask = probe["special_tokens_mask"]
-    count = mask.index(0) if 0 in mask else 0
-    return tuple(probe["input_ids"][:count])
+    return tuple(probe["input_ids"][: mask.index(0) if 0 in mask else 0])
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
@@ -116,7 +109,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
         return str(tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     text, spans = "", list[tuple[int, int]]()
-    before, done = 0, 0  # the tokens before the next ones are decoded with them: at the start a space may be lost
+    before, done = 0, 0  # the previous tokens are decoded again with the next ones: at the start a space may be lost
     for end in range(1, len(ids) + 1):
         known, now = decode(before, done), decode(before, end)
         if end < len(ids) and (len(now) <= len(known) or now.endswith("\ufffd")):
@@ -145,8 +138,8 @@ def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
             )
         if 0 < positions < len(text.ids):
             raise UserError(
-                f"params.yaml: corpus.max_tokens: a text has {len(text.ids)} tokens, {text.special} special ones among "
-                f"them, but {type(model).__name__} is made for {positions} positions (its config.json); allowed: at "
+                f"params.yaml: corpus.max_tokens: a text has {len(text.ids)} tokens, {text.special} special among "
+                f"them, but {type(model).__name__} has only {positions} positions (its config.json); allowed: at "
                 f"most {positions - text.special}"
             )
 
@@ -242,24 +235,16 @@ def tokenize_corpus(tokenizer: Any, corpus: pl.DataFrame, max_tokens: int) -> To
     return TokenizedTexts(frame.drop("text"), special)
 
 
-def pad(batch: Sequence[TokenizedText], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask `[batch, longest]` (int64), padded on the right."""
-    longest = max(len(text.ids) for text in batch)
-    ids = torch.full((len(batch), longest), pad_id)
-    mask = torch.zeros((len(batch), longest), dtype=torch.int64)
-    for row, text in enumerate(batch):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-    return ids, mask
+def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `[batch, longest]` (int64), padded on the right with zeros."""
+    rows = [torch.tensor(text.ids, dtype=torch.int64) for text in batch]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def within(texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None) -> list[TokenizedText]:
-    """The texts of each language, in the order of their ids (hashes of the texts), until they have `limit` tokens.
+    """Texts of each language (by text id), in the order of their ids (hashes), until they have `limit` tokens.
 
-    Parameters
-    ----------
-    language: by text id.
-    limit: content tokens per language; null: all texts.
+    `limit` counts content tokens; None: all texts.
     """
     taken: Counter[str] = Counter()
     chosen = []

@@ -1,8 +1,8 @@
-// Lists, filters and shows the features. What comes from the data reaches the page as text (`textContent`) alone.
+// Lists, filters and shows the features. Data reach the page as text nodes only, never as markup.
 "use strict";
 (() => {
   const ROW = 30; // pixels; as in browser.css
-  const MARGIN = 12; // rows drawn above and below what is seen
+  const MARGIN = 12; // rows drawn above and below those in view
   const LEVELS = 5;
 
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -27,17 +27,13 @@
   let current = null;
   let sorting = { key: "entropy", down: false };
 
-  const make = (tag, attributes = {}, ...children) => {
-    const element = document.createElement(tag);
+  const maker = (namespace) => (tag, attributes = {}, ...children) => {
+    const element = document.createElementNS(namespace, tag);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     element.append(...children); // strings become text nodes
     return element;
   };
-  const drawn = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    return element;
-  };
+  const make = maker("http://www.w3.org/1999/xhtml"), drawn = maker("http://www.w3.org/2000/svg");
   const number = (value, digits, sign = false) => {
     if (value === null) return "–";
     const text = value.toFixed(digits);
@@ -49,76 +45,60 @@
   const english = new Intl.DisplayNames(["en"], { type: "language" });
   const called = (tag) => {
     let name = tag;
-    try { name = english.of(tag); } catch { /* no such tag: as params.yaml has it */ }
+    try { name = english.of(tag); } catch { /* not a language tag: show it as it is */ }
     return name === tag ? tag : `${name} (${tag})`;
   };
   const plural = (count, one) => `${thousands(count)} ${one}${count === 1 ? "" : "s"}`;
 
-  // --- which features, in which order
-
+  // What a column is sorted by, if that is not the column's own key.
   const COMPARED = {
     feature: (one) => one.at * 1e7 + one.unit,
     languages: (one) => one.of.length * 1000 + one.of[0],
-    entropy: (one) => one.entropy,
-    rate: (one) => one.rate,
-    delta: (one) => one.delta,
   };
 
   function choose() {
     const wanted = Object.fromEntries(new FormData(filters));
     const words = simple(wanted.words.trim());
-    const texts = new Set(), tokens = new Set();
-    if (words) {
-      searched.texts.forEach((text, place) => text.includes(words) && texts.add(place));
-      searched.tokens.forEach((token, place) => token.includes(words) && tokens.add(place));
-    }
-    const matches = (one) =>
-      !words || one.id.includes(words) ||
-      one.own.some((text) => texts.has(text[0])) || one.other.some((text) => texts.has(text[0])) ||
-      one.promoted.some(([token]) => tokens.has(token)) || one.suppressed.some(([token]) => tokens.has(token));
-    const value = COMPARED[sorting.key], way = sorting.down ? -1 : 1;
-    shown = data.features
-      .filter((one) =>
-        (wanted.language === "" || one.of.includes(Number(wanted.language))) &&
-        (wanted.hookpoint === "" || one.at === Number(wanted.hookpoint)) &&
-        (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)) && matches(one))
-      .sort((a, b) => {
-        const x = value(a), y = value(b);
-        if (x === null || y === null) return (x === null) - (y === null); // what is not known comes last
-        return way * (x - y); // the sort is stable: ties stay in the order of hookpoint and unit
-      });
+    const hits = (all) => new Set(all.flatMap((text, place) => (words && text.includes(words) ? [place] : [])));
+    const texts = hits(searched.texts), tokens = hits(searched.tokens);
+    const matches = (one) => !words || one.id.includes(words) ||
+      [...one.own, ...one.other].some(([text]) => texts.has(text)) ||
+      [...one.promoted, ...one.suppressed].some(([token]) => tokens.has(token));
+    const value = COMPARED[sorting.key] ?? ((one) => one[sorting.key]), way = sorting.down ? -1 : 1;
+    shown = data.features.filter((one) => matches(one) &&
+      (wanted.language === "" || one.of.includes(Number(wanted.language))) &&
+      (wanted.hookpoint === "" || one.at === Number(wanted.hookpoint)) &&
+      (wanted.kind === "" || (wanted.kind === "specific") === (one.of.length === 1)));
+    shown.sort((a, b) => { // the sort is stable: ties stay in the order of hookpoint and unit
+      const x = value(a), y = value(b);
+      return x === null || y === null ? (x === null) - (y === null) : way * (x - y); // unknown values come last
+    });
     for (const head of list.querySelectorAll("[data-sort]")) {
       if (head.dataset.sort === sorting.key) head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
     }
-    const all = data.features.length;
-    document.getElementById("count").textContent = shown.length === all
-      ? plural(all, "feature") : `${thousands(shown.length)} of ${plural(all, "feature")}`;
+    const all = plural(data.features.length, "feature"), part = shown.length < data.features.length;
+    document.getElementById("count").textContent = part ? `${thousands(shown.length)} of ${all}` : all;
     list.querySelector("table").setAttribute("aria-rowcount", shown.length + 1);
     list.scrollTop = 0;
     draw();
   }
 
-  // --- the list: only the rows that can be seen are in the page
-
+  // Only the rows in view are in the page.
   function draw() {
     const from = Math.max(0, Math.floor(list.scrollTop / ROW) - MARGIN);
     const to = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + MARGIN);
-    const rows = [];
     const space = (count) => {
-      if (!count) return;
       const cell = make("td", { colspan: 5 });
       cell.style.height = `${count * ROW}px`;
-      rows.push(make("tr", { class: "space", "aria-hidden": "true" }, cell));
+      return count ? [make("tr", { class: "space", "aria-hidden": "true" }, cell)] : [];
     };
-    space(from);
-    for (let place = from; place < to; place++) rows.push(row(shown[place], place));
-    space(shown.length - to);
+    const rows = shown.slice(from, to).map((one, index) => row(one, from + index));
     if (!shown.length) rows.push(make("tr", {}, make("td", { colspan: 5, class: "label none" }, "No feature passes the filters.")));
-    body.replaceChildren(...rows);
+    body.replaceChildren(...space(from), ...rows, ...space(shown.length - to));
   }
 
-  // A long name loses its middle, not its layer or its unit.
+  // Shorten a long name in the middle: its layer and unit stay.
   function brief(one) {
     const [name, unit] = [data.hookpoints[one.at], one.unit];
     return one.id.length > 20 ? `${name.slice(0, 9).replace(/\.$/, "")}…/${unit}` : one.id;
@@ -146,15 +126,11 @@
     draw();
   }
 
-  // --- one feature
-
   function show(one) {
     current = one;
     document.title = one ? `${one.id} · Babelscope` : document.title;
-    const parts = one
-      ? [title(one), figures(one), rates(one), texts(one), tokens(one)]
-      : [make("p", { class: "none" }, "No such feature.")];
-    detail.replaceChildren(...parts);
+    detail.replaceChildren(...(one
+      ? [title, figures, rates, texts, tokens].map((part) => part(one)) : [make("p", { class: "none" }, "No such feature.")]));
     reveal();
     draw();
   }
@@ -171,19 +147,19 @@
       make("div", { class: "title" }, make("h2", {}, one.id), make("div", {}, step(-1, "← previous"), " ", step(1, "next →"))),
       make("p", { class: "what", role: "status" }, what),
       ...(one.said ? [make("p", { class: "said" }, `“${one.said[0]}”`, make("small", {},
-        ` (a language model’s words; detection ${number(one.said[1], 2)}, fuzzing ${number(one.said[2], 2)}, by chance 0.5)`))] : []));
+        ` (explanation by a language model; scores: detection ${number(one.said[1], 2)}, fuzzing ${number(one.said[2], 2)}, chance 0.5)`))] : []));
   }
 
   function figures(one) {
     const [count, size] = one.on;
     const figure = (value, ...text) => make("div", {}, make("dt", {}, ...text), make("dd", {}, value));
     return make("dl", { class: "figures" },
-      figure(number(one.entropy, 3), `entropy over ${data.languages.length} languages, nats`),
-      figure(percent(one.rate), one.of.length === 1 ? "of its language’s tokens" : "of the tokens of the language in which it fires most"),
+      figure(number(one.entropy, 3), `entropy of the firing rates over ${data.languages.length} languages, nats`),
+      figure(percent(one.rate), one.of.length === 1 ? "share of its language’s tokens on which it fires" : "share of tokens on which it fires, in the language with the highest rate"),
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
-        ? "ΔNLL without it: not measured"
-        : `ΔNLL without it, nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
+        ? "change in loss without it (ΔNLL): not measured"
+        : `change in loss without it (ΔNLL), nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
   }
 
   function rates(one) {
@@ -203,39 +179,39 @@
   function histogram(one) {
     const [own, other] = one.histogram;
     const most = Math.max(1, ...own.map((count, bin) => count + other[bin]));
-    const sums = one.histogram.map((counts) => counts.reduce((a, b) => a + b, 0));
+    const [ours, theirs] = one.histogram.map((counts) => plural(counts.reduce((a, b) => a + b, 0), "token"));
+    const largest = number(one.largest, 2);
     const picture = drawn("svg", {
       class: "histogram", viewBox: `0 0 ${own.length} 100`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `Histogram of ${sums[0] + sums[1]} activations from 0 to ${number(one.largest, 2)}; at most ${most} tokens in a bin`,
+      "aria-label": `Histogram of the activations, from 0 to ${largest}: ${ours} of its own languages, ${theirs} of others; at most ${most} in a bin`,
     });
     own.forEach((count, bin) => {
-      const heights = [count, other[bin]].map((tokens) => (100 * tokens) / most);
-      const bar = (kind, y, height) => height &&
-        picture.append(drawn("rect", { class: kind, x: bin + 0.06, y, width: 0.88, height }));
-      bar("own", 100 - heights[0], heights[0]);
-      bar("other", 100 - heights[0] - heights[1], heights[1]);
+      let y = 100;
+      for (const [kind, tokens] of [["own", count], ["other", other[bin]]]) {
+        const height = (100 * tokens) / most;
+        y -= height;
+        if (height) picture.append(drawn("rect", { class: kind, x: bin + 0.06, y, width: 0.88, height }));
+      }
     });
+    const axis = (...parts) => make("p", { class: "axis" }, ...parts.map((part) => make("span", {}, part)));
     return [
-      make("p", { class: "legend" }, make("i", { class: "own" }), `its own: ${plural(sums[0], "token")}`,
-        make("i", { class: "other" }), `others: ${plural(sums[1], "token")}`),
-      make("p", { class: "axis" }, make("span", {}, `${plural(most, "token")} ↑`)),
-      picture,
-      make("p", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation →"), make("span", {}, number(one.largest, 2))),
+      make("p", { class: "legend" }, make("i", { class: "own" }), `own languages: ${ours}`,
+        make("i", { class: "other" }), `other languages: ${theirs}`),
+      axis(`${plural(most, "token")} ↑`), picture, axis("0", "activation →", largest),
     ];
   }
 
   const level = (value, one) => Math.min(LEVELS, Math.max(1, Math.ceil((LEVELS * value) / one.largest)));
 
   function texts(one) {
-    const some = (entries, nothing) => entries.length
+    const some = (entries) => entries.length
       ? make("ol", { class: "texts" }, ...entries.map((entry) => text(one, entry)))
-      : make("p", { class: "none" }, nothing);
-    const own = one.of.length === 1 ? "its language" : "its languages";
-    const scale = make("p", { class: "scale" }, "Share of its largest activation: ");
+      : make("p", { class: "none" }, "The feature fires in none.");
+    const scale = make("p", { class: "scale" }, "Activation as a share of the feature’s largest: ");
     for (let step = 1; step <= LEVELS; step++) scale.append(make("span", { class: `a${step}` }, `≤ ${(100 * step) / LEVELS} %`));
     return make("div", {},
-      make("h3", {}, `Texts of ${own} in which it is most active`), scale, some(one.own, "It fires in none."),
-      make("h3", {}, "Texts of other languages in which it is most active"), some(one.other, "It fires in none."));
+      make("h3", {}, `Texts of its language${one.of.length === 1 ? "" : "s"} in which it is most active`), scale, some(one.own),
+      make("h3", {}, "Texts of other languages in which it is most active"), some(one.other));
   }
 
   function text(one, [place, ...pairs]) {
@@ -256,31 +232,30 @@
   }
 
   function tokens(one) {
+    const row = ([token, logit]) => make("tr", {},
+      make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)));
     const side = (heading, entries) => make("div", {}, make("h3", {}, heading),
-      make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(([token, logit]) => make("tr", {},
-        make("td", {}, make("bdi", { dir: "auto" }, visible(data.tokens[token]))), make("td", {}, number(logit, 2, true)))))));
+      make("table", { class: "tokens" }, make("tbody", {}, ...entries.map(row))));
     if (!one.promoted.length)
-      return make("p", { class: "none" }, "No logit lens: its direction does not lie in the residual stream.");
+      return make("p", { class: "none" }, "There is no logit lens: the decoder direction of this feature is not in the residual stream.");
     return make("div", { class: "pair" },
       side("Tokens that it promotes (logit)", one.promoted), side("Tokens that it suppresses (logit)", one.suppressed));
   }
 
-  // White space at the ends, control and format characters would not be seen.
+  // Make white space at the ends, control and format characters visible.
   const visible = (token) => token
     .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥")
     .replace(/[\p{Cc}\p{Cf}]|[^\S ]/gu, (hidden) => `\\u${hidden.codePointAt(0).toString(16).padStart(4, "0")}`);
 
-  // --- going from one to the next
-
   function fromAddress() {
     let id = location.hash.slice(1);
-    try { id = decodeURIComponent(id); } catch { /* as it stands */ }
+    try { id = decodeURIComponent(id); } catch { /* not encoded */ }
     show(id ? byId.get(id) ?? null : shown[0] ?? null);
   }
 
   function go(one) {
     if (!one || one === current) return;
-    history.replaceState(null, "", `#${one.id}`); // every step in the list as an entry of its own would bury the rest
+    history.replaceState(null, "", `#${one.id}`); // a history entry per step would bury the others
     show(one);
   }
 

@@ -1,4 +1,4 @@
-"""The feature browser: every feature with what is known of it, as one HTML file that needs nothing else."""
+"""The feature browser: every feature with all that is known about it, as one HTML file that needs nothing else."""
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,14 +24,9 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class BrowserInputs:
-    """Everything that the page shows.
+    """Everything that the page shows; the languages and hookpoints are in the order of params.yaml.
 
-    Parameters
-    ----------
-    languages, hookpoints: their orders.
-    model: its name.
-    frames: `data/browse/<name>.parquet` by `<name>`, at least those of `COLUMNS`; and where there are any,
-        `explanations` of stage `explain`.
+    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`.
     """
 
     languages: Sequence[str]
@@ -55,27 +50,25 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     `features`, by hookpoint and unit: `at` (hookpoint), `unit`, `of` (its languages), `entropy` (nats), `rates` (one
     per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
     piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
-    (nats/token, or null), `on` (how many texts and tokens it was measured on); and where it was explained `said` (the
+    (nats/token, or None), `on` (how many texts and tokens it was measured on), and, if it was explained, `said` (the
     explanation, its detection and fuzzing scores).
     """
     frames = inputs.frames
-    code = {name: number for number, name in enumerate(inputs.languages)}
-    place = {name: number for number, name in enumerate(inputs.hookpoints)}
     texts = frames["texts"].select("text_id", "language", "pieces").rows()
-    text_number = {row[0]: number for number, row in enumerate(texts)}
-    names = frames["tokens"]["token"].unique().sort().to_list()
-    token_number = {name: number for number, name in enumerate(names)}
+    tokens = frames["tokens"]["token"].unique().sort().to_list()
+    code, hookpoint_number, text_number, token_number = (
+        {name: number for number, name in enumerate(names)}
+        for names in (inputs.languages, inputs.hookpoints, [row[0] for row in texts], tokens)
+    )
 
     features: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in (
-        frames["features"]
-        .sort(pl.col("hookpoint").cast(pl.Enum(list(inputs.hookpoints))), "unit")
-        .iter_rows(named=True)
-    ):
+    order = pl.col("hookpoint").cast(pl.Enum(list(inputs.hookpoints)))
+    for row in frames["features"].sort(order, "unit").iter_rows(named=True):
         features[row["hookpoint"], row["unit"]] = {
-            "at": place[row["hookpoint"]], "unit": row["unit"], "of": [code[name] for name in row["languages"]],
-            "entropy": round(row["entropy"], 4), "largest": _digits(row["largest"]), "rates": [0.0] * len(code),
-            "histogram": [[], []], "own": [], "other": [], "promoted": [], "suppressed": [],
+            "at": hookpoint_number[row["hookpoint"]], "unit": row["unit"],
+            "of": [code[name] for name in row["languages"]], "entropy": round(row["entropy"], 4),
+            "largest": _digits(row["largest"]), "rates": [0.0] * len(code), "histogram": [[], []],
+            "own": [], "other": [], "promoted": [], "suppressed": [],
             "delta": None if row["delta"] is None else _digits(row["delta"]),
             "on": [row["delta_texts"], row["delta_tokens"]],
         }  # fmt: skip
@@ -85,7 +78,7 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         for bars, count in zip(features[hookpoint, unit]["histogram"], sides, strict=True):
             bars.append(count)
     for hookpoint, unit, side, _, text_id, activations in _rows(frames, "examples", "place"):
-        fires = [[number, _digits(value)] for number, value in enumerate(activations) if value > 0]
+        fires = [(number, _digits(value)) for number, value in enumerate(activations) if value > 0]
         features[hookpoint, unit][side].append([text_number[text_id], *(part for pair in fires for part in pair)])
     for hookpoint, unit, side, _, token, logit in _rows(frames, "tokens", "place"):
         features[hookpoint, unit][side].append([token_number[token], _digits(logit)])
@@ -94,16 +87,14 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
+    shown = [
+        {"language": code[language], "pieces": pieces, "rtl": is_right_to_left("".join(pieces))}
+        for _, language, pieces in texts
+    ]
     return {
-        "languages": list(inputs.languages),
-        "hookpoints": list(inputs.hookpoints),
-        "tokens": names,
-        "texts": [
-            {"language": code[language], "pieces": parts, "rtl": is_right_to_left("".join(parts))}
-            for _, language, parts in texts
-        ],
+        "languages": list(inputs.languages), "hookpoints": list(inputs.hookpoints), "tokens": tokens, "texts": shown,
         "features": list(features.values()),
-    }
+    }  # fmt: skip
 
 
 def _rows(frames: Mapping[str, pl.DataFrame], name: str, by: str | None = None) -> Iterable[tuple[Any, ...]]:
@@ -112,14 +103,14 @@ def _rows(frames: Mapping[str, pl.DataFrame], name: str, by: str | None = None) 
 
 
 def _digits(value: float) -> float:
-    """Four significant digits: the page shows no more."""
+    """Four significant digits; the page does not show more."""
     return float(f"{value:.4g}")
 
 
 def is_right_to_left(text: str) -> bool:
     """Whether most letters of a text belong to a script that is written from right to left.
 
-    Not the first one (as `dir="auto"` has it): many a Hebrew sentence begins with a foreign name.
+    `dir="auto"` would look at the first letter, but many Hebrew sentences begin with a foreign name.
     """
     kinds = [unicodedata.bidirectional(character) for character in text]
     return sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L")
@@ -128,8 +119,7 @@ def is_right_to_left(text: str) -> bool:
 def build(inputs: BrowserInputs) -> str:
     """The feature browser as one HTML page: the same inputs give the same text.
 
-    Scripts, styles and data are inside; nothing is fetched, and a Content-Security-Policy forbids it. The data are JSON
-    that the script puts into the page as text, never as markup.
+    Nothing is fetched, and a Content-Security-Policy forbids it. The script puts the data into the page as text only.
     """
     script = asset("browser.js")
     kinds = inputs.frames["features"]["kind"]

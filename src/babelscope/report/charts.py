@@ -29,33 +29,23 @@ _DARK = {
 def _theme(colours: dict[str, Any], font: str) -> dict[str, Any]:
     text, muted = colours["text"], colours["muted"]
     labels = {"labelColor": text, "titleColor": muted, "titleFontSize": 12, "titleFontWeight": "normal"}
+    figure = {"fontSize": 11.5}
     return {
-        "background": "transparent",
-        "font": font,
-        "view": {"stroke": None},
+        "background": "transparent", "font": font, "view": {"stroke": None},
         "range": {"ramp": colours["ramp"], "heatmap": colours["ramp"], "diverging": colours["diverging"]},
-        "text": {"color": text},
-        "title": {"color": text, "fontSize": 12, "fontWeight": "normal"},
-        "axis": labels | {
-            "domain": False, "ticks": False, "gridColor": colours["line"], "labelFontSize": 12, "labelPadding": 6,
-            "titlePadding": 8,
-        },
-        "legend": labels | {
-            "labelFontSize": 11, "orient": "bottom", "direction": "horizontal", "gradientLength": 260,
-            "gradientThickness": 10, "titleLimit": 400,
-        },
+        "text": {"color": text}, "title": {"color": text, "fontSize": 12, "fontWeight": "normal"},
+        "axis": labels | {"domain": False, "ticks": False, "gridColor": colours["line"], "labelFontSize": 12,
+                          "labelPadding": 6, "titlePadding": 8},
+        "legend": labels | {"labelFontSize": 11, "orient": "bottom", "direction": "horizontal", "gradientLength": 260,
+                            "gradientThickness": 10, "titleLimit": 400},
         # `color`, not `fill` or `stroke`: Vega-Lite's own defaults for a mark would win over those.
         "rule": {"color": text},
         "style": {
             "frame": {"stroke": text},
-            "value": {"fontSize": 11.5},
-            "largest": {"fontSize": 11.5, "fontWeight": "bold"},
-            "nothing": {"fontSize": 11.5, "color": muted},
-            "halo": {"fontSize": 11.5, "stroke": colours["page"], "strokeWidth": 3, "strokeJoin": "round"},
-            "area": {"color": colours["mark"], "fillOpacity": 0.18},
-            "own": {"color": colours["mark"]},
-            "others": {"color": colours["second"], "opacity": 1},
-            "random": {"color": text, "opacity": 1},
+            "value": figure, "largest": figure | {"fontWeight": "bold"}, "nothing": figure | {"color": muted},
+            "halo": figure | {"stroke": colours["page"], "strokeWidth": 3, "strokeJoin": "round"},
+            "area": {"color": colours["mark"], "fillOpacity": 0.18}, "own": {"color": colours["mark"]},
+            "others": {"color": colours["second"], "opacity": 1}, "random": {"color": text, "opacity": 1},
         },
     }  # fmt: skip
 
@@ -113,19 +103,11 @@ def heat_map(
     frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, axis: str = "layer",
     step: int = 42, zero: bool = True,
 ) -> alt.LayerChart:  # fmt: skip
-    """Languages x layers (or another `axis`) with the figures written into the cells.
+    """Languages x layers (or another column, `axis`) with the values written into the cells.
 
-    Parameters
-    ----------
-    frame: `language`, `layer` (label; or what `axis` names), `value` (null leaves a cell empty) and, where known,
-        `hookpoint`, `low`, `high` and `others`.
-    name: prefix of the chart's scales, unique within one picture.
-    title: what the value is, with its unit.
-    decimals: of the figures in the cells.
-    description: the text alternative.
-    axis: the column on the horizontal axis, and its title.
-    step: width of a cell in pixels.
-    zero: whether the colours start at zero, or at the least value.
+    `frame` has `language`, `layer` (a label; or `axis`), `value` (null leaves a cell empty) and perhaps `hookpoint`,
+    `low`, `high` and `others`. `name` is unique within a picture, `title` says what the value is, with its unit, and
+    `description` is the text alternative. The colours start at `zero`, or at the smallest value.
     """
     form = f",.{decimals + 2}f" if decimals else ","
     shown: list[str | tuple[str, ...]] = ["language:N", f"{'hookpoint' if 'hookpoint' in frame.columns else axis}:N"]

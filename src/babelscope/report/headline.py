@@ -6,63 +6,64 @@ from babelscope.report.numbers import plain, significant
 from babelscope.report.parts import ReportInputs, prose
 from babelscope.report.sections import corpus, identification
 from babelscope.report.sections.ablation import of_languages
-from babelscope.report.sections.features import features, found, specific
+from babelscope.report.sections.features import features, found, kind
 from babelscope.report.sections.quality import mean_fvu
 
 
 def title(inputs: ReportInputs) -> str:
     """The result in one sentence."""
-    kind = "language-specific features" if inputs.members == 1 else f"features {specific(inputs)}"
     own, others = _effects(inputs)
     return (
-        f"{plain(found(inputs))} {kind}: removing a language’s own changes its loss by {own} nats/token, "
-        f"each other language’s by {others} in mean size"
+        f"{plain(found(inputs))} {kind(inputs)}: removing those of one language changes its own loss by {own} nats per "
+        f"token, and that of other languages by {others}"
     )
 
 
 def claim(inputs: ReportInputs, model: str) -> Markup:
     """How the features were found and tested."""
-    members = inputs.members
+    rule = """a latent as a feature of a language if it fires at its highest rate on that language and at less than
+{ratio} times that rate (<code>score.ratio</code>) on every other one"""
+    if inputs.members > 1:
+        rule = f"""a latent if exactly {inputs.members} languages reach {{ratio}} times its highest firing rate
+(<code>score.ratio</code>), as a feature of each of them"""
     return prose(
-        """{count} sparse autoencoders, one per hookpoint, split the activations of {model} into latents.
-SAE‑LAPE picks those whose firing rate is highest in {highest} {ratio} of that rate (<code>score.ratio</code>): they may fire in {other} languages, too, but less often.
-They are then taken out, one language at a time, and the change of the negative log-likelihood (ΔNLL) of held-out text is measured in every language.""",
-        count=len(inputs.hookpoints),
+        f"""A sparse autoencoder (SAE) splits the activations at one place in {{model}}, a hookpoint, into latents. The
+method SAE‑LAPE selects {rule}. A feature may therefore fire on other languages, too, but less often. To test the
+features, those of one language at a time are removed from the activations. ΔNLL is the change that this makes in the
+model’s loss (its negative log-likelihood) on held-out text of each language.""",
         model=model,
-        highest="one language and, in every other, below"
-        if members == 1
-        else f"some language\nand, in exactly {members} languages, at least",
         ratio=inputs.params.get("score", {}).get("ratio"),
-        other="other" if members == 1 else "further",
     )
 
 
-def tiles(inputs: ReportInputs) -> list[tuple[Markup, str]]:
+def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
     """The most important figures: what each is, and the figure."""
     own, others = _effects(inputs)
     signed = significant(inputs.figure("ablate", "others"), sign=True, digits=2)
-    kind = "language-specific features" if inputs.members == 1 else f"features {specific(inputs)}"
+    of = {
+        key: of_languages(inputs, key)
+        for key in ("rows", "columns", "rows_above_zero", "languages_above_control", "languages_selective")
+    }
     result = [
-        (prose("languages, {count} with features", count=features(inputs)["language"].n_unique()), str(len(inputs.languages))),
-        (prose("hookpoints (layers read)"), str(len(inputs.hookpoints))),
-        (prose("tokens read, in {texts} texts", texts=corpus.size(inputs, "texts")), corpus.size(inputs, "tokens")),
-        (prose("{kind}", kind=kind), plain(found(inputs))),
-        (prose("effective languages of a feature: e to the mean entropy of its firing rates"),
+        (f"languages, {features(inputs)['language'].n_unique()} with features", str(len(inputs.languages))),
+        ("hookpoints, with one SAE each", str(len(inputs.hookpoints))),
+        (f"tokens in {corpus.size(inputs, 'texts')} texts", corpus.size(inputs, "tokens")),
+        (kind(inputs), plain(found(inputs))),
+        ("effective number of languages on which a feature fires (exp of the mean entropy of its firing rates)",
          plain(inputs.figure("score", "effective_languages"), 2)),
-        (prose("mean FVU (variance left unexplained)"), plain(mean_fvu(inputs), 3)),
-        (prose("own ΔNLL, nats/token"), own),
-        (prose("others’ ΔNLL, nats/token: mean size (mean: {signed})", signed=signed), others),
-        (prose("rows whose maximum is the diagonal; columns: {columns}", columns=of_languages(inputs, "columns")),
-         of_languages(inputs, "rows")),
-        (prose("rows whose own 95&nbsp;% interval lies above 0"), of_languages(inputs, "rows_above_zero")),
+        ("mean FVU (fraction of variance unexplained)", plain(mean_fvu(inputs), 3)),
+        ("ΔNLL of the language itself, nats/token", own),
+        (f"mean size of the ΔNLL of other languages, nats/token; with its sign: {signed}", others),
+        (f"languages whose features affect no other language more; languages that no other language’s features affect "
+         f"more: {of['columns']}", of["rows"]),
+        ("languages whose own ΔNLL has a 95\u00a0% interval above 0", of["rows_above_zero"]),
     ]  # fmt: skip
     if inputs.figure("ablate", "languages_above_control") is not None:
-        selective = of_languages(inputs, "languages_selective")
-        label = prose("languages that lose more than with random features; more selectively: {n}", n=selective)
-        result.append((label, of_languages(inputs, "languages_above_control")))
+        label = f"languages that lose more than with random latents; more selectively: {of['languages_selective']}"
+        result.append((label, of["languages_above_control"]))
     if not identification.confusion(inputs).is_empty():
         fasttext = identification.accuracy(inputs, "fasttext/none")
-        label = prose("of held-out texts identified by features (fastText: {fasttext})", fasttext=fasttext)
+        label = f"held-out texts whose language the features identify (fastText: {fasttext})"
         result.append((label, identification.accuracy(inputs)))
     return result
 

@@ -1,38 +1,18 @@
 """The page: its sections in order, as one HTML file that needs nothing else."""
 
-from typing import Any
+from importlib import import_module
 
 from babelscope.config.values import local_name
 from babelscope.report import charts, headline
 from babelscope.report.assets import asset, environment, source_hash
-from babelscope.report.parts import Picture, ReportInputs, Section
-from babelscope.report.sections import (
-    ablation,
-    confounds,
-    corpus,
-    features,
-    identification,
-    layers,
-    own,
-    quality,
-    reproduce,
-    similarity,
-    steering,
-)
+from babelscope.report.parts import Picture, ReportInputs
 
-SECTIONS = [
-    features,
-    ablation,
-    own,
-    layers,
-    similarity,
-    identification,
-    steering,
-    quality,
-    corpus,
-    confounds,
-    reproduce,
-]
+# Each is a module of `babelscope.report.sections` with a function `section(inputs)`, which returns a Section or None.
+NAMES = (
+    "features", "ablation", "own", "control", "layers", "similarity", "identification", "steering", "quality",
+    "corpus", "confounds", "reproduce",
+)  # fmt: skip
+SECTIONS = [import_module(f"babelscope.report.sections.{name}") for name in NAMES]
 
 
 def build(inputs: ReportInputs) -> str:
@@ -41,44 +21,28 @@ def build(inputs: ReportInputs) -> str:
     Scripts, styles, charts and data are inside; nothing is fetched, and a Content-Security-Policy forbids it. Every
     text from the inputs is escaped.
     """
-    sections = [module.section(inputs) for module in SECTIONS]
+    sections = [section for module in SECTIONS if (section := module.section(inputs))]
+    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
+    specs = {picture.name: picture.chart.to_dict() for picture in pictures}  # checked against Vega-Lite's schema
     scripts = [charts.javascript(), asset("page.js")]
     model = local_name(inputs.params.get("model", {}).get("name", "the model"))
-    return environment().from_string(asset("page.html.j2")).render(
-        policy=" ".join(source_hash(script) for script in scripts),
-        scripts=scripts,
-        style=asset("page.css"),
-        charts={"specs": _specs(sections), "themes": charts.THEMES},
-        sections=sections,
-        model=model,
-        title=headline.title(inputs),
-        claim=headline.claim(inputs, model),
-        tiles=headline.tiles(inputs),
-    )  # fmt: skip
-
-
-def _specs(sections: list[Section | None]) -> dict[str, Any]:
-    """The charts as Vega-Lite specifications, checked against its schema, by name."""
-    blocks = [block for section in sections if section for block in section.blocks]
-    return {block.name: block.chart.to_dict() for block in blocks if isinstance(block, Picture)}
+    return (
+        environment()
+        .from_string(asset("page.html.j2"))
+        .render(
+            policy=" ".join(source_hash(script) for script in scripts),
+            scripts=scripts,
+            style=asset("page.css"),
+            charts={"specs": specs, "themes": charts.THEMES},
+            sections=sections,
+            model=model,
+            title=headline.title(inputs),
+            claim=headline.claim(inputs, model),
+            tiles=headline.tiles(inputs),
+        )
+    )
 
 
 def for_dvc() -> str:
     """The page that `dvc plots` fills (`.dvc/config`); DVC's own fetches Vega from a network each time it is opened."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Babelscope: dvc plots</title>
-{{refresh_tag}}
-<script>(() => {{{charts.javascript()}}})();</script>
-<style>
-body {{ font: 14px system-ui, sans-serif; margin: 1.5rem; }}
-body > div {{ margin-bottom: 2rem; overflow-x: auto; }}
-</style>
-</head>
-<body>
-{{plot_divs}}
-</body>
-</html>
-"""
+    return asset("plots.html.j2").replace("JAVASCRIPT", charts.javascript())

@@ -11,16 +11,14 @@ from babelscope.core.errors import UserError
 from babelscope.models.names import parts_of
 from babelscope.report.numbers import NONE, plain
 
-_NLL = ("method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high")
-_CONTROL = ("excess", "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high")
 COLUMNS = {
-    "features": ("kind", "hookpoint", "layer", "unit", "language", "probability", "entropy", "rank"),
-    "nll": _NLL,
-    "by_layer": (*_NLL, "hookpoint"),
-    "control": ("method", "language", *_CONTROL),
-    "confusion": ("method", "normalize", "language", "predicted", "texts"),
-    "generations": ("language", "strength", "control", "nll", "distinct_2", "success"),
-    "similarity": ("language", "other", "units", "jaccard"),
+    "features": "kind hookpoint layer unit language probability entropy rank",
+    "nll": "method kind ablated control evaluated nll tokens delta low high",
+    "by_layer": "method kind ablated control evaluated nll tokens delta low high hookpoint",
+    "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
+    "confusion": "method normalize language predicted texts",
+    "generations": "language strength control nll distinct_2 success",
+    "similarity": "language other units jaccard",
 }
 
 
@@ -53,10 +51,10 @@ class ReportInputs:
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
             frame = getattr(self, name)
-            missing = [] if frame is None else [column for column in columns if column not in frame.columns]
+            missing = [] if frame is None else [key for key in columns.split() if key not in frame.columns]
             if missing:
-                has = ", ".join(frame.columns)
-                raise UserError(f"{name}.parquet: no column {', '.join(missing)}; the columns are {has}")
+                columns = ", ".join(frame.columns)
+                raise UserError(f"{name}.parquet: no column {', '.join(missing)}; the columns are {columns}")
 
     @property
     def languages(self) -> list[str]:
@@ -72,6 +70,10 @@ class ReportInputs:
     def members(self) -> int:
         """To how many languages every feature belongs."""
         return int(self.params.get("score", {}).get("members", 1))
+
+    def order(self, column: str) -> pl.Expr:
+        """A column of languages, as what sorts in the order of params.yaml."""
+        return pl.col(column).cast(pl.Enum(self.languages))
 
     def figure(self, name: str, key: str) -> Any:
         """The figure `key` of `metrics/<name>.json`, or None if there is none."""
@@ -93,7 +95,7 @@ def layer_labels(hookpoints: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; its first `labels` columns are names, the others figures. `folded`: the link that opens it."""
+    """A table of text. Its first `labels` columns are names. It opens by a link that says `folded`, or is open."""
 
     caption: str
     head: Sequence[str]
@@ -102,7 +104,7 @@ class Table:
     folded: str = ""
 
     @classmethod
-    def of(cls, caption: str, columns: Mapping[str, Iterable[str]], labels: int = 1, folded: str = "") -> "Table":
+    def of(cls, caption: str, columns: Mapping[str, Any], labels: int = 1, folded: str = "") -> "Table":
         """A table from its columns by their headings."""
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         return cls(caption, list(columns), rows, labels, folded)
@@ -111,8 +113,12 @@ class Table:
     def grid(cls, caption: str, frame: pl.DataFrame, decimals: int, folded: str) -> "Table":
         """`value` of a frame as `ReportInputs.grid` has its rows: one row per language, one column per hookpoint."""
         groups = frame.group_by("hookpoint", maintain_order=True)
-        columns = {str(name): figures(rows["value"], decimals) for (name,), rows in groups}
-        return cls.of(caption, {"language": frame["language"].unique(maintain_order=True)} | columns, folded=folded)
+        columns: dict[str, Iterable[str]] = {"language": frame["language"].unique(maintain_order=True)}
+        columns |= {str(name): figures(rows["value"], decimals) for (name,), rows in groups}
+        return cls.of(caption, columns, folded=folded)
+
+
+Block = Markup | Table
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Picture:
     name: str
     label: str
     chart: Any
-    caption: Sequence[Markup | Table]
+    caption: Sequence[Block]
     wide: bool = False
 
 
@@ -133,7 +139,7 @@ class Section:
     id: str
     short: str
     title: str
-    blocks: Sequence[Markup | Table | Picture]
+    blocks: Sequence[Block | Picture]
 
 
 def prose(text: str, **values: object) -> Markup:

@@ -1,57 +1,35 @@
-"""What is known of languages from elsewhere: the branch of its family and the script that each is mostly written in."""
+"""What is known of a language from elsewhere: the branch of its family, and the script that it is mostly written in."""
 
 import langcodes
 
-# Branches as in Glottolog 5 (Hammarstroem et al.), scripts as ISO 15924 names them in Unicode's CLDR.
-_KNOWN = {
-    "Romance": {"Latin": "ca es fr gl it oc pt ro", "Cyrillic": "mo"},
-    "Germanic": {"Latin": "af da de en fy is lb nb nl nn no sv", "Hebrew": "yi"},
-    "Slavic": {"Latin": "bs cs hr pl sk sl", "Cyrillic": "be bg mk ru sr uk"},
-    "Baltic": {"Latin": "lt lv"},
-    "Celtic": {"Latin": "br cy ga gd"},
-    "Greek": {"Greek": "el"},
-    "Albanian": {"Latin": "sq"},
-    "Armenian": {"Armenian": "hy"},
-    "Indo-Aryan": {"Devanagari": "hi mr ne", "Bengali": "as bn", "Gujarati": "gu", "Gurmukhi": "pa", "Arabic": "sd ur",
-                   "Sinhala": "si", "Odia": "or"},
-    "Iranian": {"Arabic": "fa pes ps", "Latin": "ku", "Cyrillic": "tg"},
-    "Uralic": {"Latin": "et fi hu"},
-    "Turkic": {"Latin": "az tr uz", "Cyrillic": "kk ky tt"},
-    "Mongolic": {"Cyrillic": "mn"},
-    "Kartvelian": {"Georgian": "ka"},
-    "Basque": {"Latin": "eu"},
-    "Semitic": {"Arabic": "ar arb", "Hebrew": "he iw", "Ethiopic": "am ti", "Latin": "mt"},
-    "Cushitic": {"Latin": "so"},
-    "Bantu": {"Latin": "rw sn st sw swh xh zu"},
-    "Volta-Congo": {"Latin": "ig yo"},
-    "Chadic": {"Latin": "ha"},
-    "Dravidian": {"Kannada": "kn", "Malayalam": "ml", "Tamil": "ta", "Telugu": "te"},
-    "Sinitic": {"Han": "yue zh"},
-    "Japonic": {"Japanese": "ja"},
-    "Koreanic": {"Korean": "ko"},
-    "Burmo-Qiangic": {"Myanmar": "my"},
-    "Bodic": {"Tibetan": "bo"},
-    "Austroasiatic": {"Latin": "vi", "Khmer": "km"},
-    "Tai": {"Lao": "lo", "Thai": "th"},
-    "Austronesian": {"Latin": "ceb fil id jv mg mi ms su tl"},
-    "Quechuan": {"Latin": "qu quy"},
-    "Constructed": {"Latin": "eo"},
+# Branches as in Glottolog 5 (Hammarstroem et al.).
+_BRANCHES = {
+    "Romance": "ca es fr gl it oc pt ro", "Germanic": "af da de en fy is lb nb nl nn no sv yi",
+    "Slavic": "be bg bs cs hr mk pl ru sk sl sr uk", "Baltic": "lt lv", "Celtic": "br cy ga gd", "Greek": "el",
+    "Albanian": "sq", "Armenian": "hy", "Indo-Aryan": "as bn gu hi mr ne or pa sd si ur", "Iranian": "fa ku ps tg",
+    "Uralic": "et fi hu", "Turkic": "az kk ky tr tt uz", "Mongolic": "mn", "Kartvelian": "ka", "Basque": "eu",
+    "Semitic": "am ar he mt ti", "Cushitic": "so", "Bantu": "rw sn st sw xh zu", "Volta-Congo": "ig yo",
+    "Chadic": "ha", "Dravidian": "kn ml ta te", "Sinitic": "yue zh", "Japonic": "ja", "Koreanic": "ko",
+    "Burmo-Qiangic": "my", "Bodic": "bo", "Austroasiatic": "km vi", "Tai": "lo th",
+    "Austronesian": "ceb fil id jv mg mi ms su", "Quechuan": "qu quy", "Constructed": "eo",
 }  # fmt: skip
-_BY_CODE = {
-    code: (branch, script)
-    for branch, scripts in _KNOWN.items()
-    for script, codes in scripts.items()
-    for code in codes.split()
-}
-_SCRIPTS = {"arab": "Arabic", "cyrl": "Cyrillic", "deva": "Devanagari", "latn": "Latin", "hans": "Han", "hant": "Han"}
+_BRANCH = {code: branch for branch, codes in _BRANCHES.items() for code in codes.split()}
+# Names of ISO 15924 codes; langcodes alone, without its data package, has none.
+_SCRIPTS = {
+    "Arab": "Arabic", "Armn": "Armenian", "Beng": "Bengali", "Cyrl": "Cyrillic", "Deva": "Devanagari",
+    "Ethi": "Ethiopic", "Geor": "Georgian", "Grek": "Greek", "Gujr": "Gujarati", "Guru": "Gurmukhi", "Hans": "Han",
+    "Hant": "Han", "Hebr": "Hebrew", "Jpan": "Japanese", "Khmr": "Khmer", "Knda": "Kannada", "Kore": "Korean",
+    "Laoo": "Lao", "Latn": "Latin", "Mlym": "Malayalam", "Mymr": "Myanmar", "Orya": "Odia", "Sinh": "Sinhala",
+    "Taml": "Tamil", "Telu": "Telugu", "Thai": "Thai", "Tibt": "Tibetan",
+}  # fmt: skip
 
 
 def relatives(language: str) -> tuple[str, str] | None:
-    """(branch, script) of a BCP-47 tag, e.g. ("Romance", "Latin") of pt-BR; None where it is not known here."""
-    code, *parts = language.lower().replace("_", "-").split("-")
-    if code not in _BY_CODE and langcodes.tag_is_valid(code):
-        code = langcodes.Language.get(code).prefer_macrolanguage().language or code  # deu is de, arb ar
-    if code not in _BY_CODE:
+    """(branch, script) of a BCP-47 tag, e.g. ("Romance", "Latin") of pt-BR; None if its branch is not known here."""
+    if not langcodes.tag_is_valid(language):
         return None
-    branch, script = _BY_CODE[code]
-    return branch, next((_SCRIPTS[part] for part in parts if part in _SCRIPTS), script)
+    tag = langcodes.Language.get(language)
+    # Some are known as a part of a macrolanguage only: Mandarin (cmn) as Chinese (zh).
+    code = next((code for code in (tag.language, tag.prefer_macrolanguage().language) if code in _BRANCH), None)
+    script = str(tag.maximize().script)  # that of the tag, or the one that CLDR has as likely
+    return (_BRANCH[code], _SCRIPTS.get(script, script)) if code else None

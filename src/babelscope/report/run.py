@@ -25,7 +25,7 @@ PACKAGES = (
 
 def run(params: Config, paths: Paths) -> None:
     """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
-    inputs, out = read(params, paths), paths.reports
+    inputs = read(params, paths)
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
@@ -41,8 +41,8 @@ def run(params: Config, paths: Paths) -> None:
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
     }
     for name, content in files.items():
-        write_atomically(out / name, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
-    sizes = [[out / name, f"{len(content) / 1e6:.2f}"] for name, content in files.items() if "/" not in name]
+        write_atomically(paths.reports / name, lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+    sizes = [[paths.reports / name, f"{len(content) / 1e6:.2f}"] for name, content in files.items() if "/" not in name]
     stage.table(["page or picture", "MB"], sizes)
 
 
@@ -53,32 +53,26 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    names = [("sample", None), ("extract", None), *((s, h) for s in ("train", "encode") for h in params.hookpoints)]
-    names += [(name, None) for name in ("quality", "score", "stability", "identify", "ablate", "steer")]
-    metrics = {
-        f"{name}.{hookpoint}" if hookpoint else name: paths.metrics(name, hookpoint) for name, hookpoint in names
-    }
+    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "steer")
+    metrics = {name: paths.metrics(name) for name in alone}
+    metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
     optional = {
-        "by_layer": paths.ablation / "by_layer.parquet",
-        "control": paths.ablation / "control.parquet",
-        "confusion": paths.identification / "confusion.parquet",
-        "similarity": paths.similarity,
+        "by_layer": paths.ablation / "by_layer.parquet", "control": paths.ablation / "control.parquet",
+        "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations,
-    }
+    }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}
-    tables = {name: read_table(path) for name, path in frames.items()}
+    tables = {"by_layer": None} | {name: read_table(path) for name, path in frames.items()}
+    files = (*metrics.values(), *frames.values())
     return ReportInputs(
         # Neither the hardware nor the tracking changes a result, so neither changes the page.
         params=portable(params.model_dump(exclude={"hardware", "track"}, exclude_unset=True)),
         metrics={name: read_json(path) for name, path in metrics.items()},
-        files={path.relative_to(paths.root).as_posix(): _md5(path) for path in (*metrics.values(), *frames.values())},
+        files={path.relative_to(paths.root).as_posix(): _md5(path) for path in files},
         versions={package: version(package) for package in PACKAGES},
-        features=tables.pop("features"),
-        nll=tables.pop("nll"),
-        by_layer=tables.pop("by_layer", None),
-        **tables,
+        **tables,  # type: ignore[arg-type]
     )
 
 
@@ -112,15 +106,12 @@ def _md5(path: Path) -> str:
 
 
 def portable(content: Any) -> Any:
-    """`content` with the last part of every absolute path, whose rest differs between machines."""
-    match content:
-        case dict():
-            return {key: portable(value) for key, value in content.items()}
-        case list():
-            return [portable(value) for value in content]
-        case str() if content.startswith(("/", "~")):
-            return local_name(content)
-    return content
+    """`content` with the last part of every absolute path, because the rest differs between machines."""
+    if isinstance(content, dict):
+        return {key: portable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [portable(value) for value in content]
+    return local_name(content) if isinstance(content, str) and content.startswith(("/", "~")) else content
 
 
 def version(package: str) -> str:

@@ -26,8 +26,6 @@ Points = dict[tuple[str, int], float]  # the value of a metric at a step
 # A user's own settings win. A dead server must not stop the pipeline for the ten minutes that MLflow would try.
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 KEY = "babelscope"
-# The tag that MLflow's menu "Views" reads (tried with 3.17 and 3.18, tests/test_mlflow_browser.py). Its format is not
-# public: a version that does not know it shows the experiment without a view.
+# The tag that MLflow's menu "Views" reads. Its format is not public (tests/test_mlflow_browser.py passes with 3.17.0,
+# 3.17.2 and 3.18.0): a version that does not know it shows the experiment without a view.
 TAG = f"mlflow.sharedViewState.{KEY}"
 # A name of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
 HOST = "babelscope.localhost"
@@ -51,9 +51,10 @@ def address(base: str, experiment_id: str) -> str:
 
 def experiment_tags(experiment_id: str) -> dict[str, str]:
     """The tags of the experiment: its kind, its description with a link to the view, and the view."""
+    link = address("", experiment_id).removeprefix("/")
     note = (
-        "One `summary` run per state of the DVC pipeline, one `training` run per SAE: "
-        f"[charts over the layers]({address('', experiment_id)}). `dvc repro` rebuilds them from DVC's files."
+        f"One `summary` run per state of the DVC pipeline: [charts over the layers]({link}). One `training` run per "
+        "SAE. Rebuilt from DVC's files by `dvc repro`."
     )
     # Without a kind, MLflow's pages ask the user what sort of experiment this is, and hide the charts until they know.
     return {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": note, TAG: saved()}

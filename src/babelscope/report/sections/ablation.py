@@ -14,18 +14,21 @@ from babelscope.report.parts import Picture, ReportInputs, Section, Table, prose
 def section(inputs: ReportInputs) -> Section:
     """The matrix dNLL[ablated, evaluated]."""
     caption = prose(
-        """<p>Each row removes one language’s features; each column is the language whose held-out text is then read. The figure is
-how much worse the model predicts it, in nats per token (0.1 is about 10&nbsp;% more perplexity). If the features matter
-for that language alone, the outlined diagonal is large and the rest is 0.</p>
-<p>Bold: the largest figure of its row. It is on the diagonal in {rows} rows (and the largest of its column in
-{columns} columns); the 95&nbsp;% interval of the diagonal lies above 0 in {rows_above_zero} rows. An empty row was not run. Hover or tap a cell for the exact figure, its 95&nbsp;% bootstrap
-interval over texts, and the tokens behind it. Method: <code>{method}</code> ablation at all hookpoints together; the SAE’s
-reconstruction error stays in place, so removing nothing changes nothing.</p>""",
+        """<p>Each row removes the features of one language; each column evaluates held-out text of one language. The
+number in a cell is the change in negative log-likelihood (ΔNLL) in nats per token: how much worse the model predicts
+that text (0.1 is about 10&nbsp;% more perplexity). If the features of a language matter to that language alone, the
+outlined diagonal cell is large and the rest of the row is close to 0.</p>
+<p>The largest number of each row is bold. It is on the diagonal in {rows} rows. The diagonal cell is the largest of its
+column in {columns} columns, and its 95&nbsp;% interval lies above 0 in {rows_above_zero} rows. An empty row was not
+measured. Point at a cell, or tap it, to see the exact number, its 95&nbsp;% bootstrap interval over texts, and the
+number of tokens.</p>
+<p>The features of all hookpoints are removed together, by the method <code>{method}</code>. The reconstruction error of
+the SAE is kept, so that removing no feature changes nothing.</p>""",
         **{key: of_languages(inputs, key) for key in ("rows", "columns", "rows_above_zero")},
         method=method(inputs),
     )
     picture = Picture("ablation", "Ablation matrix", chart(matrix(inputs), inputs.languages), [caption])
-    return Section("ablation", "Ablation", "What removing them does", [picture, table(inputs)])
+    return Section("ablation", "Ablation", "What removing a language’s features does", [picture, table(inputs)])
 
 
 def of_languages(inputs: ReportInputs, key: str) -> str:
@@ -39,53 +42,40 @@ def method(inputs: ReportInputs) -> str:
 
 
 def of_method(inputs: ReportInputs, frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of `method`; NaN becomes null."""
+    """The rows of `method` that ablate one of the languages and evaluate one; NaN becomes null."""
     frame = frame.with_columns(pl.col("delta", "low", "high").cast(pl.Float64).fill_nan(None))
-    return frame.filter(pl.col("method") == method(inputs))
+    names = inputs.languages
+    return frame.filter(pl.col("ablated").is_in(names), pl.col("evaluated").is_in(names), method=method(inputs))
 
 
 def matrix(inputs: ReportInputs) -> pl.DataFrame:
-    """The cells of dNLL[ablated, evaluated], in nats/token, for the real sets of features.
+    """The cells of dNLL[ablated, evaluated], in nats/token; a language that was not ablated has none.
 
-    Returns
-    -------
-    `ablated`, `evaluated`, `value` (dNLL), `low`, `high` (95 %), `tokens`, `own` (on the diagonal), `largest` (of its
-    row), in the order of params.yaml; a language that was not ablated has no row.
+    The columns are `ablated`, `evaluated`, `tokens`, `low`, `high` (95 %), `value` (dNLL), `own` (on the diagonal) and
+    `largest` (of its row).
     """
-    languages = pl.Enum(inputs.languages)
-    cells = of_method(inputs, inputs.nll).filter(
-        pl.col("control").is_null(),
-        pl.col("ablated").is_in(inputs.languages),
-        pl.col("evaluated").is_in(inputs.languages),
-    )
-    return (
-        cells.select(pl.col("ablated", "evaluated").cast(languages), "tokens", "low", "high", value="delta")
-        .sort("ablated", "evaluated")
-        .with_columns(pl.col("ablated", "evaluated").cast(pl.String))
-        .with_columns(
-            own=pl.col("ablated") == pl.col("evaluated"),
-            # A row of zeros (nothing was ablated) has no largest cell.
-            largest=(pl.col("value") == pl.col("value").max().over("ablated")) & (pl.col("value") > 0),
-        )
+    cells = of_method(inputs, inputs.nll).filter(pl.col("control").is_null())
+    cells = cells.sort(inputs.order("ablated"), inputs.order("evaluated"))
+    return cells.select("ablated", "evaluated", "tokens", "low", "high", value="delta").with_columns(
+        own=pl.col("ablated") == pl.col("evaluated"),
+        # A row of zeros (nothing was ablated) has no largest cell.
+        largest=(pl.col("value") == pl.col("value").max().over("ablated")) & (pl.col("value") > 0),
     )
 
 
 def chart(frame: pl.DataFrame, languages: list[str]) -> alt.LayerChart:
     """`matrix` as a heat map; one of `languages` without a row in it is an empty row."""
     largest = max((abs(v) for v in frame["value"].drop_nulls() if math.isfinite(v)), default=0.0) or 1.0
-    title = "ΔNLL (nats/token)"
+    domain, title = alt.Scale(domain=languages), "ΔNLL (nats/token)"
     base = alt.Chart(charts.data(charts.written(frame, 2 if largest >= 0.1 else 3))).encode(
-        x=alt.X("evaluated:N", scale=alt.Scale(domain=languages),
+        x=alt.X("evaluated:N", scale=domain,
                 axis=alt.Axis(title="evaluated on", orient="top", labelAngle=0, titleAnchor="start")),
-        y=alt.Y("ablated:N", scale=alt.Scale(domain=languages), title="features removed"),
+        y=alt.Y("ablated:N", scale=domain, title="features removed"),
         tooltip=charts.tips(("ablated:N", "removed"), ("evaluated:N", "evaluated"), ("value:Q", title, charts.SIGNED),
                             *charts.ends(), ("tokens:Q", "tokens", ",")),
     )  # fmt: skip
-    colour = alt.Color(
-        "value:Q",
-        scale=alt.Scale(range="diverging", domain=[-largest, largest], domainMid=0, interpolate="lab"),
-        legend=alt.Legend(title="ΔNLL, nats/token (0: no change)"),
-    )
+    scale = alt.Scale(range="diverging", domain=[-largest, largest], domainMid=0, interpolate="lab")
+    colour = alt.Color("value:Q", scale=scale, legend=alt.Legend(title="ΔNLL, nats/token (0: no change)"))
     frames = base.mark_rect(style="frame", fill="transparent", strokeWidth=1.6, aria=False)
     texts = base.encode(text="text:N")
     inked = texts.encode(color=charts.ink("ablation"))
@@ -104,12 +94,10 @@ def chart(frame: pl.DataFrame, languages: list[str]) -> alt.LayerChart:
 def table(inputs: ReportInputs) -> Table:
     """`matrix` with four decimals; an asterisk marks the largest of a row."""
     cells = {
-        (ablated, evaluated): plain(value, 4) + ("*" if largest else "")
-        for ablated, evaluated, value, largest in matrix(inputs)
-        .select("ablated", "evaluated", "value", "largest")
-        .rows()
+        (row["ablated"], row["evaluated"]): plain(row["value"], 4) + ("*" if row["largest"] else "")
+        for row in matrix(inputs).iter_rows(named=True)
     }
-    languages = inputs.languages
-    rows = [[row, *(cells.get((row, column), plain(None)) for column in languages)] for row in languages]
+    names = inputs.languages
+    rows = [[row, *(cells.get((row, column), plain(None)) for column in names)] for row in names]
     caption = "ΔNLL in nats/token: row = features removed, column = evaluated on, * = largest of its row"
-    return Table(caption, ["removed", *languages], rows, folded="Table: every cell of the matrix")
+    return Table(caption, ["removed", *names], rows, folded="every cell of the matrix")

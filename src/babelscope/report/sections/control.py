@@ -1,38 +1,45 @@
-"""Each language's own features against random ones that fire as often on it."""
+"""Section `control`: each language's own features against random latents that fire as often on it."""
 
 from typing import Any
 
 import altair as alt
 import polars as pl
-from markupsafe import Markup
 
 from babelscope.report import charts
-from babelscope.report.parts import Picture, ReportInputs, Table, figures, intervals, prose
-from babelscope.report.sections.ablation import method
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, intervals, prose
+from babelscope.report.sections.ablation import method, of_languages
 
 
-def blocks(inputs: ReportInputs) -> list[Markup | Table | Picture]:
-    """A part of the section `own`; nothing if there is no control."""
+def section(inputs: ReportInputs) -> Section | None:
+    """The two differences to random latents; None if there is no control."""
     frame = against_control(inputs)
     if frame.is_empty():
-        return []
+        return None
     caption = prose(
-        """<p>Circle: what a language’s own features cost it, less what random ones cost it that fire as often. Diamond: the same after
-what each does to the other languages is taken off (own − others, less the random ones’ own − others): random features may
-hurt a language as much, but then they hurt others, too. Lines: 95&nbsp;% intervals over texts and draws. Evidence for a language is a line
-that lies to the right of 0.</p>"""
+        """<p>Removing latents that fire often can hurt a language even if they have nothing to do with it. This
+comparison takes that into account. Circle: the ΔNLL of a language without its own features, minus its ΔNLL without
+random latents that fire at least as often on it. Diamond: the same comparison for the difference between the language
+itself and the other languages, because random latents may hurt a language as much, but then they hurt the others, too.
+Lines: 95&nbsp;% intervals over texts and draws. A line that lies entirely to the right of 0 is evidence for the
+language’s own features.</p>"""
     )
-    heading = prose("""<h3 id="control">More than random features that fire as often?</h3>""")
-    return [heading, Picture("control", "Own features against random ones", chart(frame), [caption]), table(frame)]
+    result = prose(
+        """<p>A language’s own features cost it more than random latents in {above} languages. Their effect is more
+selective than that of random latents in {selective}. For the other languages, the ΔNLL above shows no more than that
+latents which fire often were removed.</p>""",
+        above=of_languages(inputs, "languages_above_control"),
+        selective=of_languages(inputs, "languages_selective"),
+    )
+    text = [caption] if inputs.figure("ablate", "languages_above_control") is None else [caption, result]
+    picture = Picture("control", "Own features compared with random latents", chart(frame), text)
+    return Section("control", "Random latents", "Comparison with random latents", [picture, table(frame)])
 
 
 def against_control(inputs: ReportInputs) -> pl.DataFrame:
-    """The differences between own and random features.
+    """The differences between own features and random latents: one row per language and question.
 
-    Returns
-    -------
-    One row per language in the order of params.yaml and `question`: `language`, `question` ("own" or "selective"),
-    `value`, `low`, `high` (95 %), nats/token; null if the language has no control. Empty without any.
+    The columns are `language`, `question` ("own" or "selective"), `value`, `low` and `high` (95 %), in nats/token,
+    null if the language has no control. Empty without any.
     """
     if inputs.control is None or inputs.control.is_empty():
         return pl.DataFrame()
@@ -52,7 +59,7 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         y=alt.Y("language:N", sort=frame["language"].unique(maintain_order=True).to_list(), title=None),
         tooltip=charts.tips("language:N", ("value:Q", "difference", charts.SIGNED), *charts.ends()),
     )
-    axis = alt.Axis(title="more than random features, nats/token", grid=True, tickCount=5)
+    axis = alt.Axis(title="difference to random latents, nats/token", grid=True, tickCount=5)
     layers = [alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeWidth=1).encode(x="zero:Q")]
     marks: list[tuple[str, str, Any, int]] = [("own", "own", "circle", -5), ("selective", "others", "diamond", 5)]
     for question, style, shape, offset in marks:
@@ -60,7 +67,7 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         line = rows.mark_rule(style=style, strokeWidth=1.5, yOffset=offset)
         point = rows.mark_point(style=style, shape=shape, filled=True, size=48, opacity=1, yOffset=offset)
         layers += [line.encode(x=alt.X("low:Q", axis=axis), x2="high:Q"), point.encode(x="value:Q")]
-    text = "Own features against random ones that fire as often; the table below holds the figures."
+    text = "Own features compared with random latents that fire as often; the table below holds the figures."
     return alt.layer(*layers, description=text).properties(width=320, height=alt.Step(30))
 
 
@@ -68,11 +75,9 @@ def table(frame: pl.DataFrame) -> Table:
     """The two differences with their intervals."""
     own, selective = (frame.filter(question=question) for question in ("own", "selective"))
     columns = {
-        "language": own["language"],
-        "own - random": figures(own["value"], 4, sign=True),
+        "language": own["language"], "itself: own − random": figures(own["value"], 4, sign=True),
         "95 %": intervals(own["low"], own["high"]),
-        "own - others, less random's": figures(selective["value"], 4, sign=True),
+        "itself − others: own − random": figures(selective["value"], 4, sign=True),
         "95 % ": intervals(selective["low"], selective["high"]),
-    }
-    caption = "Against random features that fire as often, nats/token"
-    return Table.of(caption, columns, folded="Table: own features against random ones")
+    }  # fmt: skip
+    return Table.of("ΔNLL compared with random latents, nats/token", columns, folded="own features and random latents")

@@ -1,11 +1,11 @@
-"""Section `identification`: which language held-out texts were taken for, by the features and by fastText."""
+"""Section `identification`: as which language held-out texts are identified, by the features and by fastText."""
 
 import altair as alt
 import polars as pl
 
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, p_value, percent, plain
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, prose
+from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, prose
 
 # The first of each that there is: the firings, divided by the features owned, of SAE features or else of neurons.
 _SHOWN = {"features": [("sae-count", "units"), ("neuron-count", "units")], "fastText": [("fasttext", "none")]}
@@ -14,34 +14,33 @@ _SHOWN = {"features": [("sae-count", "units"), ("neuron-count", "units")], "fast
 def section(inputs: ReportInputs) -> Section | None:
     """The confusion matrices; None if there are none."""
     frame = confusion(inputs)
-    if frame.is_empty():
+    if inputs.confusion is None or frame.is_empty():
         return None
-    caption = [
-        prose(
-            """<p>Each of {texts} held-out texts is taken for the language whose features fire most often on it, divided by how many that
-language owns: right for {accuracy}. fastText, restricted to the same languages, is right for {fasttext}.
-Rows: the language of the text; figures: texts; off the diagonal are the mistakes.</p>""",
-            texts=plain(inputs.figure("identify", "texts")),
-            accuracy=accuracy(inputs),
-            fasttext=accuracy(inputs, "fasttext/none"),
-        )
-    ]
-    # fastText does not know these, or does not tell them apart.
-    names = [name for name in inputs.languages if name not in set(inputs.confusion["language"])]  # type: ignore[index]
-    if names:
-        caption.append(
-            prose(
-                """<p>Left out for both: {names}, which fastText does not know or does not tell apart. The table also has what the features
-make of all texts, among all languages.</p>""",
-                names=", ".join(names),
-            )
-        )
-    test = prose(
-        "<p>McNemar’s test against fastText: a small p means that one of the two is right more often than chance explains.</p>"
+    caption = prose(
+        """<p>Each of {texts} held-out texts is identified as the language whose features fire most often on it,
+relative to how many features that language has. This is right for {accuracy} of the texts; fastText, which chooses
+among the same languages, is right for {fasttext}. A row is the language of the texts, a column is the language as which
+they were identified, and the number in a cell counts texts: those off the diagonal are errors.</p>""",
+        texts=plain(inputs.figure("identify", "texts")),
+        accuracy=accuracy(inputs),
+        fasttext=accuracy(inputs, "fasttext/none"),
     )
-    label = "Which language held-out texts were taken for"
-    picture = Picture("confusion", label, chart(frame), [*caption, methods_table(inputs), test], wide=True)
-    return Section("identification", "Identification", "Can the features tell the language?", [picture, table(frame)])
+    known = set(inputs.confusion["language"])
+    names = [name for name in inputs.languages if name not in known]
+    missing = prose(
+        """<p>Both leave out texts in {names}: fastText does not know these languages, or does not tell them apart. The
+table also shows how the features do on all texts, among all languages.</p>""",
+        names=", ".join(names),
+    )
+    test = prose(
+        """<p>The methods sae-count and neuron-count add up how often features or neurons fire; sae-min-max adds up the
+activations, scaled to between 0 and 1. The p is that of McNemar’s test against fastText: if it is small, chance does
+not explain that one of the two is right more often.</p>"""
+    )
+    text: list[Block] = [caption, *([missing] if names else []), methods_table(inputs), test]
+    label = "Language of held-out texts, and language as identified"
+    picture = Picture("confusion", label, chart(frame), text, wide=True)
+    return Section("identification", "Identification", "Identifying the language of a text", [picture, table(frame)])
 
 
 def accuracy(inputs: ReportInputs, method: str = "sae-count/units") -> str:
@@ -50,50 +49,45 @@ def accuracy(inputs: ReportInputs, method: str = "sae-count/units") -> str:
 
 
 def confusion(inputs: ReportInputs) -> pl.DataFrame:
-    """Which language held-out texts were taken for, by the features' firings and by fastText.
+    """As which language held-out texts were identified; empty without a confusion matrix.
 
-    Returns
-    -------
-    `method` ("features" or "fastText"), `language`, `predicted`, `texts`, `value` (share of the language's texts), in
-    the order of params.yaml. Empty without a confusion matrix.
+    The columns are `method` ("features" or "fastText"), `language`, `predicted`, `texts` and `value` (share of the
+    language's texts).
     """
-    if inputs.confusion is None:
-        return pl.DataFrame()
-    parts = []
-    for label, candidates in _SHOWN.items():
-        found = [inputs.confusion.filter(method=method, normalize=normalize) for method, normalize in candidates]
+    parts: list[pl.DataFrame] = []
+    texts = pl.DataFrame() if inputs.confusion is None else inputs.confusion
+    for label, candidates in _SHOWN.items() if len(texts) else ():
+        found = [texts.filter(method=method, normalize=normalize) for method, normalize in candidates]
         parts += [rows.with_columns(method=pl.lit(label)) for rows in found if len(rows)][:1]
     if not parts:
         return pl.DataFrame()
     total = pl.col("texts").sum().over("method", "language")
-    names = pl.col("language", "predicted")
     return (
         pl.concat(parts)
         .filter(pl.col("language").is_in(inputs.languages), pl.col("predicted").is_in(inputs.languages))
-        .with_columns(names.cast(pl.Enum(inputs.languages)), value=pl.when(total > 0).then(pl.col("texts") / total))
-        .sort(pl.col("method").cast(pl.Enum(list(_SHOWN))), "language", "predicted")
-        .with_columns(names.cast(pl.String))
+        .with_columns(value=pl.when(total > 0).then(pl.col("texts") / total))
+        .sort(pl.col("method").cast(pl.Enum(list(_SHOWN))), inputs.order("language"), inputs.order("predicted"))
         .select("method", "language", "predicted", "texts", "value")
     )
 
 
 def chart(frame: pl.DataFrame) -> alt.HConcatChart:
-    """A matrix per method: what share of a language's texts was taken for which language, with the numbers of texts."""
+    """A matrix per method: the share of a language's texts that was identified as each, with the numbers of texts."""
     panels = []
     for number, method in enumerate(frame["method"].unique(maintain_order=True)):
         rows, name = frame.filter(pl.col("method") == method), f"confusion{number}"
         scale = alt.Scale(domain=rows["language"].unique(maintain_order=True).to_list())
-        axis = alt.Axis(title=f"taken for, by {method}", orient="top", labelAngle=-90, titleAnchor="start")
+        axis = alt.Axis(title=f"identified as, by {method}", orient="top", labelAngle=-90, titleAnchor="start")
         base = alt.Chart(charts.data(rows)).encode(
             x=alt.X("predicted:N", scale=scale, axis=axis),
-            y=alt.Y("language:N", scale=scale, title="text in"),
-            tooltip=charts.tips(("language:N", "text in"), ("predicted:N", "taken for"), "texts:Q",
+            y=alt.Y("language:N", scale=scale, title="language of the text"),
+            tooltip=charts.tips(("language:N", "language of the text"), ("predicted:N", "identified as"), "texts:Q",
                                 ("value:Q", "share", ".1%")),
         )  # fmt: skip
         cells, texts = charts.cells(base, name, alt.Scale(range="ramp", domain=[0, 1]), "texts:Q")
         panel = alt.layer(cells, texts.transform_filter("datum.texts > 0"), name=name)
         panels.append(panel.properties(width=alt.Step(24), height=alt.Step(22)))
-    text = "Which language held-out texts were taken for; the table below holds the same figures."
+    text = "As which language held-out texts were identified; the tables hold the errors."
     return charts.beside(*panels, description=text)
 
 
@@ -105,20 +99,20 @@ def methods_table(inputs: ReportInputs) -> Table:
         for key in sorted(inputs.metrics.get("identify", {})):
             if key.startswith(f"{prefix}accuracy/"):
                 rest = key.removeprefix(f"{prefix}accuracy/")
-                method, _, normalize = rest.partition("/")
-                f1, p = (inputs.figure("identify", f"{prefix}{name}/{rest}") for name in ("macro_f1", "mcnemar_p"))
-                name = f"{method}, by units owned{note}" if normalize == "units" else f"{method}{note}"
-                rows.append([name, texts, percent(inputs.figure("identify", key)), percent(f1), p_value(p)])
+                names = ("accuracy", "macro_f1", "mcnemar_p")
+                share, f1, p = (inputs.figure("identify", f"{prefix}{name}/{rest}") for name in names)
+                name = rest.replace("/units", ", relative to the number of features").replace("/none", "")
+                rows.append([f"{name}{note}", texts, percent(share), percent(f1), p_value(p)])
     head = ["method", "texts", "accuracy", "macro F1", "McNemar p"]
-    return Table("Language identification of held-out texts", head, rows)
+    return Table("Identifying the language of held-out texts", head, rows)
 
 
 def table(frame: pl.DataFrame) -> Table:
-    """Texts that were taken for another language."""
+    """Texts that were identified as another language."""
     wrong = frame.filter(pl.col("language") != pl.col("predicted"), pl.col("texts") > 0)
-    rows = [[*names, plain(texts), percent(share)] for *names, texts, share in wrong.rows()]
-    head = ["method", "text in", "taken for", "texts", "of that language's"]
-    caption = "Texts that were taken for another language"
-    return Table(
-        caption, head, rows or [["none", *[NONE] * 4]], labels=3, folded=f"Table: {caption[0].lower()}{caption[1:]}"
-    )
+    columns = {
+        "method": wrong["method"], "language of the text": wrong["language"], "identified as": wrong["predicted"],
+        "texts": figures(wrong["texts"]), "share of the language’s texts": map(percent, wrong["value"]),
+    }  # fmt: skip
+    table = Table.of("Texts identified as another language", columns, labels=3, folded="the errors")
+    return table if table.rows else Table(table.caption, table.head, [["none", *[NONE] * 4]], 3, table.folded)

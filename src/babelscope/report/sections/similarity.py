@@ -14,37 +14,32 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = similarity(inputs)
     if frame.is_empty():
         return None
-    caption = [
-        prose(
-            """<p>Of the features that either of two languages has, how many in a hundred both have (Jaccard index; a language has a feature if
-it is a member of it, however many share it). Languages that are most alike stand side by side; branch and script are
-what is known of them from elsewhere, and took no part in the order.</p>"""
-        )
-    ]
-    means = likeness(frame)
-    if means:
-        names = {"same script": "same script, other branch"}
-        caption.append(
-            prose(
-                """<p>Mean over pairs: {means}.
-A language with a close relative in the set owns few features alone: what the two share is neither’s.</p>""",
-                means="; ".join(f"{names.get(kind, kind)} {plain(value, 2)}" for kind, value in means.items()),
-            )
-        )
-    picture = Picture("similarity", "Share of features that two languages have in common", chart(frame), caption)
-    title, tables = "Which languages share features", (shared_table(inputs), table(frame, inputs.languages))
-    return Section("similarity", "Shared features", title, [picture, *tables])
+    caption = prose(
+        """<p>Of the features that at least one of two languages has, a cell shows the percentage that both have (the
+Jaccard index). A feature counts for every language that it belongs to. Similar languages are next to each other; the
+branch and the script of a language come from reference data and did not influence the order.</p>"""
+    )
+    means = prose(
+        """<p>Mean Jaccard index of two languages: {means}. A feature that two related languages share is specific to
+neither, so a language with a close relative in the set tends to have few features of its own.</p>""",
+        means="; ".join(f"{kind} {plain(value, 2)}" for kind, value in likeness(frame).items()),
+    )
+    label = "Percentage of features that two languages have in common"
+    picture = Picture("similarity", label, chart(frame), [caption, means] if likeness(frame) else [caption])
+    counts = range(1, len(inputs.languages) + 1)
+    features = figures(inputs.figure("score", f"shared_by/{count}") for count in counts)
+    text = "features by the number of languages that share them"
+    shared = Table.of(text.capitalize(), {"languages": map(str, counts), "features": features}, folded=text)
+    title = "Which languages share features"
+    return Section("similarity", "Shared features", title, [picture, shared, table(frame, inputs)])
 
 
 def similarity(inputs: ReportInputs) -> pl.DataFrame:
-    """How alike the languages' features are, those that are most alike side by side.
+    """How alike the features of every two languages are; empty with fewer than three languages.
 
-    Returns
-    -------
-    `language`, `other`, `units`, `value` (Jaccard index; null on the diagonal), `label`, `other_label` (with branch and
-    script if known), `expected` ("same branch", "same script", "neither", null if not known) in the order of the
-    leaves of an average-linkage tree over 1 - Jaccard (optimal leaf order; Bar-Joseph et al. 2001). Empty with fewer
-    than three languages.
+    The columns are `language`, `other`, `units`, `value` (Jaccard index; null on the diagonal), `label`, `other_label`
+    (with branch and script if known) and `expected` ("same branch", "same script", "neither"; null if not known). Rows
+    are in the order of the leaves of an average-linkage tree over 1 - Jaccard (Bar-Joseph et al. 2001).
     """
     languages = inputs.languages
     if inputs.similarity is None or len(languages) < 3:
@@ -59,8 +54,8 @@ def similarity(inputs: ReportInputs) -> pl.DataFrame:
             return None
         return "same branch" if one[0] == two[0] else "same script" if one[1] == two[1] else "neither"
 
-    ranked = pairs.with_columns(pl.col("language", "other").cast(pl.Enum(_order(pairs, languages))))
-    ranked = ranked.sort("language", "other").with_columns(pl.col("language", "other").cast(pl.String))
+    order = pl.Enum(_leaves(pairs, languages))
+    ranked = pairs.sort(pl.col("language").cast(order), pl.col("other").cast(order))
     relation = [expected(*row) for row in ranked.select("language", "other").rows()]
     return ranked.with_columns(
         value=pl.when(pl.col("language") != pl.col("other")).then(pl.col("jaccard")),
@@ -70,7 +65,7 @@ def similarity(inputs: ReportInputs) -> pl.DataFrame:
     ).drop("jaccard")
 
 
-def _order(pairs: pl.DataFrame, languages: list[str]) -> list[str]:
+def _leaves(pairs: pl.DataFrame, languages: list[str]) -> list[str]:
     """The languages in the order of the leaves of a tree over their distances."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -84,7 +79,8 @@ def _order(pairs: pl.DataFrame, languages: list[str]) -> list[str]:
 def likeness(frame: pl.DataFrame) -> dict[str, float]:
     """Mean Jaccard index of the pairs of languages of the same branch, of the same script only, and of neither."""
     means = dict(frame.drop_nulls("value").group_by("expected").agg(pl.col("value").mean()).iter_rows())
-    return {key: means[key] for key in ("same branch", "same script", "neither") if key in means}
+    names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
+    return {name: means[kind] for kind, name in names.items() if kind in means}
 
 
 def chart(frame: pl.DataFrame) -> alt.LayerChart:
@@ -95,35 +91,20 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         x=alt.X("other:N", scale=alt.Scale(domain=languages), axis=alt.Axis(title=None, orient="top", labelAngle=0)),
         y=alt.Y("label:N", scale=alt.Scale(domain=labels), axis=alt.Axis(title=None, labelLimit=260)),
         tooltip=charts.tips(("label:N", "language"), ("other_label:N", "and"), ("value:Q", "Jaccard index", ".3f"),
-                            ("units:Q", "features of both"), ("expected:N", "relatives")),
+                            ("units:Q", "features of both"), ("expected:N", "relation")),
     )  # fmt: skip
-    text = "Share of features that two languages have in common; the table below holds the same figures."
+    text = "Percentage of features that two languages have in common; the table below holds the same figures."
     layers = charts.cells(base, "similarity", charts.ramp(frame))
     return alt.layer(*layers, name="similarity", description=text).properties(width=alt.Step(40), height=alt.Step(24))
 
 
-def table(frame: pl.DataFrame, languages: list[str]) -> Table:
-    """The pairs of languages that have most features in common."""
-    order = pl.Enum(languages)
-    first, second = pl.col("language").cast(order), pl.col("other").cast(order)
+def table(frame: pl.DataFrame, inputs: ReportInputs) -> Table:
+    """The pairs of languages, those with most features in common first."""
+    first, second = inputs.order("language"), inputs.order("other")
     pairs = frame.drop_nulls("value").filter(first < second).sort(-pl.col("value").round(3), first, second)
     columns = {
-        "language": pairs["language"],
-        "and": pairs["other"],
-        "Jaccard index": figures(pairs["value"], 3),
-        "features of both": figures(pairs["units"]),
-        "relatives": pairs["expected"].fill_null(NONE),
-    }
-    caption = "Features that two languages have in common"
-    return Table.of(caption, columns, labels=2, folded="Table: features in common, by pair")
-
-
-def shared_table(inputs: ReportInputs) -> Table:
-    """How many features belong to how many languages."""
-    counts = range(1, len(inputs.languages) + 1)
-    features = [inputs.figure("score", f"shared_by/{count}") for count in counts]
-    caption, folded = (
-        "Features by the number of languages that share them",
-        "Table: features by the number of languages that share them",
-    )
-    return Table.of(caption, {"languages": map(str, counts), "features": figures(features)}, folded=folded)
+        "language": pairs["language"], "and": pairs["other"], "Jaccard index": figures(pairs["value"], 3),
+        "features of both": figures(pairs["units"]), "relation": pairs["expected"].fill_null(NONE),
+    }  # fmt: skip
+    text = "Features that two languages have in common"
+    return Table.of(text, columns, labels=2, folded="features in common, by pair of languages")

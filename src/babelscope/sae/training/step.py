@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from babelscope.models import compat
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import SAE, chunk_rows
 from babelscope.sae.kernels import fused
@@ -85,7 +86,7 @@ def screening_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device multiplies it in hardware, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and compat.multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
 
@@ -282,9 +283,7 @@ class _Hits:
 
 def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """`(a[i] * b[j]).sum(1)` without the gathered copies; quickest where `i` ascends (`a` then streams once)."""
-    if a.device.type == "cpu":
-        # The kernel behind embedding_bag's gradient for its weights is just this; "offsets" is unused in mode 0 (sum).
-        dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, j, i, i, 0)
-        return dots
+    if a.device.type == "cpu" and (dots := compat.gathered_dots()) is not None:
+        return dots(a, b, i, j)
     size = 2**18
     return torch.cat([(a[i[s : s + size]] * b[j[s : s + size]]).sum(1) for s in range(0, len(i), size)])

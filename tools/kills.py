@@ -1,4 +1,4 @@
-"""`kill -9` at random moments of the real pipeline, over all stages: `python tests/kills.py --kills 40 --seed 0`.
+"""`kill -9` at random moments of the real pipeline, over all stages: `python tools/kills.py --kills 40 --seed 0`.
 
 Two clones with small params: a calm one runs undisturbed, a stormy one is killed in every stage in turn, at a moment
 drawn from how long the stage took in the calm one (what DVC does after it included): the stage's process, the DVC
@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import psutil
 from clone import clone, environment, hashes, ran, run, runs, set_params

@@ -1,4 +1,4 @@
-"""`python benchmarks/arithmetic.py`: what a run takes before it is started, in bytes, FLOPs and hours.
+"""`python tools/arithmetic.py`: what a run takes before it is started, in bytes, FLOPs and hours.
 
 It prints the tables of docs/scaling.md, which has the formulas. The rates are those that `benchmarks/scale.py` measured
 on one GPU (`benchmarks/results/scale.cuda.json`); everything else is counted.
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-RATES = Path(__file__).parent / "results/scale.cuda.json"
+RATES = Path(__file__).parent.parent / "benchmarks/results/scale.cuda.json"
 TOKENS, DEVICES = {"1 M": 10**6, "100 M": 10**8, "10 B": 10**10}, (1, 8, 64)
 PASS, STEP, COUNT = "forward pass, all hookpoints read", "SAE training step", "SAE encode and count"
 LENGTH = 128  # tokens of a text

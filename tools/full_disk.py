@@ -1,4 +1,4 @@
-"""Fill the disk up in every stage: `python tests/full_disk.py` (as root on Linux: it mounts a tmpfs and resizes it).
+"""Fill the disk up in every stage: `python tools/full_disk.py` (as root on Linux: it mounts a tmpfs and resizes it).
 
 An undisturbed run says how much a stage writes. Then, in a second clone on a tmpfs, each stage is run twice: with room
 for a part of that only, where it has to end with one message that names the file and leave nothing half-written, and
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from clone import clone, environment, run
 from kills import OUTPUTS, digests

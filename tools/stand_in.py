@@ -1,4 +1,4 @@
-"""`python benchmarks/stand_in.py FOLDER`: an experiment of full shape on stand-ins, stage by stage: memory and time.
+"""`python tools/stand_in.py FOLDER`: an experiment of full shape on stand-ins, stage by stage: memory and time.
 
 What a hub would give is made in FOLDER: a Llama of the shape of Llama 3.2 1B (16 layers, d = 2048) with random weights
 and the embedded model's tokenizer, and a release in the format of EleutherAI/sparsify with 131,072 TopK latents at each
@@ -127,7 +127,9 @@ def release(folder: Path, hookpoints: list[str], latents: int) -> None:
     from babelscope.activations.store import ActivationStore
 
     stores = [ActivationStore(folder / "data/activations" / name) for name in hookpoints]
-    sums = [torch.stack([rows.double().sum(0) for _, rows in store.chunks(8192)]).sum(0) for store in stores]
+    sums = [
+        sum(store.gather(rows).double().sum(0) for rows in torch.arange(store.rows).split(8192)) for store in stores
+    ]
     basis = torch.linalg.qr(torch.stack(sums).T)[0].float()
     d = len(basis)
     generator = torch.Generator().manual_seed(0)

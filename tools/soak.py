@@ -1,4 +1,4 @@
-"""Watch the memory of every stage in a long run: `python tests/soak.py` (40 minutes on two cores).
+"""Watch the memory of every stage in a long run: `python tools/soak.py` (40 minutes on two cores).
 
 The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
 processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not
@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import psutil
 from clone import clone, run, set_params

@@ -7,7 +7,7 @@ from test_model_families import FAMILIES, VOCABULARY, make
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from babelscope.models import head, hookpoints
+from babelscope.models import hookpoints, nll
 
 EXTRA = {
     "cohere": ("CohereConfig", {"logit_scale": 0.0625}),
@@ -33,22 +33,22 @@ def other(name: str) -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize("name", [*FAMILIES, *EXTRA])
 def test_every_family_is_read_in_chunks_and_gives_what_its_logits_give(name, monkeypatch):
-    monkeypatch.setattr(head, "COLUMNS", 7)
-    monkeypatch.setattr(head, "ROWS", 5)
+    monkeypatch.setattr(nll, "COLUMNS", 7)
+    monkeypatch.setattr(nll, "ROWS", 5)
     model = make(name) if name in FAMILIES else other(name)
-    assert head.head_of(model) is not None
+    assert nll.head_of(model) is not None
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     mask, target = torch.ones_like(ids), torch.ones((2, 8), dtype=torch.bool)
     target[1, 4:] = False
     logits = model(input_ids=ids, use_cache=False).logits.double()
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 8)
-    found = head.pass_nll(model, ids, mask, target)
+    found = nll.token_nll(model, ids, mask, target)
     assert torch.allclose(found.double(), expected.where(target, 0.0), atol=1e-5)
 
     stream = torch.randn((13, 16), generator=torch.Generator().manual_seed(1))
     wanted = torch.arange(13) + 3
     expected = F.cross_entropy(hookpoints.logits_of(model, stream).double(), wanted, reduction="none")
-    assert torch.allclose(head.stream_nll(model, stream, wanted).double(), expected, atol=1e-5)
+    assert torch.allclose(nll.stream_nll(model, stream, wanted).double(), expected, atol=1e-5)
 
 
 def test_rows_with_near_ties_and_large_logits_are_within_1e_4_of_float64():
@@ -64,7 +64,7 @@ def test_rows_with_near_ties_and_large_logits_are_within_1e_4_of_float64():
     wanted = torch.randint(0, 20_000, (40,), generator=g)
     wanted[:10] = torch.tensor([7, 5_000, 5_049, 19_999, 0, 7, 5_001, 7, 5_002, 12])
     expected = F.cross_entropy(x.double() @ weight.double().T, wanted, reduction="none")
-    found = head.Head(unembedding, 1.0, None).nll(x, wanted).double()
+    found = nll.Head(unembedding, 1.0, None).nll(x, wanted).double()
     small = expected < 400
     assert small.sum() >= 30 and (found - expected)[small].abs().max() < 1e-4
     assert ((found - expected).abs() / expected.clamp(min=1)).max() < 1e-5
@@ -79,17 +79,17 @@ def test_a_cap_that_is_not_known_is_no_scale(dtype):
     )  # fmt: skip
     model = transformers.RecurrentGemmaForCausalLM(config).eval().requires_grad_(False)
     model.get_input_embeddings().weight.mul_(100)  # logits that the cap of 30 bends
-    assert head.head_of(model.to(dtype)) is None
+    assert nll.head_of(model.to(dtype)) is None
 
 
 def test_a_model_that_makes_its_logits_otherwise_is_asked_for_all_of_them():
     model = make("llama")
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.sort(-1).values)
-    assert head.head_of(model) is None
+    assert nll.head_of(model) is None
     ids = torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0))
     expected = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
-    found = head.pass_nll(model, ids, torch.ones_like(ids), torch.ones((1, 5), dtype=torch.bool))
+    found = nll.token_nll(model, ids, torch.ones_like(ids), torch.ones((1, 5), dtype=torch.bool))
     assert torch.allclose(found[0], expected, atol=1e-6)
     stream = torch.randn((4, 16))
     expected = F.cross_entropy(hookpoints.logits_of(model, stream), torch.arange(4), reduction="none")
-    assert torch.allclose(head.stream_nll(model, stream, torch.arange(4)), expected, atol=1e-6)
+    assert torch.allclose(nll.stream_nll(model, stream, torch.arange(4)), expected, atol=1e-6)

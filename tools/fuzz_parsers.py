@@ -1,4 +1,4 @@
-"""Feed damaged and hostile input to every parser of ours: `python tests/fuzz_parsers.py --minutes 10`.
+"""Feed damaged and hostile input to every parser of ours: `python tools/fuzz_parsers.py --minutes 10`.
 
 Each has to give a result, or a `UserError` that names the file; nothing else, within seconds. Input is made from valid
 examples by flipping, cutting, repeating and replacing bytes, and by changing values inside JSON and YAML. What breaks
@@ -18,6 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 import polars as pl

@@ -1,0 +1,240 @@
+"""Stage `ablate`: remove each language's features and measure the NLL of every language on held-out text."""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from babelscope import sae
+from babelscope.ablation import statistics
+from babelscope.ablation.ablate import TextNLL, ablate
+from babelscope.ablation.conditions import Conditions, first_half
+from babelscope.ablation.conditions import conditions as all_conditions
+from babelscope.ablation.interventions import Intervention, Units, interventions, neurons
+from babelscope.ablation.statistics import against_control
+from babelscope.config import Config, schema
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+from babelscope.core.resume import scratch
+from babelscope.models import hardware, hookpoints, loading, matmul, tokens
+from babelscope.models.nll import target_count
+from babelscope.models.tokens import TokenizedText
+
+log = logging.getLogger(__name__)
+
+# Draws of controls after which a language's comparison with them may end.
+FIRST = 2
+
+# Measures conditions on texts: the pairs in a bool `[conditions, texts]`, resuming from the files of a folder.
+Measure = Callable[[Conditions, list[TokenizedText], Tensor, Path], TextNLL]
+
+
+def run(params: Config, paths: Paths) -> None:
+    """Ablate by every method of params.yaml; writes the tables in `paths.ablation` and the stage's metrics."""
+    section, languages = params.ablate, params.languages
+    device = hardware.prepare(params.hardware)
+    features, corpus = read_table(paths.features), read_table(paths.texts).filter(split="eval")
+    tokenizer = loading.load_tokenizer(params.model)
+    language_by_text = dict(zip(corpus["text_id"], corpus["language"], strict=True))
+    ready = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
+    texts = tokens.by_length(tokens.within(ready, language_by_text, section.tokens))
+    language = [language_by_text[text.text_id] for text in texts]
+    names_by_method = {method: hookpoints_of(method, features, params, paths) for method in section.methods}
+    counts = {name: _counts(paths, method, name) for method, names in names_by_method.items() for name in names}
+    saes = sae.SAECache(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
+    model = loading.load_model(params.model, section.dtype).to(device)
+    matmul.use_in(model)
+    hookpoints.resolve(model, list(counts))
+
+    keep = _scratch(params, paths)
+    primary = schema.primary_method(section.methods)
+    numbers: dict[str, float | str] = {"primary_method": primary}
+    tables: list[pl.DataFrame] = []
+    controls: list[pl.DataFrame] = []
+    for method, names in names_by_method.items():
+        every = all_conditions(
+            features.filter(kind="neuron" if method == "neuron" else "sae"),
+            {name: counts[name] for name in names},
+            _totals(paths, method, names[0]),
+            languages,
+            ratio=params.score.ratio, by_layer=section.by_layer, draws=section.control_draws, seed=params.seed,
+        )  # fmt: skip
+        if method == "neuron":
+            width = {name: hookpoints.width(model, name) for name in names}
+            intervene = partial(neurons, width=width, device=device)
+        else:
+            largest = {name: _largest_activation(counts[name], saes[name].latents) for name in names}
+            intervene = partial(interventions, method, saes=saes, largest=largest, m=section.additive_factor)
+        nll, measured = measure_until_decided(
+            every, texts, language, every.asked(language, np.array([*map(target_count, texts)]), section.others_tokens),
+            partial(_measure, model, intervene, method, section.batch_tokens), keep / method,
+            resamples=section.bootstrap, seed=params.seed,
+        )  # fmt: skip
+        context = nll, measured, method, language, languages, section.bootstrap, params.seed
+        found, control = statistics.table(*context), statistics.control(*context)
+        figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
+        numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
+        tables.append(found)
+        controls.append(control)
+        report(found, control, figures, languages)
+    found, is_alone = pl.concat(tables), pl.col("hookpoint").is_not_null()
+    write_atomically(paths.ablation / "nll.parquet", found.filter(~is_alone).select(statistics.COLUMNS).write_parquet)
+    alone = found.filter(is_alone).select("hookpoint", "layer", *statistics.COLUMNS)
+    write_atomically(paths.ablation / "by_layer.parquet", alone.write_parquet)
+    write_atomically(paths.ablation / "control.parquet", pl.concat(controls).write_parquet)
+    write_json(paths.metrics("ablate"), numbers)
+    shutil.rmtree(keep, ignore_errors=True)
+
+
+def measure_until_decided(
+    conditions: Conditions,
+    texts: Sequence[TokenizedText],
+    language: Sequence[str],
+    asked: NDArray[np.bool_],
+    measure: Measure,
+    keep: Path,
+    *,
+    resamples: int,
+    seed: int,
+) -> tuple[TextNLL, Conditions]:
+    """Measure all conditions, the controls in three steps.
+
+    The first half of the texts, then the second, with `FIRST` draws, then the later draws on both; after each step
+    the languages whose comparison with their controls is decided (`against_control`) leave the controls that follow.
+
+    Parameters
+    ----------
+    conditions: all of them.
+    texts: in `by_length` order.
+    language: of each text.
+    asked: bool `[conditions, texts]`, see `Conditions.asked`.
+    measure: measures some of the conditions on some of the texts.
+    keep: folder in which an interrupted run leaves what it has done.
+    resamples, seed: of the bootstrap.
+
+    Returns
+    -------
+    The NLLs, and the conditions that were measured.
+    """
+    keys, is_first = conditions.keys, first_half(language)
+    every_text = np.ones(len(texts), dtype=bool)
+    is_control, is_later = keys["control"].is_not_null().to_numpy(), (keys["control"].fill_null(0) >= FIRST).to_numpy()
+    names = keys["ablated"].unique(maintain_order=True).to_list()
+    every = torch.full(asked.shape, torch.nan, dtype=torch.float64)
+    nll = TextNLL(every[0].clone(), every, torch.zeros(len(texts), dtype=torch.int64), 0, 0, 0)
+    undecided = np.ones(len(keys), dtype=bool)
+    for step, (rows, columns) in enumerate(((~is_later, is_first), (~is_later, ~is_first), (is_later, every_text))):
+        wanted = asked & (rows & (undecided | ~is_control))[:, None] & columns
+        row = wanted.any(1).nonzero()[0]
+        # The first two steps take every text, for its clean NLL.
+        column = (columns & (wanted.any(0) | (step < 2))).nonzero()[0]
+        if len(row):
+            pairs = torch.from_numpy(wanted[np.ix_(row, column)])
+            part = measure(conditions.only(row), [texts[number] for number in column], pairs, keep / f"step-{step}")
+            nll.add(part, torch.from_numpy(row), torch.from_numpy(column))
+        change = (every - nll.clean).numpy()
+        together = keys.filter(pl.col("hookpoint").is_null(), pl.Series(np.isfinite(change).any(1)))
+        found = against_control(change, nll.tokens.numpy(), language, together, names, resamples, seed)
+        undecided = ~keys["ablated"].is_in(found.filter("decided")["language"].to_list()).to_numpy()
+    measured = (~is_later | np.isfinite(every.numpy()).any(1)).nonzero()[0]
+    nll.ablated = every[measured]
+    return nll, conditions.only(measured)
+
+
+def _measure(
+    model: Any,
+    intervene: Callable[[Mapping[str, Units]], Mapping[str, Intervention]],
+    method: str,
+    batch_tokens: int,
+    conditions: Conditions,
+    texts: list[TokenizedText],
+    asked: Tensor,
+    keep: Path,
+) -> TextNLL:
+    """The NLL of texts under some conditions, of which `intervene` makes interventions."""
+    with Progress(f"ablate {method}", sum(map(target_count, texts)), "tokens") as progress:
+        made = intervene(conditions.units)
+        return ablate(model, made, texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
+
+
+def hookpoints_of(method: str, features: pl.DataFrame, params: Config, paths: Paths) -> list[str]:
+    """Where a method works: at the SAEs of params.yaml, or wherever there are selected neurons."""
+    if method != "neuron":
+        return params.hookpoints
+    found = set(features.filter(kind="neuron")["hookpoint"])
+    names = [name for name in params.neurons.hookpoints if name in found]
+    if not names:
+        raise UserError(
+            f"params.yaml: ablate.methods: 'neuron', but {paths.features} holds no neurons; "
+            "a lower neurons.quantile or a higher neurons.top_rate finds some"
+        )
+    return names
+
+
+def _counts(paths: Paths, method: str, hookpoint: str) -> pl.DataFrame:
+    path = paths.neurons / f"{hookpoint}.parquet" if method == "neuron" else paths.counts(hookpoint)
+    return read_table(path).select("unit", "language", "tokens", "max")
+
+
+def _totals(paths: Paths, method: str, hookpoint: str) -> pl.DataFrame:
+    return read_table(paths.neurons / "totals.parquet" if method == "neuron" else paths.totals(hookpoint))
+
+
+def _largest_activation(counts: pl.DataFrame, latents: int) -> Tensor:
+    """The largest activation of every latent on the training texts, float32 `[latents]`; 0 if it never fires."""
+    largest = torch.zeros(latents)
+    top = counts.group_by("unit").agg(pl.col("max").max())
+    largest[top["unit"].cast(pl.Int64).to_torch()] = top["max"].cast(pl.Float32).to_torch()
+    return largest
+
+
+def _scratch(params: Config, paths: Paths) -> Path:
+    """The folder from which an interrupted run goes on."""
+    depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
+    depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
+    depends |= {"ratio": params.score.ratio}
+    inputs = paths.texts, paths.features, paths.all_counts, paths.neurons, paths.saes
+    return scratch(fingerprint("ablate", depends, {str(path): dvc_md5(path) for path in inputs}))
+
+
+def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
+    """Log a line per language, per hookpoint alone, and one on the whole."""
+    matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
+    row_by_language = {row["language"]: row for row in control.iter_rows(named=True)}
+    rows = []
+    for name in languages:
+        others = max(matrix.filter(pl.col("ablated") == name, pl.col("evaluated") != name)["delta"], default=0.0)
+        row = row_by_language.get(name)
+        parts = [f"{row[f'{k}_low']:+.4f} to {row[f'{k}_high']:+.4f}" if row else "-" for k in ("excess", "contrast")]
+        rows.append([name, f"{numbers[f'dnll_own/{name}']:+.4f}", f"{others:+.4f}", *parts])
+    head = ["ablated", "own dNLL", "largest other dNLL", "own - control (95 %)", "own - others, less the control's"]
+    stage.table(head, rows)
+    alone = []
+    for key, own in numbers.items():
+        kind, _, hookpoint = key.partition("/")
+        if kind == "own_alone":
+            others = numbers.get(f"others_alone/{hookpoint}")
+            alone.append([hookpoint, f"{own:+.4f}", "-" if others is None else f"{others:+.5f}"])
+    if alone:
+        stage.table(["alone", "own dNLL", "others' dNLL"], alone)
+    log.info(
+        "own %+.4f nats/token, others %.5f in mean size (%+.5f in mean); diagonal largest in %d of %d rows (its 95 %% "
+        "interval above 0 in %d), %d columns; above the control in %s, selective beyond it in %s; "
+        "%.1f %% of whole passes computed",
+        numbers["own"], numbers["others_abs"], numbers["others"],
+        numbers["rows"], len(languages), numbers["rows_above_zero"], numbers["columns"],
+        numbers.get("languages_above_control", "-"), numbers.get("languages_selective", "-"),
+        100 * numbers["share_computed"],
+    )  # fmt: skip

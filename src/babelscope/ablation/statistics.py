@@ -1,0 +1,277 @@
+"""Tables of a run from its NLL per text: dNLL[ablated, evaluated], bootstrap intervals, controls, and key figures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from babelscope.ablation.ablate import TextNLL
+from babelscope.ablation.conditions import Conditions
+from babelscope.models.names import layer_of
+
+Floats = NDArray[np.float64]
+COLUMNS = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high"]
+
+# Haybittle (1971) and Peto et al. (1976): a test that may end early ends only if p < 0.001, 3.29 standard deviations.
+EARLY = 3.29
+# ... and only with so many texts on each side: a bootstrap of fewer says too little about their spread.
+ENOUGH = 5
+
+_CONTROL = (
+    {"language": pl.String}
+    | dict.fromkeys(["own", "control", "control_high", "others", "control_others"], pl.Float64)
+    | dict.fromkeys(["excess", "excess_low", "excess_high"], pl.Float64)
+    | dict.fromkeys(["contrast", "contrast_low", "contrast_high"], pl.Float64)
+    | dict.fromkeys(["above", "selective", "decided"], pl.Boolean)
+    | {"draws": pl.Int32}
+)
+
+
+def table(
+    nll: TextNLL,
+    conditions: Conditions,
+    method: str,
+    language: Sequence[str],
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> pl.DataFrame:
+    """Every cell of one method: `COLUMNS`, `hookpoint` (null: all), `layer`; `ablated` is null in the clean run.
+
+    Parameters
+    ----------
+    nll: measured under `conditions` by `method`.
+    language: of each text.
+    languages: the order of the rows within a condition.
+    resamples, seed: of the bootstrap, see `cells`.
+    """
+    found = cells(nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy(), language, resamples, seed)
+    return (
+        found.join(conditions.keys, on="condition", how="left", maintain_order="left")
+        .with_columns(
+            method=pl.lit(method),
+            kind=pl.lit("neuron" if method == "neuron" else "sae"),
+            layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
+        )
+        # A control is evaluated on few texts of other languages: it makes no cell there.
+        .filter(pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
+        .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
+        .select(*COLUMNS, "hookpoint", "layer")
+    )
+
+
+def control(
+    nll: TextNLL,
+    conditions: Conditions,
+    method: str,
+    language: Sequence[str],
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> pl.DataFrame:
+    """The own units of every language against its controls: `method` and the columns of `against_control`.
+
+    Parameters
+    ----------
+    As of `table`.
+    """
+    change = (nll.ablated - nll.clean).numpy()
+    keys = conditions.keys.filter(pl.col("hookpoint").is_null())
+    found = against_control(change, nll.tokens.numpy(), language, keys, languages, resamples, seed)
+    return found.select(pl.lit(method).alias("method"), pl.all())
+
+
+def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
+    """The key figures of `table` and `control`, by flat key.
+
+    See `selectivity`; `rows_above_zero`: in how many rows the 95 % interval of the diagonal lies above 0;
+    `nll_clean/<language>`; `own_alone/<hookpoint>`, `others_alone/<hookpoint>`: means over the cells of each hookpoint
+    alone.
+    """
+    together = found.filter(pl.col("hookpoint").is_null())
+    matrix = together.filter(pl.col("ablated").is_not_null(), pl.col("control").is_null())
+    clean = together.filter(pl.col("ablated").is_null())
+    numbers: dict[str, float] = selectivity(matrix, languages)
+    diagonal = matrix.filter(pl.col("ablated") == pl.col("evaluated"))
+    numbers["rows_above_zero"] = int((diagonal["low"] > 0).sum())
+    numbers |= {f"nll_clean/{name}": value for name, value in clean.select("evaluated", "nll").iter_rows()}
+    numbers["tokens"] = int(clean["tokens"].sum())
+    if len(controls):
+        numbers["languages_above_control"] = int(controls["above"].sum())
+        numbers["languages_selective"] = int(controls["selective"].sum())
+        numbers["control"] = float(controls["control"].mean())  # type: ignore[arg-type]
+        for name, mean, upper in controls.select("language", "control", "control_high").iter_rows():
+            numbers |= {f"control/{name}": mean, f"control_high/{name}": upper}
+    alone = found.filter(pl.col("hookpoint").is_not_null())
+    is_own = pl.col("ablated") == pl.col("evaluated")
+    for key, cells_alone in (("own_alone", alone.filter(is_own)), ("others_alone", alone.filter(~is_own))):
+        means = cells_alone.group_by("hookpoint", maintain_order=True).agg(pl.col("delta").mean())
+        numbers |= {f"{key}/{name}": value for name, value in means.iter_rows()}
+    return numbers
+
+
+def cells(
+    clean: Floats, ablated: Floats, tokens: NDArray[np.int64], language: Sequence[str], resamples: int, seed: int
+) -> pl.DataFrame:
+    """NLL per token of each evaluated language under each condition, with a bootstrap interval over its texts.
+
+    `nll = sum of NLL / number of target tokens` (not a mean of per-text means); `delta` is its difference to the clean
+    run; `low`, `high` are the 2.5 % and 97.5 % quantiles of `delta` over resamples of the texts (Efron 1979, percentile
+    method). Conditions that were evaluated on the same texts share the resamples, so that they can be compared.
+
+    Parameters
+    ----------
+    clean: nats, `[texts]`.
+    ablated: nats, `[conditions, texts]`; NaN for texts on which a condition was not evaluated. A cell is of the texts
+        on which it was; without any, it is left out.
+    tokens: target tokens, `[texts]`.
+    language: of each text.
+    resamples: number of bootstrap resamples.
+    seed: of the resampling.
+
+    Returns
+    -------
+    `condition` (row number in `ablated`; -1 is the clean run), `evaluated`, `nll` (that of the clean run on all texts,
+    plus `delta`), `tokens` (those evaluated), `delta`, `low`, `high`, the languages in order of first appearance.
+    """
+    names = list(dict.fromkeys(language))
+    of = np.array([names.index(name) for name in language], dtype=np.int64)
+    rows: list[dict[str, object]] = []
+    for code, name in enumerate(names):
+        own = of == code
+        total = int(tokens[own].sum())
+        base = clean[own].sum() / total if total else float("nan")
+        unchanged = {"delta": 0.0, "low": 0.0, "high": 0.0}
+        rows.append({"condition": -1, "evaluated": name, "nll": base, "tokens": total, **unchanged})
+        change = ablated[:, own] - clean[own]
+        for known in np.unique(~np.isnan(change), axis=0):
+            if not known.any():
+                continue
+            members = np.flatnonzero((~np.isnan(change) == known).all(axis=1))
+            count, random = tokens[own][known], np.random.default_rng([seed, code])
+            deltas, resampled = _means(change[members][:, known], count, resamples, random)
+            low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
+            for row, condition in enumerate(members):
+                cell = {"delta": deltas[row], "low": low[row], "high": high[row]}
+                at = {"condition": int(condition), "evaluated": name, "nll": base + deltas[row]}
+                rows.append({**at, "tokens": int(count.sum()), **cell})
+    return pl.DataFrame(rows, infer_schema_length=None).sort("condition", maintain_order=True)
+
+
+def selectivity(matrix: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
+    """How much more an ablation hurts its own language than others.
+
+    Parameters
+    ----------
+    matrix: `ablated`, `evaluated`, `delta` (nats/token), one row per cell.
+    languages: rows and columns of the matrix.
+
+    Returns
+    -------
+    `own` and `others`: means of the diagonal and of the rest (nats/token); `others_abs`: mean of the rest's absolute
+    values; `difference`: own - others; `ratio`: exp(own) / exp(others), the ratio of perplexity factors; `rows`,
+    `columns`: in how many rows and columns the diagonal alone is the largest; `dnll_own/<language>`.
+    """
+    table = {(row["ablated"], row["evaluated"]): row["delta"] for row in matrix.iter_rows(named=True)}
+    delta = np.array([[table[a, e] for e in languages] for a in languages])
+    own, off = np.diag(delta), ~np.eye(len(languages), dtype=bool)
+    rest = delta[off] if len(languages) > 1 else np.zeros(1)
+    below = np.where(off, delta, -np.inf)
+    result = {
+        "own": float(own.mean()),
+        "others": float(rest.mean()),
+        "others_abs": float(np.abs(rest).mean()),
+        "difference": float(own.mean() - rest.mean()),
+        "ratio": float(np.exp(own.mean() - rest.mean())),
+        "rows": int((own > below.max(axis=1)).sum()),
+        "columns": int((own > below.max(axis=0)).sum()),
+    }
+    return result | {f"dnll_own/{name}": float(value) for name, value in zip(languages, own, strict=True)}
+
+
+def against_control(
+    change: Floats,
+    tokens: NDArray[np.int64],
+    language: Sequence[str],
+    keys: pl.DataFrame,
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> pl.DataFrame:
+    """Whether a language's own units cost it more than random ones that fire as often, and more than they cost others.
+
+    Two differences, each with a 95 % interval: of the own units' delta to the control's, on the language's texts
+    (`above` if the interval lies above 0); and of own - others to the control's own - others (`selective`): random
+    units may hurt the language just as much, but then they hurt others, too. The intervals are over the texts on which
+    all draws were evaluated, and over the draws: every resample of the texts (Efron 1979) takes one draw, all as often.
+
+    Parameters
+    ----------
+    change: ablated minus clean, nats, `[conditions, texts]`; NaN where a condition was not evaluated.
+    tokens: target tokens, `[texts]`.
+    language: of each text.
+    keys: `condition` (row number in `change`), `ablated`, `control` (draw; null: the own units).
+    languages: in the order wanted.
+    resamples, seed: of the bootstrap.
+
+    Returns
+    -------
+    `language`; nats/token: `own`, `control` (mean over the draws), `control_high` (97.5 % quantile over texts and
+    draws), `others`, `control_others` (both on the texts in other languages), `excess`, `excess_low`, `excess_high`
+    (own - control), `contrast`, `contrast_low`, `contrast_high` (own - others, less the control's); `above`,
+    `selective`; `decided`: with `ENOUGH` texts both differences lie more than `EARLY` standard deviations of their
+    resamples from 0, so that more texts or draws would hardly change the verdict; `draws`. A language without draws
+    has no row.
+    """
+    is_in = np.array(language, dtype=object) == np.array(languages, dtype=object)[:, None]
+    rows: list[dict[str, object]] = []
+    for code, name in enumerate(languages):
+        sets = keys.filter(pl.col("ablated") == name)
+        draws = sets.filter(pl.col("control").is_not_null()).sort("control")["condition"].to_list()
+        if not draws:
+            continue
+        order = [sets.filter(pl.col("control").is_null())["condition"].item(), *draws]
+        turn = np.arange(resamples) % len(draws)
+        random = np.random.default_rng([seed, code])
+        known = ~np.isnan(change[order]).any(axis=0)
+        own, other = known & is_in[code], known & ~is_in[code]
+        here, here_resampled = _means(change[order][:, own], tokens[own], resamples, random)
+        there, there_resampled = _means(change[order][:, other], tokens[other], resamples, random)
+        # Of every resample, own and the draw whose turn it is.
+        control_here, control_there = (x[1:][turn, np.arange(resamples)] for x in (here_resampled, there_resampled))
+        excess = here_resampled[0] - control_here
+        contrast = excess - (there_resampled[0] - control_there)
+        (low, high), (contrast_low, contrast_high) = (np.quantile(x, [0.025, 0.975]) for x in (excess, contrast))
+        rows.append({
+            "language": name,
+            "own": here[0],
+            "control": here[1:].mean(),
+            "control_high": np.quantile(control_here, 0.975),
+            "others": there[0],
+            "control_others": there[1:].mean(),
+            "excess": here[0] - here[1:].mean(),
+            "excess_low": low,
+            "excess_high": high,
+            "contrast": here[0] - here[1:].mean() - (there[0] - there[1:].mean()),
+            "contrast_low": contrast_low,
+            "contrast_high": contrast_high,
+            "above": bool(low > 0),
+            "selective": bool(contrast_low > 0),
+            "decided": own.sum() >= ENOUGH
+            and (other.sum() >= ENOUGH or not other.any())
+            and all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast) if np.isfinite(x).all()),
+            "draws": len(draws),
+        })  # fmt: skip
+    return pl.DataFrame(rows, schema=_CONTROL)
+
+
+def _means(
+    change: Floats, tokens: NDArray[np.int64], resamples: int, random: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """`sum change / sum tokens` of the texts, `[conditions]`, and of resamples of them, `[conditions, resamples]`."""
+    count, texts = tokens.astype(np.float64), len(tokens)
+    if not count.sum():
+        return np.full(len(change), np.nan), np.full((len(change), resamples), np.nan)
+    weight = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples).astype(np.float64)
+    return change.sum(axis=1) / count.sum(), (change @ weight.T) / np.maximum(weight @ count, 1.0)
