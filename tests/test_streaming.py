@@ -15,18 +15,19 @@ import torch
 import transformers
 from closure import ROOT
 
-from babelscope.activations import extraction, store, streamed
+from babelscope.activations import extraction, store
 from babelscope.activations.batches import Batches, Pair
 from babelscope.activations.streaming import Stream
 from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
+from babelscope.core.files import copy_file
 from babelscope.features.count import count
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.models import forward, hookpoints, tokens
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.metrics import quality
-from babelscope.sae.training import module
-from babelscope.sae.training.module import train
+from babelscope.sae.training import loop
+from babelscope.sae.training.loop import train
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -174,9 +175,7 @@ def silent(step: int, metrics: Mapping[str, float]) -> None:
 
 
 def run(model: Any, folder: Path, settings: Train = SETTINGS, write: Any = silent) -> list[bytes]:
-    trained = train(
-        stream(model, settings), settings, HARDWARE, seed=1, write=[write, silent], checkpoint=folder / "state.pt"
-    )
+    trained = train(stream(model, settings), settings, HARDWARE, seed=1, write=write, folder=folder)
     assert trained is not None
     for name, (sae, _) in zip(NAMES, trained, strict=True):
         save(sae, folder / name, {"model_name": "tiny", "hook_name": name})
@@ -187,7 +186,7 @@ def run(model: Any, folder: Path, settings: Train = SETTINGS, write: Any = silen
 def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
     model: Any, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
     settings = SETTINGS.model_copy(update=changes)
     whole = run(model, tmp_path / "whole", settings)
 
@@ -314,17 +313,12 @@ def test_in_stored_mode_the_stage_does_nothing_and_does_it_without_torch(tmp_pat
     assert json.loads(left.read_text()) == {"source": "stored"}
 
 
-def test_what_was_streamed_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert not streamed.is_streaming()
-    (tmp_path / "data/stream/layers.0.mlp").mkdir(parents=True)
-    (tmp_path / "data/stream/mode.json").write_text('{"source": "stream"}')
-    (tmp_path / "data/stream/layers.0.mlp/a").write_bytes(b"weights")
-    assert streamed.is_streaming()
-    streamed.publish("layers.0.mlp", {"a": Path("data/sae/layers.0.mlp/b")})
-    assert (tmp_path / "data/sae/layers.0.mlp/b").read_bytes() == b"weights"
-    with pytest.raises(UserError, match="data/stream/layers.9.mlp/a: no such file; .* dvc repro stream"):
-        streamed.publish("layers.9.mlp", {"a": Path("b")})
+def test_what_was_streamed_is_published_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    copy_file(tmp_path / "a", tmp_path / "sae/b")
+    assert (tmp_path / "sae/b").read_bytes() == b"weights"
+    with pytest.raises(UserError, match="c: no such file; .* dvc repro"):
+        copy_file(tmp_path / "c", tmp_path / "b")
 
 
 def test_widths_are_those_of_what_is_read(model: Any) -> None:

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
-from babelscope.models.hookpoints import INPUT
 from babelscope.models.tokens import codes
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf
+from babelscope.sae.cache import SAECache
 
 # The methods of the paper, by kind of unit.
 METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
@@ -77,7 +76,7 @@ class UnitTotals:
     """
 
     def __init__(
-        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE] | Shelf,
+        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE] | SAECache,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:  # fmt: skip
         self.device, self.owners, self.saes = device, dict(owners), saes
@@ -100,7 +99,7 @@ class UnitTotals:
     def reads(self, hookpoint: str) -> str:
         """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
         dictionary = self.saes.get(hookpoint)
-        return hookpoint if dictionary is None or dictionary.b_in is None else hookpoint + INPUT
+        return hookpoint if dictionary is None else dictionary.input_name(hookpoint)
 
     @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
