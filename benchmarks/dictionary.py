@@ -24,7 +24,7 @@ from babelscope.features import sae_lape
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.sae import SAE
 from babelscope.sae.metrics import quality
-from babelscope.sae.training.module import train
+from babelscope.sae.training.loop import train
 
 HOOKPOINT = "layers.14.post_feedforward_layernorm"
 # k, latents, training tokens, batch.
@@ -49,10 +49,7 @@ class Activations:
         steps = -(-tokens // settings.batch)
         batches = Batches(self.store, self.train["row"].to_torch(), settings.batch, steps, seed)
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(
-                batches, settings, self.params.hardware,
-                seed=seed, write=[lambda step, metrics: None], checkpoint=Path(folder) / "state.pt",
-            )  # fmt: skip
+            trained = train(batches, settings, self.params.hardware, seed=seed, folder=Path(folder))
         assert trained is not None
         return trained[0][0].requires_grad_(False)
 

@@ -23,7 +23,7 @@ from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
 from babelscope.core.files import read_json, write_json
 from babelscope.sae.metrics import quality
-from babelscope.sae.training.module import train
+from babelscope.sae.training.loop import train
 from babelscope.sae.training.schedule import learning_rate
 
 HOOKPOINT, BATCH = "layers.14.mlp", 1024
@@ -54,10 +54,7 @@ def measure(params: config.Config, latents: int, tokens: int, rate: float) -> di
         rows = {split: table.filter(pl.col("split") == split)["row"].to_torch() for split in ("train", "eval")}
         batches = Batches(store, rows["train"], BATCH, steps, params.seed)
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(
-                batches, settings, params.hardware,
-                seed=params.seed, write=[lambda step, metrics: None], checkpoint=Path(folder) / "state.pt",
-            )  # fmt: skip
+            trained = train(batches, settings, params.hardware, seed=params.seed, folder=Path(folder))
         assert trained is not None
         found = quality(trained[0][0], store, rows["eval"], torch.zeros(len(rows["eval"]), dtype=torch.int64), 1)
         write_json(known, {"fvu": found.fvu, "dead_share": found.dead_share})

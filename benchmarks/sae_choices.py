@@ -21,7 +21,7 @@ from babelscope import config
 from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore
 from babelscope.sae.metrics import Quality, quality
-from babelscope.sae.training.module import train
+from babelscope.sae.training.loop import train
 
 HOOKPOINTS = ("layers.14.mlp", "layers.18.mlp", "layers.29.mlp")
 # Params that undo a choice, or the name of a constant of the library and its other value.
@@ -57,10 +57,7 @@ def measure(params: config.Config, hookpoint: str, change: dict[str, Any] | tupl
     rows = {split: table.filter(pl.col("split") == split)["row"].to_torch() for split in ("train", "eval")}
     batches = Batches(store, rows["train"], settings.batch, -(-settings.tokens // settings.batch), params.seed)
     with tempfile.TemporaryDirectory() as folder, context:
-        trained = train(
-            batches, settings, params.hardware,
-            seed=params.seed, write=[lambda step, metrics: None], checkpoint=Path(folder) / "state.pt",
-        )  # fmt: skip
+        trained = train(batches, settings, params.hardware, seed=params.seed, folder=Path(folder))
     assert trained is not None
     return quality(trained[0][0], store, rows["eval"], torch.zeros(len(rows["eval"]), dtype=torch.int64), 1)
 

@@ -1,6 +1,6 @@
 """`python benchmarks/sae_loop.py`: what Lightning, reading, logging and checkpoints add to the bare training step.
 
-The default's SAE on its activations (`dvc repro extract` makes them): `sae.training.module.train`, as the stage
+The default's SAE on its activations (`dvc repro extract` makes them): `sae.training.loop.train`, as the stage
 `train` calls it, and the same steps without Lightning on batches that already lie in memory. They take turns.
 """
 
@@ -19,8 +19,8 @@ from babelscope.activations.store import ActivationStore
 from babelscope.config import schema
 from babelscope.models import hardware
 from babelscope.sae.training.learner import Learner
-from babelscope.sae.training.module import train
-from babelscope.sae.training.schedule import BETAS, learning_rate, rate_share
+from babelscope.sae.training.loop import train
+from babelscope.sae.training.schedule import BETAS, learning_rate, lr_multiplier
 
 ROUNDS, HOOKPOINT = 9, "layers.14.post_feedforward_layernorm"
 
@@ -31,7 +31,7 @@ def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schem
     start = time.perf_counter()
     for number, [(x, y)] in enumerate(pairs):
         optimizer.zero_grad()
-        share = rate_share(number, len(pairs), settings.warmup, settings.decay)
+        share = lr_multiplier(number, len(pairs), settings.warmup, settings.decay)
         optimizer.param_groups[0]["lr"] = rate * share
         result = learner.loss(x, y, 1)
         result.loss.backward()
@@ -55,7 +55,9 @@ def main() -> None:
     times: dict[str, list[float]] = {"bare step": [], "Lightning loop": []}
     started: list[float] = []
     for _ in range(ROUNDS):
-        learner = Learner(settings, target, source, steps=steps, seed=params.seed)
+        learner = Learner(
+            settings, target.normalisation(), source and source.normalisation(), steps=steps, seed=params.seed
+        )  # fmt: skip
         times["bare step"].append(bare(learner, pairs, rate, settings))
         with tempfile.TemporaryDirectory() as folder:
             started.clear()
@@ -63,7 +65,7 @@ def main() -> None:
             def write(step: int, metrics: object) -> None:
                 started.append(time.perf_counter())
 
-            train(batches, settings, params.hardware, seed=params.seed, write=[write], checkpoint=Path(folder) / "s.pt")
+            train(batches, settings, params.hardware, seed=params.seed, folder=Path(folder), write=write)
         # From the first logged step to the last: start-up and the pass for the mean are paid once, not per step.
         times["Lightning loop"].append((started[-1] - started[0]) * steps / (steps - settings.log_every))
     seconds = {name: statistics.median(values) for name, values in times.items()}

@@ -24,7 +24,7 @@ def child(d: int, latents: int, batch: int) -> None:
     from babelscope.activations import store
     from babelscope.activations.batches import Batches
     from babelscope.sae import checkpoint
-    from babelscope.sae.training.module import train
+    from babelscope.sae.training.loop import train
 
     params = config.load()
     rows, steps = 16 * batch, 12
@@ -37,10 +37,7 @@ def child(d: int, latents: int, batch: int) -> None:
         store.write_index(folder, [rows], d, "float16", "made-up", "layers.0")
         before = race.memory("VmRSS")
         batches = Batches(store.ActivationStore(folder), torch.arange(rows), batch, steps, 0)
-        trained = train(
-            batches, settings, hardware,
-            seed=0, write=[lambda step, metrics: None], checkpoint=folder / "state.pt",
-        )  # fmt: skip
+        trained = train(batches, settings, hardware, seed=0, folder=folder)
         assert trained is not None
         checkpoint.save(trained[0][0], folder / "out", {"model_name": "made-up", "hook_name": "layers.0"})
         print(race.memory("VmHWM") - before)

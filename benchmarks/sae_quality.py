@@ -131,15 +131,10 @@ def sweep(measure: Callable[[Run], Figures], start: Run) -> dict[float, Figures]
 
 def ours(data: Data, params: config.Config, train: schema.Train) -> Figures:
     """Train and measure ours, as the stage `train` does."""
-    from babelscope.sae.training import (
-        module,  # Lightning's import takes seconds, which a table of known figures can do without
-    )
+    from babelscope.sae.training import loop  # imports Lightning, which a table of known figures does not need
 
     with tempfile.TemporaryDirectory() as folder:
-        trained = module.train(
-            data.batches, train, params.hardware,
-            seed=params.seed, write=[lambda step, metrics: None], checkpoint=Path(folder) / "state.pt",
-        )  # fmt: skip
+        trained = loop.train(data.batches, train, params.hardware, seed=params.seed, folder=Path(folder))
     assert trained is not None
     [(sae, _)] = trained
     return data.measure(sae)

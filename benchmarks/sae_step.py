@@ -60,7 +60,11 @@ def settings(case: Case) -> Train:
 def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], None]:
     """`SAETraining.training_step` without Lightning and the log; `screen` replaces the device's screening precision."""
     learner = Learner(
-        settings(case), Moments(torch.zeros(case.d), torch.eye(case.d).double()), None, steps=10**6, seed=0
+        settings(case),
+        Moments(torch.zeros(case.d), torch.eye(case.d).double()).normalisation(),
+        None,
+        steps=10**6,
+        seed=0,
     ).to(DEVICE)
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3, betas=BETAS, fused=True)
 

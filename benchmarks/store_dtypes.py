@@ -19,7 +19,7 @@ from babelscope.activations import store
 from babelscope.activations.batches import Batches
 from babelscope.models.loading import DTYPES
 from babelscope.sae.metrics import quality
-from babelscope.sae.training import module
+from babelscope.sae.training import loop
 
 ACTIVATIONS, HOOKPOINTS = Path("data/activations"), ("layers.14.mlp", "layers.29.mlp")
 CASES = [("float16", 0), ("float16", 1), ("bfloat16", 0), ("int8", 0)]
@@ -56,9 +56,8 @@ def fvu(found: store.ActivationStore, original: store.ActivationStore, params: c
     steps = -(-params.train.tokens // params.train.batch)
     batches = Batches(found, train, params.train.batch, steps, seed)
     hardware = params.hardware.model_copy(update={"checkpoint_seconds": 1e9})
-    trained = module.train(
-        batches, params.train, hardware, seed=seed, write=[lambda step, metrics: None], checkpoint=Path("none.pt")
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        trained = loop.train(batches, params.train, hardware, seed=seed, folder=Path(folder))
     assert trained is not None
     [(sae, _)] = trained
     return quality(sae, original, held_out, torch.zeros(len(held_out), dtype=torch.int64), 1).fvu

@@ -1,115 +1,15 @@
 """Stage `stability`: which features come again in an SAE trained from another seed, and whether they fire alike."""
 
-import logging
-from collections.abc import Iterator
-from pathlib import Path
-
-import polars as pl
-import torch
-
-from babelscope import config, sae
-from babelscope.activations.store import ActivationStore
+from babelscope import config
 from babelscope.core import stage
-from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, write_atomically, write_json
-from babelscope.core.progress import Progress
-from babelscope.features.stability import Overlap, beside_others, partners
-from babelscope.models import hardware
-
-FEATURES, OUT = Path("data/scores/features.parquet"), Path("data/stability/features.parquet")
-ACTIVATIONS, COUNTS, SAES, AGAIN = (Path("data") / name for name in ("activations", "counts", "sae", "sae_again"))
-# Tokens encoded at once: bounds the memory.
-CHUNK = 8192
-SCHEMA = pl.Schema({
-    "hookpoint": pl.String, "unit": pl.Int32, "language": pl.String,
-    "partner": pl.Int32, "cosine": pl.Float64, "overlap": pl.Float64,
-    "others": pl.Int64, "others_share": pl.Float64, "others_cosine": pl.Float64, "others_overlap": pl.Float64,
-})  # fmt: skip
-log = logging.getLogger(__name__)
+from babelscope.core.paths import Paths
 
 
 def main() -> None:
     params = config.load()
-    features = read_table(FEATURES).filter(kind="sae").select("hookpoint", "unit", "language")
-    threshold = params.stability.cosine
-    parts = [pl.DataFrame(schema=SCHEMA)]
-    for hookpoint in params.stability.hookpoints:
-        mine = features.filter(pl.col("hookpoint") == hookpoint)
-        found = beside_others(mine, latents(hookpoint, params), threshold)
-        parts.append(found.select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()))
-    table = pl.concat(parts)
-    write_atomically(OUT, table.write_parquet)
-    write_json(Path("metrics/stability.json"), figures(table, threshold))
-    report(table, threshold)
+    from babelscope.features.run_stability import run  # its imports take seconds: params.yaml is checked before
 
-
-def latents(hookpoint: str, params: config.Config) -> pl.DataFrame:
-    """All latents of the first SAE: `unit`, `tokens` (train split), `partner`, `cosine`, `overlap` (held-out split)."""
-    counts = COUNTS / f"{hookpoint}.parquet"
-    if not counts.is_file():
-        raise UserError(f"{counts}: no such file; run `dvc repro encode@{hookpoint}`")
-    device = hardware.prepare(params.hardware)
-    first, second = (sae.load(folder, hookpoint).to(device) for folder in (SAES, AGAIN))
-    cosine, partner = partners(first.W_dec, second.W_dec)
-    source = ACTIVATIONS / hookpoint
-    activations = ActivationStore(source / "input" if first.b_in is not None else source)
-    overlap = Overlap(partner, second.latents)
-    held_out = read_table(ACTIVATIONS / "tokens.parquet").filter(split="eval")["row"].to_torch()
-    with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
-        for rows in torch.split(held_out, CHUNK):
-            x = activations.gather(rows).to(device)
-            overlap.add(first.encode(x), second.encode(x))
-            progress.update(len(rows))
-    found = pl.DataFrame(
-        {
-            "unit": pl.Series(torch.arange(first.latents).numpy()).cast(pl.Int32),
-            "partner": partner.cpu().numpy(),
-            "cosine": cosine.cpu().double().numpy(),
-            "overlap": overlap.result().cpu().numpy(),
-        }
-    ).with_columns(pl.col("overlap").fill_nan(None))
-    tokens = read_table(counts, columns=["unit", "tokens"]).group_by("unit").agg(pl.col("tokens").sum())
-    return found.join(tokens, on="unit", how="left").with_columns(pl.col("tokens").fill_null(0))
-
-
-def groups(table: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The rows of all features, of each hookpoint and of each language, with what a figure's key says of them."""
-    yield "", table.unique(["hookpoint", "unit"], maintain_order=True)  # languages may share a feature
-    for (hookpoint,), rows in table.group_by("hookpoint", maintain_order=True):
-        yield f"/{hookpoint}", rows.unique("unit", maintain_order=True)
-    for (language,), rows in table.group_by("language", maintain_order=True):
-        yield f"/{language}", rows
-
-
-def figures(table: pl.DataFrame, threshold: float) -> dict[str, float]:
-    """Of all features, each hookpoint's and each language's: how many, the share found again, and the means."""
-    numbers: dict[str, float] = {}
-    for group, rows in groups(table):
-        numbers[f"stability_features{group}"] = len(rows)
-        means = {
-            "share": (rows["cosine"] >= threshold).mean(),
-            "cosine": rows["cosine"].mean(),
-            "overlap": rows["overlap"].mean(),
-            "share_others": rows["others_share"].mean(),
-            "cosine_others": rows["others_cosine"].mean(),
-            "overlap_others": rows["others_overlap"].mean(),
-        }
-        numbers |= {f"stability_{name}{group}": mean for name, mean in means.items() if isinstance(mean, float)}
-    return numbers
-
-
-def report(table: pl.DataFrame, threshold: float) -> None:
-    if table.is_empty():
-        log.info("stability: nothing to compare (params.yaml: stability.hookpoints)")
-        return
-    numbers = figures(table, threshold)
-    columns = ("share", "share_others", "cosine", "cosine_others", "overlap", "overlap_others")
-    head = [f"cosine >= {threshold:g}", "features", *(f"{what} (others)" for what in ("found", "cosine", "overlap"))]
-    rows = []
-    for group, mine in groups(table):
-        of = [f"{numbers.get(f'stability_{name}{group}', float('nan')):.3f}" for name in columns]
-        rows.append([group[1:] or "all", len(mine), *(f"{a} ({b})" for a, b in zip(of[::2], of[1::2], strict=True))])
-    stage.table(head, rows)
+    run(params, Paths())
 
 
 if __name__ == "__main__":

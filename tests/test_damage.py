@@ -19,7 +19,7 @@ from babelscope.core.errors import UserError
 from babelscope.models import forward
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.metrics import quality
-from babelscope.sae.training.module import train
+from babelscope.sae.training.loop import train
 
 TABLE = pl.DataFrame({"language": ["en", "de"] * 500, "tokens": range(1000)})
 DAMAGES = {
@@ -176,19 +176,19 @@ BATCH = forward.collate([TokenizedText("a", (1, 2, 3, 4), 1), TokenizedText("b",
 def test_weights_that_are_no_numbers_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    assert forward.own_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
+    assert forward.content_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
     with pytest.raises(
         UserError, match=r"extract.dtype: the model's activations at layers.1.mlp are infinite or not a"
     ):
-        forward.own_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
+        forward.content_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
 
 
 def test_activations_that_float16_cannot_hold_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight.mul_(1e12)
-    forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
+    forward.content_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
     with pytest.raises(UserError, match=r"extract.store_dtype: activations at layers.1.mlp do not fit in it"):
-        forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
+        forward.content_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
 
 
 class Same(training.FakeStore):
@@ -201,9 +201,7 @@ class Same(training.FakeStore):
 def test_a_hookpoint_that_always_says_the_same_is_refused(tmp_path: Path, value: float):
     batches, settings = training.batches_of(Same(value)), training.SETTINGS
     with pytest.raises(UserError, match="hookpoints: a hookpoint gives the same activations for all tokens"):
-        train(
-            batches, settings, training.HARDWARE, seed=1, write=[training.silent], checkpoint=tmp_path / "state.pt"
-        )  # fmt: skip
+        train(batches, settings, training.HARDWARE, seed=1, folder=tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -212,10 +210,7 @@ def test_stored_activations_that_are_no_numbers_are_refused_before_training(tmp_
     store.index = {"model": "m", "hookpoint": "layers.3.mlp"}
     store.data[1234, 5] = value
     with pytest.raises(UserError, match="data/activations: layers.3.mlp has some that are infinite or not a number"):
-        train(
-            training.batches_of(store), training.SETTINGS, training.HARDWARE, seed=1, write=[training.silent],
-            checkpoint=tmp_path / "state.pt",
-        )  # fmt: skip
+        train(training.batches_of(store), training.SETTINGS, training.HARDWARE, seed=1, folder=tmp_path)
 
 
 def test_a_training_that_diverges_leaves_no_sae(tmp_path: Path):
@@ -240,7 +235,5 @@ def test_held_out_activations_that_are_all_the_same_have_no_share_of_variance(tm
 def test_fewer_rows_than_a_batch_are_passed_over_again(tmp_path: Path):
     settings = training.SETTINGS.model_copy(update={"tokens": 640})
     batches = training.Batches(training.FakeStore(), torch.arange(10), 64, 10, seed=3)
-    [(sae, history)] = train(
-        batches, settings, training.HARDWARE, seed=1, write=[training.silent], checkpoint=tmp_path / "state.pt"
-    )
+    [(sae, history)] = train(batches, settings, training.HARDWARE, seed=1, folder=tmp_path)
     assert history[-1]["step"] == 10 and all(weight.isfinite().all() for weight in sae.parameters())

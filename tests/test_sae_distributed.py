@@ -13,14 +13,14 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_sae_training import FakeStore, HARDWARE, SETTINGS, batches_of
-from babelscope.sae import sharding
+from babelscope.sae.training import sharding
 from babelscope.sae.training.learner import Learner
-from babelscope.sae.training.module import train
+from babelscope.sae.training.loop import train
 
 rows = set()
 
 def count_rows(self, result, share, after_update=Learner.after_update):
-    rows.add(len(sharding.own(self.sae.encoder)))
+    rows.add(len(sharding.local(self.sae.encoder)))
     after_update(self, result, share)
 
 def write(step, metrics):
@@ -33,9 +33,7 @@ if __name__ == "__main__":
     stop, accelerator = int(sys.argv[5]), sys.argv[6]
     settings = SETTINGS.model_copy(update={{"activation": activation}})
     hardware = HARDWARE.model_copy(update={{"devices": devices, "strategy": strategy, "accelerator": accelerator}})
-    trained = train(
-        batches_of(FakeStore(), settings), settings, hardware, seed=1, write=[write], checkpoint=folder / "state.pt"
-    )
+    trained = train(batches_of(FakeStore(), settings), settings, hardware, seed=1, write=write, folder=folder)
     if trained is not None:
         [(sae, history)] = trained
         out = [history, sae.W_dec.detach().flatten()[:500].tolist(), sorted(rows)]
@@ -87,15 +85,15 @@ def test_two_processes_have_the_loss_curve_of_one(
 def test_pieces_that_were_killed_go_on_from_their_checkpoint(tmp_path: Path, one: dict[str, Path]) -> None:
     alone, weights, _ = result(one["topk"])
     start(tmp_path, 2, "topk", "fsdp", stop=int(alone[len(alone) // 2]["step"]))
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert 0 < state["done"] < alone[-1]["step"]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert 0 < state["global_step"] < alone[-1]["step"]
     start(tmp_path, 2, "topk", "fsdp")
     two, others, _ = result(tmp_path)
     assert [row["step"] for row in two] == [row["step"] for row in alone]
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in alone], rel=2e-2)
     assert others == pytest.approx(weights, abs=0.05)
     # What pieces have written, one device reads, too.
-    torch.save(state, tmp_path / "state.pt")
+    torch.save(state, tmp_path / "last.ckpt")
     start(tmp_path, 1, "topk", "auto")
     assert result(tmp_path)[1] == pytest.approx(weights, abs=0.05)
 

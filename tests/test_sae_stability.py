@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import polars as pl
 import pytest
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from babelscope import config
 from babelscope.activations import store
 from babelscope.core.paths import Paths
-from babelscope.features import stability
-from babelscope.features.stability import Overlap, beside_others, partners
+from babelscope.features import run_stability, stability
+from babelscope.features.stability import Overlap, partners, with_baseline
 from babelscope.sae import SAE, checkpoint
-from babelscope.sae.training import module
+from babelscope.sae.training import loop
 from babelscope.tracking import prune
 
 HOOKPOINT = "layers.2.mlp"
@@ -88,7 +89,7 @@ def test_a_feature_stands_beside_the_others_that_fire_at_least_as_often() -> Non
         schema=["unit", "tokens", "partner", "cosine", "overlap"], orient="row",
     )  # fmt: skip
     features = pl.DataFrame({"unit": [0, 5, 0, 6], "language": ["tr", "fi", "en", "en"]})
-    found = beside_others(features, latents, 0.9)
+    found = with_baseline(features, latents, 0.9)
     assert found.columns == [
         "unit", "language", "partner", "cosine", "overlap", "others", "others_share", "others_cosine", "others_overlap",
     ]  # fmt: skip
@@ -150,14 +151,14 @@ def test_a_killed_retraining_resumes_to_the_same_bytes(folder: Path, monkeypatch
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     assert not list((folder / ".scratch").iterdir())
 
-    save = module.SAETraining._save
+    save = loop.AtomicCheckpointIO.save_checkpoint
 
-    def die(self: module.SAETraining) -> None:
-        save(self)
+    def die(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.SAETraining, "_save", die)
+        patch.setattr(loop.AtomicCheckpointIO, "save_checkpoint", die)
         for path in out.iterdir():
             path.unlink()
         with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -200,7 +201,7 @@ def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
     with caplog.at_level("INFO"):
         stage.main()
     table = pl.read_parquet(folder / "data/stability/features.parquet")
-    assert table.schema == stage.SCHEMA
+    assert table.schema == run_stability.SCHEMA
     assert table.select("hookpoint", "unit", "language").rows() == [
         (HOOKPOINT, 0, "tr"), (HOOKPOINT, 9, "tr"), (HOOKPOINT, 5, "en"),
     ]  # fmt: skip
@@ -231,7 +232,7 @@ def test_without_hookpoints_there_is_an_empty_table(folder: Path, monkeypatch: p
     stage = load_stage("stability")
     stage.main()
     table = pl.read_parquet(folder / "data/stability/features.parquet")
-    assert table.is_empty() and table.schema == stage.SCHEMA
+    assert table.is_empty() and table.schema == run_stability.SCHEMA
     assert json.loads((folder / "metrics/stability.json").read_text()) == {"stability_features": 0}
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
@@ -15,10 +17,12 @@ from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
 from babelscope.sae.checkpoint import save
 from babelscope.sae.metrics import quality
-from babelscope.sae.training import module
+from babelscope.sae.training import loop, module
 from babelscope.sae.training.learner import Learner, auxiliary_loss
-from babelscope.sae.training.module import SAETraining, train
-from babelscope.sae.training.schedule import learning_rate, rate_share
+from babelscope.sae.training.loop import train
+from babelscope.sae.training.module import Activations, SAETraining
+from babelscope.sae.training.schedule import learning_rate, lr_multiplier
+from babelscope.sae.training.trainer import trainer
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -53,9 +57,7 @@ def silent(step: int, metrics: Mapping[str, float]) -> None:
 
 
 def run(folder: Path, settings: Train = SETTINGS, write: Any = silent) -> tuple[bytes, Any, Any]:
-    trained = train(
-        batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[write], checkpoint=folder / "state.pt"
-    )
+    trained = train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=write, folder=folder)
     assert trained is not None
     [(sae, history)] = trained
     save(sae, folder, {"model_name": "made-up", "hook_name": "layers.0"})
@@ -102,7 +104,7 @@ def test_with_replayed_passes_a_run_is_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
     whole, history, _ = run(tmp_path / "whole")
 
     def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
@@ -128,11 +130,11 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
     def step(*_: object) -> None:
         now[0] += 1.0
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(module, "write_atomically", write)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "write_atomically", write)
     monkeypatch.setattr(module.Learner, "before_update", step)
     hardware = HARDWARE.model_copy(update={"checkpoint_seconds": 10})
-    train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, write=[silent], checkpoint=tmp_path / "none")
+    train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, folder=tmp_path / "none")
     assert saved == [10.0, 35.5, 61.0, 86.5, 112.0]  # after 10 s, then 50 times 0.5 s after each
 
 
@@ -141,48 +143,47 @@ def test_a_damaged_checkpoint_costs_a_new_start(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run(tmp_path / "whole")[:2]
-    (tmp_path / "state.pt").write_bytes(content)
+    (tmp_path / "last.ckpt").write_bytes(content)
     assert run(tmp_path)[:2] == whole
-    assert "state.pt: damaged; the training starts anew" in caplog.text
+    assert "last.ckpt: damaged; the training starts anew" in caplog.text
 
 
 @pytest.mark.parametrize("state", [{"module": {}, "done": 3}, torch.zeros(3), [1], None])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, state: Any) -> None:
-    torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(UserError, match="state.pt: not a checkpoint of this run, delete it"):
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="last.ckpt: not a checkpoint of this run, delete it"):
         run(tmp_path)
 
 
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path: Path) -> None:
     hardware = HARDWARE.model_copy(update={"devices": 3})
     with pytest.raises(UserError, match="train.batch"):
-        train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, write=[silent], checkpoint=tmp_path / "state.pt")
+        train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, folder=tmp_path)
 
 
-def test_dead_latents_come_back(tmp_path: Path) -> None:
+def test_dead_latents_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents that begin dead (by a bias that keeps them out of the top k) fire again with aux-k, and never without."""
+
+    def begin_dead(training: SAETraining, stage: str, setup: Any = SAETraining.setup) -> None:
+        setup(training, stage)
+        with torch.no_grad():
+            training.each[0].sae.b_enc[:40] = -0.6
+        training.each[0].tokens_since_fired[:40] = 10**6
+
+    monkeypatch.setattr(SAETraining, "setup", begin_dead)
     dead: dict[float, float] = {}
     for coefficient in (0.0, SETTINGS.aux_k_coefficient):
         settings = SETTINGS.model_copy(update={"aux_k_coefficient": coefficient, "tokens": 64 * 200})
-        file = tmp_path / f"{coefficient}.pt"
-        training = SAETraining(
-            batches_of(FakeStore(), settings), settings, seed=1, write=[silent], checkpoint=file, checkpoint_seconds=0
-        )
-        with torch.no_grad():
-            training.each[0].sae.b_enc[:40] = -0.6
-        training.each[0].idle[:40] = 10**6
-        state = {"done": 0, "histories": [[]], "module": training.state_dict()}
-        torch.save(state | {"optimizer": training.configure_optimizers().state_dict()}, file)
-        trained = train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=[silent], checkpoint=file)
-        assert trained is not None
-        dead[coefficient] = min(row["dead_share"] for row in trained[0][1])
+        _, history, _ = run(tmp_path / str(coefficient), settings)
+        dead[coefficient] = min(row["dead_share"] for row in history)
     assert dead[0.0] == 40 / 128
     assert dead[SETTINGS.aux_k_coefficient] < 0.5 * dead[0.0]
 
 
 def learner(settings: Train = SETTINGS) -> Learner:
     [(target, source)] = batches_of(FakeStore()).moments()
-    return Learner(settings, target, source, steps=120, seed=1)
+    assert source is None
+    return Learner(settings, target.normalisation(), None, steps=120, seed=1)
 
 
 @pytest.mark.parametrize("stretch", [1.0, 30.0])
@@ -191,7 +192,8 @@ def test_folding_the_normalisation_keeps_the_reconstruction(stretch: float) -> N
     store.data[:, 0] *= stretch  # one dimension has nearly all of the variance
     [(target, source)] = batches_of(store).moments()
     assert (target.effective_dimensions < 2) == (stretch > 1) == (target.whitening() is not None)
-    training = Learner(SETTINGS, target, source, steps=120, seed=1)
+    assert source is None
+    training = Learner(SETTINGS, target.normalisation(), None, steps=120, seed=1)
     rows = training.target(store.gather(torch.arange(2500)))
     torch.testing.assert_close(rows.square().sum(1).mean(), torch.tensor(32.0), rtol=1e-3, atol=0)
     x = store.gather(torch.arange(100)).float()
@@ -229,14 +231,12 @@ def test_moments_of_activations_far_from_zero_keep_their_digits(mean: float) -> 
 
 def test_a_logged_batch_without_variance_has_no_fvu() -> None:
     written: list[Mapping[str, float]] = []
-    training = SETTINGS.model_copy(update={"log_every": 1})
-    steps = SAETraining(
-        batches_of(FakeStore(), training), training, seed=1,
-        write=[lambda _step, row: written.append(row)], checkpoint=Path("none"), checkpoint_seconds=0,
-    )  # fmt: skip
-    steps._trainer = SimpleNamespace(world_size=1, is_global_zero=True)  # type: ignore[assignment]
-    steps._record(0, torch.tensor([1.0, 0.5, 0.0, 4.0, 0.0]), 0.1)
-    steps._record(0, torch.tensor([1.0, 0.5, 2.0, 4.0, 0.0]), 0.1)
+    training = SAETraining(SETTINGS, steps=120, seed=1)
+    training.build([(target.normalisation(), None) for target, _ in batches_of(FakeStore()).moments()])
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: written.append(metrics))
+    training._trainer = SimpleNamespace(world_size=1, loggers=[logger])  # type: ignore[assignment]
+    training.record(7, 0.1, [torch.tensor([1.0, 0.5, 0.0, 4.0, 0.0])])
+    training.record(14, 0.1, [torch.tensor([1.0, 0.5, 2.0, 4.0, 0.0])])
     assert math.isnan(written[0]["fvu"]) and written[1]["fvu"] == 0.25
 
 
@@ -251,22 +251,72 @@ def test_the_auxiliary_loss_is_the_residual_that_dead_latents_leave() -> None:
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
-    shares = [rate_share(step, 100, 0.1, 0.2) for step in range(100)]
+    shares = [lr_multiplier(step, 100, 0.1, 0.2) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[9] == shares[50] == shares[80] == 1.0
     assert shares[90] == pytest.approx(0.5)
     assert shares[99] == pytest.approx(0.05)
-    assert [rate_share(step, 3, 0.0, 0.0) for step in range(3)] == [1.0, 1.0, 1.0]
+    assert [lr_multiplier(step, 3, 0.0, 0.0) for step in range(3)] == [1.0, 1.0, 1.0]
 
 
-def test_the_rule_for_the_learning_rate_takes_over_where_none_is_given(tmp_path: Path) -> None:
+def test_the_rule_for_the_learning_rate_takes_over_where_none_is_given() -> None:
     settings = SETTINGS.model_copy(update={"learning_rate": None, "dead_after": None})
-    training = SAETraining(
-        batches_of(FakeStore()), settings, seed=1, write=[silent], checkpoint=tmp_path / "none.pt", checkpoint_seconds=0
-    )
+    training = SAETraining(settings, steps=120, seed=1)
+    training.build([(target.normalisation(), None) for target, _ in batches_of(FakeStore()).moments()])
     assert training.rate == learning_rate(128, 120)
     assert training.each[0].dead_after == 32 * 128 // 4
     assert learning_rate(4096, 1000) > learning_rate(16384, 1000) > learning_rate(16384, 10000)
+
+
+class Rows(CSVLogger):  # type: ignore[misc]
+    """A logger of Lightning's own that keeps what it is given in memory, too."""
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        rows.append({"step": step, **metrics})
+        super().log_metrics(metrics, step)
+
+
+rows: list[dict[str, float]] = []
+
+
+def test_a_trainer_of_anybody_fits_it_and_its_checkpoint_is_loaded_without_the_data(tmp_path: Path) -> None:
+    _, history, sae = run(tmp_path / "ours")
+    rows.clear()
+    training = SAETraining(SETTINGS, steps=120, seed=1)
+    theirs = tmp_path / "theirs"
+    options: dict[str, Any] = {
+        "accelerator": "cpu", "default_root_dir": theirs, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    plain = lightning.Trainer(max_steps=120, logger=Rows(theirs), log_every_n_steps=7, **options)
+    plain.fit(training, datamodule=Activations(batches_of(FakeStore())))
+    assert training.histories == [history] == [rows]
+    [path] = theirs.rglob("*.ckpt")
+    loaded = SAETraining.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    assert loaded.settings == SETTINGS and loaded.histories == [history]
+    for found in (training.each[0].finished(), loaded.each[0].finished()):
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), sae.parameters(), strict=True))
+
+    half = SAETraining(SETTINGS, steps=120, seed=1)
+    lightning.Trainer(max_steps=60, logger=False, **options).fit(half, datamodule=Activations(batches_of(FakeStore())))
+    [path] = set(theirs.rglob("*.ckpt")) - {path}
+    again = SAETraining(SETTINGS, steps=120, seed=1)
+    rest = lightning.Trainer(max_steps=120, logger=False, **options)
+    rest.fit(again, datamodule=Activations(batches_of(FakeStore())), ckpt_path=path, weights_only=True)
+    assert again.histories == [history]
+    found = again.each[0].finished()
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), sae.parameters(), strict=True))
+
+
+def test_without_its_data_module_it_says_so(tmp_path: Path) -> None:
+    trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="fit with datamodule=Activations"):
+        trainer.fit(SAETraining(SETTINGS, steps=120, seed=1), train_dataloaders=[torch.zeros(3)])
+
+
+@pytest.mark.parametrize(("devices", "world"), [("auto", 1), (1, 1), (2, 2), ([0], 1)])
+def test_devices_are_those_that_lightning_takes(devices: Any, world: int) -> None:
+    hardware = HARDWARE.model_copy(update={"devices": devices if devices != [0] else 1})
+    assert trainer(hardware).world_size == world
 
 
 def test_a_batch_is_a_pure_function_of_its_number() -> None:
@@ -344,7 +394,7 @@ def test_a_transcoder_learns_the_map_from_input_to_output(tmp_path: Path) -> Non
     source.data = (target.data.float() @ torch.randn(32, 24, generator=torch.Generator().manual_seed(2)) + 1).half()
     settings = SETTINGS.model_copy(update={"transcode": True, "tokens": 64 * 400})
     batches = Batches(target, torch.arange(2500), 64, 400, seed=3, inputs=source)  # type: ignore[arg-type]
-    trained = train(batches, settings, HARDWARE, seed=1, write=[silent], checkpoint=tmp_path / "state.pt")
+    trained = train(batches, settings, HARDWARE, seed=1, folder=tmp_path)
     assert trained is not None
     [(sae, history)] = trained
     assert (sae.d_in, sae.d) == (24, 32) and sae.b_in is not None

@@ -34,6 +34,7 @@ from babelscope.corpus import hub, text_files
 from babelscope.explain.client import Client, Request, answer_in
 from babelscope.models import loading
 from babelscope.report import browser
+from babelscope.sae.training.loop import resumable
 from babelscope.sae.training.module import SAETraining
 from babelscope.tracking import prune, store, ui
 
@@ -147,10 +148,7 @@ def test_a_pickle_in_place_of_our_own_files_is_refused(
     """Checkpoints, activations and SAEs: folders that others may share, or that come with a `dvc pull`."""
     checkpoint = tmp_path / "checkpoint.pt"
     way(checkpoint)
-    training = object.__new__(SAETraining)
-    torch.nn.Module.__init__(training)
-    training.checkpoint = checkpoint
-    training._load()
+    assert resumable(checkpoint, SAETraining(config.load(ROOT / "params.yaml").train, steps=1, seed=0)) is None
     assert "checkpoint.pt: damaged; the training starts anew" in caplog.text
     write_shard(tmp_path / "store", 0, torch.ones(3, 2))
     write_index(tmp_path / "store", [3], 2, "float32", "m", "layers.0")

@@ -15,18 +15,19 @@ import torch
 import transformers
 from closure import ROOT
 
-from babelscope.activations import extraction, store, streamed
+from babelscope.activations import extraction, store
 from babelscope.activations.batches import Batches, Pair
 from babelscope.activations.streaming import Stream
 from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
+from babelscope.core.files import copy_file
 from babelscope.features.count import count
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.models import forward, hookpoints, tokens
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.metrics import quality
-from babelscope.sae.training import module
-from babelscope.sae.training.module import train
+from babelscope.sae.training import loop
+from babelscope.sae.training.loop import train
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -97,7 +98,7 @@ def test_a_tokenized_corpus_holds_the_texts_and_its_batches_are_those_of_the_lis
     monkeypatch.setattr(tokens, "_CHUNK", 7)
     corpus = corpus_of([*texts[:30], tokens.TokenizedText("empty", (1,), 1), *texts[30:]])
     assert list(corpus) == corpus[range(len(corpus))] == texts
-    assert corpus.lengths.tolist() == [text.own for text in texts]
+    assert corpus.lengths.tolist() == [text.content_tokens for text in texts]
     assert [corpus[numbers] for numbers in corpus.batches(64)] == tokens.batches(tokens.by_length(texts), 64)
     some = tokens.batches(tokens.by_length([texts[8], texts[3], texts[41]]), 64)
     assert [corpus[numbers] for numbers in corpus.batches(64, [8, 3, 41])] == some
@@ -107,7 +108,7 @@ def test_a_tokenized_corpus_holds_the_texts_and_its_batches_are_those_of_the_lis
 def test_every_token_is_seen_once_per_epoch_in_another_order(model: Any, block_rows: int) -> None:
     texts = tokenized()
     alone = [
-        forward.own_activations(model, NAMES, forward.collate([text]), torch.float16) for text in texts
+        forward.content_activations(model, NAMES, forward.collate([text]), torch.float16) for text in texts
     ]  # fmt: skip
     expected = torch.cat([torch.cat(list(rows.values()), 1) for rows in alone])
     size = len(expected) // 8
@@ -174,9 +175,7 @@ def silent(step: int, metrics: Mapping[str, float]) -> None:
 
 
 def run(model: Any, folder: Path, settings: Train = SETTINGS, write: Any = silent) -> list[bytes]:
-    trained = train(
-        stream(model, settings), settings, HARDWARE, seed=1, write=[write, silent], checkpoint=folder / "state.pt"
-    )
+    trained = train(stream(model, settings), settings, HARDWARE, seed=1, write=write, folder=folder)
     assert trained is not None
     for name, (sae, _) in zip(NAMES, trained, strict=True):
         save(sae, folder / name, {"model_name": "tiny", "hook_name": name})
@@ -187,7 +186,7 @@ def run(model: Any, folder: Path, settings: Train = SETTINGS, write: Any = silen
 def test_a_killed_run_resumes_to_the_same_bytes_at_every_hookpoint(
     model: Any, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_APART", 0)  # a checkpoint after every step
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
     settings = SETTINGS.model_copy(update=changes)
     whole = run(model, tmp_path / "whole", settings)
 
@@ -314,17 +313,12 @@ def test_in_stored_mode_the_stage_does_nothing_and_does_it_without_torch(tmp_pat
     assert json.loads(left.read_text()) == {"source": "stored"}
 
 
-def test_what_was_streamed_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert not streamed.is_streaming()
-    (tmp_path / "data/stream/layers.0.mlp").mkdir(parents=True)
-    (tmp_path / "data/stream/mode.json").write_text('{"source": "stream"}')
-    (tmp_path / "data/stream/layers.0.mlp/a").write_bytes(b"weights")
-    assert streamed.is_streaming()
-    streamed.publish("layers.0.mlp", {"a": Path("data/sae/layers.0.mlp/b")})
-    assert (tmp_path / "data/sae/layers.0.mlp/b").read_bytes() == b"weights"
-    with pytest.raises(UserError, match="data/stream/layers.9.mlp/a: no such file; .* dvc repro stream"):
-        streamed.publish("layers.9.mlp", {"a": Path("b")})
+def test_what_was_streamed_is_published_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    copy_file(tmp_path / "a", tmp_path / "sae/b")
+    assert (tmp_path / "sae/b").read_bytes() == b"weights"
+    with pytest.raises(UserError, match="c: no such file; .* dvc repro"):
+        copy_file(tmp_path / "c", tmp_path / "b")
 
 
 def test_widths_are_those_of_what_is_read(model: Any) -> None:

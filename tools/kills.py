@@ -109,7 +109,7 @@ def disturbed(repo: Path, plan: dict[str, list[float]], victim: str) -> tuple[Ki
                 due = started + plan[stage].pop(0)
         after = time.monotonic() - started
         if started + after >= due and strike(process, victim):
-            checkpoint = stage.startswith(TRAININGS) and bool(list(repo.glob(".scratch/*/state.pt")))
+            checkpoint = stage.startswith(TRAININGS) and bool(list(repo.glob(".scratch/*/last.ckpt")))
             return Kill(stage, victim, after, checkpoint), log.read_text(errors="replace")
     return None, log.read_text(errors="replace")
 

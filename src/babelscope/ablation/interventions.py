@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.models.matmul import pad_rows
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf, Shelved
+from babelscope.sae.cache import CachedSAE, SAECache
 
 Units = Sequence[Sequence[int]]
 
@@ -50,7 +50,7 @@ class FeatureAblation:
     remove features by an additive form, see `Additive`; the one with the SAE's own activations is ours.)
     """
 
-    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+    def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         device = sae.b_dec.device
         self.sae = sae
         self.active = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
@@ -100,7 +100,7 @@ class Directional:
     the largest) are left out of the basis.
     """
 
-    def __init__(self, sae: SAE | Shelved, units: Units) -> None:
+    def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         decoder = sae.W_dec
         self.active = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
         self.bases = [basis(decoder[list(some)]) for some in units]
@@ -145,7 +145,7 @@ class Additive:
     m: the paper's factor, -0.2 there.
     """
 
-    def __init__(self, sae: SAE | Shelved, units: Units, largest: Tensor, m: float) -> None:
+    def __init__(self, sae: SAE | CachedSAE, units: Units, largest: Tensor, m: float) -> None:
         device = sae.b_dec.device
         # Of the decoder, only the rows that are needed: a dictionary may be as large as the model.
         rows = sorted({unit for some in units for unit in some})
@@ -180,7 +180,7 @@ class NeuronAblation:
 
 
 def interventions(
-    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE] | Shelf, largest: Mapping[str, Tensor], m: float
+    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE] | SAECache, largest: Mapping[str, Tensor], m: float
 ) -> dict[str, Intervention]:
     """One intervention on SAE features for every hookpoint; for neurons see `neurons`.
 

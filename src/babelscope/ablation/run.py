@@ -53,7 +53,7 @@ def run(params: Config, paths: Paths) -> None:
     language = [language_by_text[text.text_id] for text in texts]
     names_by_method = {method: hookpoints_of(method, features, params, paths) for method in section.methods}
     counts = {name: _counts(paths, method, name) for method, names in names_by_method.items() for name in names}
-    saes = sae.Shelf(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
+    saes = sae.SAECache(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
     model = loading.load_model(params.model, section.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, list(counts))
@@ -82,8 +82,7 @@ def run(params: Config, paths: Paths) -> None:
             partial(_measure, model, intervene, method, section.batch_tokens), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
-        context = nll, measured, method, language, languages, section.bootstrap, params.seed
-        found, control = statistics.table(*context), statistics.control(*context)
+        found, control = statistics.tables(nll, measured, method, language, languages, section.bootstrap, params.seed)
         figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
         numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)

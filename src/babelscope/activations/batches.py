@@ -8,19 +8,18 @@ from torch import Tensor
 
 from babelscope.activations.moments import Moments, moments
 from babelscope.activations.store import ActivationStore
-from babelscope.core.progress import Progress
 
-# Rows from which mean and covariance are taken, at least (all, where there are fewer), and those read at once.
+# Rows in the sample for mean and covariance (at least; all if there are fewer), and rows read at once.
 _SAMPLE, _CHUNK = 2**18, 8192
-# Batches whose rows are looked up and sorted at once: one by one it took as long as a third of the reading.
+# Batches whose rows are looked up and sorted at once: one by one this took a third as long as the reading.
 _BLOCK = 64
 
-# What is encoded and what is to be reconstructed, [rows, d_in] and [rows, d] as stored; null: the same.
+# Activations to encode and activations to reconstruct, [rows, d_in] and [rows, d] as stored; None: the same.
 Pair = tuple[Tensor, Tensor | None]
 
 
 class Source(Protocol):
-    """Where the batches of a training come from, for one or several hookpoints.
+    """Batches of activations for one training of one or several hookpoints' SAEs; batch n depends on n alone.
 
     Attributes
     ----------
@@ -31,7 +30,7 @@ class Source(Protocol):
     size: int
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """For every hookpoint those of the activations to reconstruct, and of those to encode where they are others."""
+        """For every hookpoint the moments of the activations to reconstruct, and of those to encode if they differ."""
         ...
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
@@ -46,16 +45,16 @@ def permutation(seed: int, epoch: int, rows: int) -> Tensor:
 
 
 class Batches:
-    """Batches from the stores of one hookpoint: number `step` is a pure function of (seed, step, rows).
+    """Batches from the stores of one hookpoint: batch `step` is a pure function of (seed, step, rows).
 
     Parameters
     ----------
-    store: where the activations to reconstruct lie.
+    store: the activations to reconstruct.
     rows: int64 [m], the rows of `store` to train on.
     size: rows per step, over all devices together.
-    steps: number of batches; the rows are passed over as often as it takes, each time in another order.
+    steps: number of batches; as many passes over the rows as this takes, each in another order.
     seed: of the order.
-    inputs: where the activations to encode lie (transcoders), row for row; null: in `store`.
+    inputs: the activations to encode (transcoders), row for row; None: `store`.
     pin: read into page-locked memory, from which a GPU copies while it computes.
     """
 
@@ -74,6 +73,7 @@ class Batches:
         self.inputs, self.pin = inputs, pin
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._block, self._rows = -1, torch.empty(0, dtype=torch.int64)
+        self._moments: list[tuple[Moments, Moments | None]] = []
 
     def rows_of(self, step: int) -> Tensor:
         """The store's rows in batch number `step`, ascending (so that a disk reads forward): int64 [size]."""
@@ -82,30 +82,26 @@ class Batches:
             self._block, self._rows = block, self._rows_of_block(block * _BLOCK * self.size)
         return self._rows[number]
 
-    def _rows_of_block(self, place: int) -> Tensor:
-        end, parts = place + _BLOCK * self.size, []
-        while place < end:
-            epoch, offset = divmod(place, len(self.rows))
+    def _rows_of_block(self, start: int) -> Tensor:
+        end, parts = start + _BLOCK * self.size, []
+        while start < end:
+            epoch, offset = divmod(start, len(self.rows))
             if epoch != self._epoch:
                 self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
-            parts.append(self._order[offset : offset + end - place])
-            place += len(parts[-1])
+            parts.append(self._order[offset : offset + end - start])
+            start += len(parts[-1])
         return self.rows[torch.cat(parts)].view(_BLOCK, self.size).sort(dim=1).values
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
 
-        In the calling thread: on two cores a reading thread beside the step took more than it gave, and a GPU is busy
-        with the step before while this one is read.
+        The calling thread reads: on two cores a reading thread cost more than it gained, and a GPU computes the step
+        before while this thread reads.
         """
-        with Progress("train", self.steps * self.size, "tokens") as progress:
-            progress.skip(first * self.size)
-            for step in range(first, self.steps):
-                rows = self.rows_of(step)[rank::world].contiguous()
-                target = self._gather(self.store, rows)
-                yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
-                if rank == 0:
-                    progress.update(self.size)
+        for step in range(first, self.steps):
+            rows = self.rows_of(step)[rank::world].contiguous()
+            target = self._gather(self.store, rows)
+            yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
 
     def _gather(self, store: ActivationStore, rows: Tensor) -> Tensor:
         if not self.pin:
@@ -113,10 +109,13 @@ class Batches:
         return store.gather(rows, torch.empty((len(rows), store.d), dtype=store.dtype, pin_memory=True))
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """Of all rows, or of a sample where there are many."""
-        return [(self._moments(self.store), None if self.inputs is None else self._moments(self.inputs))]
+        """Moments of all rows, or of a sample if there are many; computed once."""
+        if not self._moments:
+            inputs = None if self.inputs is None else self._moments_of(self.inputs)
+            self._moments = [(self._moments_of(self.store), inputs)]
+        return self._moments
 
-    def _moments(self, store: ActivationStore) -> Moments:
+    def _moments_of(self, store: ActivationStore) -> Moments:
         rows = self.rows[:: max(1, len(self.rows) // _SAMPLE)]
         chunks = (store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
         return moments(chunks, str(store.index.get("hookpoint", "a hookpoint")))

@@ -14,7 +14,7 @@ from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
 from babelscope.core.progress import Progress
 from babelscope.models.forward import read_batches
-from babelscope.models.hardware import prepare
+from babelscope.models.hardware import device_count, prepare
 from babelscope.models.hookpoints import shard_blocks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedTexts
@@ -78,7 +78,7 @@ class _Processes(NamedTuple):
 def _launch(model: Any, hardware: Hardware) -> _Processes:
     """Put the model on the device; if the run has several processes, start the others, and wait for them."""
     device = prepare(hardware)
-    if hardware.devices == 1 and hardware.num_nodes == 1:
+    if device_count(hardware) * hardware.num_nodes == 1:
         model.to(device)
         return _Processes()
     # Only here: it takes seconds to import.
@@ -87,7 +87,7 @@ def _launch(model: Any, hardware: Hardware) -> _Processes:
 
     strategy: Any = hardware.strategy
     if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which does not run on CPUs
-        strategy = ModelParallelStrategy(lambda module, mesh: module, hardware.devices * hardware.num_nodes, 1)
+        strategy = ModelParallelStrategy(lambda module, mesh: module, device_count(hardware) * hardware.num_nodes, 1)
     try:
         fabric = Fabric(
             accelerator=device.type, devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy
@@ -118,7 +118,6 @@ def extract(
 
     Parameters
     ----------
-    model: a causal language model.
     texts, shards: the plan of the whole run; each of n processes takes every n-th shard.
     hookpoints: what to read, see `babelscope.models.forward.names_to_read`.
     folder: where the shards are written; shards that an interrupted run left there are kept. Several nodes must share

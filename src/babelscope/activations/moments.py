@@ -8,10 +8,26 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 
-# Below so many effective dimensions a few directions would take all latents.
+# With fewer effective dimensions, a few directions would take all latents.
 _FEW = 16
 # Share of the logarithm of a direction's variance that is taken off then.
 _WHITEN = 0.5
+
+
+class Normalisation(NamedTuple):
+    """What brings the mean squared norm to d: a factor or, if there are few effective dimensions, a matrix.
+
+    Attributes
+    ----------
+    mean: float32 [d], of the activations.
+    scale: the factor.
+    forth, back: float32 [d, d], the matrix and its inverse (symmetric); None: the factor does it.
+    """
+
+    mean: Tensor
+    scale: float
+    forth: Tensor | None = None
+    back: Tensor | None = None
 
 
 class Moments(NamedTuple):
@@ -38,13 +54,16 @@ class Moments(NamedTuple):
         total = float(self.covariance.square().sum())
         return float(self.covariance.trace()) ** 2 / total if total > 0 else float(len(self.mean))
 
-    def whitening(self) -> tuple[Tensor, Tensor] | None:
-        """Matrix [d, d] that evens out the spectrum, and its inverse (both symmetric); None where that is not needed.
+    def normalisation(self) -> Normalisation:
+        """What an SAE's training normalises by."""
+        return Normalisation(self.mean, self.scale, *(self.whitening() or ()))
 
-        Where a few directions hold most of the variance (a last layer, tokens with huge activations), a handful of
-        latents would serve every token, and most of the dictionary would die: the map takes a direction of variance
-        lambda to one of `sqrt(lambda)`. It is folded into the weights after training. `benchmarks/sae_choices.py`
-        measures what it is worth.
+    def whitening(self) -> tuple[Tensor, Tensor] | None:
+        """Matrix [d, d] that evens out the spectrum, and its inverse (both symmetric); None if it is not needed.
+
+        If a few directions hold most of the variance (a last layer, tokens with huge activations), a handful of latents
+        serves every token, and most of the dictionary dies. The matrix maps a direction of variance lambda to one of
+        variance `sqrt(lambda)`. It is folded into the weights after training (measured: `benchmarks/sae_choices.py`).
         """
         if self.effective_dimensions >= _FEW:
             return None
@@ -62,7 +81,7 @@ def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
     Raises
     ------
     ValueError: there is no row.
-    UserError: all rows are the same, or there are some that are not finite; it calls them the activations of `name`.
+    UserError: all rows are the same, or some are not finite; the message calls them the activations of `name`.
     """
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     first = origin = torch.zeros(())
@@ -70,8 +89,7 @@ def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
     for chunk in chunks:
         x = chunk.float()
         if not rows and len(x):
-            # About the mean of the first chunk: about 0 the products of a mean far from it would, in float32, leave
-            # nothing of a small variance.
+            # Centred on the mean of the first chunk: in float32, a mean far from 0 would swallow a small variance.
             first, origin = x[0], x.mean(0, dtype=torch.float64).float()
         others = others or bool((x != first).any())
         rows += len(x)

@@ -1,7 +1,6 @@
 """Activations on disk: safetensors shards `[rows, d]` and an `index.json` that lists them."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_atomically, write_json
+from babelscope.models.names import INPUT
 
 _KEY = "activations"
 # The tensors of a shard in int8, in the order of `Quantised`.
@@ -24,7 +24,7 @@ _CHUNK = 1024
 
 def place(folder: Path, hookpoint: str) -> Path:
     """The folder of a hookpoint's activations in `folder`; those of `<hookpoint>.input` are in `<hookpoint>/input`."""
-    base = hookpoint.removesuffix(".input")
+    base = hookpoint.removesuffix(INPUT)
     return folder / base if base == hookpoint else folder / base / "input"
 
 
@@ -145,13 +145,13 @@ class ActivationStore:
         if not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
         # One copy per shard: batches are small, so more calls would cost more than the copies.
-        ends = torch.searchsorted(rows, self._starts).tolist()
+        counts = torch.searchsorted(rows, self._starts).diff()
+        rows = rows - self._starts[:-1].repeat_interleave(counts)
         found = torch.empty((len(rows), self.d), dtype=self.dtype) if out is None else out
-        for shard, start, (first, end) in zip(self._shards, self._starts.tolist(), pairwise(ends), strict=False):
-            if first == end:
-                continue
+        sizes = counts.tolist()
+        for shard, index, part in zip(self._shards, torch.split(rows, sizes), torch.split(found, sizes), strict=True):
             if isinstance(shard, Quantised):
-                found[first:end] = shard.rows(rows[first:end] - start)
-            else:
-                torch.index_select(shard, 0, rows[first:end] - start, out=found[first:end])
+                part.copy_(shard.rows(index))
+            elif len(index):
+                torch.index_select(shard, 0, index, out=part)
         return found if order is None else torch.empty_like(found).index_copy_(0, order, found)

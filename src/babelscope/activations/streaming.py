@@ -8,7 +8,6 @@ from torch import Tensor
 
 from babelscope.activations.batches import Pair, permutation
 from babelscope.activations.moments import Moments, moments
-from babelscope.core.progress import Progress
 from babelscope.models import hookpoints as hooks
 from babelscope.models.forward import names_to_read, read_batches
 from babelscope.models.tokens import TokenizedTexts
@@ -102,17 +101,13 @@ class Stream:
         """
         parts: list[list[Pair]] = []
         step, pieces = first, self._pieces(first * self.size)
-        with Progress("stream", self.steps * self.size, "tokens") as progress:
-            progress.skip(first * self.size)
-            while step < self.steps:
-                parts.append(next(pieces))
-                if sum(len(part[0][0]) for part in parts) < self.size:
-                    continue
-                batch = [_joined([part[i] for part in parts]) for i in range(len(self.hookpoints))]
-                parts, step = [], step + 1
-                yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
-                if rank == 0:
-                    progress.update(self.size)
+        while step < self.steps:
+            parts.append(next(pieces))
+            if sum(len(part[0][0]) for part in parts) < self.size:
+                continue
+            batch = [_joined([part[i] for part in parts]) for i in range(len(self.hookpoints))]
+            parts, step = [], step + 1
+            yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
 
     def _pieces(self, place: int) -> Iterator[list[Pair]]:
         """From row `place` of the endless sequence on, pieces that end with their block or with their batch."""

@@ -11,14 +11,14 @@ from babelscope.ablation.ablate import ablate
 from babelscope.ablation.interventions import FeatureAblation
 from babelscope.models.tokens import TokenizedText
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf
+from babelscope.sae.cache import SAECache
 
 SCHEMA = {"delta": pl.Float64, "delta_tokens": pl.Int64, "delta_texts": pl.Int64}
 
 
 def effects(
     model: Any,
-    saes: Mapping[str, SAE] | Shelf,
+    saes: Mapping[str, SAE] | SAECache,
     features: Sequence[tuple[str, int]],
     texts: Sequence[TokenizedText],
     wanted: Sequence[Sequence[str]],

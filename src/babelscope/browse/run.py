@@ -36,7 +36,7 @@ def run(params: Config, paths: Paths) -> None:
     """Write the tables below `paths.browse`."""
     device = hardware.prepare(params.hardware)
     features, rates = choose(params, paths)
-    saes = sae.Shelf(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
+    saes = sae.SAECache(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
     texts, tokenizer = read_texts(paths), loading.load_tokenizer(params.model)
     firings = collectors(features, saes, params)
     if params.train.source != "stream":
@@ -163,7 +163,7 @@ def measure(
     corpus: pl.DataFrame, params: Config, paths: Paths,
 ) -> pl.DataFrame:  # fmt: skip
     """What removing each feature alone does to its texts `removed`; nothing is measured for transcoders."""
-    if any(dictionary.b_in is not None for dictionary in saes.values()):
+    if any(dictionary.is_transcoder for dictionary in saes.values()):
         log.warning("browse: transcoders read their module's input, so no feature is removed by itself")
         removed = [[] for _ in removed]
     used = corpus.filter(pl.col("text_id").is_in(sorted({text_id for ids in removed for text_id in ids})))

@@ -109,7 +109,9 @@ def _hardware(params: Config) -> Iterator[str]:
             f"hardware.strategy: 'fsdp' cannot cut weights in {params.model.quantization} (model.quantization); "
             "allowed with them: auto, ddp"
         )
-    devices = params.hardware.devices * params.hardware.num_nodes
+    wanted = params.hardware.devices
+    count = wanted if isinstance(wanted, int) else len(wanted) if isinstance(wanted, list) else 1  # auto: unknown
+    devices = count * params.hardware.num_nodes
     if params.train.source != "pretrained" and params.train.batch % devices:
         yield (
             f"train.batch: {params.train.batch} does not divide among {devices} devices (hardware.devices times "

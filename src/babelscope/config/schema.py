@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
-from babelscope.config.values import Amount, Factor, Hookpoints, Inside, Name, Positive, Seed, Sha256, Share, Size, Url
+from babelscope.config.values import (
+    Amount,
+    Devices,
+    Factor,
+    Hookpoints,
+    Inside,
+    Name,
+    Positive,
+    Seed,
+    Sha256,
+    Share,
+    Size,
+    Url,
+)
 
 
 class Section(pydantic.BaseModel):
@@ -272,8 +285,8 @@ class Track(Section):
 class Hardware(Section):
     """Settings that change how fast the results come, never what they are; no stage depends on them."""
 
-    accelerator: Literal["auto", "cpu", "gpu"]
-    devices: Annotated[int, Field(gt=0, le=1024)]
+    accelerator: Literal["auto", "cpu", "gpu", "mps"]
+    devices: Devices
     num_nodes: Annotated[int, Field(gt=0, le=65536)]
     strategy: Name
     threads: Annotated[int, Field(ge=0, le=4096)]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator
 
 from babelscope.core.errors import nearest
 from babelscope.core.redact import redact
@@ -45,6 +45,15 @@ def _different(names: list[str], form: re.Pattern[str]) -> list[str]:
     return names
 
 
+def _devices(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else [value]
+    is_count = type(value) is int and 0 < value <= 1024
+    is_list = isinstance(value, list) and all(type(number) is int and 0 <= number < 1024 for number in numbers)
+    if value != "auto" and not is_count and not (is_list and len(numbers) == len(set(numbers)) > 0):
+        raise ValueError(f"{value!r:.80}; allowed: 'auto', a number of devices, or a list of their numbers")
+    return value
+
+
 # A count, and a number of things that are in memory at once.
 Positive = Annotated[int, Field(gt=0, lt=2**48)]
 Size = Annotated[int, Field(gt=0, le=2**26)]
@@ -52,6 +61,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Factor = Annotated[float, Field(gt=0.0, le=1e6)]
 Amount = Annotated[float, Field(ge=0.0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Devices = Annotated[int | str | list[int], PlainValidator(_devices)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A path below a folder that another key names.

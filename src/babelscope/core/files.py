@@ -73,8 +73,20 @@ def move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+        copy_file(source, target)
         source.unlink()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file that an earlier stage has written, whole or not at all.
+
+    Raises
+    ------
+    UserError: it is not there, or the copy cannot be written.
+    """
+    if not source.is_file():
+        raise _unreadable(source, FileNotFoundError())
+    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

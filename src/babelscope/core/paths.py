@@ -17,6 +17,7 @@ class Paths:
         self.tokens = self.activations / "tokens.parquet"  # extract: the row order of every activation file
         self.neurons = self.data / "neurons"  # neurons: counts of the model's own neurons
         self.stream = self.data / "stream"  # stream: what `train` and `encode` then copy
+        self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was
         self.saes = self.data / "sae"  # train: one folder per hookpoint
         self.saes_again = self.data / "sae_again"  # retrain: SAEs of some hookpoints from another seed
         self.all_counts = self.data / "counts"  # encode: the folder of `counts` and `totals`

@@ -25,7 +25,6 @@ from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.models import loading
-from babelscope.models.hookpoints import INPUT
 
 # Files per hookpoint, and rows encoded at once.
 SPLITS, CHUNK = 5, 8192
@@ -65,7 +64,7 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
     """Write the cache of one hookpoint; returns the number of firings."""
     paths = Paths()
     dictionary = sae.load(paths.saes, hookpoint)
-    store = ActivationStore(place(paths.activations, hookpoint if dictionary.b_in is None else hookpoint + INPUT))
+    store = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
     locations, activations, too_large = [], [], 0

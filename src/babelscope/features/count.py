@@ -9,7 +9,7 @@ from torch import Tensor
 
 from babelscope.features.counter import Counter, totals, whole_texts
 from babelscope.models.forward import names_to_read, read_batches
-from babelscope.models.hookpoints import INPUT, layer_of
+from babelscope.models.names import layer_of
 from babelscope.models.tokens import TokenizedTexts
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.metrics import Quality, QualitySums
@@ -50,10 +50,8 @@ def count(
 
     Parameters
     ----------
-    model: a causal language model.
     texts: `texts.frame` has `language` and `split`; texts of the split "eval" are held out.
     saes: by hookpoint, on the device of the model.
-    languages: names.
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.
@@ -63,14 +61,14 @@ def count(
     ------
     UserError: the model has no such hookpoint, or an activation is not finite in `dtype`.
     """
-    names = names_to_read(list(saes), any(sae.b_in is not None for sae in saes.values()))
+    names = names_to_read(list(saes), any(sae.is_transcoder for sae in saes.values()))
     counters = {name: Counter(languages, sae.latents) for name, sae in saes.items()}
     sums = {name: QualitySums(sae, len(languages)) for name, sae in saes.items()}
     language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_torch()
 
     def measure(rows: Mapping[str, Tensor], text: Tensor, is_held_out: bool) -> None:
         for name, sae in saes.items():
-            x, y = (rows[name], None) if sae.b_in is None else (rows[name + INPUT], rows[name])
+            x, y = (rows[sae.input_name(name)], rows[name]) if sae.is_transcoder else (rows[name], None)
             if is_held_out:
                 sums[name].add(x, y, language[text])
             else:
@@ -94,5 +92,5 @@ def count(
             waiting[split] = {name: x[last:] for name, x in rows.items()}, numbers[last:]
     for split, (rows, numbers) in waiting.items():
         measure(rows, numbers, split)
-    of = totals(texts.frame.filter(split="train"), languages)
-    return {name: Counted(counters[name].frame(layer_of(name)), of, sums[name].result()) for name in saes}
+    by_language = totals(texts.frame.filter(split="train"), languages)
+    return {name: Counted(counters[name].frame(layer_of(name)), by_language, sums[name].result()) for name in saes}

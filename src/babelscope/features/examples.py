@@ -13,9 +13,8 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
 from babelscope.features.counter import whole_texts
-from babelscope.models.hookpoints import INPUT
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelved
+from babelscope.sae.cache import CachedSAE
 
 BINS = 24
 # Tokens that `choose` encodes at once, which bounds the memory.
@@ -39,14 +38,14 @@ def read_texts(paths: Paths) -> pl.DataFrame:
 class Features:
     """Some latents of `sae`, whose numbers are `units` (int64 `[features]`, without duplicates)."""
 
-    def __init__(self, sae: SAE | Shelved, units: Tensor) -> None:
+    def __init__(self, sae: SAE | CachedSAE, units: Tensor) -> None:
         self.sae, self.count, self.device = sae, len(units), sae.b_dec.device
         self.number = torch.full((sae.latents,), -1, device=self.device)
         self.number[units.to(self.device)] = torch.arange(len(units), device=self.device)
 
     def reads(self, hookpoint: str) -> str:
         """What the SAE of `hookpoint` encodes: the hookpoint itself; a transcoder encodes the input of its module."""
-        return hookpoint if self.sae.b_in is None else hookpoint + INPUT
+        return self.sae.input_name(hookpoint)
 
     def activations(self, x: Tensor) -> Tensor:
         """Activations of the features on `x` `[tokens, d]`: float32 `[tokens, features]`, on the SAE's device."""

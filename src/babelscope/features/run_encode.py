@@ -3,10 +3,10 @@
 import polars as pl
 
 from babelscope import sae
-from babelscope.activations import store, streamed
+from babelscope.activations import store
 from babelscope.config import Config
 from babelscope.core import stage
-from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.files import copy_file, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features.counter import Counter, totals, whole_texts
@@ -17,15 +17,15 @@ from babelscope.models.tokens import codes
 
 def run(params: Config, paths: Paths, hookpoint: str) -> None:
     """Write `paths.counts(hookpoint)`, `paths.totals(hookpoint)` and the stage's metrics."""
-    if streamed.is_streaming():
-        targets = {"counts.parquet": paths.counts(hookpoint), "totals.parquet": paths.totals(hookpoint)}
-        streamed.publish(hookpoint, targets)
-        counts, of = (read_table(path) for path in targets.values())
+    if params.train.source == "stream":
+        copy_file(paths.stream / hookpoint / "counts.parquet", paths.counts(hookpoint))
+        copy_file(paths.stream / hookpoint / "totals.parquet", paths.totals(hookpoint))
+        counts, by_language = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
     else:
-        counts, of = encode(hookpoint, params, paths)
+        counts, by_language = encode(hookpoint, params, paths)
         write_atomically(paths.counts(hookpoint), counts.write_parquet)
-        write_atomically(paths.totals(hookpoint), of.write_parquet)
-    tokens, fired = int(of["tokens"].sum()), counts["unit"].n_unique()
+        write_atomically(paths.totals(hookpoint), by_language.write_parquet)
+    tokens, fired = int(by_language["tokens"].sum()), counts["unit"].n_unique()
     l0 = int(counts["tokens"].sum()) / tokens
     numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
     write_json(paths.metrics("encode", hookpoint), numbers)
@@ -36,8 +36,7 @@ def encode(hookpoint: str, params: Config, paths: Paths) -> tuple[pl.DataFrame, 
     """Encode the stored activations of the training split: counts per language and latent, totals per language."""
     device = hardware.prepare(params.hardware)
     dictionary = sae.load(paths.saes, hookpoint).to(device)
-    source = hookpoint if dictionary.b_in is None else f"{hookpoint}.input"
-    activations = store.ActivationStore(store.place(paths.activations, source))
+    activations = store.ActivationStore(store.place(paths.activations, dictionary.input_name(hookpoint)))
     table = read_table(paths.tokens).filter(split="train")
     language, text = codes(table["language"], params.languages), table["text_id"].rle_id().cast(pl.Int64).to_torch()
     rows = table["row"].to_torch()

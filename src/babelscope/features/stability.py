@@ -1,6 +1,6 @@
-"""Whether latents come again in another SAE of the same activations: their partners there, and what both fire on.
+"""Whether latents come again in another SAE of the same activations: their partners there, and on what both fire.
 
-SAEs that differ in nothing but their seed share only some of their latents (Paulo & Belrose 2025, arXiv 2501.16615).
+SAEs that differ in their seed alone share only some of their latents (Paulo & Belrose 2025, arXiv 2501.16615).
 """
 
 import polars as pl
@@ -15,12 +15,12 @@ from babelscope.sae.autoencoder import chunk_rows
 def partners(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """The best partner of every latent by decoder cosine (max cosine similarity; Sharkey et al. 2022).
 
-    A latent may be the partner of several. Memory: a chunk of rows times m scores, never n x m.
+    A latent may be the partner of several. Memory: m scores for each row of a chunk, never n x m.
 
     Parameters
     ----------
-    decoder: float32 [n, d], `W_dec` of the SAE whose latents are looked for; rows of any norm, 0 has cosine 0 with all.
-    other: float32 [m, d], `W_dec` of the SAE in which they are looked for.
+    decoder: float32 [n, d], `W_dec` of the SAE whose latents need partners; rows of any norm (0: cosine 0 with all).
+    other: float32 [m, d], `W_dec` of the SAE in which the partners are.
 
     Returns
     -------
@@ -40,8 +40,8 @@ def partners(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 class Overlap:
     """Adds up, chunk by chunk, the Jaccard index of the tokens on which a latent fires and those of its partner.
 
-    J = |A & B| / |A | B|, A the tokens on which the latent of the first SAE fires (activation > 0), B those of its
-    partner in the second. Memory: three numbers per latent, whatever the number of tokens.
+    J = |A & B| / |A | B|, with A the tokens on which the latent of the first SAE fires (activation > 0), and B those of
+    its partner in the second. Memory: three numbers per latent, whatever the number of tokens.
 
     Parameters
     ----------
@@ -69,32 +69,31 @@ class Overlap:
         self._second += torch.bincount(other_unit, minlength=self.latents)
 
     def result(self) -> Tensor:
-        """The index of every latent of the first SAE, float64 [n] in 0..1; nan where neither of the two fires."""
+        """The index of every latent of the first SAE, float64 [n] in 0..1; nan if neither of the two fires."""
         return self._both.double() / (self._first + self._second[self.partner] - self._both)
 
 
 def _fired(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Token and latent of every firing."""
-    token, place = (values > 0).nonzero(as_tuple=True)
-    return token, indices[token, place]
+    token, column = (values > 0).nonzero(as_tuple=True)
+    return token, indices[token, column]
 
 
-def beside_others(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) -> pl.DataFrame:
+def with_baseline(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) -> pl.DataFrame:
     """Each feature's partner, and as a baseline those of the latents that are no features and fire at least as often.
 
-    Latents that fire often are learned from more tokens, so a feature is measured by such as had no fewer.
+    Latents that fire often are learned from more tokens, so each feature is compared with latents that had no fewer.
 
     Parameters
     ----------
     features: `unit` and any other columns; several rows may name the same unit.
     latents: all of the SAE: `unit`, `tokens` (on which it fires), `partner`, `cosine`, `overlap` (null: neither fires).
-    cosine: a latent whose best partner has at least this cosine is found again.
+    cosine: a latent counts as found again if its best partner has at least this cosine.
 
     Returns
     -------
-    `features`, row for row, with `partner`, `cosine`, `overlap`, and `others` (how many latents the baseline is of),
-    `others_share` (share of them that is found again), `others_cosine` and `others_overlap` (their means); null where
-    there are none.
+    `features`, row for row, with `partner`, `cosine`, `overlap`, and of the baseline `others` (how many latents),
+    `others_share` (the share found again), `others_cosine` and `others_overlap` (their means); null if it is empty.
     """
     running = pl.int_range(1, pl.len() + 1, dtype=pl.Int64)
     overlap = pl.col("overlap")
@@ -108,15 +107,15 @@ def beside_others(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) 
             others_cosine=pl.col("cosine").cum_sum() / running,
             others_overlap=(overlap.fill_null(0.0).cum_sum() / overlap.cum_count()).fill_nan(None),
         )
-        # Of those that fire equally often the last row has them all.
+        # Of the latents that fire equally often, the last row counts them all.
         .unique("tokens", keep="last", maintain_order=True)
         .sort("tokens")
     )
     return (
-        features.with_row_index("_place")
+        features.with_row_index("_row")
         .join(latents, on="unit", how="left")
-        .sort("tokens", "_place")
+        .sort("tokens", "_row")
         .join_asof(others, on="tokens", strategy="forward")
-        .sort("_place")
-        .drop("_place", "tokens")
+        .sort("_row")
+        .drop("_row", "tokens")
     )

@@ -36,7 +36,7 @@ def run(params: Config, paths: Paths) -> None:
     features = read_table(paths.features)
     owners = read_owners(features, params, paths)
     latents = features.filter(kind="sae")["hookpoint"].unique(maintain_order=True).to_list()
-    saes = sae.Shelf(paths.saes, latents, device)
+    saes = sae.SAECache(paths.saes, latents, device)
     if not owners:
         log.warning("%s: no features, so only fastText identifies anything", paths.features)
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.core.errors import UserError
-from babelscope.models.hookpoints import INPUT
 from babelscope.models.tokens import codes
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf
+from babelscope.sae.cache import SAECache
 
 # The methods of the paper, by kind of unit.
 METHODS = {"sae": ("sae-count", "sae-min-max"), "neuron": ("neuron-count",)}
@@ -37,11 +36,8 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
     Min-max: (a - min) / (max - min + 1e-6), with the smallest and largest positive activation that the unit has on the
     language that owns it (Andrylie et al. 2025, arXiv 2507.11230).
 
-    Parameters
-    ----------
-    features: `unit`, `language`: the selection at one hookpoint.
-    counts: `unit`, `language`, `min_positive`, `max` of the same hookpoint, or None if no range is wanted.
-    languages: order of the columns.
+    `features`: `unit`, `language`, the selection at one hookpoint. `counts`: `unit`, `language`, `min_positive`, `max`
+    of the same hookpoint, or None if no range is wanted. `languages`: order of the columns.
 
     Raises
     ------
@@ -71,12 +67,8 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
 class UnitTotals:
     """Adds up, text by text, what the units of every language do.
 
-    Parameters
-    ----------
-    texts: how many texts there are.
-    owners: by hookpoint.
-    saes: the dictionary of every hookpoint whose units are latents; at the others the units are neurons.
-    device: of the work.
+    `texts`: how many. `owners`: by hookpoint. `saes`: the dictionary of every hookpoint whose units are latents; at the
+    others the units are neurons.
 
     Attributes
     ----------
@@ -84,7 +76,7 @@ class UnitTotals:
     """
 
     def __init__(
-        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE] | Shelf,
+        self, texts: int, owners: Mapping[str, Owned], saes: Mapping[str, SAE] | SAECache,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:  # fmt: skip
         self.device, self.owners, self.saes = device, dict(owners), saes
@@ -107,17 +99,13 @@ class UnitTotals:
     def reads(self, hookpoint: str) -> str:
         """The hookpoint whose activations `add` takes: a transcoder reads the input of its hookpoint's module."""
         dictionary = self.saes.get(hookpoint)
-        return hookpoint if dictionary is None or dictionary.b_in is None else hookpoint + INPUT
+        return hookpoint if dictionary is None else dictionary.input_name(hookpoint)
 
     @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
-        """Add tokens of any texts.
+        """Add tokens of any texts: what the SAE of `hookpoint` reads, or its neurons themselves, `[tokens, d]`.
 
-        Parameters
-        ----------
-        hookpoint: one of `owners`.
-        activations: `[tokens, d]`, any floating dtype: what the SAE reads, or the neurons themselves.
-        text: number of the text of each token, int64 `[tokens]`.
+        `text`: number of the text of each token, int64 `[tokens]`.
         """
         x = activations.to(self.device)
         if hookpoint not in self.saes:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from babelscope.core.errors import UserError, nearest
+from babelscope.models.names import INPUT as INPUT
 from babelscope.models.names import layer_of as layer_of
 
 Edit = Callable[[Tensor], Tensor]
-
-# What `read` calls the input of a hookpoint's module: `layers.14.mlp.input`.
-INPUT = ".input"
 
 
 def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, nn.Module]:

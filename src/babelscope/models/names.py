@@ -2,6 +2,8 @@
 
 import re
 
+# The suffix of a name for what enters the hookpoint's module, which a transcoder encodes: `layers.14.mlp.input`.
+INPUT = ".input"
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.(.+))?$")
 
 
@@ -19,3 +21,8 @@ def layer_of(hookpoint: str) -> int:
     """The number of the block that `hookpoint` lies in (0 if its path holds no number)."""
     found = parts_of(hookpoint)
     return found[0] if found else 0
+
+
+def input_name(hookpoint: str, transcode: bool) -> str:
+    """The name of the activations that an SAE at `hookpoint` encodes; a transcoder encodes its module's input."""
+    return hookpoint + INPUT if transcode else hookpoint

@@ -25,7 +25,7 @@ from babelscope.models import probing
 from babelscope.models.nll import head_of, target_count, targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf, Shelved
+from babelscope.sae.cache import CachedSAE, SAECache
 
 # Among few texts few have similar lengths. Padding costs time only in the blocks, since the NLL is computed for real
 # tokens only; a pass over few tokens costs more, because it reads all weights.
@@ -39,7 +39,7 @@ SCHEMA = {
 
 def loss_recovered(
     model: Any,
-    saes: Mapping[str, SAE] | Shelf,
+    saes: Mapping[str, SAE] | SAECache,
     texts: Sequence[TokenizedText],
     language: Sequence[str],
     languages: Sequence[str],
@@ -83,7 +83,7 @@ def loss_recovered(
     return _frame(sums, list(saes), language, languages)
 
 
-def splice(sae: SAE | Shelved, content: Tensor, inputs: Mapping[str, Tensor], name: str) -> hooks.Edit:
+def splice(sae: SAE | CachedSAE, content: Tensor, inputs: Mapping[str, Tensor], name: str) -> hooks.Edit:
     """The edit that replaces the activations by the SAE's reconstruction.
 
     Parameters
@@ -95,7 +95,7 @@ def splice(sae: SAE | Shelved, content: Tensor, inputs: Mapping[str, Tensor], na
 
     def edit(x: Tensor) -> Tensor:
         changed = x.clone()
-        changed[content] = sae((x if sae.b_in is None else inputs[name])[content]).to(x.dtype)
+        changed[content] = sae((inputs[name] if sae.is_transcoder else x)[content]).to(x.dtype)
         return changed
 
     return edit
@@ -108,7 +108,7 @@ def zero(content: Tensor) -> hooks.Edit:
 
 @torch.inference_mode()
 def _sums(
-    model: Any, saes: Mapping[str, SAE] | Shelf, batch: Sequence[TokenizedText], restarts: Sequence[int]
+    model: Any, saes: Mapping[str, SAE] | SAECache, batch: Sequence[TokenizedText], restarts: Sequence[int]
 ) -> dict[str, Tensor]:
     """NLL sums of a batch, on the CPU: `clean`, `tokens` `[texts]`; `sae`, `zero` `[hookpoints, texts]`.
 
@@ -127,7 +127,7 @@ def _sums(
         with hooks.starting_at(model, layer, hidden.get(layer)), hooks.editing(model, {name: edit}):
             return text_nll(model, ids, mask, special)
 
-    with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.b_in is not None]) as entering:
+    with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.is_transcoder]) as entering:
         spliced = torch.stack([nll(name, splice(sae, content, entering, name)) for name, sae in saes.items()])
     zeroed = torch.stack([nll(name, zero(content)) for name in saes])
     sums = {"clean": clean, "sae": spliced, "zero": zeroed, "tokens": targets(mask, special).sum(1)}

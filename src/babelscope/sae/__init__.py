@@ -1,7 +1,7 @@
 """TopK sparse autoencoders: the model, its training, its quality and its files."""
 
 from babelscope.sae.autoencoder import SAE
-from babelscope.sae.cache import Shelf, Shelved
+from babelscope.sae.cache import CachedSAE, SAECache
 from babelscope.sae.checkpoint import load
 
-__all__ = ["SAE", "Shelf", "Shelved", "load"]
+__all__ = ["SAE", "CachedSAE", "SAECache", "load"]

@@ -5,15 +5,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from babelscope.models.matmul import linear
+from babelscope.models.names import input_name
 from babelscope.sae.kernels.topk import top_k
 
-# Scores in one chunk of `encode`: bounds its memory (float32 bytes: 4 times as many).
-# On a CPU the chunk is to stay in the last-level cache between the product and the top-k.
+# Scores in one chunk of `encode`: bounds its memory (4 bytes each). On a CPU the chunk must stay in the last-level
+# cache between the product and the top-k.
 _CHUNK = {"cpu": 2**22, "cuda": 2**28}
 
 
 def chunk_rows(latents: int, device: torch.device) -> int:
-    """How many rows of `latents` scores are worked on at once on this device (a power of two suits the product)."""
+    """How many rows of `latents` scores make a chunk on this device (a power of two suits the product)."""
     most = max(16, _CHUNK.get(device.type, 2**26) // latents)
     return 1 << (most.bit_length() - 1)
 
@@ -23,8 +24,8 @@ class SAE(nn.Module):
 
     There are two activation functions f. TopK keeps the k largest positive scores of a row (Gao et al. 2024, arXiv
     2406.04093, eq. 3). JumpReLU keeps the positive scores above a threshold per latent (Rajamanoharan et al. 2024,
-    arXiv 2407.14435, eq. 3); with one threshold for all it is what BatchTopK becomes after training (Bussmann et al.
-    2024, arXiv 2412.06410, eq. 5), with thresholds of 0 it is ReLU.
+    arXiv 2407.14435, eq. 3). BatchTopK after training is JumpReLU with one threshold for all (Bussmann et al. 2024,
+    arXiv 2412.06410, eq. 5); ReLU is JumpReLU with thresholds of 0.
 
     Parameters
     ----------
@@ -32,9 +33,9 @@ class SAE(nn.Module):
     W_dec: float32 [n, d].
     b_enc: float32 [n].
     b_dec: float32 [d].
-    k: active latents per row (TopK); null where `threshold` is given.
-    threshold: float32 [n], >= 0 (JumpReLU); null where `k` is given.
-    b_in: float32 [d_in], taken off the input of a transcoder (a constant); null: `b_dec`, as autoencoders have it.
+    k: active latents per row (TopK); None if `threshold` is given.
+    threshold: float32 [n], >= 0 (JumpReLU); None if `k` is given.
+    b_in: float32 [d_in], subtracted from the input of a transcoder (a constant); None: `b_dec`, an autoencoder.
 
     Attributes
     ----------
@@ -42,7 +43,7 @@ class SAE(nn.Module):
 
     Raises
     ------
-    ValueError: the shapes do not fit each other, or not just one of `k` and `threshold` is given.
+    ValueError: the shapes do not match, or not exactly one of `k` and `threshold` is given.
     """
 
     threshold: Tensor | None
@@ -64,7 +65,7 @@ class SAE(nn.Module):
         width = d_in if b_in is not None else d
         if W_dec.shape != (n, d) or b_enc.shape != (n,) or b_dec.shape != (d,) or width != d_in:
             shapes = ", ".join(str(tuple(t.shape)) for t in (encoder, W_dec, b_enc, b_dec))
-            raise ValueError(f"an SAE needs [n, d_in], [n, d], [n], [d], and b_in where d_in is not d; got {shapes}")
+            raise ValueError(f"an SAE needs [n, d_in], [n, d], [n], [d], and b_in if d_in is not d; got {shapes}")
         if b_in is not None and b_in.shape != (d_in,):
             raise ValueError(f"b_in has the shape {tuple(b_in.shape)}, the input {d_in} dimensions")
         if (k is None) == (threshold is None):
@@ -82,6 +83,15 @@ class SAE(nn.Module):
         self.register_buffer("b_in", None if b_in is None else b_in.float().contiguous())
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it encodes the input of its hookpoint's module instead of the hookpoint."""
+        return self.b_in is not None
+
+    def input_name(self, hookpoint: str) -> str:
+        """The name of the activations that it encodes at `hookpoint`."""
+        return input_name(hookpoint, self.is_transcoder)
+
+    @property
     def W_enc(self) -> Tensor:
         """Encoder weights [d_in, n]: a transposed view of `encoder`."""
         return self.encoder.T
@@ -93,31 +103,31 @@ class SAE(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of what is encoded."""
+        """Width of the input."""
         return self.encoder.shape[1]
 
     @property
     def d(self) -> int:
-        """Width of what is decoded: that of the input, but for transcoders."""
+        """Width of the output; only a transcoder's differs from `d_in`."""
         return self.W_dec.shape[1]
 
     def centre(self, x: Tensor) -> Tensor:
-        """`x - b_in` in float32: what the encoder is applied to."""
+        """`x - b_in` in float32, to which the encoder is applied."""
         return x.float() - (self.b_dec if self.b_in is None else self.b_in)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact activations, without gradients (training has its own steps, `sae.step` and `sae.dense`).
+        """Exact activations, without gradients (training has its own steps, see `sae.training`).
 
         Parameters
         ----------
-        x: [..., d_in], any floating dtype; computed in float32, in chunks of rows, so that memory stays bounded.
+        x: [..., d_in], any floating dtype; computed in float32, in chunks of rows, which bounds the memory.
 
         Returns
         -------
-        values: float32 [..., q] >= 0, in no particular order; q is k, or, of a JumpReLU, the most that fire in a row.
-        indices: int64 [..., q], distinct within a row where the value is not 0. Where a value is 0 the latent does not
-            fire: ignore its index.
+        values: float32 [..., q] >= 0, in no particular order; q is k or, for JumpReLU, the most that fire in a row.
+        indices: int64 [..., q], distinct within a row if the value is not 0. A value of 0 means that the latent does
+            not fire: ignore its index.
         """
         rows = x.reshape(-1, self.d_in)
         size = chunk_rows(self.latents, x.device)
@@ -149,14 +159,14 @@ class SAE(nn.Module):
 
 
 def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The positive scores above the threshold, [rows, q], filled up with 0; q >= 1 is the most in a row."""
+    """The positive scores above the threshold, [rows, q], padded with 0; q >= 1 is the most in a row."""
     active = (scores > threshold) & (scores > 0)
     row, latent = active.nonzero(as_tuple=True)
     count = active.sum(1)
-    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     values = scores.new_zeros(len(scores), max(1, int(count.max()) if len(count) else 0))
     indices = torch.zeros_like(values, dtype=torch.int64)
-    values[row, place], indices[row, place] = scores[row, latent], latent
+    values[row, column], indices[row, column] = scores[row, latent], latent
     return values, indices
 
 
@@ -167,8 +177,8 @@ def initialise(
 
     Parameters
     ----------
-    mean: [d], mean of the (normalised) training data. A decoder bias of 0 instead costs many dead latents.
-    latents, k: width of the dictionary and active latents.
+    mean: [d], mean of the (normalised) training data; with a decoder bias of 0 instead, many latents would die.
+    latents, k: width of the dictionary, and active latents per row.
     encoder_scale: norm of an encoder row; the decoder's transpose (1.0) overshoots with many latents per token.
     seed: of the directions.
     b_in: [d_in], mean of a transcoder's input; its encoder rows have directions of their own.

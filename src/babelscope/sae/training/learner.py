@@ -3,42 +3,44 @@
 import torch
 from torch import Tensor, nn
 
-from babelscope.activations.moments import Moments
+from babelscope.activations.moments import Normalisation
 from babelscope.config.schema import Train
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.kernels import fused
 from babelscope.sae.training.dense import dense_step
-from babelscope.sae.training.sharding import add_rows_, own, whole
+from babelscope.sae.training.sharding import add_rows_, full, local
 from babelscope.sae.training.step import Step, sparse_step
 
-# Rows of a step on which dead latents learn, and how many of these do: enough for their directions, and a fraction of
+# Rows of a step on which dead latents learn, and how many dead latents do: enough for their directions at a fraction of
 # the step's time and memory.
 _AUX_ROWS, _AUX_LATENTS = 256, 8192
-# `train.dead_after` null: so many times as long as a latent waits on average for its next firing.
+# `train.dead_after` null: this many times the average number of tokens between two firings of a latent.
 _WAITS = 32
-# Rows of the decoder that are projected at once: bounds the memory.
+# Rows of the decoder projected at once: bounds the memory.
 _CHUNK = 4096
-# The weight of the sparsity penalty is steered until k latents are active: its logarithm by so much over the whole run
-# for each multiple of k that they are too many, and at once by so many times its size.
+# PI controller for the sparsity weight: _INTEGRAL is the change of its logarithm over a run per unit of relative L0
+# error (L0 / k - 1), _PROPORTIONAL the immediate response.
 _INTEGRAL, _PROPORTIONAL = 20.0, 3.0
-# Last share of the steps over which BatchTopK's lowest activation is averaged to the threshold of inference.
+# BatchTopK's threshold for inference is the smallest activation, averaged over this last share of the steps.
 _SETTLED = 0.05
 
 
 class Learner(nn.Module):
-    """An SAE in training, on normalised activations: their mean squared norm is their width (see `Moments`).
+    """An SAE in training, on normalised activations: their mean squared norm is their width.
 
     Parameters
     ----------
     settings: the `train` section.
     target: of the activations to reconstruct.
-    source: of the activations to encode, where they are others (transcoders).
-    steps: how many the run has.
+    source: of the activations to encode, if they differ (transcoders).
+    steps: number of steps of the run.
     seed: of the initialisation.
     """
 
-    def __init__(self, settings: Train, target: Moments, source: Moments | None, *, steps: int, seed: int) -> None:
+    def __init__(
+        self, settings: Train, target: Normalisation, source: Normalisation | None, *, steps: int, seed: int
+    ) -> None:
         super().__init__()
         self.settings, self.steps = settings, steps
         self.dead_after = settings.dead_after or _WAITS * settings.latents // settings.k
@@ -55,18 +57,18 @@ class Learner(nn.Module):
         self._revival: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self.log_threshold: nn.Parameter | None = None
         if settings.activation == "jumprelu":
-            # At the start the scores of normal inputs have this deviation, and k of them lie above the threshold.
+            # The scores of normal inputs start with this standard deviation, and k of them above the threshold.
             share = torch.tensor(min(settings.k / settings.latents, 0.49))
             threshold = settings.encoder_scale * -torch.special.ndtri(share)
             self.log_threshold = nn.Parameter(threshold.log().expand(settings.latents).clone())
-        self.idle: Tensor
+        self.tokens_since_fired: Tensor
         self.log_sparsity: Tensor
-        self.excess: Tensor
-        self.lowest: Tensor
-        self.register_buffer("idle", torch.zeros(settings.latents, dtype=torch.int64))  # tokens since the last firing
+        self.l0_error: Tensor
+        self.min_activation: Tensor
+        self.register_buffer("tokens_since_fired", torch.zeros(settings.latents, dtype=torch.int64))
         self.register_buffer("log_sparsity", torch.zeros(()))
-        self.register_buffer("excess", torch.zeros(()))  # of active latents in the last step, in multiples of k
-        self.register_buffer("lowest", torch.zeros(2))  # sum and number
+        self.register_buffer("l0_error", torch.zeros(()))  # L0 / k - 1 of the last step
+        self.register_buffer("min_activation", torch.zeros(2))  # sum and number
 
     def loss(self, x: Tensor, y: Tensor | None, world: int) -> Step:
         """Loss of one batch, differentiable, in the units of the normalised activations: `passes`, then `remember`."""
@@ -77,28 +79,28 @@ class Learner(nn.Module):
     def passes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
         """Normalised inputs [rows, d_in] and the step on them, its loss differentiable; changes no state.
 
-        The gradient by which dead latents learn is not in it: `before_update` adds it where it is not 0, for by way of
-        autograd it would be as large as the weights.
+        The gradient of dead latents is not in it: `before_update` adds its few rows, since autograd's would be as large
+        as the weights.
 
         Parameters
         ----------
         x: [rows, d_in], activations to encode as they are stored.
-        y: [rows, d], those to reconstruct; null: x.
+        y: [rows, d], activations to reconstruct; None: x.
         """
         normal: Tensor = (self.source or self.target)(x)
         return normal, self._step(normal, None if y is None else self.target(y))
 
     def remember(self, x: Tensor, result: Step, world: int) -> None:
-        """Note which latents fired, and what dead ones are to learn from the batch.
+        """Record which latents fired, and the gradients of dead ones on this batch.
 
         Parameters
         ----------
         x: normalised inputs [rows, d_in].
         world: number of devices that share the batch.
         """
-        self.idle.add_(len(x) * world).masked_fill_(result.activity > 0, 0)
+        self.tokens_since_fired.add_(len(x) * world).masked_fill_(result.activity > 0, 0)
         if world > 1:
-            torch.distributed.all_reduce(self.idle, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(self.tokens_since_fired, torch.distributed.ReduceOp.MIN)
         dead = self.dead().nonzero().squeeze(1)
         wanted = len(dead) and self.settings.aux_k_coefficient
         self._revival = self._revive(x, result.error, dead, world) if wanted else None
@@ -106,20 +108,20 @@ class Learner(nn.Module):
     def _revive(self, x: Tensor, error: Tensor, dead: Tensor, world: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Some of the dead latents, and the gradients of their encoder rows, decoder rows and encoder biases."""
         # A batch is in the order of the store, which is that of text lengths: take rows from all of it.
-        few = slice(None, None, max(1, len(x) * world // _AUX_ROWS))
-        some = dead[:: -(-len(dead) // _AUX_LATENTS)]
-        rows = [weight[some].detach().requires_grad_() for weight in (self.sae.encoder, self.sae.W_dec, self.sae.b_enc)]
+        sample = slice(None, None, max(1, len(x) * world // _AUX_ROWS))
+        dead = dead[:: -(-len(dead) // _AUX_LATENTS)]
+        rows = [weight[dead].detach().requires_grad_() for weight in (self.sae.encoder, self.sae.W_dec, self.sae.b_enc)]
         with torch.enable_grad():
-            loss = auxiliary_loss(self.sae.centre(x[few]).detach(), error[few], *rows)
-        return some, torch.autograd.grad(self.settings.aux_k_coefficient * loss, rows)
+            loss = auxiliary_loss(self.sae.centre(x[sample]).detach(), error[sample], *rows)
+        return dead, torch.autograd.grad(self.settings.aux_k_coefficient * loss, rows)
 
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` tokens: bool [n]."""
-        return self.idle > self.dead_after
+        return self.tokens_since_fired > self.dead_after
 
     @torch.no_grad()
     def figures(self, y: Tensor, result: Step) -> Tensor:
-        """What a step is logged with, float64 [5].
+        """Figures for the log, float32 [5].
 
         The loss, the sums of squared errors and of squared deviations from the training mean (both in the units of the
         store), the active latents per row, and the share of dead latents.
@@ -131,20 +133,20 @@ class Learner(nn.Module):
         error = self.target.inverse(result.error)
         deviation = y.float() - self.target.mean
         parts = result.loss, error.square().sum(), deviation.square().sum(), result.l0, self.dead().float().mean()
-        return torch.stack([part.double() for part in parts])
+        return torch.stack(parts)
 
     def _step(self, x: Tensor, y: Tensor | None) -> Step:
         activation = self.settings.activation
         if activation == "topk" or activation == "batchtopk":
             return sparse_step(self.sae, x, y, select=activation, widths=self.settings.matryoshka or ())
-        sparsity = self.log_sparsity.exp() * (1 + _PROPORTIONAL * self.excess)
-        if activation == "relu":  # a bonus for large activations would have no bound
+        sparsity = self.log_sparsity.exp() * (1 + _PROPORTIONAL * self.l0_error)
+        if activation == "relu":  # a negative penalty would reward large activations without bound
             sparsity = sparsity.clamp_min(0.0)
         return dense_step(self.sae, x, y, log_threshold=self.log_threshold, sparsity=sparsity)
 
     @torch.no_grad()
     def before_update(self, world: int) -> None:
-        """Add the gradients of dead latents; take off the decoder's what would change its rows' norms."""
+        """Add the gradients of dead latents, and project the decoder's gradient so that its rows keep their norms."""
         sae = self.sae
         if self._revival is not None:
             dead, gradients = self._revival
@@ -155,7 +157,7 @@ class Learner(nn.Module):
                 assert weight.grad is not None
                 add_rows_(weight.grad, dead, gradient)
         assert sae.W_dec.grad is not None
-        gradient, W_dec = own(sae.W_dec.grad), own(sae.W_dec)
+        gradient, W_dec = local(sae.W_dec.grad), local(sae.W_dec)
         if kernels := fused(gradient):
             kernels.take_off_parallel_(gradient, W_dec)
             return
@@ -165,60 +167,61 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def after_update(self, result: Step, share: float) -> None:
-        """Bring the decoder's rows back to norm 1, and remember what the step tells for later ones.
+        """Bring the decoder's rows back to norm 1, and update the sparsity weight or threshold.
 
         Parameters
         ----------
         result: of this step, averaged over the devices.
-        share: of the steps that are done.
+        share: of the steps done.
         """
-        W_dec = own(self.sae.W_dec)
+        W_dec = local(self.sae.W_dec)
         if kernels := fused(W_dec):
             kernels.normalise_(W_dec)
         else:
             W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         if self.settings.activation in ("relu", "jumprelu"):
-            self.excess.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
-            self.log_sparsity.add_(self.excess, alpha=_INTEGRAL / self.steps)
-        elif self.settings.activation == "batchtopk" and share > 1 - _SETTLED and bool(result.lowest.isfinite()):
-            self.lowest.add_(torch.stack([result.lowest, torch.ones_like(result.lowest)]))
+            self.l0_error.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
+            self.log_sparsity.add_(self.l0_error, alpha=_INTEGRAL / self.steps)
+        elif (
+            self.settings.activation == "batchtopk" and share > 1 - _SETTLED and bool(result.min_activation.isfinite())
+        ):
+            self.min_activation.add_(torch.stack([result.min_activation, torch.ones_like(result.min_activation)]))
 
     @torch.no_grad()
     def finished(self) -> SAE:
         """The SAE for activations as they are stored: the normalisation folded into the weights, thresholds set.
 
-        Where the weights are cut into pieces, every device has to call it at the same time.
+        With sharded weights, every device must call this at the same time.
         """
         sae, source = self.sae, self.source or self.target
-        unit = self.target.scale  # activations in the units of the store: unless whitened, decoder rows keep norm 1
-        encoder, W_dec = source.fold(whole(sae.encoder)) / unit, self.target.inverse(whole(sae.W_dec)) * unit
-        b_enc, b_dec = whole(sae.b_enc) / unit, self.target.inverse(whole(sae.b_dec))
+        unit = self.target.scale  # activations in the units of the store: decoder rows keep norm 1 unless whitened
+        encoder, W_dec = source.fold(full(sae.encoder)) / unit, self.target.inverse(full(sae.W_dec)) * unit
+        b_enc, b_dec = full(sae.b_enc) / unit, self.target.inverse(full(sae.b_dec))
         b_in = None if sae.b_in is None else source.inverse(sae.b_in)
         match self.settings.activation:
             case "topk":
                 return SAE(encoder, W_dec, b_enc, b_dec, sae.k, b_in=b_in)
             case "batchtopk":
-                threshold = (self.lowest[0] / self.lowest[1].clamp_min(1)).expand(sae.latents)
+                threshold = (self.min_activation[0] / self.min_activation[1].clamp_min(1)).expand(sae.latents)
             case "relu":
                 threshold = torch.zeros_like(b_enc)
             case "jumprelu":
                 assert self.log_threshold is not None
-                threshold = whole(self.log_threshold).exp()
+                threshold = full(self.log_threshold).exp()
         return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold / unit, b_in=b_in)
 
 
 class Normal(nn.Module):
-    """The normalisation of activations: a factor, or, for those of few effective dimensions, a matrix."""
+    """A `Normalisation` as a module; the checkpoint of the run has it beside the weights."""
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, normalisation: Normalisation) -> None:
         super().__init__()
-        self.scale = moments.scale
-        forth, back = moments.whitening() or (None, None)
         self.mean: Tensor
         self.forth: Tensor | None
         self.back: Tensor | None
-        for name, tensor in (("mean", moments.mean), ("forth", forth), ("back", back)):
-            self.register_buffer(name, tensor, persistent=False)  # follows from the data
+        mean, self.scale, forth, back = normalisation
+        for name, tensor in (("mean", mean), ("forth", forth), ("back", back)):
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., d], to float32."""
@@ -241,11 +244,11 @@ def auxiliary_loss(centred: Tensor, error: Tensor, encoder: Tensor, W_dec: Tenso
     Parameters
     ----------
     centred: float32 [rows, d_in], inputs without their bias.
-    error: [rows, d], y_hat - y of the step, taken as a constant.
+    error: [rows, d], y_hat - y of the step, a constant.
     encoder, W_dec, b_enc: [m, d_in], [m, d], [m], the weights of dead latents; at most d / 2 of them, the most active,
         take part in a row.
     """
     scores = centred @ encoder.T + b_enc
-    values, place = scores.relu().topk(min(W_dec.shape[1] // 2, len(W_dec)), dim=-1, sorted=False)
-    explained = torch.zeros_like(scores).scatter(1, place, values) @ W_dec
+    values, indices = scores.relu().topk(min(W_dec.shape[1] // 2, len(W_dec)), dim=-1, sorted=False)
+    explained = torch.zeros_like(scores).scatter(1, indices, values) @ W_dec
     return (explained + error).square().sum() / len(centred)

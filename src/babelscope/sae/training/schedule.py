@@ -1,11 +1,11 @@
 """The learning rate of a training run: its peak by a rule, and its course."""
 
-# Adam's. The usual 0.999 remembers a thousand steps, more than a short run has; it ended at a higher FVU
-# at all hookpoints measured (docs/training.md).
+# Adam's betas. The usual 0.999 remembers a thousand steps, more than a short run has; it ended at a higher FVU at all
+# hookpoints measured (docs/training.md).
 BETAS = (0.9, 0.95)
 
 
-def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
+def lr_multiplier(step: int, steps: int, warmup: float, decay: float) -> float:
     """Share of the peak learning rate at `step` (0-based): linear warm-up, constant, linear decay.
 
     Parameters
@@ -21,7 +21,6 @@ def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
 def learning_rate(latents: int, steps: int) -> float:
     """Peak learning rate of Adam for a width and a length of the run (`train.learning_rate` null).
 
-    It fits the default; what is known of other widths and lengths stands in docs/training.md, and
-    `benchmarks/learning_rate.py` measures it there.
+    Fitted at 4,608 latents; docs/training.md has other widths and lengths, measured by `benchmarks/learning_rate.py`.
     """
     return float(0.0035 * (4608 / latents * 352 / steps) ** 0.125)

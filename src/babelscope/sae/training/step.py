@@ -37,14 +37,14 @@ class Step(NamedTuple):
     error: float32 [rows, d], y_hat - y (a constant).
     activity: float32 [n], the sum of every latent's activations; 0 = it did not fire.
     l0: scalar, mean number of active latents per row.
-    lowest: scalar, the smallest activation above 0 (infinite where none is).
+    min_activation: scalar, the smallest activation above 0 (infinite if there is none).
     """
 
     loss: Tensor
     error: Tensor
     activity: Tensor
     l0: Tensor
-    lowest: Tensor
+    min_activation: Tensor
 
 
 def sparse_step(

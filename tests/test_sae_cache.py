@@ -1,4 +1,4 @@
-"""The shelf: what it hands out is the SAE in the file, and no more is held than there is room for."""
+"""The cache: it returns the SAE in the file, and holds no more than `max_bytes`."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import torch
 
 from babelscope.ablation.interventions import Additive, FeatureAblation
 from babelscope.core.errors import UserError
-from babelscope.sae import SAE, Shelf, checkpoint
+from babelscope.sae import SAE, SAECache, checkpoint
 
 NAMES = [f"layers.{number}.mlp" for number in range(4)]
 LATENTS, D = 32, 8
@@ -31,12 +31,12 @@ def size(folder):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("room", [0, 1, 2, 4])
-def test_an_sae_from_the_shelf_computes_what_the_sae_in_the_file_does(folder, room, device):
-    shelf = Shelf(folder, NAMES, torch.device(device), room=room * size(folder))
+@pytest.mark.parametrize("held", [0, 1, 2, 4])
+def test_an_sae_from_the_cache_computes_what_the_sae_in_the_file_does(folder, held, device):
+    cache = SAECache(folder, NAMES, torch.device(device), max_bytes=held * size(folder))
     x = torch.randn(5, D, generator=torch.Generator().manual_seed(9)).to(device)
     for name in [*NAMES, *reversed(NAMES)]:
-        one, other = shelf[name], checkpoint.load(folder, name).to(device)
+        one, other = cache[name], checkpoint.load(folder, name).to(device)
         assert (one.latents, one.d, one.d_in, one.b_in) == (LATENTS, D, D, None)
         assert torch.equal(one.W_dec, other.W_dec) and torch.equal(one.b_dec, other.b_dec)
         assert torch.equal(one(x), other(x))
@@ -44,25 +44,25 @@ def test_an_sae_from_the_shelf_computes_what_the_sae_in_the_file_does(folder, ro
             assert torch.equal(mine, wanted)
 
 
-@pytest.mark.parametrize("room", [0, 1, 2])
-def test_no_more_is_held_than_there_is_room_for(folder, room):
-    shelf = Shelf(folder, NAMES, room=room * size(folder))
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_no_more_is_held_than_there_max_bytes_allow(folder, held):
+    cache = SAECache(folder, NAMES, max_bytes=held * size(folder))
     alive = []
     for name in NAMES * 3:
-        alive.append(weakref.ref(shelf.take(name)))
+        alive.append(weakref.ref(cache.get_sae(name)))
         gc.collect()
-        assert len({id(sae) for sae in (one() for one in alive) if sae is not None}) <= max(room, 1)
+        assert len({id(sae) for sae in (one() for one in alive) if sae is not None}) <= max(held, 1)
 
 
 def test_what_fits_is_read_once(folder, monkeypatch):
-    room, read, load = 3 * size(folder), [], checkpoint.load
+    limit, read, load = 3 * size(folder), [], checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda path, name: read.append(name) or load(path, name))
-    all_of_them = Shelf(folder, NAMES)
+    all_of_them = SAECache(folder, NAMES)
     for name in NAMES * 2:
         all_of_them[name].encode(torch.zeros(1, D))
     assert read == NAMES
     read.clear()
-    three = Shelf(folder, NAMES, room=room)
+    three = SAECache(folder, NAMES, max_bytes=limit)
     assert read == NAMES
     for name in NAMES * 2:
         three[name].encode(torch.zeros(1, D))
@@ -74,21 +74,21 @@ def test_a_broken_one_is_found_at_once(folder, tmp_path):
         checkpoint.save(checkpoint.load(folder, name), tmp_path / name, {})
     (tmp_path / NAMES[1] / "sae_weights.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"layers\.1\.mlp"):
-        Shelf(tmp_path, NAMES[:2])
+        SAECache(tmp_path, NAMES[:2])
 
 
-def test_interventions_from_the_shelf_are_those_of_the_saes(folder):
-    shelf, units = Shelf(folder, NAMES, room=0), [[1, 5, 7], [], [30, 5]]
+def test_interventions_from_the_cache_are_those_of_the_saes(folder):
+    cache, units = SAECache(folder, NAMES, max_bytes=0), [[1, 5, 7], [], [30, 5]]
     x = torch.randn(6, D, generator=torch.Generator().manual_seed(3))
     condition = torch.tensor([0, 1, 2, 2, 1, 0])
     largest = torch.rand(LATENTS, generator=torch.Generator().manual_seed(4))
     for name in NAMES:
         whole = checkpoint.load(folder, name)
-        mine, wanted = FeatureAblation(shelf[name], units), FeatureAblation(whole, units)
+        mine, wanted = FeatureAblation(cache[name], units), FeatureAblation(whole, units)
         assert torch.equal(mine.affected_tokens(x), wanted.affected_tokens(x))
         assert torch.equal(mine.change(x, condition), wanted.change(x, condition))
         table = torch.zeros(3, LATENTS)
         for row, some in enumerate(units):
             table[row, some] = -0.2 * largest[some]
-        shifted = Additive(shelf[name], units, largest, -0.2).change(x, condition)
+        shifted = Additive(cache[name], units, largest, -0.2).change(x, condition)
         torch.testing.assert_close(shifted, x + (table @ whole.W_dec.detach())[condition])

@@ -1,0 +1,94 @@
+"""Stage `train <hookpoint>`: the SAE of one hookpoint: trained here, trained by stage `stream`, or a released one."""
+
+import shutil
+from contextlib import ExitStack
+
+from babelscope.config import Config
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import copy_file, read_json, write_json
+from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.paths import Paths
+from babelscope.core.resume import scratch
+from babelscope.models.names import layer_of
+from babelscope.sae import checkpoint
+from babelscope.sae.training.stored import StoredActivations
+
+
+def run(params: Config, paths: Paths, hookpoint: str) -> None:
+    """Write `paths.saes / hookpoint` and the stage's metrics, as `train.source` says."""
+    source = {"stored": trained, "stream": published, "pretrained": fetched}[params.train.source]
+    figures = source(params, paths, hookpoint)
+    if figures is None:
+        return
+    numbers = figures | {"layer": layer_of(hookpoint)}
+    if params.train.source != "pretrained":
+        numbers["tokens"] = -(-params.train.tokens // params.train.batch) * params.train.batch
+    write_json(paths.metrics("train", hookpoint), numbers)
+    report(hookpoint, numbers, params.languages)
+
+
+def report(hookpoint: str, numbers: dict[str, float], languages: list[str]) -> None:
+    """Log the figures in a line."""
+    by_language = sorted((numbers[f"fvu/{name}"], name) for name in languages if f"fvu/{name}" in numbers)
+    ends = [f"{fvu:.3f} {name}" for fvu, name in (by_language[0], by_language[-1])] if by_language else ["-", "-"]
+    shown = f"{numbers['fvu']:.3f}", *ends, f"{numbers['l0']:.1f}", f"{100 * numbers['dead_share']:.1f} %"
+    head = ["hookpoint", "tokens", "FVU (held out)", "lowest", "highest", "L0", "dead latents"]
+    stage.table(head, [[hookpoint, f"{numbers['tokens']:,}" if "tokens" in numbers else "-", *shown]])
+
+
+def published(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
+    """Copy the SAE that `stream` has trained; returns its figures. `track` logs its run from the history."""
+    for name in ("cfg.json", "sae_weights.safetensors", "history.csv"):
+        copy_file(paths.stream / hookpoint / name, paths.saes / hookpoint / name)
+    return read_json(paths.stream / hookpoint / "quality.json")
+
+
+def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
+    """Write a released SAE as if it had been trained here, but without a history; returns its figures."""
+    data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
+    released, transcode = params.pretrained, params.train.transcode
+    folder = released.folder_of(hookpoint, layer_of(hookpoint))
+    sae = checkpoint.load(released.name or "", folder, revision=released.revision)
+    d_in = (data.inputs or data.store).d
+    if (sae.d_in, sae.d) != (d_in, data.store.d):
+        raise UserError(
+            f"params.yaml: pretrained.folder: the SAE in {folder!r} takes {sae.d_in} dimensions and gives {sae.d}; "
+            f"{hookpoint} has {d_in} and {data.store.d}"
+        )
+    if sae.is_transcoder != transcode:
+        raise UserError(
+            f"params.yaml: train.transcode: {transcode}, but {folder!r} holds "
+            f"{'an autoencoder' if transcode else 'a transcoder'}; allowed: {not transcode}"
+        )
+    origin = {"released_as": f"{local_name(released.name or '')}/{folder}", "revision": released.revision}
+    checkpoint.save(sae, out, {"model_name": data.store.index["model"], "hook_name": hookpoint, **origin})
+    (out / "history.csv").unlink(missing_ok=True)
+    return data.figures(sae)
+
+
+def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
+    """Train the SAE, with a live MLflow run; returns its figures (None on the other ranks of a distributed run)."""
+    data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
+    name, knobs = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})
+    work = fingerprint(name, knobs, {str(path): dvc_md5(path) for path in data.files})
+    folder, batches = scratch(work), data.batches(params.seed)
+
+    from babelscope.sae.training.loop import Write, is_first_process, train
+    from babelscope.tracking.training import training_run
+
+    with ExitStack() as stack:
+        write: Write | None = None
+        if is_first_process():
+            run = training_run(params.track.experiment, stage=name, fingerprint=work, params=knobs)
+            write = stack.enter_context(run).log
+        result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
+        if result is None:
+            return None
+        [(sae, history)] = result
+        data.save(sae, history, out)
+        run.finish(dvc_md5(out))
+    figures = data.figures(sae)
+    shutil.rmtree(folder, ignore_errors=True)
+    return figures

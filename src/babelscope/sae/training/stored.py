@@ -1,0 +1,66 @@
+"""What the stages `train` and `retrain` share: the stored activations of a hookpoint, and the finished SAE's files."""
+
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+
+import polars as pl
+import torch
+
+from babelscope.activations.batches import Batches
+from babelscope.activations.store import ActivationStore, place
+from babelscope.config import Config
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, write_atomically
+from babelscope.core.paths import Paths
+from babelscope.models import hardware
+from babelscope.models.names import input_name
+from babelscope.sae import SAE, checkpoint
+from babelscope.sae.metrics import quality
+
+
+class StoredActivations:
+    """The stored activations of a hookpoint, and the rows to train on and to measure on.
+
+    Raises
+    ------
+    UserError: a file is missing or damaged, the files do not belong together, or a split has no rows.
+    """
+
+    def __init__(self, params: Config, paths: Paths, hookpoint: str) -> None:
+        self.train, self.hookpoint, self.languages = params.train, hookpoint, params.languages
+        self.device = hardware.prepare(params.hardware)
+        self.files = place(paths.activations, hookpoint), paths.tokens
+        self.store, table = ActivationStore(self.files[0]), read_table(paths.tokens)
+        encoded = input_name(hookpoint, self.train.transcode)
+        self.inputs = ActivationStore(place(paths.activations, encoded)) if self.train.transcode else None
+        if len(table) != self.store.rows:
+            raise UserError(
+                f"{paths.tokens}: {len(table)} rows, but {self.files[0]} holds {self.store.rows}: dvc repro extract"
+            )
+        self.train_rows, self.eval_rows = (table.filter(split=split) for split in ("train", "eval"))
+        if self.train_rows.is_empty() or self.eval_rows.is_empty():
+            raise UserError(f"{paths.tokens}: no rows of split 'train' or none of split 'eval'")
+
+    def batches(self, seed: int) -> Batches:
+        """The batches of a training; imports what trains on them while their moments are computed."""
+        rows, steps = self.train_rows["row"].to_torch(), -(-self.train.tokens // self.train.batch)
+        pin = self.device.type == "cuda"
+        batches = Batches(self.store, rows, self.train.batch, steps, seed, self.inputs, pin=pin)
+        importing = Thread(target=import_module, args=("babelscope.sae.training.loop",))
+        importing.start()
+        batches.moments()
+        importing.join()
+        return batches
+
+    def save(self, sae: SAE, history: list[dict[str, float]], folder: Path) -> None:
+        """Write a finished SAE with its history."""
+        checkpoint.save(sae, folder, {"model_name": self.store.index["model"], "hook_name": self.hookpoint})
+        write_atomically(folder / "history.csv", pl.DataFrame(history).write_csv)
+
+    def figures(self, sae: SAE) -> dict[str, float]:
+        """FVU, L0 and dead latents on the held-out rows, in all and per language."""
+        code = self.eval_rows["language"].cast(pl.Enum(self.languages)).to_physical().cast(pl.Int64).to_torch()
+        rows: torch.Tensor = self.eval_rows["row"].to_torch()
+        found = quality(sae.to(self.device), self.store, rows, code, len(self.languages), self.inputs)
+        return found.figures(self.languages)

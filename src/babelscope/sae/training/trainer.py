@@ -1,0 +1,90 @@
+"""Lightning: its import, without packages that it does not need here, and a Trainer for the `hardware` section."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+from unittest import mock
+
+from babelscope.config.schema import Hardware
+from babelscope.core.errors import UserError
+from babelscope.models.hardware import device_count, prepare
+
+# Other modules take Lightning from here: whatever imports it first pays for its packages.
+__all__ = ["is_sharding", "pl", "trainer"]
+
+# Optional packages of torchmetrics, which Lightning imports: they take more than half of the time of its import.
+_UNUSED = ("matplotlib", "PIL", "scipy", "transformers")
+
+
+@contextmanager
+def _without(packages: tuple[str, ...]) -> Iterator[None]:
+    """While open, `lightning_utilities` says that these are not installed; if it has changed, nothing happens."""
+    try:
+        imports = import_module("lightning_utilities.core.imports")
+        find_spec, version = imports.find_spec, imports._version
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def no_spec(name: str, *rest: Any) -> Any:
+        return None if name.partition(".")[0] in packages else find_spec(name, *rest)
+
+    def no_version(name: str) -> str:
+        if name in packages:
+            raise PackageNotFoundError(name)
+        return str(version(name))
+
+    with mock.patch.multiple(imports, find_spec=no_spec, _version=no_version):
+        yield
+
+
+with _without(_UNUSED):
+    import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
+# Lightning 2.6 with torch 2.13: its own call of a deprecated function.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+# The calling thread reads on purpose (`activations.batches`), and a forward pass has nothing to read.
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
+    """A Lightning `Trainer` for the section; without further options it writes and prints nothing.
+
+    Parameters
+    ----------
+    hardware: accelerator, devices, nodes and strategy.
+    options: further arguments of the `Trainer`.
+
+    Raises
+    ------
+    UserError: the section names devices or a strategy that are not there.
+    """
+    accelerator = prepare(hardware).type
+    strategy: Any = hardware.strategy
+    if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which has no CPU
+        strategy = ModelParallelStrategy(
+            device_count(hardware) * hardware.num_nodes, 1, save_distributed_checkpoint=False
+        )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    try:
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=strategy,
+            **(dict.fromkeys(quiet, False) | options),
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(f"params.yaml: hardware: {' '.join(str(error).split())}") from None
+
+
+def is_sharding(trainer: pl.Trainer) -> bool:
+    """Whether a Lightning `Trainer` shards weights over its devices (`hardware.strategy: fsdp`)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
