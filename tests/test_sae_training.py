@@ -1,7 +1,10 @@
 """Training end to end on a small made-up store: quality, exact resume, and the units of the result."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning_utilities.core import imports
 
 from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
@@ -22,7 +26,7 @@ from babelscope.sae.training.learner import Learner, auxiliary_loss
 from babelscope.sae.training.loop import train
 from babelscope.sae.training.module import Activations, SAETraining
 from babelscope.sae.training.schedule import learning_rate, lr_multiplier
-from babelscope.sae.training.trainer import trainer
+from babelscope.sae.training.trainer import _without, trainer
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -305,6 +309,21 @@ def test_a_trainer_of_anybody_fits_it_and_its_checkpoint_is_loaded_without_the_d
     assert again.histories == [history]
     found = again.each[0].finished()
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), sae.parameters(), strict=True))
+
+
+def test_lightning_is_imported_without_what_it_does_not_need() -> None:
+    code = "import sys, babelscope.sae.training.loop; assert not {'matplotlib', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_if_the_name_that_hides_packages_is_gone_everything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _without(("numpy",)):
+        assert imports.find_spec("numpy") is None and imports.find_spec("torch") is not None
+        with pytest.raises(PackageNotFoundError):
+            imports._version("numpy")
+    monkeypatch.delattr(imports, "_version")
+    with _without(("numpy",)):
+        assert imports.find_spec("numpy") is not None
 
 
 def test_without_its_data_module_it_says_so(tmp_path: Path) -> None:

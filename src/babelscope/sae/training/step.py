@@ -3,7 +3,7 @@
 It touches only the active latents of every row: nothing of size batch x latents outlives a chunk of rows. Latents are
 screened by one matrix product (in bfloat16 where the hardware multiplies it faster), and a few spare candidates are
 re-ranked by their exact float32 scores. The hits are then sorted by latent once, which makes every gradient a single
-pass over rows. `sae.dense` is the step of the activations that have no such number.
+pass over rows. `sae.training.dense` is the step of the activation functions without such a number.
 """
 
 from collections.abc import Sequence
