@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core import imports
+from pydantic import ValidationError
 
 from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
@@ -332,10 +333,24 @@ def test_without_its_data_module_it_says_so(tmp_path: Path) -> None:
         trainer.fit(SAETraining(SETTINGS, steps=120, seed=1), train_dataloaders=[torch.zeros(3)])
 
 
-@pytest.mark.parametrize(("devices", "world"), [("auto", 1), (1, 1), (2, 2), ([0], 1)])
-def test_devices_are_those_that_lightning_takes(devices: Any, world: int) -> None:
-    hardware = HARDWARE.model_copy(update={"devices": devices if devices != [0] else 1})
-    assert trainer(hardware).world_size == world
+def test_devices_are_those_that_lightning_takes() -> None:
+    worlds = {"auto": 1, 1: 1, 2: 2}
+    for devices, world in worlds.items():
+        assert trainer(HARDWARE.model_copy(update={"devices": devices})).world_size == world
+    with pytest.raises(UserError, match=r"params.yaml: hardware: .*CPU"):
+        trainer(HARDWARE.model_copy(update={"devices": [0]}))
+
+
+@pytest.mark.parametrize("devices", ["auto", 3, [0, 2]])
+def test_devices_in_params(devices: Any) -> None:
+    content = HARDWARE.model_dump() | {"devices": devices}
+    assert Hardware(**content).devices == devices
+
+
+@pytest.mark.parametrize("devices", ["all", 0, -1, True, [], [0, 0], ["0"], 1.0, None])
+def test_other_devices_are_refused(devices: Any) -> None:
+    with pytest.raises(ValidationError, match="allowed: 'auto', a number of devices, or a list of their numbers"):
+        Hardware(**(HARDWARE.model_dump() | {"devices": devices}))
 
 
 def test_a_batch_is_a_pure_function_of_its_number() -> None:
