@@ -137,7 +137,7 @@ def assert_same(model, interventions, change, texts, conditions, batch_tokens=40
         for row, condition in enumerate(conditions):
             slow = torch.tensor([straightforward(model, change, text, condition) for text in texts])
             assert torch.allclose(result.ablated[row].float(), slow, atol=1e-4, rtol=0), condition
-    assert torch.equal(result.tokens, torch.tensor([text.own - (text.special == 0) for text in texts]))
+    assert torch.equal(result.tokens, torch.tensor([text.content_tokens - (text.special == 0) for text in texts]))
     return result
 
 
@@ -155,7 +155,7 @@ def test_same_numbers_as_one_whole_pass_per_text_and_condition(family, method, s
     texts = make_texts(special, 12)
     result = assert_same(model, interventions, lambda *a: change(saes, *a), texts, conditions)
     assert torch.equal(result.ablated[0], result.clean)
-    changed = (result.ablated[1] != result.clean)[torch.tensor([text.own > 1 for text in texts])]
+    changed = (result.ablated[1] != result.clean)[torch.tensor([text.content_tokens > 1 for text in texts])]
     assert changed.float().mean() > 0.9
     assert partial.suits(model, max(len(text.ids) for text in texts)) == PARTLY.get(family, False)
 
@@ -562,7 +562,7 @@ def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     wanted = asked[numbers] & ~(is_half[:, None] & ~conditions.first_half(language))
     assert np.array_equal(~nll_of.ablated.isnan().numpy(), wanted) and nll_of.passes == wanted.sum()
     assert nll_of.share == 0.5 and nll_of.tokens.tolist() == [10] * 60
-    found = statistics.control(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
+    _, found = statistics.tables(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
     assert found.select("above", "draws").rows() == [(True, 2), (False, 4), (False, 2)]
 
 
@@ -594,12 +594,11 @@ def test_the_tables_of_a_run(model, saes):
     what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
     nll_of = ablate.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None)))
-    found = statistics.table(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    found, control = statistics.tables(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
     assert found.columns == [*statistics.COLUMNS, "hookpoint", "layer"]
     assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]
     assert len(found) == 2 + 4 + 2 * 2 + 2 * 4
     assert found.filter(pl.col("control").is_not_null()).select((pl.col("ablated") == pl.col("evaluated")).all()).item()
-    control = statistics.control(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
     assert control["language"].to_list() == ["en", "fi"] and control["method"].unique().to_list() == ["feature"]
     mine = found.filter(pl.col("ablated") == pl.col("evaluated"), pl.col("hookpoint").is_null())
     assert control["own"].to_list() == pytest.approx(mine.filter(pl.col("control").is_null())["delta"].to_list())

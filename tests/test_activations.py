@@ -109,14 +109,14 @@ def test_extraction_follows_the_token_table_and_leaves_special_tokens_out(model,
     assert extraction.extract(model, texts, shards, names, tmp_path, "float16", HARDWARE)
     table = extraction.token_table(texts, shards)
     assert table.columns == ["row", "text_id", "language", "split", "position", "token_id"]
-    assert len(table) == sum(t.own for t in texts) == sum(s.rows for s in shards)
+    assert len(table) == sum(t.content_tokens for t in texts) == sum(s.rows for s in shards)
     for name in names:
         store.write_index(tmp_path / name, [s.rows for s in shards], 16, "float16", "m", name)
         opened = store.ActivationStore(tmp_path / name)
         for text in texts[range(0, len(texts), 7)]:
             rows = table.filter(text_id=text.text_id)
             assert rows["token_id"].to_list() == list(text.ids[1:])
-            assert rows["position"].to_list() == list(range(text.own))
+            assert rows["position"].to_list() == list(range(text.content_tokens))
             alone = hookpoints.read(model, [name], input_ids=torch.tensor([text.ids]))[name][0, 1:]
             assert torch.allclose(opened.gather(torch.tensor(rows["row"].to_list())).float(), alone, atol=2e-3)
 

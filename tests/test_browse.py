@@ -319,7 +319,7 @@ def test_effects_are_those_of_one_pass_with_and_one_without_the_feature() -> Non
             z[:, 0] = 0.0  # the special token is never changed
             return x - z * saes[name].W_dec[unit]
 
-        count = sum(by_id[one].own for one in ids)
+        count = sum(by_id[one].content_tokens for one in ids)
         delta = sum(nll(by_id[one], {name: without}) - nll(by_id[one], {}) for one in ids) / count
         assert row["delta_tokens"] == count and row["delta_texts"] == 2
         assert row["delta"] == pytest.approx(delta, abs=1e-5)

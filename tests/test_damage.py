@@ -176,19 +176,19 @@ BATCH = forward.collate([TokenizedText("a", (1, 2, 3, 4), 1), TokenizedText("b",
 def test_weights_that_are_no_numbers_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    assert forward.own_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
+    assert forward.content_activations(model, ["layers.0.mlp"], BATCH, torch.float16)["layers.0.mlp"].isfinite().all()
     with pytest.raises(
         UserError, match=r"extract.dtype: the model's activations at layers.1.mlp are infinite or not a"
     ):
-        forward.own_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
+        forward.content_activations(model, ["layers.0.mlp", "layers.1.mlp"], BATCH, torch.float16)
 
 
 def test_activations_that_float16_cannot_hold_are_told_by_their_hookpoint():
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight.mul_(1e12)
-    forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
+    forward.content_activations(model, ["layers.1.mlp"], BATCH, torch.bfloat16)
     with pytest.raises(UserError, match=r"extract.store_dtype: activations at layers.1.mlp do not fit in it"):
-        forward.own_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
+        forward.content_activations(model, ["layers.1.mlp"], BATCH, torch.float16)
 
 
 class Same(training.FakeStore):

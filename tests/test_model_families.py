@@ -118,7 +118,7 @@ def test_what_is_read_is_what_the_module_gives(case: SimpleNamespace) -> None:
     for handle in handles:
         handle.remove()
     own = mask.bool()
-    seen = forward.own_activations(case.model, list(case.at.values()), (ids, mask, own), torch.float32)
+    seen = forward.content_activations(case.model, list(case.at.values()), (ids, mask, own), torch.float32)
     wide = {"neurons": {"gpt2": 4 * D, "bloom": 4 * D}.get(case.family, WIDE)}
     for kind, name in case.at.items():
         assert seen[name].shape == (int(own.sum()), wide.get(kind, D)), kind
@@ -131,9 +131,9 @@ def test_padding_on_either_side_changes_nothing(case: SimpleNamespace) -> None:
     """Texts are padded on the right whatever the tokenizer does; alone, a text gives the same."""
     ids, mask = batch()
     names = list(case.at.values())
-    together = forward.own_activations(case.model, names, (ids, mask, mask.bool()), torch.float32)
+    together = forward.content_activations(case.model, names, (ids, mask, mask.bool()), torch.float32)
     alone = ids[1:, :5]
-    by_itself = forward.own_activations(
+    by_itself = forward.content_activations(
         case.model, names, (alone, torch.ones_like(alone), torch.ones_like(alone).bool()), torch.float32
     )
     for name in names:

@@ -202,7 +202,7 @@ def test_a_vocabulary_of_another_script_has_its_first_token_too(unknown):
     tokenizer.pre_tokenizer = Whitespace()
     empty, text = tokens.tokenize(fast(tokenizer, **unknown), ["e", "t"], ["", "\u043c\u0438\u0440"], 9)
     assert text == tokens.TokenizedText("t", (1, 4), 1)
-    assert empty.own == 0
+    assert empty.content_tokens == 0
 
 
 @pytest.mark.parametrize("name", ["byte level", "unigram", "ByT5", "Canine"])
@@ -217,7 +217,7 @@ def test_every_token_has_its_place_in_the_text_with_a_fast_tokenizer_or_without(
     tokenizer, texts = make[name](), ["plain text, in words", "\u6728\u306e \u00e9\u00e8 \U0001f600!", TEXT, ""]
     for text, whole in zip(tokens.tokenize(tokenizer, texts, texts, most), texts, strict=True):
         [(shown, spans)] = tokens.spelled(tokenizer, [whole], most)
-        assert len(spans) == text.own
+        assert len(spans) == text.content_tokens
         assert spans == sorted(spans) and all(0 <= first <= end <= len(shown) for first, end in spans)
         if name != "unigram":
             assert whole.startswith(shown) or shown == whole

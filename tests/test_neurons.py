@@ -108,7 +108,7 @@ def test_a_killed_count_goes_on_and_gives_the_same_tables(
     whole = count(model, tmp_path / "whole.safetensors")
     assert not list(tmp_path.iterdir())  # shorter than SAVE_EVERY
     monkeypatch.setattr(neurons, "SAVE_EVERY", 0.0)
-    read, passes = forward.own_activations, []
+    read, passes = forward.content_activations, []
 
     def killed_at_4(*args: Any) -> Any:
         passes.append(1)
@@ -117,7 +117,7 @@ def test_a_killed_count_goes_on_and_gives_the_same_tables(
         return read(*args)
 
     checkpoint = tmp_path / "folder" / "counts.safetensors"
-    monkeypatch.setattr(forward, "own_activations", killed_at_4)
+    monkeypatch.setattr(forward, "content_activations", killed_at_4)
     with pytest.raises(KeyboardInterrupt):
         count(model, checkpoint)
     resumed = count(model, checkpoint)

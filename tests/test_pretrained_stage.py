@@ -92,7 +92,7 @@ def test_the_folder_is_filled_in_or_named_for_each_hookpoint(train: Callable[...
         ({"name": "nowhere/to/be/found"}, "nowhere/to/be/found: no such folder"),
         ({"name": "released", "folder": "layer_{layer}"}, "released/layer_2 or released: no SAE here"),
         ({"name": None}, r"pretrained\.name: train\.source 'pretrained' needs a local folder or a hub id"),
-        ({"name": "released", "folder": "{k}"}, r"pretrained\.folder.*: {k} is nothing to fill in"),
+        ({"name": "released", "folder": "{k}"}, r"pretrained\.folder.*: {k} is unknown; allowed: {hookpoint}, {layer}"),
         ({"name": "released", "folder": {"layers.3.mlp": "x"}}, r"pretrained\.folder: no folder for 'layers\.2\.mlp'"),
         ({"name": "released", "folder": 3}, r"pretrained\.folder.*: .*got 3"),
     ],

@@ -195,7 +195,7 @@ def test_wrong_frames_are_named() -> None:
         sae_lape(RANKED, TOTALS.drop("texts"), **PAPER)
     with pytest.raises(UserError, match="no totals for fr"):
         sae_lape(counts((0, 0, "fr", 5, 1)), TOTALS, **PAPER)
-    with pytest.raises(UserError, match="de stands more than once"):
+    with pytest.raises(UserError, match="de has more than one row"):
         sae_lape(RANKED, pl.concat([TOTALS, TOTALS.head(1)]), **PAPER)
     with pytest.raises(UserError, match="unit 0 fires on 101 tokens of 100 in de"):
         sae_lape(counts((0, 0, "de", 101, 10)), TOTALS, **PAPER)

@@ -100,7 +100,7 @@ def test_same_numbers_as_whole_passes_over_one_text_after_the_other(family, spec
             return lambda x: torch.cat([x[:, :special], change(x[:, special:])], 1)
 
         edits = [{}, {row["hookpoint"]: after(saes[row["hookpoint"]])}, {row["hookpoint"]: after(torch.zeros_like)}]
-        count = sum(text.own - (special == 0) for text in mine)
+        count = sum(text.content_tokens - (special == 0) for text in mine)
         clean, spliced, zeroed = (sum(straightforward(model, text, edit) for text in mine) / count for edit in edits)
         assert row["tokens"] == count
         nll = [row[key] for key in ("nll_clean", "nll_sae", "nll_zero")]

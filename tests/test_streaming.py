@@ -98,7 +98,7 @@ def test_a_tokenized_corpus_holds_the_texts_and_its_batches_are_those_of_the_lis
     monkeypatch.setattr(tokens, "_CHUNK", 7)
     corpus = corpus_of([*texts[:30], tokens.TokenizedText("empty", (1,), 1), *texts[30:]])
     assert list(corpus) == corpus[range(len(corpus))] == texts
-    assert corpus.lengths.tolist() == [text.own for text in texts]
+    assert corpus.lengths.tolist() == [text.content_tokens for text in texts]
     assert [corpus[numbers] for numbers in corpus.batches(64)] == tokens.batches(tokens.by_length(texts), 64)
     some = tokens.batches(tokens.by_length([texts[8], texts[3], texts[41]]), 64)
     assert [corpus[numbers] for numbers in corpus.batches(64, [8, 3, 41])] == some
@@ -108,7 +108,7 @@ def test_a_tokenized_corpus_holds_the_texts_and_its_batches_are_those_of_the_lis
 def test_every_token_is_seen_once_per_epoch_in_another_order(model: Any, block_rows: int) -> None:
     texts = tokenized()
     alone = [
-        forward.own_activations(model, NAMES, forward.collate([text]), torch.float16) for text in texts
+        forward.content_activations(model, NAMES, forward.collate([text]), torch.float16) for text in texts
     ]  # fmt: skip
     expected = torch.cat([torch.cat(list(rows.values()), 1) for rows in alone])
     size = len(expected) // 8

@@ -121,33 +121,30 @@ def conditions(
     draws: controls per language; 0 for none.
     seed: of the controls.
     """
-    own = {
-        (hookpoint, name): features.filter((pl.col("hookpoint") == hookpoint) & (pl.col("language") == name))["unit"]
-        .sort()
-        .to_list()
-        for hookpoint in counts
-        for name in languages
-    }
-    keys: list[tuple[str, str | None, int | None]] = [(name, None, None) for name in languages]
-    units = {hookpoint: [own[hookpoint, name] for name in languages] for hookpoint in counts}
-    random = {
-        (hookpoint, name): matched(table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed)
-        for hookpoint, table in counts.items()
-        for name in languages
-    }
-    for name in languages:
-        for draw in range(draws):
-            keys.append((name, None, draw))
-            for hookpoint in counts:
-                units[hookpoint].append(random[hookpoint, name][draw])
-    for alone in counts if by_layer else ():
+    own: dict[tuple[str, str], list[int]] = {}
+    random: dict[tuple[str, str], list[list[int]]] = {}
+    for hookpoint, table in counts.items():
         for name in languages:
-            keys.append((name, alone, None))
-            for hookpoint in counts:
-                units[hookpoint].append(own[hookpoint, name] if hookpoint == alone else [])
+            here = features.filter(pl.col("hookpoint") == hookpoint, pl.col("language") == name)
+            own[hookpoint, name] = here["unit"].sort().to_list()
+            random[hookpoint, name] = matched(
+                table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed
+            )
+    rows: list[tuple[str, str | None, int | None]] = [(name, None, None) for name in languages]
+    rows += [(name, None, draw) for name in languages for draw in range(draws)]
+    rows += [(name, alone, None) for alone in counts if by_layer for name in languages]
+
+    def units(hookpoint: str, ablated: str, alone: str | None, draw: int | None) -> list[int]:
+        if draw is not None:
+            return random[hookpoint, ablated][draw]
+        return own[hookpoint, ablated] if alone in (None, hookpoint) else []
+
     schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
-    frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
-    return Conditions(frame.with_columns(pl.col("condition").cast(pl.Int64)), units)
+    keys = pl.DataFrame(rows, schema=schema, orient="row").with_row_index("condition")
+    return Conditions(
+        keys.with_columns(pl.col("condition").cast(pl.Int64)),
+        {hookpoint: [units(hookpoint, *row) for row in rows] for hookpoint in counts},
+    )
 
 
 def matched(

@@ -82,8 +82,7 @@ def run(params: Config, paths: Paths) -> None:
             partial(_measure, model, intervene, method, section.batch_tokens), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
-        context = nll, measured, method, language, languages, section.bootstrap, params.seed
-        found, control = statistics.table(*context), statistics.control(*context)
+        found, control = statistics.tables(nll, measured, method, language, languages, section.bootstrap, params.seed)
         figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
         numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)

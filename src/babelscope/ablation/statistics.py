@@ -28,7 +28,7 @@ _CONTROL = (
 )
 
 
-def table(
+def tables(
     nll: TextNLL,
     conditions: Conditions,
     method: str,
@@ -36,8 +36,8 @@ def table(
     languages: Sequence[str],
     resamples: int,
     seed: int,
-) -> pl.DataFrame:
-    """Every cell of one method: `COLUMNS`, `hookpoint` (null: all), `layer`; `ablated` is null in the clean run.
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Every cell of one method, and the own units of every language against its controls.
 
     Parameters
     ----------
@@ -45,10 +45,16 @@ def table(
     language: of each text.
     languages: the order of the rows within a condition.
     resamples, seed: of the bootstrap, see `cells`.
+
+    Returns
+    -------
+    `COLUMNS`, `hookpoint` (null: all), `layer`; `ablated` is null in the clean run. And `method` and the columns of
+    `against_control`.
     """
-    found = cells(nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy(), language, resamples, seed)
-    return (
-        found.join(conditions.keys, on="condition", how="left", maintain_order="left")
+    clean, ablated, tokens = nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy()
+    found = (
+        cells(clean, ablated, tokens, language, resamples, seed)
+        .join(conditions.keys, on="condition", how="left", maintain_order="left")
         .with_columns(
             method=pl.lit(method),
             kind=pl.lit("neuron" if method == "neuron" else "sae"),
@@ -59,31 +65,13 @@ def table(
         .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
         .select(*COLUMNS, "hookpoint", "layer")
     )
-
-
-def control(
-    nll: TextNLL,
-    conditions: Conditions,
-    method: str,
-    language: Sequence[str],
-    languages: Sequence[str],
-    resamples: int,
-    seed: int,
-) -> pl.DataFrame:
-    """The own units of every language against its controls: `method` and the columns of `against_control`.
-
-    Parameters
-    ----------
-    As of `table`.
-    """
-    change = (nll.ablated - nll.clean).numpy()
     keys = conditions.keys.filter(pl.col("hookpoint").is_null())
-    found = against_control(change, nll.tokens.numpy(), language, keys, languages, resamples, seed)
-    return found.select(pl.lit(method).alias("method"), pl.all())
+    control = against_control(ablated - clean, tokens, language, keys, languages, resamples, seed)
+    return found, control.select(pl.lit(method).alias("method"), pl.all())
 
 
 def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
-    """The key figures of `table` and `control`, by flat key.
+    """The key figures of `tables`, by flat key.
 
     See `selectivity`; `rows_above_zero`: in how many rows the 95 % interval of the diagonal lies above 0;
     `nll_clean/<language>`; `own_alone/<hookpoint>`, `others_alone/<hookpoint>`: means over the cells of each hookpoint

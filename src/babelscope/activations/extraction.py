@@ -118,7 +118,6 @@ def extract(
 
     Parameters
     ----------
-    model: a causal language model.
     texts, shards: the plan of the whole run; each of n processes takes every n-th shard.
     hookpoints: what to read, see `babelscope.models.forward.names_to_read`.
     folder: where the shards are written; shards that an interrupted run left there are kept. Several nodes must share

@@ -34,9 +34,9 @@ def run(params: Config, paths: Paths) -> None:
     names = forward.names_to_read(params.hookpoints, params.train.transcode)
     widths = forward.widths(model, names)
 
-    knobs = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
-    knobs["transcode"] = params.train.transcode
-    resume = scratch(fingerprint("extract", knobs, {str(paths.texts): dvc_md5(paths.texts)}))
+    depends = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
+    depends["transcode"] = params.train.transcode
+    resume = scratch(fingerprint("extract", depends, {str(paths.texts): dvc_md5(paths.texts)}))
     stored = shards if params.train.source != "stream" else []
     dtype = params.extract.store_dtype
     if not extraction.extract(model, texts, stored, names, resume, dtype, params.hardware):

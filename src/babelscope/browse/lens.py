@@ -19,12 +19,8 @@ class Extremes(NamedTuple):
 def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = None) -> Extremes:
     """The `tokens` largest and smallest logits of every row, the farthest first; ties go to the smaller token id.
 
-    Parameters
-    ----------
-    logits: float32 `[rows, vocabulary]` each, see `babelscope.models.logit_lens.direct_logits`.
-    tokens: how many; no more than there are.
-    has_text: bool `[vocabulary]`, which ids are tokens of the tokenizer, see `tokens_of`; others are left out. By
-        default all.
+    `logits`: float32 `[rows, vocabulary]` each, see `babelscope.models.logit_lens.direct_logits`. `has_text`: bool
+    `[vocabulary]`, which ids are tokens (see `tokens_of`); the others are left out. None: all are.
     """
     parts: list[list[Tensor]] = []
     for rows in logits:

@@ -13,12 +13,9 @@ def units(
 ) -> pl.DataFrame:  # fmt: skip
     """The features that were selected, and in addition those that several languages share.
 
-    Parameters
-    ----------
-    selected: the rows of kind `sae` of `data/scores/features.parquet`.
-    candidates: what `sae_lape` finds by the same thresholds with `members=None` and nothing cut off.
-    languages, hookpoints: their orders.
-    shared: keep so many of the shared features that were not selected, those of lowest entropy; None keeps all.
+    `selected`: the rows of kind `sae` of `data/scores/features.parquet`. `candidates`: what `sae_lape` finds by the
+    same thresholds with `members=None` and nothing cut off. `languages`, `hookpoints`: their orders. `shared`: keep so
+    many of the shared features that were not selected, those of lowest entropy; None keeps all.
 
     Returns
     -------

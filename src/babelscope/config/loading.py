@@ -103,8 +103,8 @@ def load(path: Path = Path("params.yaml")) -> Config:
 
     Raises
     ------
-    UserError: the file is missing, is not YAML, or holds something that is not allowed; or it is that of a temporary
-        copy of the repository (`dvc exp run --temp`, the queue) in which a folder that it names is missing.
+    UserError: the file is missing, is not YAML, or has a value that is not allowed; or it is in a temporary copy of the
+        repository (`dvc exp run --temp`, the queue) in which a folder that it names is missing.
     """
     params = parse(read_yaml(path), str(path))
     here, main = path.absolute().parent, os.environ.get("DVC_ROOT")
@@ -131,7 +131,7 @@ def _folders(params: Config) -> dict[str, str | None]:
 
 
 def check_folders(params: Config) -> None:
-    """Refuse local folders that do not exist and that are read only by stages behind the long ones.
+    """Refuse missing local folders that only late stages read, before the long stages run.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def hookpoint_argument(arguments: list[str], params: Config) -> str:
-    """The hookpoint that a stage's command line names.
+    """The hookpoint in a stage's command line.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The sections of params.yaml, each by itself: one class per section, every knob documented in `params.yaml` itself."""
+"""The sections of params.yaml: one class per section. params.yaml itself documents every setting."""
 
 import re
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Model(Section):
 
 
 class Dataset(Section):
-    """A data set in the Hugging Face hub's format: a ready-made entry of `corpus.hub`, or one that is spelled out."""
+    """A data set in the Hugging Face hub's format: the name of an entry in `corpus.hub`, or a path with columns."""
 
     name: Literal["flores-plus", "xnli", "paws-x", "wili-2018", "wikipedia", "fineweb-2", "tatoeba"] | None = None
     path: Name | None = None
@@ -59,14 +59,14 @@ class Dataset(Section):
         if self.name is None:
             for key in ("path", "splits", "text"):
                 if getattr(self, key) is None:
-                    raise ValueError(f"{key} is missing; needed where no ready-made 'name' is given")
+                    raise ValueError(f"{key} is missing; needed if no 'name' is given")
             if self.language is None and "{language}" not in (self.subset or ""):
                 raise ValueError("language is missing: the column that holds it, or '{language}' in subset")
         return self
 
 
 class Corpus(Section):
-    """Where the texts come from and how many of them are taken."""
+    """Where the texts come from, and how many are used."""
 
     source: Literal["gettext", "files", "huggingface"]
     datasets: list[Dataset]
@@ -136,7 +136,7 @@ class Train(Section):
 
 
 class Pretrained(Section):
-    """Released SAEs in place of trained ones."""
+    """Released SAEs instead of trained ones."""
 
     name: Name | None
     revision: Name | None
@@ -147,11 +147,11 @@ class Pretrained(Section):
     def _a_template(cls, folder: str | dict[str, str]) -> str | dict[str, str]:
         fields = re.findall(r"{([^}]*)}", folder) if isinstance(folder, str) else []
         if unknown := sorted(set(fields) - {"hookpoint", "layer"}):
-            raise ValueError(f"{{{unknown[0]}}} is nothing to fill in; allowed: {{hookpoint}}, {{layer}}")
+            raise ValueError(f"{{{unknown[0]}}} is unknown; allowed: {{hookpoint}}, {{layer}}")
         return folder
 
     def folder_of(self, hookpoint: str, layer: int) -> str:
-        """Where the SAE of a hookpoint lies below `name`."""
+        """The folder of a hookpoint's SAE below `name`."""
         if isinstance(self.folder, dict):
             return self.folder[hookpoint]
         return self.folder.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
@@ -191,7 +191,7 @@ class Neurons(Section):
 
 
 class Stability(Section):
-    """Second SAEs of some hookpoints, from another seed, to see which features come again."""
+    """Second SAEs of some hookpoints, from another seed, to see which features are found again."""
 
     hookpoints: Hookpoints
     seed: Seed
@@ -215,7 +215,7 @@ class Ablate(Section):
     @classmethod
     def _distinct(cls, names: list[str]) -> list[str]:
         if len(set(names)) < len(names):
-            raise ValueError("a method stands twice")
+            raise ValueError("a method is listed twice")
         return names
 
 
@@ -225,7 +225,7 @@ def primary_method(methods: Sequence[str]) -> str:
 
 
 class Identify(Section):
-    """Language identification by the selected units, against fastText."""
+    """Language identification by the selected units, compared with fastText."""
 
     also: Name | Dataset | None
     also_texts: Size
@@ -258,7 +258,7 @@ class Browse(Section):
 
 
 class Explain(Section):
-    """Features in words, by a language model behind an OpenAI-compatible endpoint."""
+    """Descriptions of features by a language model behind an OpenAI-compatible endpoint."""
 
     endpoint: Url | None
     model: Name | None
@@ -283,7 +283,7 @@ class Track(Section):
 
 
 class Hardware(Section):
-    """Knobs that change how fast the results come, never what they are; no stage depends on them."""
+    """Settings that change how fast the results come, never what they are; no stage depends on them."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
     devices: Devices

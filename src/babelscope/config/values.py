@@ -1,6 +1,6 @@
-"""What a value of params.yaml may be: numbers with bounds, names, paths; and how pydantic's refusals are put in words.
+"""Types of values in params.yaml (numbers with bounds, names, paths), and messages for what pydantic refuses.
 
-The upper bounds are far beyond any honest value: a slip of the keyboard is refused before memory is asked for it.
+The upper bounds are far beyond any sensible value: they reject typing errors before memory is allocated.
 """
 
 import re
@@ -41,7 +41,7 @@ def _different(names: list[str], form: re.Pattern[str]) -> list[str]:
         if not form.fullmatch(name) or len(name) > _LONGEST:
             raise ValueError(f"{name!r:.80} does not have the form {form.pattern}")
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} stands twice")
+            raise ValueError(f"{name!r} is listed twice")
     return names
 
 
@@ -54,7 +54,7 @@ def _devices(value: Any) -> Any:
     return value
 
 
-# How often, how many, and how many at once in memory.
+# A count, and a number of things that are in memory at once.
 Positive = Annotated[int, Field(gt=0, lt=2**48)]
 Size = Annotated[int, Field(gt=0, le=2**26)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -82,7 +82,7 @@ def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
 
 
 def expanded(name: str | Path) -> Path:
-    """The path that a name of params.yaml spells; a `~` that stands for no known home is left as it is."""
+    """The path that a value of params.yaml names; a `~` without a known home folder is left as it is."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -90,9 +90,9 @@ def expanded(name: str | Path) -> Path:
 
 
 def local_name(name: str) -> str:
-    """What outputs call a model or a folder: a hub id as it is, of a local folder the last part.
+    """The name of a model or folder in outputs: a hub id as it is, or the last part of a local path.
 
-    The rest of a folder's path differs between machines.
+    The rest of the path differs between machines.
     """
     folder = expanded(name)
     return folder.resolve().name if name.startswith((".", "/", "~")) or folder.is_dir() else name

@@ -1,18 +1,18 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is written for the user."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message names the file, the key and what is allowed.
+    """Something that the user can correct: the message says what is wrong, where (file and key), and what to do.
 
-    `babelscope.core.stage.run` prints it without a traceback and ends with exit code 1.
+    `babelscope.core.stage.run` prints it without a traceback and exits with code 1.
     """
 
 
 def nearest(wrong: str, allowed: Iterable[str], count: int = 3) -> str:
-    """A closing sentence for an error message: the `allowed` names most like `wrong`, or all of them where few.
+    """The end of an error message: the `allowed` names that are most like `wrong`, or all of them if there are few.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Writing outputs so that nothing half-written is ever read, and reading them back."""
+"""Writes outputs so that a half-written file is never read, and reads them back."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What a stage's work depends on, as one name; and files and folders hashed the way DVC hashes them."""
+"""One name for everything on which the work of a stage depends; hashes of files and folders as DVC computes them."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ _SMALL = 2**28
 
 
 def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Name the work of a stage: same stage, params, inputs and code give the same 32 hex digits, anything else others.
+    """Name the work of a stage: the same stage, params, inputs and code give the same 32 hex digits.
 
     It names the folder in which an interrupted stage leaves its checkpoints, and the MLflow run that it resumes.
 
@@ -34,7 +34,7 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
 
     Raises
     ------
-    TypeError, ValueError: `params` holds something that JSON cannot say exactly.
+    TypeError, ValueError: `params` holds something that JSON cannot represent exactly.
     """
     content = {"stage": stage, "params": params, "inputs": dict(inputs), "code": _code()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
@@ -44,8 +44,8 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
 def dvc_md5(path: Path) -> str:
     """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
 
-    What `.dvcignore` excludes does not count, nor do empty folders. Files that DVC has hashed, and that have had the
-    same size and date since, are not read again: activations and SAEs may be terabytes.
+    What `.dvcignore` excludes and empty folders do not count. Files that DVC has hashed are not read again if they have
+    the same size and date: activations and SAEs may be terabytes.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def _dvc_hash(root: Path, path: Path) -> str:
 
 
 def content_md5(path: Path) -> str:
-    """What `dvc_md5` gives, of the content that is on the disk now: every file is read.
+    """The same as `dvc_md5`, from the content on the disk: every file is read.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def content_md5(path: Path) -> str:
 
 
 def _code() -> dict[str, str]:
-    """What else decides the result: the packages that stages depend on (dvc.yaml), and the version of torch."""
+    """What else determines the result: the packages that stages depend on (dvc.yaml), and the version of torch."""
     source = Path(__file__).parent.parent
     packages = (folder for folder in source.iterdir() if folder.is_dir() and folder.name not in NO_DEPENDENCIES)
     files = sorted(file for package in packages for file in package.rglob("*.py"))
@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, Path):
         return value.as_posix()
-    raise TypeError(f"{type(value).__name__} has no place in a fingerprint: {value!r:.80}")
+    raise TypeError(f"{type(value).__name__} cannot be part of a fingerprint: {value!r:.80}")
 
 
 def _file_md5(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Taking credentials out of what is shown, logged or sent to MLflow."""
+"""Removes credentials from what is shown, logged or sent to MLflow."""
 
 import os
 import re
 
-# What libraries in the pipeline read their passwords and tokens from.
+# The environment variables from which libraries of the pipeline read passwords and tokens.
 SECRETS = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
@@ -13,7 +13,7 @@ SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
-# Shorter values are no secrets, and stand in any text.
+# Shorter values are not secrets, and are part of many texts.
 _SHORTEST = 4
 _USER = re.compile(r"(?<=://)[^\s/?#]*@")
 

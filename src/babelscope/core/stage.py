@@ -1,4 +1,4 @@
-"""What every stage script shares: logging, quiet libraries, errors that a user can read, and the closing table."""
+"""What every stage script shares: logging, quiet libraries, readable errors, one run at a time, the closing table."""
 
 import errno
 import logging
@@ -19,10 +19,10 @@ from babelscope.core.redact import redact
 
 log = logging.getLogger(__name__)
 
-# Asked at once: the imports of a stage take seconds, in which DVC may be killed.
+# Read at import: the imports of a stage take seconds, during which DVC may be killed.
 _PARENT = os.getppid()
 
-# No tool phones home, and no library prints bars of its own into a log. A user's own setting wins.
+# No tool sends telemetry, and no library prints its own progress bars into a log. A user's own setting wins.
 _QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -31,7 +31,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    # It warns of packed GGUF weights also where it was told to unpack them.
+    # transformers warns about packed GGUF weights even if it was told to unpack them.
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -39,14 +39,14 @@ _QUIET = {
 
 
 class _Redacting(logging.Formatter):
-    """Keeps credentials out of the log, whichever library it is that names them."""
+    """Removes credentials from the log, whichever library logs them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python shows what nothing has caught, without credentials."""
+    """Print an uncaught exception as Python does, without credentials."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -79,10 +79,10 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
 
 
 def keep_caches() -> None:
-    """Where the home folder is read-only or there is none, let libraries keep their caches below `.scratch/`.
+    """Let libraries keep their caches below `.scratch/` if the home folder is read-only or does not exist.
 
-    Models that are in the cache of the home folder are still found there. Works before they are imported; a user's own
-    settings win.
+    Models that are in the cache of the home folder are still found there. It must be called before the libraries are
+    imported; a user's own settings win.
     """
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     cache = Path(os.path.expandvars(os.environ.get("HF_HOME", f"{base}/huggingface")))
@@ -91,8 +91,8 @@ def keep_caches() -> None:
         existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
         if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
             return
-    except (OSError, RuntimeError):  # a home that may not be searched, or a user without one
-        log.debug("%s: not a folder that can be looked at", cache)
+    except (OSError, RuntimeError):  # a home folder that may not be searched, or a user without one
+        log.debug("%s: cannot be looked at", cache)
     ours = resume.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
     with suppress(OSError):

@@ -8,7 +8,7 @@ import polars as pl
 
 
 def name_of(value: Any) -> str | None:
-    """The group that a value of a column or key names; null: none, the text is a group of its own.
+    """The group that a value of a column or key names; None: the text is a group of its own.
 
     A whole number is the same group as integer, as float (1, 1.0) and as a string of its digits, since a column with
     gaps is often stored as float. Null, NaN and an empty string name no group.

@@ -92,10 +92,10 @@ def read(
     records: list[dict[str, str | None]] = []
     offered: dict[str, list[str]] = {}
     for number, section in enumerate(sections):
-        place = f"params.yaml: {key}" + (f".{number}" if len(sections) > 1 else "")
-        found = _DataSet(entry(section), place)
+        prefix = f"params.yaml: {key}" + (f".{number}" if len(sections) > 1 else "")
+        found = _DataSet(entry(section), prefix)
         if found.section.revision is None and not found.is_local:
-            log.warning("%s: %s is not pinned; set its revision to a commit hash", place, found.section.path)
+            log.warning("%s: %s is not pinned; set its revision to a commit hash", prefix, found.section.path)
         first = len(rows)
         for row in found.rows(languages):
             rows.append(row)
@@ -113,13 +113,13 @@ def read(
 class _DataSet:
     """One data set: which languages it has, and its rows."""
 
-    def __init__(self, section: Dataset, place: str) -> None:
-        self.section, self.place = section, place
+    def __init__(self, section: Dataset, prefix: str) -> None:
+        self.section, self.prefix = section, prefix
         self.codes: list[str] = []  # of the languages that it offers, once `rows` has run
         folder = expanded(str(section.path))
         self.is_local = folder.is_dir()
         if str(section.path).startswith((".", "/", "~")) and not self.is_local:
-            raise UserError(f"{place}: path: no folder {section.path!r}")
+            raise UserError(f"{prefix}: path: no folder {section.path!r}")
         self.path = str(folder) if self.is_local else str(section.path)
         # Its name in outputs: only the last part of a local path, since the rest belongs to this machine.
         self.name = folder.resolve().name if self.is_local else self.path
@@ -134,10 +134,10 @@ class _DataSet:
             raise
         except Exception as error:  # of its file formats, and of three libraries for the network
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{self.place}: path: cannot read {self.section.path!r}: {reason}") from None
+        raise UserError(f"{self.prefix}: path: cannot read {self.section.path!r}: {reason}") from None
 
     def _refusal(self, key: str, column: str | None, held: object) -> UserError:
-        return UserError(f"{self.place}: {key}: column {column!r} of {self.section.path!r} holds {held}")
+        return UserError(f"{self.prefix}: {key}: column {column!r} of {self.section.path!r} holds {held}")
 
     def rows(self, languages: Sequence[str]) -> Iterator[_Text]:
         """The texts in those of `languages` that it has; `codes` are the languages that it offers, afterwards."""
@@ -220,7 +220,7 @@ class _DataSet:
             lacking = [name for name in needed if name not in row]
             if lacking:
                 raise UserError(
-                    f"{self.place}: {self.section.path!r} has no column {lacking[0]!r}; it has: {', '.join(row)}"
+                    f"{self.prefix}: {self.section.path!r} has no column {lacking[0]!r}; it has: {', '.join(row)}"
                 )
             yield row
 

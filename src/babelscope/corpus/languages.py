@@ -10,7 +10,8 @@ from langcodes.data_dicts import LANGUAGE_ALPHA3, LIKELY_SUBTAGS, MACROLANGUAGES
 
 from babelscope.core.errors import UserError
 
-# By CLDR's distances (`langcodes`) a region stands for another one up to here: de-CH for de-AT, not pt-BR for pt-PT.
+# The largest of CLDR's distances (`langcodes`) at which a region is taken for another: de-CH for de-AT, not pt-BR for
+# pt-PT.
 _FARTHEST_REGION = 4
 
 # POSIX locale modifiers that BCP-47 spells as a script or a variant.
@@ -23,30 +24,23 @@ _ALIASES = {
     "azb": "az-arab", "ckb": "ku-arab", "pnb": "pa-arab",
 }  # fmt: skip
 # Scripts that are part, or a style, of another one.
-_SCRIPTS = {
-    "Hang": "Kore",
-    "Hira": "Jpan",
-    "Kana": "Jpan",
-    "Hrkt": "Jpan",
-    "Aran": "Arab",
-    "Latf": "Latn",
-    "Latg": "Latn",
-}
-# The usual script of a language, where CLDR has another one.
+_SCRIPTS = {"Hang": "Kore", "Hira": "Jpan", "Kana": "Jpan", "Hrkt": "Jpan", "Aran": "Arab", "Latf": "Latn",
+            "Latg": "Latn"}  # fmt: skip
+# The usual script of a language, if CLDR has another one.
 _WRITTEN = {"crh": "Latn"}
 # `langcodes` writes Serbo-Croatian as Serbian in Latin script, which is one of its standards.
 _SERBO_CROATIAN = frozenset({"sh", "hbs"})
-# Macrolanguages whose name means one standard language: the others of theirs (Cantonese, Egyptian Arabic, Indonesian)
-# are languages of their own. In the rest, such as Pashto, Quechua or Fula, a member stands for the whole.
+# Macrolanguages whose name means one standard language: their other members (Cantonese, Egyptian Arabic, Indonesian)
+# are languages of their own. In the rest, such as Pashto, Quechua or Fula, a member is taken for the whole.
 _STANDARD = frozenset(
     ["ar", "az", "et", "fa", "ku", "lv", "mn", "ms", "ne", "no", "or", "sh", "sq", "sw", "uz", "yi", "zh"]
 )
-# So many languages are listed in a message; some data sets have 1,800.
+# The most languages that a message lists; some data sets have 1,800.
 _LISTED = 60
 
 
 class _Tag(NamedTuple):
-    """What a code says: `script` and `region` are null unless it names them."""
+    """What a code says: `script` and `region` are None unless it names them."""
 
     language: str
     script: str | None
@@ -56,7 +50,7 @@ class _Tag(NamedTuple):
 
     @property
     def written(self) -> str | None:
-        """The script, the usual one of the language where none is named; null: nobody knows."""
+        """The script, by default the usual one of the language; None if it is unknown."""
         if self.script or self.language in _WRITTEN:
             return self.script or _WRITTEN[self.language]
         tag = f"{self.language}-{self.region}" if self.region else self.language
@@ -74,7 +68,7 @@ def normalise(tag: str) -> str:
 
 @cache
 def _parse(name: str) -> _Tag | None:
-    """Read a code; null if it is none that is registered."""
+    """Read a code; None if it is not a registered one."""
     # FineWeb-2 writes Chinese in both its scripts as `cmn_Hani`.
     code = normalise(name).removesuffix("-hani")
     first, _, rest = code.partition("-")
@@ -94,10 +88,10 @@ def _parse(name: str) -> _Tag | None:
 
 
 def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int, ...] | None:
-    """How far `offered` is from what is wanted, in an order to compare; null: it is another language.
+    """How far `offered` is from what is wanted, as a sort key; None: it is another language.
 
     `others`: everything that is offered. A member of a macrolanguage (`pbt` of `ps`), and the script of a language that
-    has no code of two letters, are found where there is one only.
+    has no code of two letters, match only if there is no other.
     """
     same = wanted.language == offered.language
     if not same:
@@ -119,7 +113,7 @@ def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int,
         region = langcodes.tag_distance(f"{wanted.language}-{wanted.region}", f"{wanted.language}-{offered.region}")
         if region > _FARTHEST_REGION:
             return None
-    # Of several regions the language's own comes first: `pt` is `pt-BR` where `pt-PT` is there, too.
+    # Of several regions the language's usual one comes first: `pt` is `pt-BR` even if `pt-PT` is offered.
     usual = langcodes.Language.get(wanted.language).maximize().territory
     return (
         int(not same), int(other_script), region, int(wanted.variants != offered.variants),
@@ -131,7 +125,7 @@ def _nearest(language: str, offered: Iterable[str]) -> tuple[tuple[int, ...], st
     names = sorted(set(offered))
     tags = {name: tag for name in names if (tag := _parse(name)) is not None}
     languages = {tag.language for name, tag in tags.items() if normalise(name) != "als"}
-    # Beside Albanian `als` is Alemannic, as Wikipedia, and with it WiLI and fastText, write it; elsewhere it is Tosk.
+    # If Albanian is offered, `als` is Alemannic (as in Wikipedia, WiLI and fastText), otherwise Tosk.
     alemannic = {name for name in names if normalise(name) == "als" and "sq" in languages and "gsw" not in languages}
     exact = [name for name in names if normalise(name) == normalise(language) and name not in alemannic]
     if exact:
@@ -146,11 +140,10 @@ def _nearest(language: str, offered: Iterable[str]) -> tuple[tuple[int, ...], st
 
 
 def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
-    """The one of `offered` that is the same language, however either is spelled: `zh-CN` is `zho_Hans`, `de` `deu`.
+    """The one of `offered` that is the same language, in any spelling: `zh-CN` is `zho_Hans`, `de` is `deu`.
 
-    A code with a region is found where only the language is offered, and the other way round (`en-GB`, `en`). Another
-    script is not the same language (`sr-Latn`, `srp_Cyrl`), nor is one that its speakers merely understand (`hr`,
-    `bs`). Returns null if nothing is.
+    A code with a region matches the language without one, and the other way round (`en-GB`, `en`). Another script is
+    another language (`sr-Latn`, `srp_Cyrl`), and so is a language that speakers merely understand (`hr`, `bs`).
 
     Parameters
     ----------
@@ -163,15 +156,9 @@ def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
 
 
 def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
-    """Normalised tag of each of `languages` that is offered -> its spelling in `languages`.
+    """Normalised tag of each of the `offered` that is one of `languages` -> its spelling in `languages`.
 
-    A language that is offered under another name only (`deu` for `de`) is there under that name's normalised tag. What
-    is offered once goes to one language, to the one that it fits best: with `de` for [de-AT, de], to `de`.
-
-    Parameters
-    ----------
-    languages: the languages as params.yaml spells them.
-    offered: the languages as the source spells them.
+    Each is given to one language only, the one that it fits best: with `de` for [de-AT, de], to `de`.
 
     Raises
     ------
@@ -194,10 +181,7 @@ def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
 def require(languages: Sequence[str], offered: Mapping[str, Iterable[str]]) -> None:
     """Raise a UserError if one of `languages` is in none of the sources.
 
-    Parameters
-    ----------
-    languages: the languages as params.yaml spells them.
-    offered: the name of each source (`gettext:gramps`) -> the languages that it has, as it spells them.
+    `offered`: the name of each source (`gettext:gramps`) -> the languages that it has, as it spells them.
     """
     given = [match(languages, names) for names in offered.values()]
     missing = [language for language in languages if all(language not in found.values() for found in given)]

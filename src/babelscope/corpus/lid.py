@@ -63,16 +63,9 @@ class FastText:
         return {code: name for name, code in label.items() if name not in refused}, refused
 
     def predict(self, texts: Sequence[str], among: Mapping[str, str] | None = None) -> pl.DataFrame:
-        """The most probable language of each text.
+        """The most probable language of each text: `predicted` and `score`, its probability among all 176 (float64).
 
-        Parameters
-        ----------
-        texts: any; white space is read as one space.
-        among: label -> name of the languages that are allowed (see `match`); None: all 176, named by their labels.
-
-        Returns
-        -------
-        `predicted` and `score` (its probability among all 176, float64), in the order of the texts.
+        `among`: label -> name of the languages that are allowed (see `match`); None: all 176, named by their labels.
 
         Raises
         ------

@@ -7,7 +7,7 @@ from contextlib import suppress
 # What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
 # (`*+`), and gaps are brought into one form before anything is looked for around them.
 
-# Stands where something was taken out, until the gap that it leaves has been closed.
+# Marks where something was taken out, until the gap is closed.
 _GAP = "\x00"
 
 _TAG = re.compile(r"<(?P<slash>/\s*)?(?P<name>[^\W\d_][\w:-]*+)(?P<rest>[^<>]*+)>")
@@ -80,7 +80,7 @@ def _close_gaps(text: str) -> str:
 
 
 def _one_gap(spaces: re.Match[str]) -> str:
-    """Gaps and white space around them as one gap, with a space behind it where there was white space."""
+    """Gaps and white space around them as one gap, with a space behind it if there was white space."""
     found = spaces[0]
     if _GAP not in found:
         return found

@@ -25,7 +25,7 @@ def run(params: Config, paths: Paths) -> None:
     section = params.corpus
     lid = FastText()
     for language, reason in lid.match(params.languages)[1].items():
-        log.warning("%s: left out where fastText is compared with (identify), and not steered: %s", language, reason)
+        log.warning("%s: left out of the comparison with fastText (identify), and not steered: %s", language, reason)
     texts, sources = read(section, params.languages)
     foreign = None if section.lid is None else contaminated(texts, params.languages, section.lid, lid)
     if foreign is not None:

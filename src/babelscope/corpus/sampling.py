@@ -36,7 +36,7 @@ def sample(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
 
-    A group's split and its place in the order are a hash of (seed, group) alone, so that parallel texts tend to be
+    A group's split and its position in the order are a hash of (seed, group) alone, so that parallel texts tend to be
     taken together, and other languages matter only if a text of theirs joins two groups. A language that cannot fill a
     budget gets all of its texts, with a warning. Texts that are equal in the tokens that are used, the first
     max_tokens, are one text (see `merge`).
@@ -183,10 +183,10 @@ def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
     Both are a hash of (seed, group), seen as a number: below `share` of its range is "eval", and the order ascends.
     """
     names = texts["group"].unique().sort()
-    places = pl.DataFrame({"group": names, "place": [int(_digest(str(seed), group), 16) for group in names]},
-                          schema={"group": pl.String, "place": pl.UInt64})  # fmt: skip
-    name = pl.when(pl.col("place") < int(share * 2**64)).then(pl.lit("eval")).otherwise(pl.lit("train"))
-    return texts.join(places, on="group").with_columns(split=name).sort("place", "group", "text_id").drop("place")
+    hashes = pl.DataFrame({"group": names, "hash": [int(_digest(str(seed), group), 16) for group in names]},
+                          schema={"group": pl.String, "hash": pl.UInt64})  # fmt: skip
+    name = pl.when(pl.col("hash") < int(share * 2**64)).then(pl.lit("eval")).otherwise(pl.lit("train"))
+    return texts.join(hashes, on="group").with_columns(split=name).sort("hash", "group", "text_id").drop("hash")
 
 
 def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:

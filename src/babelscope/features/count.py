@@ -50,10 +50,8 @@ def count(
 
     Parameters
     ----------
-    model: a causal language model.
     texts: `texts.frame` has `language` and `split`; texts of the split "eval" are held out.
     saes: by hookpoint, on the device of the model.
-    languages: names.
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.
@@ -94,5 +92,5 @@ def count(
             waiting[split] = {name: x[last:] for name, x in rows.items()}, numbers[last:]
     for split, (rows, numbers) in waiting.items():
         measure(rows, numbers, split)
-    of = totals(texts.frame.filter(split="train"), languages)
-    return {name: Counted(counters[name].frame(layer_of(name)), of, sums[name].result()) for name in saes}
+    by_language = totals(texts.frame.filter(split="train"), languages)
+    return {name: Counted(counters[name].frame(layer_of(name)), by_language, sums[name].result()) for name in saes}

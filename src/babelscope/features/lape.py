@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from babelscope.core.errors import UserError
-from babelscope.features import rates as firing
+from babelscope.features import rates
 from babelscope.features.rates import Counts
 
 
@@ -37,24 +37,23 @@ def lape(
     UserError: an argument is out of range, a column is missing, a language has no total, a unit has two rows for one
         language, or `counts` holds more than `units` units.
     """
-    if not 0 <= top_rate <= 1:
-        raise UserError(f"top_rate: {top_rate} is not between 0 and 1")
+    rates.check_shares(top_rate=top_rate)
     bar = probability_bar(counts, totals, units=units, quantile=quantile)
-    totals, key = firing.check_totals(totals), firing.unit_key(counts)
+    totals, key = rates.check_totals(totals), rates.unit_key(counts)
     parts, entropies = [], []
     for rows in _layers(counts, totals, key):
         high = rows.filter(pl.col("probability") > bar)
         parts.append(high)
-        entropies.append(firing.entropies(rows.join(high.select(key), on=key, how="semi"), key).drop("peak"))
+        entropies.append(rates.entropies(rows.join(high.select(key), on=key, how="semi"), key).drop("peak"))
     above = pl.concat(parts)
-    kept = pl.concat(entropies).sort("entropy", *firing.tie_break(key)).head(round(top_rate * units))
+    kept = pl.concat(entropies).sort("entropy", *rates.tie_break(key)).head(round(top_rate * units))
     return (
         above.join(kept, on=key)
-        .join(totals.select("language").with_row_index("_place"), on="language", how="left")
-        .sort("_place", "entropy", *firing.tie_break(key))
+        .join(totals.select("language").with_row_index("_position"), on="language", how="left")
+        .sort("_position", "entropy", *rates.tie_break(key))
         .with_columns(
             members=pl.len().over(key).cast(pl.Int64),
-            rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64).over("_place"),
+            rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64).over("_position"),
         )
         .select("language", *key, "probability", "entropy", "members", "rank")
     )
@@ -66,28 +65,27 @@ def probability_bar(counts: Counts, totals: pl.DataFrame, *, units: int, quantil
     Units without a row count as 0. `round` is Python's (halves to even); the first is the lowest. Parameters and
     errors as in `lape`.
     """
-    if not 0 <= quantile <= 1:
-        raise UserError(f"quantile: {quantile} is not between 0 and 1")
-    firing.require(counts, ["layer", "unit", "language", "tokens"], "counts")
-    totals, key = firing.check_totals(totals), firing.unit_key(counts)
+    rates.check_shares(quantile=quantile)
+    rates.require(counts, ["layer", "unit", "language", "tokens"], "counts")
+    totals, key = rates.check_totals(totals), rates.unit_key(counts)
     size = units * len(totals)
-    place = max(1, round(quantile * size))  # counted from 1
-    largest, found, firing_units = pl.Series(dtype=pl.Float64), 0, 0
+    nth = max(1, round(quantile * size))
+    largest, found, firing = pl.Series(dtype=pl.Float64), 0, 0
     for rows in _layers(counts, totals, key):
-        firing.check_once(rows, key)
+        rates.check_once(rows, key)
         found += len(rows)
-        firing_units += rows.select(key).n_unique() if len(rows) else 0
-        # The value sought is the smallest of so many largest: no more are kept.
+        firing += rows.select(key).n_unique() if len(rows) else 0
+        # The n-th smallest value is the smallest of the `size - nth + 1` largest: no more are kept.
         new = rows["probability"].rename("")
-        if len(largest) > size - place:
+        if len(largest) > size - nth:
             new = new.filter(new > largest.min())
-        largest = pl.concat([largest, new]).top_k(size - place + 1)
-    if firing_units > units:
-        raise UserError(f"units: {units} units in all, but the counts hold {firing_units}")
-    return 0.0 if place <= size - found else float(largest.min())  # type: ignore[arg-type]
+        largest = pl.concat([largest, new]).top_k(size - nth + 1)
+    if firing > units:
+        raise UserError(f"units: {units} units in all, but the counts hold {firing}")
+    return 0.0 if nth <= size - found else float(largest.min())  # type: ignore[arg-type]
 
 
 def _layers(counts: Counts, totals: pl.DataFrame, key: list[str]) -> Iterator[pl.DataFrame]:
     """The rows with a firing and their `probability`, one layer at a time."""
-    for rows in firing.by_layer(counts, [*key, "language", "tokens"]):
-        yield firing.probabilities(rows, totals)
+    for rows in rates.by_layer(counts, [*key, "language", "tokens"]):
+        yield rates.probabilities(rows, totals)

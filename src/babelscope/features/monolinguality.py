@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from babelscope.features import rates as firing
+from babelscope.features import rates
 from babelscope.features.rates import Counts
 
 
@@ -15,7 +15,7 @@ def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | N
 
     Parameters
     ----------
-    counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` where there are several.
+    counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` if there are several.
         A lazy frame is read one layer at a time.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
     units: the units wanted: `layer`, `unit` (and `hookpoint`), in any number of rows; None for all.
@@ -29,19 +29,19 @@ def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | N
     ------
     UserError: a column is missing, a language has no total, or a unit has two rows for one language.
     """
-    firing.require(counts, ["layer", "unit", "language", "tokens", "sum"], "counts")
-    totals = firing.check_totals(totals)
-    key = firing.unit_key(counts)
-    size = totals.select("language", pl.col("tokens").alias("_tokens")).with_row_index("_place")
+    rates.require(counts, ["layer", "unit", "language", "tokens", "sum"], "counts")
+    totals = rates.check_totals(totals)
+    key = rates.unit_key(counts)
+    size = totals.select("language", pl.col("tokens").alias("_tokens")).with_row_index("_position")
     others = max(1, len(totals.filter(pl.col("tokens") > 0)) - 1)
     parts = []
-    for rows in firing.by_layer(counts, [*key, "language", "tokens", "sum"]):
+    for rows in rates.by_layer(counts, [*key, "language", "tokens", "sum"]):
         if units is not None:
             rows = rows.join(units, on=key, how="semi")
-        firing.check_once(rows, key)
-        means = firing.join_totals(rows, size).with_columns(_mean=pl.col("sum").cast(pl.Float64) / pl.col("_tokens"))
+        rates.check_once(rows, key)
+        means = rates.join_totals(rows, size).with_columns(_mean=pl.col("sum").cast(pl.Float64) / pl.col("_tokens"))
         # Summed in ascending order, so that the order of the rows does not reach the last bit.
         sums = means.group_by(key).agg(_all=pl.col("_mean").sort().sum())
         nu = pl.col("_mean") - (pl.col("_all") - pl.col("_mean")) / others
-        parts.append(means.join(sums, on=key).select("_place", "language", *key, nu.alias("monolinguality")))
-    return pl.concat(parts).sort("_place", -pl.col("monolinguality"), *firing.tie_break(key)).drop("_place")
+        parts.append(means.join(sums, on=key).select("_position", "language", *key, nu.alias("monolinguality")))
+    return pl.concat(parts).sort("_position", -pl.col("monolinguality"), *rates.tie_break(key)).drop("_position")

@@ -33,22 +33,16 @@ def count(
 ) -> dict[str, Counter]:
     """Count, per language and neuron, the tokens on which the neuron's activation is > 0 (Tang et al. 2024).
 
-    One forward pass over the texts, stopped at the deepest hookpoint; special tokens are not counted. Memory: the
+    One forward pass over the texts as far as the deepest hookpoint; special tokens are not counted. Memory: the
     activations of one batch, and five numbers per language and neuron.
 
     Parameters
     ----------
-    model: a causal language model.
-    texts: what is counted on; `texts.frame` has `language`.
-    hookpoints: whose dimensions are neurons: activation functions (`layers.N.mlp.act_fn`).
-    languages: names.
+    texts: `texts.frame` has `language`.
+    hookpoints: activation functions (`layers.N.mlp.act_fn`), whose dimensions are neurons.
     dtype: what activations are rounded to, as those of every other unit are.
     batch_tokens: tokens in one forward pass, padding included.
     checkpoint: a file from which a killed run goes on; the caller deletes it once the counts are safe.
-
-    Returns
-    -------
-    The counts by hookpoint.
 
     Raises
     ------

@@ -8,8 +8,8 @@ from babelscope.core.errors import UserError
 
 Counts = pl.DataFrame | pl.LazyFrame
 
-# Entropies are rounded to so many decimals. Two units with the same profile then tie, although their floating-point
-# sums differ in the last bit, and the tie is broken by (layer, unit) on every machine.
+# Decimals of entropies. Units with the same profile then tie, although their floating-point sums differ in the last
+# bit, and the tie is broken by (layer, unit) on every machine.
 _DECIMALS = 12
 
 
@@ -19,12 +19,12 @@ def columns(counts: Counts) -> list[str]:
 
 
 def unit_key(counts: Counts) -> list[str]:
-    """The columns that name a unit: `hookpoint` where given, `layer`, `unit`."""
+    """The columns that name a unit: `hookpoint` (if there is one), `layer`, `unit`."""
     return [name for name in ("hookpoint", "layer", "unit") if name in columns(counts)]
 
 
 def tie_break(key: Sequence[str]) -> list[str]:
-    """The unit key in the order in which ties break: `layer`, `unit`, then `hookpoint` where given."""
+    """The unit key in the order in which ties break: `layer`, `unit`, then `hookpoint` (if there is one)."""
     return sorted(key, key=["layer", "unit", "hookpoint"].index)
 
 
@@ -35,12 +35,19 @@ def require(frame: Counts, needed: Sequence[str], what: str) -> None:
         raise UserError(f"{what}: no column {', '.join(missing)}; it has {', '.join(columns(frame))}")
 
 
+def check_shares(**shares: float) -> None:
+    """Raise a `UserError` unless all are between 0 and 1."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{name}: {share} is not between 0 and 1")
+
+
 def check_totals(totals: pl.DataFrame, *extra: str) -> pl.DataFrame:
-    """`totals` with `language` as strings, after checking that it has `tokens` and `extra` and names a language once.
+    """`totals` with `language` as strings, `tokens` and `extra`.
 
     Raises
     ------
-    UserError: a column is missing, a value is missing, or a language stands twice.
+    UserError: a column or a value is missing, or a language has two rows.
     """
     require(totals, ["language", "tokens", *extra], "totals")
     totals = totals.select(pl.col("language").cast(pl.String), "tokens", *extra)
@@ -48,15 +55,14 @@ def check_totals(totals: pl.DataFrame, *extra: str) -> pl.DataFrame:
         raise UserError("totals: a value is missing")
     twice = totals.filter(pl.col("language").is_duplicated())["language"].unique().sort().to_list()
     if twice:
-        raise UserError(f"totals: {', '.join(twice)} stands more than once")
+        raise UserError(f"totals: {', '.join(twice)} has more than one row")
     return totals
 
 
 def by_layer(counts: Counts, names: Sequence[str]) -> Iterator[pl.DataFrame]:
     """The columns `names` of `counts`, one layer at a time in ascending order, so that memory is bounded by a layer.
 
-    Rows without a firing (tokens == 0) say nothing and are left out. A `LazyFrame` over files is read layer by layer.
-    Without any row there is one empty frame, so that the caller's columns have their types all the same.
+    Rows without a firing (tokens == 0) are left out. Without any row there is one empty frame, for the types.
     """
     lazy = counts.lazy()
     layers = lazy.select(pl.col("layer").unique()).collect(engine="in-memory")["layer"].sort().to_list()
@@ -66,12 +72,7 @@ def by_layer(counts: Counts, names: Sequence[str]) -> Iterator[pl.DataFrame]:
 
 
 def join_totals(rows: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
-    """`rows` with the columns of `totals` (other than `language`) beside them, named as they are there.
-
-    Raises
-    ------
-    UserError: a language of `rows` is not in `totals`.
-    """
+    """`rows` with the columns of `totals`; a `UserError` if a language of `rows` is not in it."""
     unknown = set(rows["language"].unique().to_list()) - set(totals["language"].to_list())
     if unknown:
         raise UserError(f"counts: no totals for {', '.join(sorted(str(name) for name in unknown))}")
@@ -79,7 +80,7 @@ def join_totals(rows: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
 
 
 def check_once(rows: pl.DataFrame, key: Sequence[str]) -> None:
-    """Raise a `UserError` where a unit has two rows for one language (two hookpoints mixed, or counts not summed)."""
+    """Raise a `UserError` if a unit has two rows for one language (two hookpoints mixed, or counts not summed)."""
     rows = rows.select(*key, "language")
     languages = rows.group_by(key).agg(found=pl.len(), different=pl.col("language").n_unique())
     again = rows.join(languages.filter(pl.col("found") > pl.col("different")), on=key, how="semi")
@@ -98,9 +99,9 @@ def probabilities(rows: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
     """
     size = totals.select("language", pl.col("tokens").alias("_tokens"))
     rows = join_totals(rows, size)
-    excess = rows.filter(pl.col("tokens") > pl.col("_tokens"))
-    if len(excess):
-        worst = excess.sort("language", "layer", "unit").row(0, named=True)
+    impossible = rows.filter(pl.col("tokens") > pl.col("_tokens"))
+    if len(impossible):
+        worst = impossible.sort("language", "layer", "unit").row(0, named=True)
         raise UserError(
             f"counts: layer {worst['layer']}, unit {worst['unit']} fires on {worst['tokens']} tokens "
             f"of {worst['_tokens']} in {worst['language']}: the totals belong to other counts"
@@ -116,10 +117,7 @@ def entropies(rows: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
     languages without a row add nothing). The terms are summed in ascending order: the result depends neither on the
     order of the rows nor on the names of the languages. It is rounded to 12 decimals.
 
-    Parameters
-    ----------
-    rows: frame with the columns `key` and `probability` > 0, at most one row per unit and language.
-    key: the columns that name a unit.
+    `rows` has the columns `key` and `probability` > 0, at most one row per unit and language.
     """
     ascending = pl.col("probability").sort()
     share = ascending / ascending.sum()

@@ -20,12 +20,12 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
     if params.train.source == "stream":
         copy_file(paths.stream / hookpoint / "counts.parquet", paths.counts(hookpoint))
         copy_file(paths.stream / hookpoint / "totals.parquet", paths.totals(hookpoint))
-        counts, of = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
+        counts, by_language = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
     else:
-        counts, of = encode(hookpoint, params, paths)
+        counts, by_language = encode(hookpoint, params, paths)
         write_atomically(paths.counts(hookpoint), counts.write_parquet)
-        write_atomically(paths.totals(hookpoint), of.write_parquet)
-    tokens, fired = int(of["tokens"].sum()), counts["unit"].n_unique()
+        write_atomically(paths.totals(hookpoint), by_language.write_parquet)
+    tokens, fired = int(by_language["tokens"].sum()), counts["unit"].n_unique()
     l0 = int(counts["tokens"].sum()) / tokens
     numbers = {"tokens": tokens, "l0": l0, "latents_fired": fired, "layer": layer_of(hookpoint)}
     write_json(paths.metrics("encode", hookpoint), numbers)

@@ -41,10 +41,10 @@ def count(params: Config, paths: Paths) -> None:
     hookpoints.resolve(model, names, "neurons.hookpoints")
     tokens.check_fits(model, texts)
 
-    knobs = params.model_dump(include={"extract", "languages", "model"})
-    knobs |= {"hookpoints": names, "max_tokens": params.corpus.max_tokens}
+    depends = params.model_dump(include={"extract", "languages", "model"})
+    depends |= {"hookpoints": names, "max_tokens": params.corpus.max_tokens}
     totals, found = counter.totals(texts.frame, params.languages), []
-    with resume.kept("neurons", knobs, [paths.texts]) as folder:
+    with resume.kept("neurons", depends, [paths.texts]) as folder:
         counters = neurons.count(
             model, texts, names, params.languages, dtype=loading.DTYPES[params.extract.store_dtype],
             batch_tokens=params.extract.batch_tokens, checkpoint=folder / "counts.safetensors",

@@ -5,7 +5,7 @@ from typing import Literal
 import polars as pl
 
 from babelscope.core.errors import UserError
-from babelscope.features import rates as firing
+from babelscope.features import rates
 from babelscope.features.rates import Counts
 
 Order = Literal["entropy", "probability"]
@@ -30,33 +30,31 @@ def sae_lape(
     fires, and P(l, u) = c / T:
 
     1. Candidates: e >= int(example_rate * N) in some language and c > int(token_rate * T) in some language (the same
-       one where `same_language`). Both limits truncate, as in the paper's code; that of e is at least 1, or a language
-       of a single text would let every unit pass. An `example_rate` of 0, and `counts` without `texts`, leave the first
-       condition out.
+       one if `same_language`). Both limits truncate, as in the paper's code; that of e is at least 1, since a language
+       of a single text would otherwise let every unit pass. An `example_rate` of 0, and `counts` without `texts`, omit
+       the first condition.
     2. Members of u: the languages with P >= ratio * max_l P. Selected are the units with exactly `members` of them:
-       1 gives language-specific features, k those shared by k languages, once for each of the k, None every candidate.
+       1 gives language-specific features, k those shared by k languages (a row for each), None every candidate.
     3. Rank within a language: by entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), ascending, or
        by P(l, u), descending. Ties break by (layer, unit).
 
     Parameters
     ----------
-    counts: `layer`, `unit`, `language`, `tokens` and, where known, `texts`, `hookpoint`; one row per unit and
+    counts: `layer`, `unit`, `language`, `tokens` and, if known, `texts`, `hookpoint`; one row per unit and
         language, rows without a firing may be missing. With `hookpoint`, a unit is (hookpoint, layer, unit). A lazy
         frame is read one layer at a time.
-    totals: `language`, `tokens` and, where `counts` has it, `texts`: one row per language. Its order of the languages
+    totals: `language`, `tokens` and, if `counts` has it, `texts`: one row per language. Its order of the languages
         is the order of the result.
     example_rate, token_rate: shares of texts and of tokens, 0 to 1. Paper: 0.98 and 0.1.
     ratio: share of the highest probability, above 0, at most 1. Paper: 0.5.
-    members: how many languages share a unit; None: any number.
-    same_language: one language must meet both limits. Paper: False.
-    order: what to rank by.
+    members, same_language, order: see above. Paper: 1, False, entropy.
     top: how many units to keep per language (or per language and layer); None keeps all.
     per_layer: rank and cut within each layer.
 
     Returns
     -------
     `language`, (`hookpoint`,) `layer`, `unit`, `probability` (P(l, u)), `entropy` (nats), `members`, `rank` (from 1),
-    sorted by language, (layer where `per_layer`,) rank. A language without units has no row here; `summary` names it.
+    sorted by language, (layer if `per_layer`,) rank. A language without units has no row here; `summary` names it.
 
     Raises
     ------
@@ -64,16 +62,16 @@ def sae_lape(
         one language.
     """
     _check(example_rate, token_rate, ratio, members, order, top)
-    firing.require(counts, ["layer", "unit", "language", "tokens"], "counts")
-    texts = ["texts"] if "texts" in firing.columns(counts) else []
-    totals = firing.check_totals(totals, *texts)
+    rates.require(counts, ["layer", "unit", "language", "tokens"], "counts")
+    texts = ["texts"] if "texts" in rates.columns(counts) else []
+    totals = rates.check_totals(totals, *texts)
     limits = _limits(totals, example_rate, token_rate)
-    key = firing.unit_key(counts)
+    key = rates.unit_key(counts)
     parts = []
-    for rows in firing.by_layer(counts, [*key, "language", "tokens", *texts]):
+    for rows in rates.by_layer(counts, [*key, "language", "tokens", *texts]):
         rows = _candidates(rows, limits, key, same_language)
-        firing.check_once(rows, key)
-        parts.append(_belonging(firing.probabilities(rows, totals), key, ratio, members))
+        rates.check_once(rows, key)
+        parts.append(_belonging(rates.probabilities(rows, totals), key, ratio, members))
     return _ranked(pl.concat(parts), totals, key, order, top, per_layer)
 
 
@@ -82,7 +80,7 @@ def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
 
     Returns
     -------
-    `language`, `units` (how many rows of `features` it has), `mean_entropy` (nats), `mean_probability` (both null for
+    `language`, `units` (how many rows of `features` it has), `mean_entropy` (nats), `mean_probability` (both None for
     a language without units).
     """
     owned = features.group_by("language", maintain_order=True).agg(
@@ -99,9 +97,7 @@ def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
 def _check(
     example_rate: float, token_rate: float, ratio: float, members: int | None, order: str, top: int | None
 ) -> None:
-    for name, share in (("example_rate", example_rate), ("token_rate", token_rate)):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}: {share} is not between 0 and 1")
+    rates.check_shares(example_rate=example_rate, token_rate=token_rate)
     if not 0 < ratio <= 1:  # at 0 every language, firing or not, would be a member of every unit
         raise UserError(f"ratio: {ratio} is not above 0 and at most 1")
     if members is not None and members < 1:
@@ -113,30 +109,25 @@ def _check(
 
 
 def _limits(totals: pl.DataFrame, example_rate: float, token_rate: float) -> pl.DataFrame:
-    """The limits per language, truncated by Python's own `int(rate * total)`: the paper's arithmetic to the bit.
+    """The limits per language, truncated by Python's own `int(rate * total)`: exactly the paper's arithmetic.
 
-    But for a limit of 0 texts, which is none: with an `example_rate` it is at least 1.
+    Except that with an `example_rate` the limit is at least 1 text.
     """
-    limits = {
-        "language": totals["language"],
-        "_tokens": pl.Series([int(token_rate * total) for total in totals["tokens"]], dtype=pl.Int64),
-    }
+    limits = {"language": totals["language"].to_list(), "_tokens": [int(token_rate * n) for n in totals["tokens"]]}
     if "texts" in totals.columns:
-        fewest = 1 if example_rate > 0 else 0
-        texts = [max(fewest, int(example_rate * total)) for total in totals["texts"]]
-        limits["_texts"] = pl.Series(texts, dtype=pl.Int64)
-    return pl.DataFrame(limits)
+        limits["_texts"] = [max(int(example_rate > 0), int(example_rate * n)) for n in totals["texts"]]
+    return pl.DataFrame(limits, schema_overrides=dict.fromkeys(list(limits)[1:], pl.Int64))
 
 
 def _candidates(rows: pl.DataFrame, limits: pl.DataFrame, key: list[str], same_language: bool) -> pl.DataFrame:
     """All rows of the units that meet the limits."""
-    rows = firing.join_totals(rows, limits)
+    rows = rates.join_totals(rows, limits)
     conditions = [pl.col("tokens") > pl.col("_tokens")]
     if "_texts" in limits.columns:
         in_texts = pl.col("texts") >= pl.col("_texts")
         if same_language:
             conditions = [conditions[0] & in_texts]
-        elif limits["_texts"].min() != 0:  # a limit of 0 is also met by the units that have no row for that language
+        elif limits["_texts"].min() != 0:  # units without a row for a language, too, meet a limit of 0
             conditions.append(in_texts)
     for condition in conditions:
         rows = rows.join(rows.filter(condition).select(key), on=key, how="semi")
@@ -146,7 +137,7 @@ def _candidates(rows: pl.DataFrame, limits: pl.DataFrame, key: list[str], same_l
 def _belonging(rows: pl.DataFrame, key: list[str], ratio: float, members: int | None) -> pl.DataFrame:
     """The rows (unit, member language) of the units with exactly `members` member languages; None: with any number."""
     return (
-        rows.join(firing.entropies(rows, key), on=key)
+        rows.join(rates.entropies(rows, key), on=key)
         .filter(pl.col("probability") >= ratio * pl.col("peak"))
         .with_columns(members=pl.len().over(key).cast(pl.Int64))
         .filter(True if members is None else pl.col("members") == members)
@@ -158,12 +149,12 @@ def _ranked(
     features: pl.DataFrame, totals: pl.DataFrame, key: list[str], order: Order, top: int | None, per_layer: bool
 ) -> pl.DataFrame:
     """`features` sorted and cut, with `rank`, counted from 1."""
-    within = ["_place", "layer"] if per_layer else ["_place"]
+    within = ["_position", "layer"] if per_layer else ["_position"]
     by = pl.col("entropy") if order == "entropy" else -pl.col("probability")
     ranked = (
-        features.join(totals.select("language").with_row_index("_place"), on="language", how="left")
-        .sort(*within, by, *firing.tie_break(key))
+        features.join(totals.select("language").with_row_index("_position"), on="language", how="left")
+        .sort(*within, by, *rates.tie_break(key))
         .with_columns(rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64).over(within))
-        .drop("_place")
+        .drop("_position")
     )
     return ranked if top is None else ranked.filter(pl.col("rank") <= top)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from babelscope.features.rates import unit_key
+
 
 def similarity(candidates: pl.DataFrame, languages: Sequence[str]) -> pl.DataFrame:
     """The Jaccard index of the units of every two languages: |A & B| / |A | B|, A the units of which one is a member.
@@ -16,16 +18,16 @@ def similarity(candidates: pl.DataFrame, languages: Sequence[str]) -> pl.DataFra
 
     Returns
     -------
-    `language`, `other`, `units` (of both), `jaccard` (0 to 1; null where neither has a unit), one row per ordered pair,
+    `language`, `other`, `units` (of both), `jaccard` (0 to 1; None if neither has a unit), one row per ordered pair,
     those of a language with itself included.
     """
-    key = [name for name in ("hookpoint", "layer", "unit") if name in candidates.columns]
-    mine = candidates.select(*key, "language").unique()
-    both = mine.join(mine.rename({"language": "other"}), on=key).group_by("language", "other").len("units")
-    owned = {name: 0 for name in languages} | dict(mine.group_by("language").len().iter_rows())
-    sizes = pl.DataFrame({"language": list(languages), "_mine": [owned[name] for name in languages]})
-    grid = sizes.join(sizes.rename({"language": "other", "_mine": "_theirs"}), how="cross", maintain_order="left_right")
-    either = pl.col("_mine") + pl.col("_theirs") - pl.col("units")
+    key = unit_key(candidates)
+    members = candidates.select(*key, "language").unique()
+    both = members.join(members.rename({"language": "other"}), on=key).group_by("language", "other").len("units")
+    units = {name: 0 for name in languages} | dict(members.group_by("language").len().iter_rows())
+    sizes = pl.DataFrame({"language": list(languages), "_a": [units[name] for name in languages]})
+    grid = sizes.join(sizes.rename({"language": "other", "_a": "_b"}), how="cross", maintain_order="left_right")
+    either = pl.col("_a") + pl.col("_b") - pl.col("units")
     return (
         grid.join(both, on=["language", "other"], how="left", maintain_order="left")
         .with_columns(pl.col("units").cast(pl.Int64).fill_null(0))

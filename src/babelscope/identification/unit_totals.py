@@ -36,11 +36,8 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
     Min-max: (a - min) / (max - min + 1e-6), with the smallest and largest positive activation that the unit has on the
     language that owns it (Andrylie et al. 2025, arXiv 2507.11230).
 
-    Parameters
-    ----------
-    features: `unit`, `language`: the selection at one hookpoint.
-    counts: `unit`, `language`, `min_positive`, `max` of the same hookpoint, or None if no range is wanted.
-    languages: order of the columns.
+    `features`: `unit`, `language`, the selection at one hookpoint. `counts`: `unit`, `language`, `min_positive`, `max`
+    of the same hookpoint, or None if no range is wanted. `languages`: order of the columns.
 
     Raises
     ------
@@ -70,12 +67,8 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
 class UnitTotals:
     """Adds up, text by text, what the units of every language do.
 
-    Parameters
-    ----------
-    texts: how many texts there are.
-    owners: by hookpoint.
-    saes: the dictionary of every hookpoint whose units are latents; at the others the units are neurons.
-    device: of the work.
+    `texts`: how many. `owners`: by hookpoint. `saes`: the dictionary of every hookpoint whose units are latents; at the
+    others the units are neurons.
 
     Attributes
     ----------
@@ -110,13 +103,9 @@ class UnitTotals:
 
     @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
-        """Add tokens of any texts.
+        """Add tokens of any texts: what the SAE of `hookpoint` reads, or its neurons themselves, `[tokens, d]`.
 
-        Parameters
-        ----------
-        hookpoint: one of `owners`.
-        activations: `[tokens, d]`, any floating dtype: what the SAE reads, or the neurons themselves.
-        text: number of the text of each token, int64 `[tokens]`.
+        `text`: number of the text of each token, int64 `[tokens]`.
         """
         x = activations.to(self.device)
         if hookpoint not in self.saes:

@@ -42,8 +42,6 @@ def read_batches(
 
     Parameters
     ----------
-    model: a causal language model.
-    texts: the texts.
     batches: the numbers of each batch's texts, see `TokenizedTexts.batches`.
     hookpoints: what to read, see `names_to_read`.
     dtype: of the activations.
@@ -56,10 +54,10 @@ def read_batches(
     for numbers in batches:
         ids, mask, content = (part.to(device) for part in collate(texts[numbers]))
         text = torch.tensor(numbers).repeat_interleave(texts.lengths[numbers])
-        yield Rows(own_activations(model, hookpoints, (ids, mask, content), dtype), text)
+        yield Rows(content_activations(model, hookpoints, (ids, mask, content), dtype), text)
 
 
-def own_activations(
+def content_activations(
     model: Any, hookpoints: Sequence[str], batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """One forward pass over a batch (see `collate`, on the model's device): `[content tokens, d]` by hookpoint.

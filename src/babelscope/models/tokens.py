@@ -1,4 +1,4 @@
-"""The only place that tokenizes texts; and batches of texts of like length, so that padding costs little."""
+"""The only place that tokenizes texts; and batches of texts of similar length, so that there is little padding."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ class TokenizedText:
     special: int
 
     @property
-    def own(self) -> int:
-        """Tokens of the text itself, special tokens not counted."""
+    def content_tokens(self) -> int:
+        """The number of tokens of the text itself, without special tokens."""
         return len(self.ids) - self.special
 
 
@@ -250,6 +250,6 @@ def within(texts: Sequence[TokenizedText], language: Mapping[str, str], limit: i
     chosen = []
     for text in sorted(texts, key=lambda text: text.text_id):
         if limit is None or taken[language[text.text_id]] < limit:
-            taken[language[text.text_id]] += text.own
+            taken[language[text.text_id]] += text.content_tokens
             chosen.append(text)
     return chosen

@@ -94,7 +94,7 @@ def first_tokens(tokenizer: Any, params: Config, paths: Paths) -> list[list[int]
     section = params.steer
     corpus = read_table(paths.texts).filter(split="eval", language=section.prompt_language)
     texts = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), section.prompt_tokens)
-    distinct = list(dict.fromkeys(text.ids for text in texts if text.own == section.prompt_tokens))
+    distinct = list(dict.fromkeys(text.ids for text in texts if text.content_tokens == section.prompt_tokens))
     if len(distinct) < section.prompts:
         raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted, but the held-out texts in "
                         f"{section.prompt_language!r} begin in {len(distinct)} ways")  # fmt: skip
