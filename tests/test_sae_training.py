@@ -1,7 +1,10 @@
 """Training end to end on a small made-up store: quality, exact resume, and the units of the result."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,8 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning_utilities.core import imports
+from pydantic import ValidationError
 
 from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
@@ -22,7 +27,7 @@ from babelscope.sae.training.learner import Learner, auxiliary_loss
 from babelscope.sae.training.loop import train
 from babelscope.sae.training.module import Activations, SAETraining
 from babelscope.sae.training.schedule import learning_rate, lr_multiplier
-from babelscope.sae.training.trainer import trainer
+from babelscope.sae.training.trainer import _without, trainer
 
 HARDWARE = Hardware(
     accelerator="cpu", devices=1, num_nodes=1, strategy="auto", threads=0, checkpoint_seconds=0, parallel=1
@@ -307,16 +312,45 @@ def test_a_trainer_of_anybody_fits_it_and_its_checkpoint_is_loaded_without_the_d
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), sae.parameters(), strict=True))
 
 
+def test_lightning_is_imported_without_what_it_does_not_need() -> None:
+    code = "import sys, babelscope.sae.training.loop; assert not {'matplotlib', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_if_the_name_that_hides_packages_is_gone_everything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _without(("numpy",)):
+        assert imports.find_spec("numpy") is None and imports.find_spec("torch") is not None
+        with pytest.raises(PackageNotFoundError):
+            imports._version("numpy")
+    monkeypatch.delattr(imports, "_version")
+    with _without(("numpy",)):
+        assert imports.find_spec("numpy") is not None
+
+
 def test_without_its_data_module_it_says_so(tmp_path: Path) -> None:
     trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
     with pytest.raises(UserError, match="fit with datamodule=Activations"):
         trainer.fit(SAETraining(SETTINGS, steps=120, seed=1), train_dataloaders=[torch.zeros(3)])
 
 
-@pytest.mark.parametrize(("devices", "world"), [("auto", 1), (1, 1), (2, 2), ([0], 1)])
-def test_devices_are_those_that_lightning_takes(devices: Any, world: int) -> None:
-    hardware = HARDWARE.model_copy(update={"devices": devices if devices != [0] else 1})
-    assert trainer(hardware).world_size == world
+def test_devices_are_those_that_lightning_takes() -> None:
+    worlds = {"auto": 1, 1: 1, 2: 2}
+    for devices, world in worlds.items():
+        assert trainer(HARDWARE.model_copy(update={"devices": devices})).world_size == world
+    with pytest.raises(UserError, match=r"params.yaml: hardware: .*CPU"):
+        trainer(HARDWARE.model_copy(update={"devices": [0]}))
+
+
+@pytest.mark.parametrize("devices", ["auto", 3, [0, 2]])
+def test_devices_in_params(devices: Any) -> None:
+    content = HARDWARE.model_dump() | {"devices": devices}
+    assert Hardware(**content).devices == devices
+
+
+@pytest.mark.parametrize("devices", ["all", 0, -1, True, [], [0, 0], ["0"], 1.0, None])
+def test_other_devices_are_refused(devices: Any) -> None:
+    with pytest.raises(ValidationError, match="allowed: 'auto', a number of devices, or a list of their numbers"):
+        Hardware(**(HARDWARE.model_dump() | {"devices": devices}))
 
 
 def test_a_batch_is_a_pure_function_of_its_number() -> None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from babelscope.activations.batches import Pair, permutation
 from babelscope.activations.moments import Moments, moments
-from babelscope.models import hookpoints as hooks
 from babelscope.models.forward import names_to_read, read_batches
+from babelscope.models.names import input_name
 from babelscope.models.tokens import TokenizedTexts
 
-# A block holds the rows of so many training batches, and at least so many rows: it is what rows are shuffled in.
+# A block, within which rows are shuffled, holds the rows of this many training batches, and at least this many rows.
 _BATCHES, _ROWS = 16, 16384
 # Rows whose moments are summed at once.
 _CHUNK = 8192
@@ -21,18 +21,17 @@ _CHUNK = 8192
 class Stream:
     """A `batches.Source` whose rows are computed when they are needed, at several hookpoints at once.
 
-    Every epoch takes the texts in another order, cut into blocks of about `block_rows` tokens. The activations of one
-    block at a time are held; its rows come in an order of their own. Order and cut are pure functions of (seed, epoch),
-    the order of the rows of (seed, block): batch number `step` is `size` rows of one endless sequence, in which every
-    token of the corpus stands once an epoch. So to resume costs the forward pass over one block (and over the first
-    one, for the moments).
+    Every epoch takes the texts in another order, in blocks of about `block_rows` tokens. One block of activations at a
+    time is in memory, and its rows are shuffled. The blocks are a pure function of (seed, epoch), the order of rows one
+    of (seed, block): batch `step` is `size` rows of one endless sequence, in which every token of the corpus occurs
+    once an epoch. Resuming therefore costs the forward pass over one block (and over the first one, for the moments).
 
-    Memory, with D the sum of the hookpoints' widths (and of their inputs' where transcoders are trained), in bytes:
+    Memory in bytes, with D the sum of the hookpoints' widths (and of their inputs' for transcoders):
 
-        2 D (block_rows + 4 size)  the block, and batches: one trained on, one fetched, one put together
-        + 12 D batch_tokens        one forward pass: what is read, in the model's dtype and in that of the block
+        2 D (block_rows + 4 size)  the block, and batches: one in training, one fetched, one being assembled
+        + 12 D batch_tokens        one forward pass: its activations, in the model's dtype and in that of the block
         + 4 tokens + 100 texts     the corpus
-        + the model and what its forward pass takes for batch_tokens tokens
+        + the model and its forward pass over batch_tokens tokens
 
     The trainer adds 16 bytes for each of the SAEs' weights (gradients and Adam's moments included) and, at every
     hookpoint, about 20 bytes for each of the d numbers in a batch's rows. Nothing grows with the number of steps.
@@ -40,20 +39,20 @@ class Stream:
     tokens, four blocks): 475 MiB above the loaded model, 243 of them the SAEs' weights; these terms give 476, with 40
     for the forward pass and 51 for the caches that stage `stream` bounds (unbounded, they grew by 50 MiB a block).
 
-    On several devices each computes the whole of every block and takes its share of each batch: the time of the SAEs'
-    training is divided among them, that of the forward pass is not.
+    Each of several devices computes every block in full and takes its share of each batch: this divides the time of the
+    SAEs' training, but not that of the forward pass.
 
     Parameters
     ----------
-    model: a causal language model, on the device where the forward pass is to run and the block is to lie.
+    model: a causal language model, on the device for the forward pass and the block.
     texts: of the training split, at least one.
     hookpoints: names.
     transcode: encode the inputs of the hookpoints' modules.
-    dtype: what activations are rounded to (`extract.store_dtype`: the same values as stored ones have).
+    dtype: of the activations (`extract.store_dtype`: the values are those of stored activations).
     batch_tokens: tokens in one forward pass, padding included.
     size, steps: rows of a batch over all devices together, and number of batches.
     seed: of all orders.
-    block_rows: null: those of 16 batches, and at least 16,384.
+    block_rows: None: the rows of 16 batches, and at least 16,384.
     """
 
     def __init__(
@@ -75,15 +74,15 @@ class Stream:
         self.size, self.steps, self.seed = size, steps, seed
         self.block_rows = block_rows or max(_BATCHES * size, _ROWS)
         self.rows = int(texts.lengths.sum())
-        self._held = -1  # where in the endless sequence the block begins that lies in the buffers
+        self._held = -1  # position in the endless sequence at which the block in the buffers begins
         self._rows = 0
-        # The same for all blocks: memory that is freed and taken in pieces of other sizes would go to waste.
+        # The same buffers for all blocks: blocks of other sizes would fragment the memory.
         self._buffers: dict[str, Tensor] = {}
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """Of the first block: about `block_rows` tokens of texts drawn at random, which `read` does not compute again.
+        """Moments of the first block: about `block_rows` tokens of texts drawn at random, which `read` computes once.
 
-        Those of the whole corpus would cost a forward pass over all of it.
+        Moments of the whole corpus would cost a forward pass over all of it.
         """
         block = self._block(0, self._blocks(0)[0])
         parts = [(x, None) if y is None else (y, x) for x, y in block]
@@ -109,39 +108,39 @@ class Stream:
             parts, step = [], step + 1
             yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
 
-    def _pieces(self, place: int) -> Iterator[list[Pair]]:
-        """From row `place` of the endless sequence on, pieces that end with their block or with their batch."""
+    def _pieces(self, row: int) -> Iterator[list[Pair]]:
+        """Pieces of the endless sequence from row number `row` on, which end with their block or with their batch."""
         while True:
-            epoch, offset = divmod(place, self.rows)
+            epoch, offset = divmod(row, self.rows)
             for numbers in self._blocks(epoch):
-                count, start = int(self.texts.lengths[numbers].sum()), place - offset
+                count, start = int(self.texts.lengths[numbers].sum()), row - offset
                 if offset >= count:
                     offset -= count
                     continue
                 order = permutation(self.seed, -1 - start, count)
                 while offset < count:
                     block = self._block(start, numbers)
-                    rows = order[offset : min(count, offset + self.size - place % self.size)].to(block[0][0].device)
+                    rows = order[offset : min(count, offset + self.size - row % self.size)].to(block[0][0].device)
                     yield [(x[rows], None if y is None else y[rows]) for x, y in block]
-                    offset, place = offset + len(rows), place + len(rows)
+                    offset, row = offset + len(rows), row + len(rows)
                 offset = 0
 
     def _blocks(self, epoch: int) -> list[Tensor]:
-        """Numbers of the texts of every block, in the order of the epoch: a text is in the block that it begins in."""
+        """Numbers of the texts of every block, in the order of the epoch; a text is in the block in which it begins."""
         order = permutation(self.seed, epoch, len(self.texts))
-        own = self.texts.lengths[order]
-        block = (own.cumsum(0) - own) // self.block_rows
+        lengths = self.texts.lengths[order]
+        block = (lengths.cumsum(0) - lengths) // self.block_rows
         return list(torch.split(order, torch.bincount(block).tolist()))
 
     def _block(self, start: int, numbers: Tensor) -> list[Pair]:
         """The activations of these texts at every hookpoint, [rows, d], views of the buffers; computed unless held."""
         if self._held != start:
-            self._held = -1  # not while they are half-filled
+            self._held = -1  # an exception leaves them half-filled
             self._compute(numbers)
             self._held = start
         block = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
         return [
-            (block[name + hooks.INPUT], block[name]) if self.transcode else (block[name], None)
+            (block[input_name(name, True)], block[name]) if self.transcode else (block[name], None)
             for name in self.hookpoints
         ]
 

@@ -6,27 +6,23 @@
 import os
 from typing import Any
 
-# PyTorch, too, keeps what oneDNN prepares for a bfloat16 product of some shape (see `models.matmul`): 1024 times
-# 0.4 MiB. Batches of texts always have new shapes, which would fill it for nothing. Read when torch is imported.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+import polars as pl
+import torch
 
-import polars as pl  # noqa: E402
-import torch  # noqa: E402
-
-from babelscope import sae  # noqa: E402
-from babelscope.activations.streaming import Stream  # noqa: E402
-from babelscope.config import Config  # noqa: E402
-from babelscope.config.values import local_name  # noqa: E402
-from babelscope.core import stage  # noqa: E402
-from babelscope.core.errors import UserError  # noqa: E402
-from babelscope.core.files import read_table, write_atomically, write_json  # noqa: E402
-from babelscope.core.paths import Paths  # noqa: E402
-from babelscope.core.progress import Progress  # noqa: E402
-from babelscope.core.resume import kept  # noqa: E402
-from babelscope.features.count import count  # noqa: E402
-from babelscope.models import hardware, hookpoints, loading, tokens  # noqa: E402
-from babelscope.sae import checkpoint  # noqa: E402
-from babelscope.sae.training.loop import train  # noqa: E402
+from babelscope import sae
+from babelscope.activations.streaming import Stream
+from babelscope.config import Config
+from babelscope.config.values import local_name
+from babelscope.core import stage
+from babelscope.core.errors import UserError
+from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.paths import Paths
+from babelscope.core.progress import Progress
+from babelscope.core.resume import kept
+from babelscope.features.count import count
+from babelscope.models import hardware, hookpoints, loading, tokens
+from babelscope.sae import checkpoint
+from babelscope.sae.training.loop import train
 
 
 def run(params: Config, paths: Paths) -> None:

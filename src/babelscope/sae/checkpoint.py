@@ -21,18 +21,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def save(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` in SAELens' layout; the same weights give the same bytes.
 
-    SAELens loads all of them (`SAE.load_from_disk`) but for one: it has no TopK transcoder. Where the widths d_in and d
-    agree, a TopK transcoder is written as a `topk` that leaves `b_dec` out of the input, which SAELens computes alike;
-    where they differ, as `topk_transcoder`, a name of ours. What makes a transcoder in the files is the key `d_out`.
+    SAELens loads all of them (`SAE.load_from_disk`) except TopK transcoders with different widths, which it does not
+    have: they are written as `topk_transcoder`, our own name. A TopK transcoder with d_in = d is written as a `topk`
+    that does not subtract `b_dec` from the input, which SAELens computes alike. The key `d_out` marks a transcoder.
 
-    SAELens takes nothing off a transcoder's input: `b_in` is folded into `b_enc` (`b_enc - W_enc^T b_in`, in float64),
-    and is 0 when loaded.
+    SAELens subtracts nothing from a transcoder's input: `b_in` is folded into `b_enc` (`b_enc - W_enc^T b_in`, in
+    float64), and is 0 when loaded.
 
     Parameters
     ----------
     sae: in the units of the raw activations (any input normalisation folded into the weights).
-    folder: made where missing.
-    metadata: what SAELens keeps beside the weights, at least `model_name` and `hook_name`.
+    folder: created if missing.
+    metadata: what SAELens keeps with the weights, at least `model_name` and `hook_name`.
     """
     names = ("encoder", "b_enc", "W_dec", "b_dec", "threshold")
     weights = {name: getattr(sae, name).detach().cpu() for name in names if getattr(sae, name) is not None}
@@ -70,22 +70,22 @@ def _architecture(sae: SAE) -> str:
 
 
 def load(path_or_repo: str | Path, hookpoint: str | None = None, *, revision: str | None = None) -> SAE:
-    """Load an SAE from a local folder, or from the Hugging Face hub where no such folder exists.
+    """Load an SAE from a local folder, or from the Hugging Face hub if no such folder exists.
 
-    The format is told by the files: SAELens', EleutherAI/sparsify's, Gemma Scope's, Llama Scope's or
+    The files tell the format: SAELens', EleutherAI/sparsify's, Gemma Scope's, Llama Scope's or
     dictionary_learning's (see `formats`). No pickled code is ever run.
 
     Parameters
     ----------
     path_or_repo: the folder of one SAE, a folder with one folder per hookpoint, or a hub id (`owner/name`) of such.
-    hookpoint: e.g. `layers.14.mlp`, or the folder of an SAE below `path_or_repo`; looked for as `<path>/<hookpoint>/`
-        first, then `<path>` itself.
+    hookpoint: e.g. `layers.14.mlp`, or the folder of an SAE below `path_or_repo`. `<path>/<hookpoint>/` is tried first,
+        then `<path>` itself.
     revision: of a hub repository (a commit hash pins it).
 
     Raises
     ------
-    UserError: a file is missing or corrupt, or holds a kind of SAE that `SAE` cannot compute (SAELens' gated ones,
-        say, or skip connections).
+    UserError: a file is missing or corrupt, or holds an SAE that `SAE` cannot compute (e.g. a gated one, or one with
+        skip connections).
     """
     root = expanded(path_or_repo)
     if not root.exists():
@@ -100,7 +100,7 @@ def load(path_or_repo: str | Path, hookpoint: str | None = None, *, revision: st
 
 
 def _download(repo: str, hookpoint: str | None, revision: str | None) -> Path:
-    # "data/sae" has the form of a hub id: with a folder "data" at hand, a local path is meant.
+    # "data/sae" has the form of a hub id: if there is a folder "data", a local path is meant.
     if not _HUB_ID.fullmatch(repo) or Path(repo).parts[0] in (".", "..") or Path(repo).parent.exists():
         raise UserError(f"{repo}: no such folder")
     from huggingface_hub import snapshot_download

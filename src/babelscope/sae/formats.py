@@ -35,7 +35,7 @@ class Format(NamedTuple):
     Attributes
     ----------
     name: whose it is.
-    settings: the JSON file beside the weights; null where there is none.
+    settings: the JSON file beside the weights; None if there is none.
     weights: the file of the weights.
     read: the tensors of that file, by name, none of it executed.
     build: the SAE of settings and tensors; raises ValueError where `SAE` cannot compute what they mean.
@@ -55,7 +55,7 @@ def product(encoder: Tensor, b: Tensor) -> Tensor:
 
 
 def _one_of(config: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
-    """The value of a setting that changes what the weights mean; the first of those allowed where it is missing."""
+    """The value of a setting that changes what the weights mean; if it is missing, the first of those allowed."""
     found = config.get(key)
     if found is None:
         return allowed[0]

@@ -22,7 +22,7 @@ class Quality(NamedTuple):
     fvu: fraction of variance unexplained, sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean taken over all rows.
     l0: mean number of active latents per row.
     dead_share: share of the latents that fire on no row.
-    fvu_of: the same fraction over the rows of each group, around that group's own mean (nan for a group without rows).
+    fvu_of: the same fraction for the rows of each group, around the group's mean (nan for a group without rows).
     l0_of: mean number of active latents per row of each group (nan for a group without rows).
     """
 
@@ -35,7 +35,7 @@ class Quality(NamedTuple):
     def figures(self, groups: Sequence[str]) -> dict[str, float]:
         """Flat numbers for a metrics file: `fvu`, `l0`, `dead_share`, `fvu/<group>`, `l0/<group>`.
 
-        A group without rows, or whose rows are all the same, has none.
+        A group without rows, or with rows that are all the same, has no figures.
 
         Raises
         ------
@@ -55,7 +55,7 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Adds up, chunk by chunk, what `Quality` is made of: memory groups x d, whatever the number of rows.
+    """Adds up, chunk by chunk, the sums behind `Quality`: memory groups x d, whatever the number of rows.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class QualitySums:
         Parameters
         ----------
         x: [rows, d_in], the activations to encode.
-        y: [rows, d], those to reconstruct (transcoders); null: x.
+        y: [rows, d], the activations to reconstruct (transcoders); None: x.
         group: int64 [rows] in 0..groups-1.
         """
         device = self.sae.b_dec.device
@@ -87,7 +87,7 @@ class QualitySums:
         self._fired[indices[values > 0]] = True
         self._counts += torch.bincount(group, minlength=len(self._counts))
         self._active.index_add_(0, group, (values > 0).sum(1, dtype=torch.float64).cpu())
-        # In float32 the squares of a mean far from 0 would leave nothing of a small variance.
+        # float64: in float32, the square of a mean far from 0 would swallow a small variance.
         wide = target.double()
         self._sums.index_add_(0, group, wide.cpu())
         self._squares.index_add_(0, group, wide.square().sum(1).cpu())
@@ -119,12 +119,12 @@ def quality(
     rows: int64 [m], which of its rows.
     group: int64 [m] in 0..groups-1, e.g. the language of every row.
     groups: how many groups there are.
-    inputs: the activations to encode (transcoders), row for row; null: those of `store`.
+    inputs: the activations to encode (transcoders), row for row; None: those of `store`.
     """
     sums = QualitySums(sae, groups)
     for first in range(0, len(rows), _CHUNK):
-        here = rows[first : first + _CHUNK]
-        target = store.gather(here)
-        x, y = (target, None) if inputs is None else (inputs.gather(here), target)
+        chunk = rows[first : first + _CHUNK]
+        target = store.gather(chunk)
+        x, y = (target, None) if inputs is None else (inputs.gather(chunk), target)
         sums.add(x, y, group[first : first + _CHUNK])
     return sums.result()

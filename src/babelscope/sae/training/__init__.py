@@ -1,1 +1,1 @@
-"""Training an SAE: the learner, its step, the Lightning module."""
+"""Training an SAE: the learner, its step, the Lightning module and the loop; the stages `train` and `retrain`."""

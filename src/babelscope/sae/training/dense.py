@@ -24,11 +24,11 @@ def dense_step(
 
     Parameters
     ----------
-    sae: float32 weights; its own `threshold` is not looked at.
+    sae: float32 weights; its `threshold` is not used.
     x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
-    y: float32 [rows, d], what is to be reconstructed (transcoders); null: x.
+    y: float32 [rows, d], what to reconstruct (transcoders); None: x.
     log_threshold: [n], the logarithms of JumpReLU's thresholds; their gradient is the pseudo-derivative of
-        Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12). Null: ReLU.
+        Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12). None: ReLU.
     sparsity: scalar, weight of the penalty in the loss: the mean over rows of the number of active latents (JumpReLU)
         or of their sum (ReLU; decoder rows have norm 1).
     """

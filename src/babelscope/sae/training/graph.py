@@ -1,4 +1,4 @@
-"""A learner's forward and backward pass as one CUDA graph: on a GPU most of the time of a small step is launching."""
+"""A learner's forward and backward pass as one CUDA graph: on a GPU, launches take most of the time of a small step."""
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Graph:
 
     @staticmethod
     def suits(learner: Learner, x: Tensor) -> bool:
-        """Whether its passes have fixed shapes and ask the device for nothing: TopK by the fused kernels."""
+        """Whether its passes have fixed shapes and never synchronise with the device: TopK by the fused kernels."""
         settings = learner.settings
         return settings.activation == "topk" and not settings.matryoshka and fused(x) is not None
 

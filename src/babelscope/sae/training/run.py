@@ -76,12 +76,12 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     folder, batches = scratch(work), data.batches(params.seed)
 
     from babelscope.sae.training.loop import Write, is_first_process, train
-    from babelscope.tracking.training import training_run
+    from babelscope.tracking.training import TrainingRun
 
     with ExitStack() as stack:
         write: Write | None = None
         if is_first_process():
-            run = training_run(params.track.experiment, stage=name, fingerprint=work, params=knobs)
+            run = TrainingRun(params.track.experiment, stage=name, fingerprint=work, params=knobs)
             write = stack.enter_context(run).log
         result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
         if result is None:

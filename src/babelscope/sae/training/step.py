@@ -1,9 +1,9 @@
 """The training step of SAEs with a fixed number of active latents: TopK, BatchTopK, and either with nested widths.
 
-It touches only the active latents of every row: nothing of size batch x latents outlives a chunk of rows. Latents are
-screened by one matrix product (in bfloat16 where the hardware multiplies it faster), and a few spare candidates are
+It computes with the active latents of every row alone: nothing of size batch x latents outlives a chunk of rows. One
+matrix product screens the latents (in bfloat16 if the hardware multiplies it faster), and a few spare candidates are
 re-ranked by their exact float32 scores. The hits are then sorted by latent once, which makes every gradient a single
-pass over rows. `sae.dense` is the step of the activations that have no such number.
+pass over rows. `sae.training.dense` is the step of the activation functions without such a number.
 """
 
 from collections.abc import Sequence
@@ -62,12 +62,12 @@ def sparse_step(
     ----------
     sae: float32 weights, with a `k`.
     x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
-    y: float32 [rows, d], what is to be reconstructed (transcoders); null: x.
+    y: float32 [rows, d], what to reconstruct (transcoders); None: x.
     select: "topk" keeps the k largest positive scores of every row, "batchtopk" the rows * k largest of the batch
         (Bussmann et al. 2024, arXiv 2412.06410).
     widths: nested widths below n, ascending (Matryoshka SAEs, Bussmann et al. 2025, arXiv 2503.17547): the loss is the
         mean of the losses of the reconstructions by the first m latents, for every m of `widths` and for n.
-    screen: precision of the screening, bfloat16 or float32; null takes what suits the device.
+    screen: precision of the screening, bfloat16 or float32; None takes what suits the device.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class _Sparse(torch.autograd.Function):
         ends: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        encoder, W_dec = encoder.detach(), W_dec.detach()  # embedding_bag keeps books for weights that need gradients
+        encoder, W_dec = encoder.detach(), W_dec.detach()  # for others, embedding_bag saves tensors for backward
         centred = x - (b_dec if b_in is None else b_in)
         target = centred if b_in is None and y is None else (x if y is None else y) - b_dec
         choose = _encode if select == "topk" else _batch_top_k

@@ -81,7 +81,7 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
             strategy=strategy,
             **(dict.fromkeys(quiet, False) | options),
         )
-    except (ValueError, MisconfigurationException) as error:
+    except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"params.yaml: hardware: {' '.join(str(error).split())}") from None
 
 
