@@ -1,17 +1,14 @@
 """Stage `encode <hookpoint>`: how often every latent fires on every language of the training split."""
 
-import sys
-
 from babelscope import config
-from babelscope.core import stage
-from babelscope.core.paths import Paths
+from babelscope.core import paths, stage
 
 
 def main() -> None:
-    params = config.load()
+    params, hookpoint = config.load_at_hookpoint()
     from babelscope.features.run_encode import run  # its imports take seconds: params.yaml is checked before
 
-    run(params, Paths(), config.hookpoint_argument(sys.argv, params))
+    run(params, paths.Paths(), hookpoint)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Stage `score`: which features, and which neurons, belong to which language."""
 
 from babelscope import config
-from babelscope.core import stage
-from babelscope.core.paths import Paths
+from babelscope.core import paths, stage
 
 
 def main() -> None:
     params = config.load()
     from babelscope.features.run_score import run  # its imports take seconds: params.yaml is checked before
 
-    run(params, Paths())
+    run(params, paths.Paths())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Stage `stability`: which features come again in an SAE trained from another seed, and whether they fire alike."""
 
 from babelscope import config
-from babelscope.core import stage
-from babelscope.core.paths import Paths
+from babelscope.core import paths, stage
 
 
 def main() -> None:
     params = config.load()
     from babelscope.features.run_stability import run  # its imports take seconds: params.yaml is checked before
 
-    run(params, Paths())
+    run(params, paths.Paths())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
 """Stage `train <hookpoint>`: the SAE of one hookpoint: trained here, trained by stage `stream`, or a released one."""
 
-import sys
-
 from babelscope import config
-from babelscope.core import stage
-from babelscope.core.paths import Paths
+from babelscope.core import paths, stage
 
 
 def main() -> None:
-    params = config.load()
-    config.check_folders(params)
-    hookpoint = config.hookpoint_argument(sys.argv, params)
+    params, hookpoint = config.load_at_hookpoint()
     from babelscope.sae.training.run import run  # its imports take seconds: params.yaml is checked before
 
-    run(params, Paths(), hookpoint)
+    run(params, paths.Paths(), hookpoint)
 
 
 if __name__ == "__main__":

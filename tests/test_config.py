@@ -212,14 +212,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_stage_is_told_which_hookpoints_there_are():
-    params = config.parse(copy.deepcopy(DEFAULT))
-    assert (
-        config.hookpoint_argument(["train.py", "layers.5.post_feedforward_layernorm"], params)
-        == "layers.5.post_feedforward_layernorm"
-    )
+    path, hookpoint = ROOT / "params.yaml", "layers.5.post_feedforward_layernorm"
+    assert config.load_at_hookpoint(["train.py", hookpoint], path) == (config.load(path), hookpoint)
     for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
-        with pytest.raises(UserError, match="one of params.yaml's hookpoints: layers.5.post_feedforward_layernorm, "):
-            config.hookpoint_argument(wrong, params)
+        with pytest.raises(UserError, match=rf"one of params.yaml's hookpoints: {hookpoint}, "):
+            config.load_at_hookpoint(wrong, path)
 
 
 @pytest.mark.parametrize(

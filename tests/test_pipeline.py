@@ -39,6 +39,14 @@ def test_packages_that_are_no_dependency_cannot_compute():
             assert path.name == "resume.py" or not imports, path
 
 
+def test_the_house_keeps_to_its_sizes():
+    lines = {path: len(path.read_text().splitlines()) for path in ROOT.glob("src/babelscope/**/*.py")}
+    assert {str(path): count for path, count in lines.items() if count > 400} == {}
+    scripts = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("stages/*.py")}
+    assert {name: count for name, count in scripts.items() if count > 15} == {}
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) < 400
+
+
 def test_packages_import_each_other_in_one_direction():
     imports: dict[str, set[str]] = {}
     for path in (ROOT / "src/babelscope").glob("*/**/*.py"):

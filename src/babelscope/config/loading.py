@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +173,15 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {reason}") from None
 
 
-def hookpoint_argument(arguments: list[str], params: Config) -> str:
-    """The hookpoint in a stage's command line.
+def load_at_hookpoint(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str]:
+    """`load`, and the hookpoint that the stage's command line names.
 
     Raises
     ------
-    UserError: there is none, or params.yaml does not list it.
+    UserError: as `load`; or there is no hookpoint, or params.yaml does not list it.
     """
-    allowed = ", ".join(params.hookpoints)
-    if len(arguments) != 2 or arguments[1] not in params.hookpoints:
-        raise UserError(f"usage: python {arguments[0]} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
-    return arguments[1]
+    params, (script, *rest) = load(path), sys.argv if arguments is None else arguments
+    if len(rest) != 1 or rest[0] not in params.hookpoints:
+        allowed = ", ".join(params.hookpoints)
+        raise UserError(f"usage: python {script} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
+    return params, rest[0]

@@ -1,79 +1,26 @@
-"""Stage `stream`: all SAEs at once from a running forward pass, for corpora whose activations do not fit on a disk.
+"""Stage `stream`: all SAEs at once from a running forward pass if `train.source` is `stream`; else nothing."""
 
-`train` and `encode` publish its files, so that every output is where stored activations would have put it.
-"""
-
+import logging
 import os
-from typing import Any
+import shutil
 
-import polars as pl
-import torch
-
-from babelscope import sae
-from babelscope.activations.streaming import Stream
-from babelscope.config import Config
-from babelscope.config.values import local_name
-from babelscope.core import stage
-from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.config import Config, check_folders
+from babelscope.core.files import write_json
 from babelscope.core.paths import Paths
-from babelscope.core.progress import Progress
-from babelscope.core.resume import kept
-from babelscope.features.count import count
-from babelscope.models import hardware, hookpoints, loading, tokens
-from babelscope.sae import checkpoint
-from babelscope.sae.training.loop import train
+
+log = logging.getLogger(__name__)
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write `paths.stream / <hookpoint>`: the SAE, its history, counts, totals and quality."""
-    device = hardware.prepare(params.hardware)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    loading.check_hookpoints(params.model, params.hookpoints)
-    corpus = read_table(paths.texts)
-    tokenizer = loading.load_tokenizer(params.model)
+    """Write `paths.stream`: what `train` and `encode` copy, or only that there is nothing to copy."""
+    check_folders(params)
+    shutil.rmtree(paths.stream, ignore_errors=True)
+    if params.train.source == "stream":
+        # How many products PyTorch keeps prepared, 0.4 MiB each; texts always have new shapes. Read at torch's import.
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+        from babelscope.features.stream import stream  # its imports take seconds: most runs do not need them
 
-    training = tokens.tokenize_corpus(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
-    if not len(training) or corpus.filter(split="eval").is_empty():
-        raise UserError(f"{paths.texts}: no texts of split 'train' or none of split 'eval'")
-    model = loading.load_model(params.model, params.extract.dtype).to(device)
-    hookpoints.resolve(model, params.hookpoints)
-    tokens.check_fits(model, training)
-    tokens.check_fits(model, tokens.tokenize_corpus(tokenizer, corpus.filter(split="eval"), params.corpus.max_tokens))
-    dtype, steps = loading.DTYPES[params.extract.store_dtype], -(-params.train.tokens // params.train.batch)
-    source = Stream(
-        model, training, params.hookpoints,
-        transcode=params.train.transcode, dtype=dtype, batch_tokens=params.extract.batch_tokens,
-        size=params.train.batch, steps=steps, seed=params.seed,
-    )  # fmt: skip
-    knobs = params.model_dump(include={"extract", "hookpoints", "languages", "model", "seed", "train"})
-    with kept("stream", knobs | {"max_tokens": params.corpus.max_tokens}, [paths.texts]) as folder:
-        trained = train(source, params.train, params.hardware, seed=params.seed, folder=folder, label="stream")
-        if trained is None:
-            return
-        for name, (dictionary, history) in zip(params.hookpoints, trained, strict=True):
-            metadata = {"model_name": local_name(params.model.name), "hook_name": name}
-            checkpoint.save(dictionary, paths.stream / name, metadata)
-            write_atomically(paths.stream / name / "history.csv", pl.DataFrame(history).write_csv)
-        del source, training, trained, dictionary
-        count_firings(params, paths, model, tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens))
-
-
-def count_firings(params: Config, paths: Paths, model: Any, texts: tokens.TokenizedTexts) -> None:
-    """Write counts, totals and quality of every SAE, as its file gives them to `encode`; log a line each."""
-    saes = {name: sae.load(paths.stream, name).to(hookpoints.device_of(model)) for name in params.hookpoints}
-    with Progress("count", int(texts.lengths.sum()), "tokens") as progress:
-        measured = count(
-            model, texts, saes, params.languages, dtype=loading.DTYPES[params.extract.store_dtype],
-            batch_tokens=params.extract.batch_tokens, chunk_tokens=params.encode.chunk_tokens, advance=progress.update,
-        )  # fmt: skip
-    rows = []
-    for name, found in measured.items():
-        figures = found.quality.figures(params.languages)
-        write_atomically(paths.stream / name / "counts.parquet", found.counts.write_parquet)
-        write_atomically(paths.stream / name / "totals.parquet", found.totals.write_parquet)
-        write_json(paths.stream / name / "quality.json", figures)
-        shown = f"{figures['fvu']:.3f}", f"{figures['l0']:.1f}", f"{100 * figures['dead_share']:.1f} %"
-        rows.append([name, *shown, found.counts["unit"].n_unique()])
-    stage.table(["hookpoint", "FVU", "L0", "dead latents", "fired"], rows)
+        stream(params, paths)
+    else:
+        log.info("stream: nothing to do (params.yaml: train.source is %r)", params.train.source)
+    write_json(paths.stream_mode, {"source": params.train.source})

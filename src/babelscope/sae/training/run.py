@@ -3,7 +3,7 @@
 import shutil
 from contextlib import ExitStack
 
-from babelscope.config import Config
+from babelscope.config import Config, check_folders
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -18,6 +18,7 @@ from babelscope.sae.training.stored import StoredActivations
 
 def run(params: Config, paths: Paths, hookpoint: str) -> None:
     """Write `paths.saes / hookpoint` and the stage's metrics, as `train.source` says."""
+    check_folders(params)
     source = {"stored": trained, "stream": published, "pretrained": fetched}[params.train.source]
     figures = source(params, paths, hookpoint)
     if figures is None:
