@@ -1,4 +1,4 @@
-"""How much removing one feature alone changes the NLL of texts of its own languages."""
+"""The change of the NLL of texts of a feature's own languages when the feature alone is removed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
