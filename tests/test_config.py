@@ -46,7 +46,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         (
             "train.transcode",
             True,
-            "ablate.methods: 'feature' subtracts what an SAE reads .* allowed with them: directional",
+            "ablate.methods: 'feature' needs SAEs that read .* allowed with them: directional",
         ),
         ("ablate.methods", ["feature", "feature"], "ablate.methods: a method is listed twice"),
         ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),

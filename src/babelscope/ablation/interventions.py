@@ -38,8 +38,8 @@ class Intervention(Protocol):
 def members(units: Units, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Bool `[conditions, count]`: which of `count` units each condition removes."""
     table = torch.zeros((len(units), count), dtype=torch.bool)
-    for row, some in enumerate(units):
-        table[row, torch.tensor(list(some), dtype=torch.int64)] = True
+    for row, removed in enumerate(units):
+        table[row, torch.tensor(list(removed), dtype=torch.int64)] = True
     return table.to(device)
 
 
@@ -53,10 +53,10 @@ class FeatureAblation:
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         device = sae.b_dec.device
         self.sae = sae
-        self.active = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
+        self.active = torch.tensor([len(removed) > 0 for removed in units], dtype=torch.bool, device=device)
         # Pairs (latent, condition that removes it), ascending. A table of conditions x latents would take gigabytes if
         # every feature of a large dictionary is a condition of its own.
-        pairs = sorted({(unit, number) for number, some in enumerate(units) for unit in some})
+        pairs = sorted({(unit, number) for number, removed in enumerate(units) for unit in removed})
         latent, self.condition = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
         self.pair = latent * len(units) + self.condition
         # The pairs of latent i are those from start[i] to start[i + 1].
@@ -81,9 +81,9 @@ class FeatureAblation:
             return x
         wanted = indices * len(self.active) + condition.unsqueeze(1)
         index = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
-        gone = torch.where(self.pair[index] == wanted, values, 0.0)
-        hit = (gone > 0).any(1)
-        part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
+        removed = torch.where(self.pair[index] == wanted, values, 0.0)
+        hit = (removed > 0).any(1)
+        part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=removed[hit], mode="sum")
         changed = x.clone()
         changed[hit] = (x[hit].float() - part).to(x.dtype)
         return changed
@@ -102,8 +102,8 @@ class Directional:
 
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         decoder = sae.W_dec
-        self.active = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
-        self.bases = [basis(decoder[list(some)]) for some in units]
+        self.active = torch.tensor([len(removed) > 0 for removed in units], device=decoder.device)
+        self.bases = [basis(decoder[list(removed)]) for removed in units]
 
     def affected_tokens(self, x: Tensor) -> Tensor:
         """Everywhere."""
@@ -148,9 +148,9 @@ class Additive:
     def __init__(self, sae: SAE | CachedSAE, units: Units, largest: Tensor, m: float) -> None:
         device = sae.b_dec.device
         # Only the decoder rows that are needed: a dictionary may be as large as the model.
-        rows = sorted({unit for some in units for unit in some})
+        rows = sorted({unit for removed in units for unit in removed})
         number = {unit: row for row, unit in enumerate(rows)}
-        chosen = members([[number[unit] for unit in some] for some in units], len(rows), device)
+        chosen = members([[number[unit] for unit in removed] for removed in units], len(rows), device)
         self.active = chosen.any(1)
         self.shift = m * (chosen * largest[rows].to(device)) @ sae.W_dec.detach()[rows]
 
@@ -192,14 +192,14 @@ def interventions(
     largest, m: for "additive", see `Additive`; `largest` by hookpoint.
     """
     if method == "additive":
-        return {name: Additive(saes[name], some, largest[name], m) for name, some in units.items()}
+        return {name: Additive(saes[name], removed, largest[name], m) for name, removed in units.items()}
     if method == "directional":
-        return {name: Directional(saes[name], some) for name, some in units.items()}
-    return {name: FeatureAblation(saes[name], some) for name, some in units.items()}
+        return {name: Directional(saes[name], removed) for name, removed in units.items()}
+    return {name: FeatureAblation(saes[name], removed) for name, removed in units.items()}
 
 
 def neurons(
     units: Mapping[str, Units], width: Mapping[str, int], device: torch.device | str
 ) -> dict[str, Intervention]:
     """One `NeuronAblation` for every hookpoint, of `width` neurons each."""
-    return {name: NeuronAblation(width[name], some, device) for name, some in units.items()}
+    return {name: NeuronAblation(width[name], removed, device) for name, removed in units.items()}

@@ -48,8 +48,8 @@ def tables(
 
     Returns
     -------
-    `COLUMNS`, `hookpoint` (null: all), `layer`; `ablated` is null in the clean run. And `method` and the columns of
-    `against_control`.
+    `COLUMNS`, `hookpoint` (null: all) and `layer`, with `ablated` null in the clean run; and in a second frame `method`
+    and the columns of `against_control`.
     """
     clean, ablated, tokens = nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy()
     found = (

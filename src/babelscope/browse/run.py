@@ -145,7 +145,7 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
             try:
                 found[name] = extremes(logit_lens.direct_logits(model, directions), count, has_text)
             except UserError as error:
-                log.warning("browse: no promoted tokens are listed: %s", error)
+                log.warning("browse: no tokens are listed: %s", error)
                 break
     ids = {token for ends in found.values() for side in ends[::2] for token in side.flatten().tolist()}
     return tables.tokens(features, found, readable(tokenizer, ids))

@@ -1,4 +1,4 @@
-"""One class per section of params.yaml, which documents every setting."""
+"""The sections of params.yaml, one class each. params.yaml documents every setting."""
 
 import re
 from collections.abc import Sequence

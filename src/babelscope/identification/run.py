@@ -151,7 +151,7 @@ def write(
     `all_languages/...` are those of the units on all texts and languages.
     """
     among, refused = lid.match(params.languages)
-    # Units and fastText get the same texts and languages. One language alone gives nothing to compare.
+    # Units and fastText get the same texts and languages. fastText is left out if it knows only one of several.
     baseline = len(among) > 1 or not refused
     compared = list(among.values()) if baseline else params.languages
     for language, reason in refused.items():

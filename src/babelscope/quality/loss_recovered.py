@@ -27,8 +27,8 @@ from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
 
-# Few texts have few similar lengths. Padding costs less than more passes: it takes time in the blocks only, since the
-# NLL is computed for real tokens only, but every pass reads all weights.
+# With few texts, few have similar lengths. Padding costs less than more passes: it takes time in the blocks only, since
+# the NLL is computed for real tokens only, but every pass reads all weights.
 _MOST_PADDING = 1.0
 
 SCHEMA = {
@@ -62,7 +62,7 @@ def loss_recovered(
     Returns
     -------
     `SCHEMA`, for every hookpoint a row of all texts (`language` null), then one per language. `tokens` are target
-    tokens, NLLs are in nats per token; `loss_recovered` is null if zeros cost nothing.
+    tokens, NLLs are in nats per token; `loss_recovered` is null if zeros do not raise the NLL.
 
     Raises
     ------

@@ -96,8 +96,8 @@ def first_tokens(tokenizer: Any, params: Config, paths: Paths) -> list[list[int]
     texts = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), section.prompt_tokens)
     distinct = list(dict.fromkeys(text.ids for text in texts if text.content_tokens == section.prompt_tokens))
     if len(distinct) < section.prompts:
-        raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted, but the held-out texts in "
-                        f"{section.prompt_language!r} have {len(distinct)} different beginnings")  # fmt: skip
+        raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted; allowed: at most {len(distinct)}, the "
+                        f"number of different beginnings of held-out texts in {section.prompt_language!r}")  # fmt: skip
     return [list(ids) for ids in distinct[: section.prompts]]
 
 

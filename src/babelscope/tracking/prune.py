@@ -56,7 +56,7 @@ def run(params: config.Config, paths: Paths) -> None:
             (paths.root / path).unlink()
     # A stage depends on this folder, which must exist even if no SAE is retrained.
     paths.saes_again.mkdir(parents=True, exist_ok=True)
-    # Without the hookpoints of `retrain`, on which no stage with this dependency depends.
+    # Without the hookpoints of `retrain`: stages that depend on this file do not use them.
     write_json(paths.hookpoints, {"hookpoints": params.hookpoints})
     if gone:
         stage.table(["deleted"], [[path] for path in gone])

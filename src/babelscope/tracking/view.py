@@ -12,7 +12,7 @@ KEY = "babelscope"
 TAG = f"mlflow.sharedViewState.{KEY}"
 # A name of this machine in every browser (RFC 6761, 6.3); `ui.main` lets the server accept it.
 HOST = "babelscope.localhost"
-# The metric that holds the layer itself, which gives the axis this title instead of MLflow's own "Step".
+# The metric that holds the layer. As the x-axis it has this title, instead of MLflow's own "Step".
 X_AXIS = "layer"
 
 # Sections of charts in order (MLflow's own is alphabetical), open or closed. MLflow fills them by the names of the
