@@ -1,13 +1,10 @@
 """`python benchmarks/dictionary.py`: choose k, width and training length of the default's SAEs.
 
-Every candidate is trained from two seeds on the default's activations of one hookpoint. The rule uses neither ablation
-nor identification:
-
-1. Candidates have at most 1.75e9 training tokens x latents (six hookpoints and one repetition then take about a third
-   of ten minutes on 2 cores) and features for every language.
-2. Those within 0.05 of the best stability remain: the share of features with a decoder cosine of 0.7 or more in a 1:1
-   matching with the other seed's latents.
-3. Of these, the one whose features have the fewest effective languages (exp of the mean entropy) is chosen.
+Every candidate is trained from two seeds on the default's activations of one hookpoint, without regard to ablation and
+identification. It has at most 1.75e9 training tokens x latents (six hookpoints and one repetition then take about a
+third of ten minutes on 2 cores) and features for every language. Candidates within 0.05 of the best stability remain
+(the share of features with a decoder cosine of 0.7 or more in a 1:1 matching with the other seed's latents). Of these,
+the one whose features have the fewest effective languages (exp of the mean entropy) is chosen.
 """
 
 import math

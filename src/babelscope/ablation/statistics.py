@@ -192,8 +192,7 @@ def against_control(
     Two differences, each with a 95 % interval: the own units' delta minus the control's, on the language's texts
     (`above` if the interval is above 0); and own - others minus the same of the control (`selective`), since random
     units may hurt the language just as much, but then they hurt others, too. The intervals are over the texts on which
-    all draws were evaluated, and over the draws: every resample of the texts (Efron 1979) uses one draw, each equally
-    often.
+    all draws were evaluated, and over the draws: resamples of the texts (Efron 1979) use the draws in turn.
 
     Parameters
     ----------
