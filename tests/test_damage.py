@@ -38,7 +38,7 @@ def test_a_damaged_table_is_named(tmp_path, damage, read):
     TABLE.write_parquet(path)
     assert read(path).lazy().collect().equals(TABLE)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*remove it, then run `dvc checkout`"):
+    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*; remove it, then run `dvc"):
         read(path)
 
 

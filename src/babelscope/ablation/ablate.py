@@ -57,8 +57,8 @@ class TextNLL:
     def add(self, part: "TextNLL", rows: Tensor, columns: Tensor) -> None:
         """Copy `part`, which was measured under the conditions `rows` on the texts `columns` (int64)."""
         self.clean[columns], self.tokens[columns] = part.clean, part.tokens
-        at = rows.unsqueeze(1), columns
-        self.ablated[at] = part.ablated.where(~part.ablated.isnan(), self.ablated[at])
+        pairs = rows.unsqueeze(1), columns
+        self.ablated[pairs] = part.ablated.where(~part.ablated.isnan(), self.ablated[pairs])
         for key in ("passes", "computed", "whole"):
             setattr(self, key, getattr(self, key) + getattr(part, key))
 
@@ -174,11 +174,11 @@ class _Run:
 
         `index`: int64 `[tokens]`, the tokens of the batch (text * longest + position) in the order of the pass.
         """
-        at = self.content_mask.flatten()[index].nonzero().squeeze(1)
+        content = self.content_mask.flatten()[index].nonzero().squeeze(1)
 
         def edit(x: Tensor, name: str) -> Tensor:
             hit = self.hits[hooks.layer_of(name)].flatten(1)
-            hit[:, index[at]] |= self.interventions[name].affected_tokens(x.flatten(0, 1)[at])
+            hit[:, index[content]] |= self.interventions[name].affected_tokens(x.flatten(0, 1)[content])
             return x
 
         return {name: functools.partial(edit, name=name) for name in self.interventions}
@@ -188,11 +188,11 @@ class _Run:
 
         def edit(x: Tensor, name: str) -> Tensor:
             intervention = self.interventions[name]
-            at = (is_content & intervention.active[condition]).nonzero().squeeze(1)
-            if not len(at):
+            changed = (is_content & intervention.active[condition]).nonzero().squeeze(1)
+            if not len(changed):
                 return x
             flat = x.flatten(0, 1).clone()
-            flat[at] = intervention.change(flat[at], condition[at])
+            flat[changed] = intervention.change(flat[changed], condition[changed])
             return flat.view_as(x)
 
         names = [name for name in self.interventions if hooks.layer_of(name) in layers]

@@ -141,9 +141,10 @@ def cells(
             deltas, resampled = _means(change[members][:, known], count, resamples, random)
             low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
             for row, condition in enumerate(members):
-                cell = {"delta": deltas[row], "low": low[row], "high": high[row]}
-                at = {"condition": int(condition), "evaluated": name, "nll": base + deltas[row]}
-                rows.append({**at, "tokens": int(count.sum()), **cell})
+                rows.append({
+                    "condition": int(condition), "evaluated": name, "nll": base + deltas[row],
+                    "tokens": int(count.sum()), "delta": deltas[row], "low": low[row], "high": high[row],
+                })  # fmt: skip
     return pl.DataFrame(rows, infer_schema_length=None).sort("condition", maintain_order=True)
 
 
@@ -223,31 +224,31 @@ def against_control(
         turn = np.arange(resamples) % len(draws)
         random = np.random.default_rng([seed, code])
         known = ~np.isnan(change[order]).any(axis=0)
-        own, other = known & is_in[code], known & ~is_in[code]
-        here, here_resampled = _means(change[order][:, own], tokens[own], resamples, random)
-        there, there_resampled = _means(change[order][:, other], tokens[other], resamples, random)
+        is_own, is_other = known & is_in[code], known & ~is_in[code]
+        own, own_resampled = _means(change[order][:, is_own], tokens[is_own], resamples, random)
+        other, other_resampled = _means(change[order][:, is_other], tokens[is_other], resamples, random)
         # In every resample, the draw whose turn it is.
-        control_here, control_there = (x[1:][turn, np.arange(resamples)] for x in (here_resampled, there_resampled))
-        excess = here_resampled[0] - control_here
-        contrast = excess - (there_resampled[0] - control_there)
+        own_control, other_control = (x[1:][turn, np.arange(resamples)] for x in (own_resampled, other_resampled))
+        excess = own_resampled[0] - own_control
+        contrast = excess - (other_resampled[0] - other_control)
         (low, high), (contrast_low, contrast_high) = (np.quantile(x, [0.025, 0.975]) for x in (excess, contrast))
         rows.append({
             "language": name,
-            "own": here[0],
-            "control": here[1:].mean(),
-            "control_high": np.quantile(control_here, 0.975),
-            "others": there[0],
-            "control_others": there[1:].mean(),
-            "excess": here[0] - here[1:].mean(),
+            "own": own[0],
+            "control": own[1:].mean(),
+            "control_high": np.quantile(own_control, 0.975),
+            "others": other[0],
+            "control_others": other[1:].mean(),
+            "excess": own[0] - own[1:].mean(),
             "excess_low": low,
             "excess_high": high,
-            "contrast": here[0] - here[1:].mean() - (there[0] - there[1:].mean()),
+            "contrast": own[0] - own[1:].mean() - (other[0] - other[1:].mean()),
             "contrast_low": contrast_low,
             "contrast_high": contrast_high,
             "above": bool(low > 0),
             "selective": bool(contrast_low > 0),
-            "decided": own.sum() >= ENOUGH
-            and (other.sum() >= ENOUGH or not other.any())
+            "decided": is_own.sum() >= ENOUGH
+            and (is_other.sum() >= ENOUGH or not is_other.any())
             and all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast) if np.isfinite(x).all()),
             "draws": len(draws),
         })  # fmt: skip

@@ -52,7 +52,7 @@ def effects(
     if measured:
         conditions = [features[number] for number in measured]
         interventions = {
-            name: FeatureAblation(saes[name], [[unit] if at == name else [] for at, unit in conditions])
+            name: FeatureAblation(saes[name], [[unit] if hookpoint == name else [] for hookpoint, unit in conditions])
             for name in saes if name in dict(conditions)
         }  # fmt: skip
         nll = ablate(model, interventions, chosen, batch_tokens, asked=asked, keep=keep, advance=advance)

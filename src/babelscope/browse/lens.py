@@ -46,8 +46,8 @@ def _extreme(rows: Tensor, count: int, largest: bool) -> Tensor:
     if values.shape[1] > count > 0:
         for row in (values[:, count - 1] == values[:, count]).nonzero().flatten().tolist():
             least = values[row, count]
-            among = ((rows[row] >= least) if largest else (rows[row] <= least)).nonzero().squeeze(1)
-            columns[row] = among[rows[row, among].sort(descending=largest, stable=True).indices[:count]]
+            candidates = ((rows[row] >= least) if largest else (rows[row] <= least)).nonzero().squeeze(1)
+            columns[row] = candidates[rows[row, candidates].sort(descending=largest, stable=True).indices[:count]]
     return columns
 
 

@@ -92,10 +92,10 @@ def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: Config) 
     """A collector of the firings of each hookpoint's features."""
     result = {}
     for name, dictionary in saes.items():
-        at = features.filter(hookpoint=name)
-        owns = [[language in own for language in params.languages] for own in at["languages"].to_list()]
+        rows = features.filter(hookpoint=name)
+        owns = torch.tensor([[code in own for code in params.languages] for own in rows["languages"].to_list()])
         result[name] = Firings(
-            Features(dictionary, at["unit"].cast(pl.Int64).to_torch()), torch.tensor(owns), at["largest"].to_torch(),
+            Features(dictionary, rows["unit"].cast(pl.Int64).to_torch()), owns, rows["largest"].to_torch(),
             texts=params.browse.texts, held_out=params.browse.ablation_texts, longest=params.corpus.max_tokens,
         )  # fmt: skip
     return result

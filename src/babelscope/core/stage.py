@@ -71,10 +71,10 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
         with alone() if locked else nullcontext():
             main()
     except BaseException as error:
-        told = _in_a_line(error)
-        if told is None:
+        message = _in_a_line(error)
+        if message is None:
             raise
-        print(f"error: {redact(told)}", file=sys.stderr)
+        print(f"error: {redact(message)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -117,8 +117,8 @@ class Client:
                         raise self._refusal(f"an answer of more than {_LONGEST:,} bytes")
         if reply.status_code != 200:
             # Redacted before it is cut: the cut could leave a part of a key.
-            said = " ".join(redact(content.decode(errors="replace")).split())[:200]
-            raise self._refusal(f"status {reply.status_code}: {said}")
+            text = " ".join(redact(content.decode(errors="replace")).split())[:200]
+            raise self._refusal(f"status {reply.status_code}: {text}")
         if (answer := answer_in(bytes(content))) is None:
             raise self._refusal("an answer without choices[0].message.content")
         return answer
@@ -130,7 +130,7 @@ class Client:
 def answer_in(reply: bytes) -> str | None:
     """The text of the first choice in a reply, without characters that UTF-8 cannot encode; None if there is none."""
     try:
-        said = json.loads(reply)["choices"][0]["message"]["content"]
+        text = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
-    return str(said or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    return str(text or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")

@@ -72,8 +72,8 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
         for first in range(0, len(rows), CHUNK):
             values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
             row, column = (values > 0).nonzero(as_tuple=True)
-            at = (row + first).numpy()
-            locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
+            token = (row + first).numpy()
+            locations.append(np.stack([context[token], position[token], indices[row, column].numpy()], 1))
             fired = values[row, column]
             too_large += int((fired > LARGEST).sum())
             activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())

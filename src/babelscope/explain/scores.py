@@ -66,20 +66,19 @@ def judge(group: Sequence[Trial], explanation: str) -> Request:
 
 def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int) -> list[tuple[Any, ...]]:
     """Detection and fuzzing score of each case, and the number of its trials with a readable answer."""
-    said: list[dict[str, list[tuple[bool, bool | None]]]] = [
+    results: list[dict[str, list[tuple[bool, bool | None]]]] = [
         {prompts.DETECT: [], prompts.FUZZ: []} for _ in range(cases)
     ]
     for group, answer in zip(groups, answers, strict=True):
-        verdicts = prompts.verdicts(answer, len(group))
-        for index, trial in enumerate(group):
-            verdict = None if verdicts is None else verdicts[index]
-            said[trial.case][trial.task].append((trial.truth, verdict))
+        verdicts: Sequence[bool | None] = prompts.verdicts(answer, len(group)) or [None] * len(group)
+        for trial, verdict in zip(group, verdicts, strict=True):
+            results[trial.case][trial.task].append((trial.truth, verdict))
     return [
         (
-            *(balanced_accuracy([t for t, _ in pairs], [v for _, v in pairs]) for pairs in of.values()),
-            sum(verdict is not None for pairs in of.values() for _, verdict in pairs),
+            *(balanced_accuracy([t for t, _ in pairs], [v for _, v in pairs]) for pairs in by_task.values()),
+            sum(verdict is not None for pairs in by_task.values() for _, verdict in pairs),
         )
-        for of in said
+        for by_task in results
     ]
 
 

@@ -46,13 +46,13 @@ def choose_all(features: pl.DataFrame, params: Config, paths: Paths) -> list[tup
     found: list[tuple[dict[str, object], Chosen]] = []
     with Progress("explain, reading", len(row) * len(hookpoints), "tokens") as progress:
         for name in hookpoints:
-            at = features.filter(hookpoint=name)
-            units = at["unit"].to_list()
+            of_hookpoint = features.filter(hookpoint=name)
+            units = of_hookpoint["unit"].to_list()
             latents = Features(sae.load(paths.saes, name).to(device), torch.tensor(units))
             store = ActivationStore(place(paths.activations, latents.reads(name)))
             chosen = choose(
                 latents, lambda rows, store=store: store.gather(row[rows]), text, section.examples, section.scored,  # type: ignore[misc]
                 [[params.seed, unit] for unit in units], progress.update,
             )  # fmt: skip
-            found += zip(at.iter_rows(named=True), chosen, strict=True)
+            found += zip(of_hookpoint.iter_rows(named=True), chosen, strict=True)
     return found

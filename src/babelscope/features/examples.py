@@ -142,8 +142,8 @@ class Firings:
         peak = dense.new_zeros((len(numbers), dense.shape[1]))
         peak.scatter_reduce_(0, owner.unsqueeze(1).expand_as(dense), dense, "amax")
         own, out = self.owns[:, language[start]].T, held_out[start].unsqueeze(1)
-        for side, among in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
-            self._best[side].merge(peak.where(among, 0.0), numbers, dense, start, length)
+        for side, mask in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
+            self._best[side].merge(peak.where(mask, 0.0), numbers, dense, start, length)
 
     def _count(self, dense: Tensor, language: Tensor, held_out: Tensor) -> None:
         row, feature = (dense * ~held_out.unsqueeze(1)).nonzero(as_tuple=True)

@@ -34,8 +34,8 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
     """
     found = []
     for name, entry in (config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}).items():
-        base, at, hookpoint = name.partition("@")
-        if at and hookpoint not in (retrained if base == "retrain" else hookpoints):
+        base, separator, hookpoint = name.partition("@")
+        if separator and hookpoint not in (retrained if base == "retrain" else hookpoints):
             found += [Path(out["path"]) for out in entry.get("outs", [])]
     for path in found:
         if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in ("data", "metrics"):
@@ -48,8 +48,8 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
 def run(params: config.Config, paths: Paths) -> None:
     """Delete what is stale; write the list of hookpoints, on which the stages that read folders depend."""
     found = stale(paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints)
-    gone = [path for path in found if (paths.root / path).exists()]
-    for path in gone:
+    existing = [path for path in found if (paths.root / path).exists()]
+    for path in existing:
         if (paths.root / path).is_dir():
             shutil.rmtree(paths.root / path)
         else:
@@ -58,7 +58,7 @@ def run(params: config.Config, paths: Paths) -> None:
     paths.saes_again.mkdir(parents=True, exist_ok=True)
     # Without the hookpoints of `retrain`: stages that depend on this file do not use them.
     write_json(paths.hookpoints, {"hookpoints": params.hookpoints})
-    if gone:
-        stage.table(["deleted"], [[path] for path in gone])
+    if existing:
+        stage.table(["deleted"], [[path] for path in existing])
     else:
         log.info("prune: nothing to delete")

@@ -85,11 +85,11 @@ def _state(locked: Any, defined: Any, params: Mapping[str, Any], without: str) -
 
 
 def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
-    base, at, item = name.partition("@")
-    if base not in defined or bool(at) != ("matrix" in defined[base]):
+    base, separator, item = name.partition("@")
+    if base not in defined or bool(separator) != ("matrix" in defined[base]):
         return False
     # `matrix: {hookpoint: ${hookpoints}}` names a list in params.yaml.
-    return not at or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
+    return not separator or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
 
 
 def _hashes(entries: Any) -> dict[str, str]:
