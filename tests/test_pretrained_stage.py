@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
         content["pretrained"] |= pretrained
         content["hardware"]["accelerator"] = "cpu"
         params = config.parse(content)
-        monkeypatch.setattr(config, "load", lambda: params)
-        monkeypatch.setattr(sys, "argv", ["train.py", HOOKPOINT])
+        monkeypatch.setattr(config, "load_at_hookpoint", lambda: (params, HOOKPOINT))
         spec = importlib.util.spec_from_file_location("stage_train", ROOT / "stages/train.py")
         assert spec is not None and spec.loader is not None
         stage = importlib.util.module_from_spec(spec)
