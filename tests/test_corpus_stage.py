@@ -104,7 +104,7 @@ def test_texts_in_another_language_are_dropped_where_that_is_asked_for(run: Any,
     with caplog.at_level("INFO"):
         run(mixed, ["de", "en"], lid=0.8, train_tokens=500, eval_tokens=500)
     assert json.loads(Path("metrics/sample.json").read_text())["dropped_by_lid"] == 10
-    assert "de: 10 texts that fastText takes for another language are dropped" in caplog.text
+    assert "de: dropped 10 texts that fastText assigns to another language" in caplog.text
     kept = pl.read_parquet("data/corpus/texts.parquet")
     assert set(kept.filter(language="de")["text"]) <= set(GERMAN)
     assert kept["text"].str.starts_with("OK").any()  # too uncertain to be dropped

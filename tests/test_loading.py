@@ -95,7 +95,7 @@ def test_weights_that_a_file_lacks_are_named(tmp_path: Path, name: str, fault: s
     if fault != "narrower":
         lacking = r"lacks \d+ of the \d+ weights of \w+, which would stay random: \S+\.\S+"
     if fault.endswith("."):
-        lacking += rf".*it holds tensors that the model has no place for: {fault}"
+        lacking += rf".*it holds tensors that the model does not have: {fault}"
     with pytest.raises(
         UserError, match=f"^params.yaml: model.name: .*the file {lacking.replace('norm', '(norm|ln_1)')}"
     ):
