@@ -90,7 +90,7 @@ def test_languages_that_fasttext_cannot_tell_are_said_before_anything_is_read(ru
     with pytest.raises(UserError, match="corpus.path: 'texts' holds no"), caplog.at_level("WARNING"):
         run({}, ["en", "zh-CN", "zh-TW", "tlh"])
     assert [message.partition(":")[0] for message in caplog.messages] == ["zh-CN", "zh-TW", "tlh"]
-    assert "not steered: fastText's lid.176 does not tell it from zh-TW" in caplog.text
+    assert "from the comparison with fastText (identify): fastText's lid.176 does not tell it from zh-TW" in caplog.text
 
 
 GERMAN = [f"Das ist der {i}. Satz, und er steht in deutscher Sprache da." for i in range(40)]

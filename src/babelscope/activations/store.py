@@ -124,7 +124,7 @@ class ActivationStore:
         self.dtype = torch.float32 if isinstance(first, Quantised) else first.dtype
         self._starts = torch.tensor([0, *(rows for _, rows in shards)]).cumsum(0)
         if int(self._starts[-1]) != self.rows:
-            raise UserError(f"{folder / 'index.json'}: shape says {self.rows} rows, the shards {int(self._starts[-1])}")
+            raise UserError(f"{folder / 'index.json'}: a shape of {self.rows} rows, but shards of {self._starts[-1]}")
 
     def _open(self, path: Path, rows: int) -> Tensor | Quantised:
         try:

@@ -49,7 +49,7 @@ class _Tag(NamedTuple):
 
     @property
     def written(self) -> str | None:
-        """The named script, or else the language's usual one; None if that is unknown."""
+        """The script that the code names, or else the language's usual script; None if that is unknown."""
         if self.script or self.language in _WRITTEN:
             return self.script or _WRITTEN[self.language]
         tag = f"{self.language}-{self.region}" if self.region else self.language

@@ -1,4 +1,4 @@
-"""Interface messages as running text: markup, placeholders and keyboard mnemonics are taken out."""
+"""Interface messages as running text: markup, placeholders and keyboard mnemonics are removed."""
 
 import html
 import re

@@ -59,7 +59,7 @@ def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float, li
     """Whether fastText assigns each text to another language with a probability of at least `threshold`: bool."""
     known, refused = lid.match(languages)
     if not known:
-        raise UserError("params.yaml: corpus.lid: fastText knows none of the languages; allowed: null")
+        raise UserError("params.yaml: corpus.lid: fastText knows none of the languages; set it to null")
     for language, reason in refused.items():
         log.warning("%s: corpus.lid does not check its texts: %s", language, reason)
     found = lid.predict(texts["text"].to_list())

@@ -130,7 +130,7 @@ def merge(texts: pl.DataFrame, digests: Mapping[str, str]) -> pl.DataFrame:
 
 
 def _one_of_each(texts: pl.DataFrame, same: Sequence[str], across: str) -> pl.DataFrame:
-    """Keep one of the texts that are equal in the columns `same`, then drop all that still share their `across`."""
+    """Keep one of the texts that are equal in the columns `same`, then drop all whose `across` still occurs twice."""
     first = texts.sort("text_id", "group", "source").unique(same, keep="first", maintain_order=True)
     return first.filter(pl.len().over(across) == 1)
 

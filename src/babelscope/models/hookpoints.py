@@ -126,7 +126,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
-    raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}")
+    raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}; remove them")
 
 
 def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:

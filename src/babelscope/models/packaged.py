@@ -73,7 +73,7 @@ def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) 
 
 
 def check(path: Path, sha256: str, name: str | None = None, advice: str = "put the right file there") -> None:
-    """Raise a `UserError`, which calls the file `name`, unless it has the SHA-256 given in params.yaml."""
+    """Raise a `UserError` (in which the file is called `name`) unless it has the SHA-256 given in params.yaml."""
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:

@@ -202,7 +202,7 @@ def _decode(W_dec, latent, value, first, out, bags, hits, D: tl.constexpr, BLOCK
 def gradients(
     W_dec: Tensor, g: Tensor, centred: Tensor, latent: Tensor, value: Tensor, row: Tensor, bag: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the encoder, W_dec and b_enc, which read each hit's vectors once (as `step._Hits.gradients`).
+    """Gradients of the encoder, W_dec and b_enc; each hit's vectors are read once (as `step._Hits.gradients`).
 
     The list of hits is cut into segments of `_SEGMENT` hits. A second pass adds the parts of latents with more hits.
 

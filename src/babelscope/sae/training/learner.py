@@ -57,7 +57,8 @@ class Learner(nn.Module):
         self._revival: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self.log_threshold: nn.Parameter | None = None
         if settings.activation == "jumprelu":
-            # Scores start with a standard deviation of encoder_scale if inputs are normal; k exceed this threshold.
+            # If inputs are normally distributed, scores start with the standard deviation encoder_scale, and k of a row
+            # exceed this threshold.
             share = torch.tensor(min(settings.k / settings.latents, 0.49))
             threshold = settings.encoder_scale * -torch.special.ndtri(share)
             self.log_threshold = nn.Parameter(threshold.log().expand(settings.latents).clone())
@@ -237,7 +238,7 @@ class Normal(nn.Module):
 
 
 def auxiliary_loss(centred: Tensor, error: Tensor, encoder: Tensor, W_dec: Tensor, b_enc: Tensor) -> Tensor:
-    """Mean over rows of the squared error that remains when dead latents explain the error (Gao et al. 2024, A.2).
+    """Mean over rows of the squared error of reconstructing -`error` from dead latents alone (Gao et al. 2024, A.2).
 
     It is in the units of the main loss, as in the paper, which weights it by 1/32.
 

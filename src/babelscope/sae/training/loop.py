@@ -127,7 +127,7 @@ def resumable(path: Path, training: SAETraining) -> Path | None:
         log.warning("%s: damaged; training starts from step 0", path)
         return None
     if not isinstance(state, dict) or state.get(training.CHECKPOINT_HYPER_PARAMS_KEY) != dict(training.hparams):
-        raise UserError(f"{path}: not a checkpoint of this run, delete it")
+        raise UserError(f"{path}: not a checkpoint of this run; delete it")
     log.info("resumed at step %d of %d", state["global_step"], training.steps)
     return path
 

@@ -29,7 +29,7 @@ Selection = Literal["topk", "batchtopk"]
 
 
 class Step(NamedTuple):
-    """What one training step computed.
+    """The result of one training step.
 
     Attributes
     ----------
