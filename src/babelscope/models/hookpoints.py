@@ -75,7 +75,7 @@ class _DeepestReached(Exception):
 def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
     """While open, the activations `[batch, tokens, d]` at each hookpoint are replaced by `edit(activations)`.
 
-    Some families (OPT) run their MLP on `[batch * tokens, d]`; there, too, edits get and return `[batch, tokens, d]`.
+    Edits also get and return this shape in families (OPT) that run their MLP on `[batch * tokens, d]`.
     """
     shape: list[torch.Size] = []
 

@@ -46,7 +46,7 @@ def find(package: str, file: str | None) -> list[Path]:
     numbers = [number for number, _ in found]
     for number in range(min(1, numbers[0]), numbers[-1] + 1):
         if numbers.count(number) != 1:
-            what = f"part {number} is {'there twice' if number in numbers else 'missing'}"
+            what = f"part {number} {'occurs twice' if number in numbers else 'is missing'}"
             raise UserError(
                 f"params.yaml: model.name: {package!r} holds {wanted!r} in parts, and {what}; {_advice(package)}"
             )
@@ -72,7 +72,7 @@ def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) 
             raise
 
 
-def check(path: Path, sha256: str, name: str | None = None, advice: str = "put the right file there") -> None:
+def check(path: Path, sha256: str, name: str | None = None, advice: str = "replace the file") -> None:
     """Raise a `UserError` (in which the file is called `name`) unless it has the SHA-256 given in params.yaml."""
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()

@@ -176,8 +176,8 @@ def _rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor,
     rows = torch.arange(len(centred), device=centred.device).repeat_interleave(candidates.shape[1])
     latents = candidates.view(-1)
     scores = _dots(centred, encoder, rows, latents).add_(b_enc[latents]).view(candidates.shape)
-    values, best = scores.topk(k, dim=-1, sorted=False)
-    return values.relu_(), candidates.gather(1, best)
+    values, order = scores.topk(k, dim=-1, sorted=False)
+    return values.relu_(), candidates.gather(1, order)
 
 
 def _batch_top_k(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -275,7 +275,7 @@ class _Hits:
 
     def _total(self, weight: Tensor, first: Tensor) -> Tensor:
         """For every latent, the sum of its hits' weights: [n]."""
-        if weight.is_cuda:  # there, bincount adds atomically, in a varying order
+        if weight.is_cuda:  # on a GPU, bincount adds atomically, in a varying order
             one, zeros = weight.new_ones(1, 1), torch.zeros_like(self.row)
             return functional.embedding_bag(zeros, one, first, mode="sum", per_sample_weights=weight).squeeze(1)
         return torch.bincount(self.latent, weights=weight, minlength=len(first)).float()
