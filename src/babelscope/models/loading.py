@@ -1,7 +1,7 @@
 """Load a causal language model and its tokenizer from a file inside a package, a local folder, or a hub id.
 
 transformers takes 15 s to read a GGUF file of 100 MB, mostly for names and vocabulary, and a pipeline run loads the
-model a dozen times. Therefore a local GGUF file is converted once, to safetensors in the Hugging Face cache.
+model a dozen times. Therefore a local GGUF file is unpacked once, to float32 safetensors in the Hugging Face cache.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error,
              UnpicklingError, EOFError)  # fmt: skip
 
-# GGUF files of more bytes are not converted, since converted files take up to eight times as much disk space.
+# GGUF files of more bytes are not unpacked, since unpacked files take up to eight times as much disk space.
 _LARGEST = 2**28
 _READERS = ("gguf", "transformers")
 
@@ -63,7 +63,7 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
 
 
 def _source(section: Model) -> tuple[str, dict[str, Any]]:
-    """Arguments of `from_pretrained`: those of `_where`, or the converted copy of a local GGUF file.
+    """Arguments of `from_pretrained`: those of `_where`, or the unpacked copy of a local GGUF file.
 
     The copy holds the same model and tokenizer, with float32 weights in safetensors. It is made once; its name contains
     the file's hash and the versions of the packages that read it.
@@ -96,7 +96,7 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
         log.warning("%s: slow at every load, since no copy can be written (%s); %s", section.gguf_file, error, advice)
         return source, options
     if not folder.is_dir():
-        log.info("%s: converted once, to %s", section.gguf_file, folder)
+        log.info("%s: unpacked once, to %s", section.gguf_file, folder)
         _unpack(files, section, options, folder)
     return str(folder), {key: value for key, value in options.items() if key != "gguf_file"}
 
