@@ -38,7 +38,7 @@ def test_a_damaged_table_is_named(tmp_path, damage, read):
     TABLE.write_parquet(path)
     assert read(path).lazy().collect().equals(TABLE)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*remove it, then dvc checkout"):
+    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*; remove it, then run `dvc"):
         read(path)
 
 
@@ -142,7 +142,7 @@ def test_a_read_only_disk_is_told(small_disk):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        ("OSError(28, 'No space left on device', 'data/x')", "error: data/x: No space left on device; put that right"),
+        ("OSError(28, 'No space left on device', 'data/x')", "error: data/x: No space left on device; correct this"),
         ("MemoryError()", "error: out of memory ()"),
         ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "error: out of memory (CUDA out of memory."),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "error: out of memory (DefaultCPU"),
