@@ -42,7 +42,7 @@ COLUMNS = {
     "quality/loss_recovered": ["hookpoint", "layer", "language", "tokens", "nll_clean", "nll_sae", "nll_zero",
                                "loss_recovered"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
-                           "others_cosine", "others_overlap"],
+                           "others_cosine", "others_overlap", "matched", "encoder_cosine"],
     "identify/predictions": PREDICTIONS,
     "identify/confusion": ["method", "normalize", "language", "predicted", "texts"],
     "browse/features": ["hookpoint", "layer", "unit", "kind", "languages", "members", "entropy", "largest", "delta",

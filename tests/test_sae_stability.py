@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -18,7 +18,17 @@ from babelscope import config
 from babelscope.activations import store
 from babelscope.core.paths import Paths
 from babelscope.features import run_stability, stability
-from babelscope.features.stability import Overlap, partners, with_baseline
+from babelscope.features.stability import (
+    Overlap,
+    assign,
+    match,
+    partners,
+    random_latents,
+    random_sets,
+    subspace_overlap,
+    with_baseline,
+    write_cosine,
+)
 from babelscope.sae import SAE, checkpoint
 from babelscope.sae.training import loop
 from babelscope.tracking import prune
@@ -103,6 +113,94 @@ def test_a_feature_stands_beside_the_others_that_fire_at_least_as_often() -> Non
     ]
 
 
+def test_latents_are_paired_one_to_one_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Cosines 0, 0.8 and 0.8, 0.96: both latents are nearest to the second, and the largest sum is 0.8 + 0.8.
+    decoder = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    other = torch.tensor([[0.0, 2.0], [0.8, 0.6]])
+    row, column = assign(decoder, other)
+    assert row.tolist() == [0, 1] and column.tolist() == [1, 0]
+    encoder = torch.tensor([[0.0, 5.0], [1.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, -1.0]])
+    cosines = match((decoder, encoder[0]), (other, encoder[1]))
+    torch.testing.assert_close(cosines[0], torch.tensor([0.8, 0.8]))
+    torch.testing.assert_close(cosines[1], torch.tensor([-1.0, 0.5**0.5]))
+    # Of three latents only two can have a partner.
+    three = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]])
+    found, _ = match((three, three), (other, other))
+    assert found.isnan().tolist() == [False, True, False]
+    monkeypatch.setattr(stability, "_DENSE", 0)
+    assert [part.tolist() for part in assign(decoder, other)] == [[0, 1], [1, 0]]
+    torch.testing.assert_close(match((three, three), (other, other))[0], found, equal_nan=True)
+
+
+def test_the_nearest_partners_of_many_latents_give_the_pairs_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.randn(300, 16, generator=generator)
+    other = decoder[torch.randperm(300, generator=generator)] + 0.3 * torch.randn(300, 16, generator=generator)
+    row, column = assign(decoder, other)
+    monkeypatch.setattr(stability, "_DENSE", 0)
+    nearest = dict(zip(*(part.tolist() for part in assign(decoder, other)), strict=True))
+    assert len(set(nearest.values())) == len(nearest)
+    assert sum(nearest.get(i) == j for i, j in zip(row.tolist(), column.tolist(), strict=True)) >= 297
+
+
+def test_permuted_latents_are_all_matched_and_random_ones_as_by_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(2, 12, 12, generator=generator)
+
+    def weights() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randn(400, 12, generator=generator)
+        return rows @ mixing[0] + 1.0, rows @ mixing[1]
+
+    one, unrelated = weights(), weights()
+    order = torch.randperm(400, generator=generator)
+    for cosine in match(one, one) + match(one, (one[0][order] * 3.0, one[1][order])):
+        torch.testing.assert_close(cosine, torch.ones(400))
+    (decoder, encoder), (by_chance, chance_encoder) = match(one, unrelated), match(one, random_latents(unrelated, 0))
+    assert abs(float((decoder - by_chance).mean())) < 0.02 and float(decoder.mean()) < 0.95
+    shares = [
+        float(((a >= 0.7) & (b >= 0.7)).float().mean()) for a, b in ((decoder, encoder), (by_chance, chance_encoder))
+    ]
+    assert 0 < shares[0] < 0.95 and abs(shares[0] - shares[1]) < 0.1
+    assert all(torch.equal(a, b) for a, b in zip(random_latents(one, 1), random_latents(one, 1), strict=True))
+    assert not torch.equal(random_latents(one, 1)[0], random_latents(one, 2)[0])
+
+
+def test_random_latents_have_the_mean_and_the_covariance_of_the_given_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(
+        torch.randn(3000, 6, generator=generator) @ torch.diag(torch.arange(1.0, 7)) + 2
+    )
+    drawn = torch.cat(random_latents((rows, rows.flip(1)), 0), dim=1)
+    both = torch.cat([rows, rows.flip(1)], dim=1)
+    torch.testing.assert_close(drawn.mean(0), both.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), both.T.cov(), atol=0.02, rtol=0)
+
+
+def test_write_cosine_and_subspace_overlap_by_hand() -> None:
+    rows, sums = torch.eye(3)[:2], torch.tensor([3.0, 4.0])
+    assert write_cosine((rows, sums), (rows.flip(0) * 2, sums.flip(0))) == pytest.approx(1)
+    # (3, 4, 0) and (0, 4, 3): 16 / 25.
+    assert write_cosine((rows, sums), (torch.eye(3)[1:], sums.flip(0))) == pytest.approx(0.64)
+    assert write_cosine((rows, sums), (rows, torch.zeros(2))) == 0
+    # The planes share one axis, then also half of the other one.
+    assert subspace_overlap(rows, torch.eye(3)[1:]) == pytest.approx(0.5)
+    assert subspace_overlap(rows, torch.tensor([[0.0, 5.0, 0.0], [1.0, 7.0, 1.0]])) == pytest.approx(0.75)
+    assert subspace_overlap(rows, torch.tensor([[1.0, 1.0, 0.0], [1.0, -2.0, 0.0]])) == pytest.approx(1)
+    assert subspace_overlap(torch.eye(3)[:1], torch.eye(3)[2:]) == 0
+
+
+def test_random_sets_hold_latents_that_fire_as_often() -> None:
+    tokens = np.concatenate([np.arange(1, 101), np.arange(1000, 1100)]).astype(float)
+    drawn = random_sets(tokens, np.array([1050.0, 1049.0, 50.0]), 400, np.random.default_rng(0))
+    assert drawn.shape == (400, 3) and all(len(set(row)) == 3 for row in drawn.tolist())
+    found = tokens[drawn]
+    assert found[:, :2].min() >= 1038 and found[:, :2].max() <= 1062 and set(found[:, 2]) == set(range(41, 61))
+    assert np.array_equal(drawn, random_sets(tokens, np.array([1050.0, 1049.0, 50.0]), 400, np.random.default_rng(0)))
+    # As many wanted as there are: each draw holds them all.
+    every = random_sets(np.array([3.0, 1.0, 2.0]), np.ones(3), 5, np.random.default_rng(0))
+    assert np.sort(every).tolist() == [[0, 1, 2]] * 5
+
+
 def load_stage(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / f"stages/{name}.py")
     assert spec is not None and spec.loader is not None
@@ -116,6 +214,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1
     train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10}
     params = SHIPPED.model_copy(
         update={
+            "languages": ["en", "tr"],
             "hookpoints": [HOOKPOINT],
             "train": SHIPPED.train.model_copy(update=train),
             "stability": SHIPPED.stability.model_copy(update={"hookpoints": hookpoints, "seed": seed}),
@@ -123,7 +222,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1
         }
     )
     monkeypatch.setattr(config, "load", lambda: params)
-    monkeypatch.setattr(sys, "argv", ["retrain.py", HOOKPOINT])
+    monkeypatch.setattr(config, "load_at_hookpoint", lambda: (params, HOOKPOINT))
 
 
 @pytest.fixture
@@ -137,9 +236,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = store.place(tmp_path / "data/activations", HOOKPOINT)
     store.write_shard(place, 0, x.half())
     store.write_index(place, [rows], d, "float16", "made-up", HOOKPOINT)
-    pl.DataFrame({"row": range(rows), "split": ["train"] * 1000 + ["eval"] * 200}).write_parquet(
-        tmp_path / "data/activations/tokens.parquet"
-    )
+    tokens = {"row": range(rows), "split": ["train"] * 1000 + ["eval"] * 200}
+    tokens |= {
+        "text_id": [f"{row // 10}" for row in range(rows)],
+        "language": [("en", "tr")[row // 10 % 2] for row in range(rows)],
+    }
+    pl.DataFrame(tokens).write_parquet(tmp_path / "data/activations/tokens.parquet")
     return tmp_path
 
 
@@ -216,11 +318,56 @@ def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
     assert numbers[f"stability_share/{HOOKPOINT}"] == numbers["stability_share"]
     assert numbers["stability_share_others"] == 1.0
     assert 0 < numbers["stability_overlap"] <= 1
+    assert table["matched"].to_list() == [False, True, True] and table["encoder_cosine"][1] == pytest.approx(1)
+    assert numbers["features_matched_share"] == numbers[f"features_matched_share/{HOOKPOINT}"] == pytest.approx(2 / 3)
+    assert numbers["features_matched_share/tr"] == 0.5 and numbers["features_matched_share/en"] == 1.0
+    assert numbers["latents_matched_share"] == 63 / 64 and 0.9 < numbers["pw_mcc"] < 1
+    assert numbers["latents_matched_share_chance"] < 0.5 and 0.3 < numbers["pw_mcc_chance"] < 0.95
     assert [HOOKPOINT, "3", "0.667", "(1.000)"] in [message.split()[:4] for message in caplog.messages]
 
     written = (folder / "data/stability/features.parquet").read_bytes()
     stage.main()
     assert (folder / "data/stability/features.parquet").read_bytes() == written
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_second_sae_has_feature_sets_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+    # Each token fires two latents of four that are its language's own (0 to 3: en, 4 to 7: tr), and two of the others.
+    rows, generator = 1200, torch.Generator().manual_seed(0)
+    language = (torch.arange(rows) // 10) % 2
+    score = torch.rand(rows, 32, generator=generator)
+    own = torch.arange(4) + 4 * language[:, None]
+    on = torch.cat([own.gather(1, score[:, :4].topk(2).indices), 8 + score[:, 8:].topk(2).indices], dim=1)
+    x = torch.zeros(rows, 32).scatter_(1, on, 1.0 + torch.rand(rows, 4, generator=generator))
+    place = store.place(folder / "data/activations", HOOKPOINT)
+    store.write_shard(place, 0, x.half())
+    store.write_index(place, [rows], 32, "float16", "made-up", HOOKPOINT)
+    order = torch.randperm(32, generator=generator)
+    # The second SAE has the same latents in another order, or writes all of them in unrelated directions.
+    decoder = torch.eye(32) if same else torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+    pair = {"sae": (torch.eye(32), torch.eye(32)), "sae_again": (torch.eye(32)[order], decoder[order])}
+    for name, (encoder, written) in pair.items():
+        dictionary = SAE(encoder, written, torch.zeros(32), torch.zeros(32), 4)
+        checkpoint.save(
+            dictionary, folder / f"data/{name}" / HOOKPOINT, {"model_name": "made-up", "hook_name": HOOKPOINT}
+        )
+    use(monkeypatch, hookpoints=[HOOKPOINT])
+    for name in ("encode", "score", "stability"):
+        load_stage(name).main()
+    table = pl.read_parquet(folder / "data/stability/features.parquet")
+    assert sorted(table.select("language", "unit").rows()) == [(("en", "tr")[i // 4], i) for i in range(8)]
+    numbers = json.loads((folder / "metrics/stability.json").read_text())
+    for name in ("en", "tr"):
+        found = [numbers[f"{key}/{name}"] for key in ("features_matched_share", "write_cosine", "subspace_overlap")]
+        random, high = (numbers[f"subspace_overlap_random{end}/{name}"] for end in ("", "_high"))
+        if same:
+            assert found == [1, pytest.approx(1), pytest.approx(1)] and random == high == 0
+        else:  # expected of unrelated spans: 4 of 32 dimensions
+            assert found[0] == 0 and abs(found[1]) < 0.6 and found[2] < 0.3 and 0.05 < random < high < 0.4
+    assert numbers["latents_matched_share"] == float(same)
+    before = (folder / "metrics/stability.json").read_bytes()
+    load_stage("stability").main()
+    assert (folder / "metrics/stability.json").read_bytes() == before
 
 
 def test_without_hookpoints_there_is_an_empty_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Stage `encode <hookpoint>`: how often every latent fires on every language of the training split."""
 
+from pathlib import Path
+
 import polars as pl
 
 from babelscope import sae
@@ -22,7 +24,7 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
         copy_file(paths.stream / hookpoint / "totals.parquet", paths.totals(hookpoint))
         counts, by_language = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
     else:
-        counts, by_language = encode(hookpoint, params, paths)
+        counts, by_language = encode(hookpoint, params, paths, paths.saes)
         write_atomically(paths.counts(hookpoint), counts.write_parquet)
         write_atomically(paths.totals(hookpoint), by_language.write_parquet)
     tokens, fired = int(by_language["tokens"].sum()), counts["unit"].n_unique()
@@ -32,12 +34,14 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
     stage.table(["hookpoint", "tokens", "latents that fired", "L0"], [[hookpoint, f"{tokens:,}", fired, f"{l0:.1f}"]])
 
 
-def encode(hookpoint: str, params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Encode the stored activations of the training split: counts per language and latent, totals per language."""
+def encode(
+    hookpoint: str, params: Config, paths: Paths, saes: Path, split: str = "train"
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Encode the stored activations of a split by an SAE in `saes`: counts per language and latent, totals."""
     device = hardware.prepare(params.hardware)
-    dictionary = sae.load(paths.saes, hookpoint).to(device)
+    dictionary = sae.load(saes, hookpoint).to(device)
     activations = store.ActivationStore(store.place(paths.activations, dictionary.input_name(hookpoint)))
-    table = read_table(paths.tokens).filter(split="train")
+    table = read_table(paths.tokens).filter(split=split)
     language, text = codes(table["language"], params.languages), table["text_id"].rle_id().cast(pl.Int64).to_torch()
     rows = table["row"].to_torch()
 

@@ -1,10 +1,14 @@
 """Stage `stability`: which features an SAE trained from another seed finds again, and whether they fire alike."""
 
 import logging
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from babelscope import sae
 from babelscope.activations.store import ActivationStore, place
@@ -14,15 +18,20 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
-from babelscope.features.stability import Overlap, partners, with_baseline
+from babelscope.features import sae_lape, stability
+from babelscope.features.run_encode import encode
 from babelscope.models import hardware
+from babelscope.models.tokens import codes
 
 # Tokens encoded at once, which bounds the memory.
 _CHUNK = 8192
+# Sets of random latents with which a language's set is compared.
+_DRAWS = 200
 SCHEMA = pl.Schema({
     "hookpoint": pl.String, "unit": pl.Int32, "language": pl.String,
     "partner": pl.Int32, "cosine": pl.Float64, "overlap": pl.Float64,
     "others": pl.Int64, "others_share": pl.Float64, "others_cosine": pl.Float64, "others_overlap": pl.Float64,
+    "matched": pl.Boolean, "encoder_cosine": pl.Float64,
 })  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -31,27 +40,44 @@ def run(params: Config, paths: Paths) -> None:
     """Write `paths.stability` and the stage's metrics."""
     features = read_table(paths.features).filter(kind="sae").select("hookpoint", "unit", "language")
     threshold = params.stability.cosine
-    parts = [pl.DataFrame(schema=SCHEMA)]
+    schema = SCHEMA | {"by_chance": pl.Boolean}
+    parts, every, sets = [pl.DataFrame(schema=schema)], [], []
     for hookpoint in params.stability.hookpoints:
-        found = with_baseline(features.filter(hookpoint=hookpoint), latents(params, paths, hookpoint), threshold)
-        parts.append(found.select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()))
+        own, found = features.filter(hookpoint=hookpoint), latents(params, paths, hookpoint)
+        compared = stability.with_baseline(own, found, threshold)
+        parts.append(compared.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
+        every.append(found)
+        sets.append(compare_sets(params, paths, hookpoint, own))
     table = pl.concat(parts)
-    write_atomically(paths.stability, table.write_parquet)
+    write_atomically(paths.stability, table.select(SCHEMA.names()).write_parquet)
     numbers = figures(table, threshold)
+    if every:
+        names = {"latents_matched_share": "matched", "latents_matched_share_chance": "by_chance",
+                 "pw_mcc": "decoder_cosine", "pw_mcc_chance": "chance_cosine"}  # fmt: skip
+        means = (pl.col(column).mean().alias(name) for name, column in names.items())
+        numbers |= pl.concat(every).select(means).row(0, named=True)
+        numbers |= of_sets(sets, params.languages)
     write_json(paths.metrics("stability"), numbers)
     report(table, numbers, threshold)
 
 
 def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
-    """All latents of the first SAE: `unit`, `tokens` (train split), `partner`, `cosine`, `overlap` (held-out split)."""
+    """All latents of the first SAE: `unit`, `tokens` (train split), `partner`, `cosine`, `overlap` (held-out split).
+
+    With the one-to-one partner: `decoder_cosine`, `encoder_cosine`, and `matched`, whether both reach the threshold.
+    With random latents instead of the second SAE's: `chance_cosine` (decoder) and `by_chance`.
+    """
     counts = paths.counts(hookpoint)
     if not counts.is_file():
         raise UserError(f"{counts}: no such file; run `dvc repro encode@{hookpoint}`")
     device = hardware.prepare(params.hardware)
     first, second = (sae.load(folder, hookpoint).to(device) for folder in (paths.saes, paths.saes_again))
-    cosine, partner = partners(first.W_dec, second.W_dec)
+    cosine, partner = stability.partners(first.W_dec, second.W_dec)
+    weights, others = ((dictionary.W_dec, dictionary.encoder) for dictionary in (first, second))
+    matched = stability.match(weights, others)
+    by_chance = stability.match(weights, stability.random_latents(others, params.seed))
     activations = ActivationStore(place(paths.activations, first.input_name(hookpoint)))
-    overlap = Overlap(partner, second.latents)
+    overlap = stability.Overlap(partner, second.latents)
     held_out = read_table(paths.tokens).filter(split="eval")["row"].to_torch()
     with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
         for rows in torch.split(held_out, _CHUNK):
@@ -64,10 +90,72 @@ def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
             "partner": partner.cpu().numpy(),
             "cosine": cosine.cpu().double().numpy(),
             "overlap": overlap.result().cpu().numpy(),
+            "decoder_cosine": matched[0].cpu().double().numpy(),
+            "encoder_cosine": matched[1].cpu().double().numpy(),
+            "matched": (torch.stack(matched) >= params.stability.cosine).all(0).cpu().numpy(),
+            "chance_cosine": by_chance[0].cpu().double().numpy(),
+            "by_chance": (torch.stack(by_chance) >= params.stability.cosine).all(0).cpu().numpy(),
         }
-    ).with_columns(pl.col("overlap").fill_nan(None))
+    ).with_columns(pl.col(pl.Float64).fill_nan(None))
     tokens = read_table(counts, columns=["unit", "tokens"]).group_by("unit").agg(pl.col("tokens").sum())
     return found.join(tokens, on="unit", how="left").with_columns(pl.col("tokens").fill_null(0))
+
+
+def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.DataFrame) -> dict[str, list[Any]]:
+    """Each language's first k features in both SAEs, where k is the number of features in the SAE that has fewer.
+
+    The second SAE's features are selected as `score` selects those of the first (`features`: `unit`, `language`, in
+    order of rank). Random sets have k latents of the second SAE that are no features and fire as often on the training
+    split of the language.
+
+    Returns
+    -------
+    By language, without those that have no features in one of the SAEs: `write_cosine` on the held-out split,
+    `subspace_overlap`, and the overlaps of the first set with `_DRAWS` random ones (nan: there are too few latents).
+    """
+    folders = (paths.saes, paths.saes_again)
+    decoders = [sae.load(folder, hookpoint).W_dec.detach() for folder in folders]
+    counts, totals = encode(hookpoint, params, paths, paths.saes_again)
+    again = sae_lape(counts, totals, **params.score.model_dump())
+
+    def dense(counts: pl.DataFrame, column: str, latents: int) -> NDArray[np.float64]:
+        table = np.zeros((len(params.languages), latents))
+        table[codes(counts["language"], params.languages), counts["unit"]] = counts[column]
+        return table
+
+    tokens = dense(counts, "tokens", len(decoders[1]))
+    held_out = [encode(hookpoint, params, paths, folder, "eval")[0] for folder in folders]
+    sums = [dense(table, "sum", len(rows)) for table, rows in zip(held_out, decoders, strict=True)]
+    found = {}
+    for code, language in enumerate(params.languages):
+        sets = [frame.filter(language=language)["unit"].to_list() for frame in (features, again)]
+        k = min(map(len, sets))
+        if not k:
+            continue
+        first, second = ((decoders[i][sets[i][:k]], torch.from_numpy(sums[i][code, sets[i][:k]])) for i in (0, 1))
+        pool = np.setdiff1d(tokens[code].nonzero()[0], again["unit"])
+        random = np.full(_DRAWS, np.nan)
+        if len(pool) >= k:
+            seed = [params.seed, *(zlib.crc32(name.encode()) for name in (hookpoint, language))]
+            wanted = np.sort(tokens[code, sets[1][:k]])[::-1]
+            drawn = pool[stability.random_sets(tokens[code, pool], wanted, _DRAWS, np.random.default_rng(seed))]
+            random = np.array([stability.subspace_overlap(first[0], decoders[1][units]) for units in drawn])
+        overlap = stability.subspace_overlap(first[0], second[0])
+        found[language] = [stability.write_cosine(first, second), overlap, random]
+    return found
+
+
+def of_sets(sets: list[dict[str, list[Any]]], languages: list[str]) -> dict[str, float]:
+    """The figures of `compare_sets`, means over hookpoints; of the random sets the mean and the 97.5 % quantile."""
+    numbers: dict[str, float] = {}
+    for language in languages:
+        rows = [found[language] for found in sets if language in found]
+        if rows:
+            write, overlap, random = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
+            values = {"write_cosine": write, "subspace_overlap": overlap, "subspace_overlap_random": random.mean(),
+                      "subspace_overlap_random_high": np.quantile(random, 0.975)}  # fmt: skip
+            numbers |= {f"{name}/{language}": float(value) for name, value in values.items() if np.isfinite(value)}
+    return numbers
 
 
 def groups(table: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -85,27 +173,40 @@ def figures(table: pl.DataFrame, threshold: float) -> dict[str, float]:
     for group, rows in groups(table):
         numbers[f"stability_features{group}"] = len(rows)
         means = {
-            "share": (rows["cosine"] >= threshold).mean(),
-            "cosine": rows["cosine"].mean(),
-            "overlap": rows["overlap"].mean(),
-            "share_others": rows["others_share"].mean(),
-            "cosine_others": rows["others_cosine"].mean(),
-            "overlap_others": rows["others_overlap"].mean(),
+            "stability_share": (rows["cosine"] >= threshold).mean(),
+            "stability_cosine": rows["cosine"].mean(),
+            "stability_overlap": rows["overlap"].mean(),
+            "stability_share_others": rows["others_share"].mean(),
+            "stability_cosine_others": rows["others_cosine"].mean(),
+            "stability_overlap_others": rows["others_overlap"].mean(),
+            "features_matched_share": rows["matched"].mean(),
+            "features_matched_share_chance": rows["by_chance"].mean(),
         }
-        numbers |= {f"stability_{name}{group}": mean for name, mean in means.items() if isinstance(mean, float)}
+        numbers |= {f"{name}{group}": mean for name, mean in means.items() if isinstance(mean, float)}
     return numbers
 
 
 def report(table: pl.DataFrame, numbers: dict[str, float], threshold: float) -> None:
-    """Log a line per group: features (other latents in parentheses)."""
+    """Log a line per group, with the baseline of each figure in parentheses, and one for all latents."""
     if table.is_empty():
         log.info("stability: nothing to compare (params.yaml: stability.hookpoints)")
         return
-    columns = ("share", "share_others", "cosine", "cosine_others", "overlap", "overlap_others")
-    head = [f"cosine >= {threshold:g}", "features", *(f"{name} (others)" for name in ("found", "cosine", "overlap"))]
+    pairs = {
+        "found (others)": ("stability_share", "stability_share_others"),
+        "cosine (others)": ("stability_cosine", "stability_cosine_others"),
+        "overlap (others)": ("stability_overlap", "stability_overlap_others"),
+        "matched (by chance)": ("features_matched_share", "features_matched_share_chance"),
+        "subspace overlap (random, 97.5 %)": ("subspace_overlap", "subspace_overlap_random_high"),
+    }
+
+    def shown(key: str) -> str:
+        return f"{numbers[key]:.3f}" if key in numbers else "-"
+
     lines = []
     for group, rows in groups(table):
-        shown = [f"{numbers.get(f'stability_{name}{group}', float('nan')):.3f}" for name in columns]
-        pairs = (f"{own} ({others})" for own, others in zip(shown[::2], shown[1::2], strict=True))
-        lines.append([group[1:] or "all", len(rows), *pairs])
-    stage.table(head, lines)
+        cells = [f"{shown(own + group)} ({shown(others + group)})" for own, others in pairs.values()]
+        lines.append([group[1:] or "all", len(rows), *cells, shown(f"write_cosine{group}")])
+    stage.table([f"cosine >= {threshold:g}", "features", *pairs, "write cosine"], lines)
+    names = ("latents_matched_share", "latents_matched_share_chance", "pw_mcc", "pw_mcc_chance")
+    every = [numbers[name] for name in names]
+    log.info("all latents: matched %.3f (by chance %.3f), PW-MCC %.3f (by chance %.3f)", *every)

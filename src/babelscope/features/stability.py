@@ -1,14 +1,26 @@
 """Whether another SAE of the same activations finds latents again: their partners, and the overlap of firings.
 
-SAEs that differ in their seed alone share only some of their latents (Paulo & Belrose 2025, arXiv 2501.16615).
+SAEs that differ in their seed alone share only some of their latents (Paulo & Belrose 2025, arXiv 2501.16615). The sets
+of a language's latents can agree even if their latents do not (arXiv 2606.12138).
 """
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
+from torch.nn import functional
 
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import chunk_rows
+
+# Cosines that `assign` holds at most (12 bytes each), and above that number, the nearest latents that it considers.
+_DENSE, _NEAREST = 2**26, 32
+# A random latent is drawn from so many whose numbers of tokens are nearest to the number wanted.
+_NEAR = 20
 
 
 @torch.no_grad()
@@ -119,3 +131,120 @@ def with_baseline(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) 
         .sort("_row")
         .drop("_row", "tokens")
     )
+
+
+@torch.no_grad()
+def assign(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair latents one to one so that the sum of their decoder cosines is largest (the Hungarian method).
+
+    Memory: n x m cosines up to `_DENSE` of them. Above that number only the `_NEAREST` partners of each latent count,
+    and a latent may stay alone, which adds 0 to the sum.
+
+    Parameters
+    ----------
+    decoder, other: float32 [n, d] and [m, d], rows of any norm.
+
+    Returns
+    -------
+    The latents in `decoder` and in `other` of every pair, int64 [pairs] each.
+    """
+    rows, others = functional.normalize(decoder), functional.normalize(other)
+    n, m = len(rows), len(others)
+    if n * m <= _DENSE:
+        pairs = linear_sum_assignment(linear(rows, others).cpu().numpy(), maximize=True)
+    else:
+        chunks = torch.split(rows, chunk_rows(m, rows.device))
+        near = [linear(chunk, others).topk(min(_NEAREST, m)) for chunk in chunks]
+        cosine, column = (torch.cat([found[i] for found in near]).cpu().numpy() for i in (0, 1))
+        # Each latent also has a column of its own, with cosine 0. The solver wants the smallest sum of weights above 0.
+        cosine, column = np.column_stack([cosine, np.zeros(n)]), np.column_stack([column, m + np.arange(n)])
+        row = np.arange(n).repeat(column.shape[1])
+        weights = coo_matrix((2.0 - cosine.ravel(), (row, column.ravel())), shape=(n, m + n)).tocsr()
+        row, chosen = min_weight_full_bipartite_matching(weights)
+        pairs = row[chosen < m], chosen[chosen < m]
+    first, second = (torch.as_tensor(part, dtype=torch.int64, device=decoder.device) for part in pairs)
+    return first, second
+
+
+@torch.no_grad()
+def match(latents: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Decoder and encoder cosine of every latent with its one-to-one partner (`assign`).
+
+    If a few directions hold most of the variance of the activations, cosines are high by chance, too: compare them with
+    those of `random_latents`.
+
+    Parameters
+    ----------
+    latents, others: decoder rows float32 [n, d] and encoder rows float32 [n, d_in] of one SAE and of the other.
+
+    Returns
+    -------
+    Two float32 [n] in -1..1; nan for a latent without a partner.
+    """
+    first, second = assign(latents[0], others[0])
+    found = torch.full((2, len(latents[0])), torch.nan, device=latents[0].device)
+    for cosine, rows, other in zip(found, latents, others, strict=True):
+        cosine[first] = functional.cosine_similarity(rows[first], other[second]).clamp(-1, 1)
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def random_latents(latents: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """As many random latents, normally distributed, with the mean and the covariance of the given ones.
+
+    Decoder and encoder rows are drawn together, so that the two of a random latent are related as those of a real one.
+
+    Parameters
+    ----------
+    latents: decoder rows float32 [n, d] and encoder rows float32 [n, d_in], of any norm.
+    seed: of the draw.
+    """
+    rows = torch.cat([functional.normalize(part) for part in latents], dim=1)
+    mean, n = rows.mean(0), len(rows)
+    generator, offsets = torch.Generator().manual_seed(seed), (rows - mean) / n**0.5
+    chunks = torch.split(rows, chunk_rows(n, rows.device))
+    mixed = [torch.randn(len(chunk), n, generator=generator).to(rows.device) @ offsets + mean for chunk in chunks]
+    decoder, encoder = torch.split(torch.cat(mixed), [part.shape[1] for part in latents], dim=1)
+    return decoder, encoder
+
+
+def write_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """Cosine of what two sets of latents write on average, `sum_u z_u W_dec[u]`.
+
+    Parameters
+    ----------
+    first, second: decoder rows [k, d] and the sum of the activations of each row's latent over the same tokens [k].
+    """
+    one, other = (sums.double() @ rows.double() for rows, sums in (first, second))
+    return float(functional.cosine_similarity(one, other, dim=0))
+
+
+def subspace_overlap(rows: Tensor, others: Tensor) -> float:
+    """Mean squared cosine of the principal angles between the spans of two sets of as many rows [k, d], in 0..1."""
+    one, other = (torch.linalg.qr(part.T.double()).Q for part in (rows, others))
+    return float((one.T @ other).square().sum() / one.shape[1])
+
+
+def random_sets(
+    tokens: NDArray[np.float64], wanted: NDArray[np.float64], draws: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Random latents that fire as often: for each number wanted, one at random of the `_NEAR` nearest that are left.
+
+    Parameters
+    ----------
+    tokens: on how many tokens each latent fires, above 0 [p]; their logarithms are compared.
+    wanted: the numbers of tokens [k], k at most p.
+
+    Returns
+    -------
+    Positions in `tokens` [draws, k], distinct within a draw.
+    """
+    drawn = np.empty((draws, len(wanted)), dtype=np.int64)
+    is_left = np.ones((draws, len(tokens)), dtype=bool)
+    for column, number in enumerate(wanted):
+        near = np.abs(np.log(tokens / number)).argsort(kind="stable")[: _NEAR + column]
+        free = is_left[:, near]
+        key = np.where(free & (free.cumsum(axis=1) <= _NEAR), random.random(free.shape), -1.0)
+        drawn[:, column] = near[key.argmax(axis=1)]
+        is_left[np.arange(draws), drawn[:, column]] = False
+    return drawn

@@ -65,6 +65,7 @@ def table(inputs: ReportInputs) -> Table:
         "L0": figures(of_training(inputs, "l0"), 1), "dead latents": map(percent, of_training(inputs, "dead_share")),
         "loss recovered": shares("quality", "loss_recovered"),
         "features found again": [NONE if own == NONE else f"{own} ({others})" for own, others in again],
+        "features matched": shares("stability", "features_matched_share"),
         "tokens trained on": figures(of_training(inputs, "tokens")),
     }  # fmt: skip
     return Table.of("One SAE per hookpoint", columns)
