@@ -105,8 +105,8 @@ def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.Data
     """Each language's first k features in both SAEs, where k is the number of features in the SAE that has fewer.
 
     The second SAE's features are selected as `score` selects those of the first (`features`: `unit`, `language`, in
-    order of rank). Random sets have k latents of the second SAE that are no features and fire as often on the training
-    split of the language.
+    order of rank). Random sets have k latents of the second SAE that are no features and fire about as often on the
+    training split of the language.
 
     Returns
     -------

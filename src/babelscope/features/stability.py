@@ -228,7 +228,7 @@ def subspace_overlap(rows: Tensor, others: Tensor) -> float:
 def random_sets(
     tokens: NDArray[np.float64], wanted: NDArray[np.float64], draws: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Random latents that fire as often: for each number wanted, one at random of the `_NEAR` nearest that are left.
+    """Random latents that fire about as often: for each number wanted, one of the `_NEAR` nearest that are left.
 
     Parameters
     ----------
