@@ -1,9 +1,9 @@
 """`python benchmarks/ablation.py`: ablation against one full forward pass for every text and condition.
 
-On the default's model, dictionaries, features and conditions (it reads `data/`: run `make repro` first), over an even
-sample of its held-out texts. The straightforward way is that of the paper's code: a batch of one text, PyTorch's own
-products, nothing skipped; it encodes only where a condition has units. Both must agree to 1e-4 nats/token on each text;
-where a feature's activation is so near to the k-th that other products choose another, with the same products.
+It uses the default's model, dictionaries, features and conditions (in `data/`: run `make repro` first) and an even
+sample of its held-out texts. The straightforward way is that of the paper's code: batches of one text, PyTorch's own
+products, nothing skipped, except that it encodes only at hookpoints at which a condition has units. Both must agree to
+1e-4 nats/token on each text; if rounding decides which feature is the k-th, with the same products.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GROUPS = {
     "each alone, others' texts": pl.col("hookpoint").is_not_null(),
 }
 OURS, STRAIGHT = "babelscope", "straightforward"
-# Nats/token that a text may differ by.
+# Nats/token by which a text may differ.
 MOST = 1e-4
 
 

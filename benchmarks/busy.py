@@ -1,8 +1,8 @@
 """`python benchmarks/busy.py`: stages on a machine of which one core is busy with other work.
 
-`extract` and `ablate` as processes of their own, imports included, on some texts of what `make repro` left, alone and
-beside a process that never rests; with OpenMP threads that wait awake for 10,000 turns (babelscope's setting), for
-300,000 (libgomp's own) and not at all. Runs are interleaved. The goal: at most 2.2 times as long beside the busy core.
+`extract` and `ablate` run as processes, imports included, on some texts that `make repro` left: alone, and next to a
+busy process; with OpenMP threads that spin for 10,000 turns while they wait (babelscope's setting), for 300,000
+(libgomp's default) and not at all. Runs are interleaved. The goal: at most 2.2 times as long next to the busy process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 GOAL = 2.2
-# Every so manieth text; what one round takes is a minute, not an hour.
+# Every n-th text: one round takes a minute, not an hour.
 STEP = {"extract": 16, "ablate": 8}
 POLICIES: dict[str, dict[str, str]] = {
     "babelscope's setting": {},
@@ -34,7 +34,7 @@ CHANGES = {"by_layer": False, "others_tokens": 50, "control_draws": 1, "bootstra
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """A process that never rests, as long as the block runs."""
+    """A process that is busy until the block ends."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -44,7 +44,7 @@ def busy_core() -> Iterator[None]:
 
 
 def lay_out(folder: Path, stage: str) -> None:
-    """What the stage reads: links to the repository's data, fewer texts, and params of fewer conditions."""
+    """Write the stage's inputs: links to the repository's data, fewer texts, and params with fewer conditions."""
     (folder / "data/corpus").mkdir(parents=True)
     for name in ("counts", "neurons", "sae", "scores", "stream"):
         (folder / "data" / name).symlink_to(ROOT / "data" / name)

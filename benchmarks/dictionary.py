@@ -1,10 +1,10 @@
-"""`python benchmarks/dictionary.py`: which k, width and length of training give the default its dictionary.
+"""`python benchmarks/dictionary.py`: choose k, width and training length of the default's SAEs.
 
-Every candidate is trained from two seeds on the default's activations of one hookpoint. The rule, which looks at no
-ablation and no identification: of the candidates of at most 1.75e9 training tokens x latents (six hookpoints and one
-repetition then take about a third of ten minutes on 2 cores) that give every language features, those whose features
-come again best (share with a decoder cosine of 0.7 or more in a 1:1 matching with the other seed's latents; all within
-0.05 of the best share); of these, the one whose features have the fewest effective languages (exp of the mean entropy).
+Every candidate is trained from two seeds on the default's activations of one hookpoint, without regard to ablation and
+identification. It has at most 1.75e9 training tokens x latents (six hookpoints and one repetition then take about a
+third of ten minutes on 2 cores) and features for every language. Candidates within 0.05 of the best stability remain
+(the share of features with a decoder cosine of 0.7 or more in a 1:1 matching with the other seed's latents). Of these,
+the one whose features have the fewest effective languages (exp of the mean entropy) is chosen.
 """
 
 import math
@@ -35,7 +35,7 @@ COSINE, NEAR, COST = 0.7, 0.05, 1.75e9
 
 
 class Activations:
-    """The stored activations of the hookpoint and what each row is."""
+    """The stored activations of the hookpoint, with language and split of each row."""
 
     def __init__(self, params: config.Config) -> None:
         self.params, self.store = params, ActivationStore(Path("data/activations") / HOOKPOINT)

@@ -1,9 +1,9 @@
 """`python benchmarks/encode.py`: the stage `encode` against an encoder product and a top-k alone.
 
-The stage as it stands (loading, reading and counting included) on some of the default's training texts, with the
+The whole stage (loading, reading and counting included) runs on some of the default's training texts, with the
 default's dictionary (`dvc repro` makes both) and with a wider one of random weights. Its floors are one product and one
 `torch.topk` on the same chunks in memory: by `torch.nn.functional.linear` in float32 and in bfloat16, and by
-`babelscope.models.matmul`, the quickest exact product here. The goal is 1.3 times the time of the first.
+`babelscope.models.matmul`, the fastest exact product here. The goal is 1.3 times the time of the first floor.
 """
 
 import os
@@ -27,7 +27,7 @@ from babelscope.sae.autoencoder import SAE, chunk_rows, initialise
 from babelscope.sae.checkpoint import save
 
 HOOKPOINT, WIDE = "layers.14.post_feedforward_layernorm", 32768
-# About so many tokens are encoded in a round.
+# Tokens (about) that are encoded in a round.
 TOKENS, ROUNDS = 36_000, 7
 OURS = "babelscope"
 FLOORS: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
@@ -38,14 +38,14 @@ FLOORS: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
 
 
 def sample() -> pl.DataFrame:
-    """The token table of every so manieth training text (they stand in the order of their lengths)."""
+    """The token table of every n-th training text (texts are in the order of their lengths)."""
     table = pl.read_parquet("data/activations/tokens.parquet").filter(split="train")
     step = max(1, len(table) // TOKENS)
     return table.filter(pl.col("text_id").rle_id() % step == 0)
 
 
 def lay_out(folder: Path, table: pl.DataFrame, dictionary: SAE) -> None:
-    """What the stage reads."""
+    """Write the stage's inputs."""
     save(dictionary, folder / "data/sae" / HOOKPOINT, {"model_name": "", "hook_name": HOOKPOINT})
     activations = folder / "data/activations"
     activations.mkdir()

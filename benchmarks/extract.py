@@ -1,8 +1,8 @@
 """`python benchmarks/extract.py`: the extraction of `extract` against bare forward passes to the same depth.
 
-`babelscope.activations.extraction.extract` as the stage calls it, shards written, on every so manieth of the default's
-batches (`dvc repro sample` makes the texts), and the same model on about as many tokens without hooks, masks, padding
-or files: batches of `extract.batch_tokens` tokens in rows of one length, the blocks above the last hookpoint cut off.
+`babelscope.activations.extraction.extract` runs as the stage calls it, shards written, on every n-th of the default's
+batches (`dvc repro sample` makes the texts). The bare model runs on about as many tokens without hooks, masks, padding
+or files: batches of `extract.batch_tokens` tokens in rows of one length, without the blocks above the last hookpoint.
 The goal is 0.95 times the bare speed.
 """
 
@@ -28,7 +28,7 @@ OURS, BARE = "babelscope", "bare forward pass"
 
 
 def sample(params: config.Config) -> tuple[TokenizedTexts, list[extraction.Shard]]:
-    """One shard of every n-th batch of the whole corpus: of all lengths, and padded as all batches are."""
+    """One shard of every n-th batch of the whole corpus, so that it has all lengths and the usual padding."""
     corpus, tokenizer = pl.read_parquet("data/corpus/texts.parquet"), loading.load_tokenizer(params.model)
     texts = tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
     step = max(1, int(texts.lengths.sum()) // TOKENS)
@@ -70,7 +70,7 @@ def bare_seconds(body: torch.nn.Module, full: list[Tensor]) -> float:
     start = time.perf_counter()
     for ids in full:
         last = body(input_ids=ids, use_cache=False).last_hidden_state
-    last[0, 0, 0].item()  # a GPU may still be at it
+    last[0, 0, 0].item()  # a GPU works asynchronously
     return time.perf_counter() - start
 
 

@@ -1,10 +1,10 @@
-"""`python benchmarks/learning_rate.py`: does the learning-rate rule hold for other widths and lengths of the run?
+"""`python benchmarks/learning_rate.py`: whether the learning-rate rule holds for other widths and training lengths.
 
 Trains the default's SAE (TopK, k 32, batch 1024) on the default's activations of one hookpoint at the rule's rate
 (`sae.training.schedule.learning_rate`), at half and at twice that, and measures FVU and dead latents on held-out
-rows. What is finished is kept under `.bench/learning_rate/`, so that a killed sweep goes on where it was.
+rows. Results are kept under `.bench/learning_rate/`, so that a killed sweep resumes.
 
-On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
+It reads the outputs of `make experiment NAME=smollm2-135m`; its figures in docs/ are of that model.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from babelscope.sae.training.loop import train
 from babelscope.sae.training.schedule import learning_rate
 
 HOOKPOINT, BATCH = "layers.14.mlp", 1024
-# Latents and tokens, the quick ones first.
+# Latents and tokens, the fast ones first.
 CELLS = [
     (2304, 300_000),
     (4608, 360_000),
@@ -42,7 +42,7 @@ SCRATCH = Path(".bench/learning_rate")
 
 
 def measure(params: config.Config, latents: int, tokens: int, rate: float) -> dict[str, float]:
-    """Held-out `fvu` and `dead_share` of one training, or what was found before."""
+    """Held-out `fvu` and `dead_share` of one training, read from a file if it is known."""
     steps = -(-tokens // BATCH)
     changes = {"latents": latents, "tokens": tokens, "batch": BATCH, "learning_rate": rate}
     settings = params.train.model_copy(update=changes)

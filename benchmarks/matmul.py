@@ -1,7 +1,7 @@
 """`python benchmarks/matmul.py`: the dense product of `babelscope.models.matmul` against `torch.nn.functional.linear`.
 
-And what it costs and saves that oneDNN keeps few of the kernels that it compiles, in passes that never have the same
-number of rows twice: child processes by turns, through half of the embedded model's blocks.
+It also measures time and memory if oneDNN keeps few of its compiled kernels, in passes that never repeat a number of
+rows: child processes in turn, through half of the embedded model's blocks.
 """
 
 import os
@@ -25,7 +25,7 @@ BLOCKS, PASSES, ROUNDS = 15, 150, 3
 
 
 def passes() -> None:
-    """In a child process: print the seconds of the passes, and MiB of anonymous memory that they added."""
+    """In a child process: print the seconds of the passes and the MiB of anonymous memory that they added."""
     draw = random.Random(0)
     weights, x = [torch.randn(n, d) for d, n in BLOCK], torch.randn(1024, 1536)
     with torch.inference_mode():
@@ -40,7 +40,7 @@ def passes() -> None:
 
 
 def kernels() -> list[dict[str, object]]:
-    """Passes with few and with many kernels kept, by turns."""
+    """Passes with few and with many kept kernels, in turn."""
     taken: dict[int, list[tuple[float, float]]] = {kept: [] for kept in KEPT}
     for _ in range(ROUNDS):
         for kept in KEPT:

@@ -25,7 +25,7 @@ def race(runners: Mapping[str, Callable[[], object]], rounds: int, warmup: int =
 
 
 def machine() -> str:
-    """The GPU, where there is one, the processor and the number of threads, in words."""
+    """The GPU, if there is one, the processor and the number of threads, in words."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,9 +1,9 @@
 """`python benchmarks/repro.py`: the whole pipeline of params.yaml against one bare forward pass over its corpus.
 
-`dvc repro` in a fresh clone of the last commit, all stages with their start-ups, between two forward passes over the
-same texts: the default's batches to its deepest hookpoint, in the same precision, nothing stored. The model is unpacked
-before (`make repro` does it once per machine). With a folder as argument, the clone stays there. The goal on 2 cores:
-at most 4 passes, and never above 10 minutes.
+`dvc repro` runs in a fresh clone of the last commit, all stages with their start-ups, between two forward passes over
+the same texts: the default's batches to its deepest hookpoint, in the same precision, nothing stored. The model is
+unpacked before (`make repro` does it once per machine). With a folder as argument, the clone is kept there. The goal on
+2 cores: at most 4 times a pass, and never above 10 minutes.
 """
 
 import os
@@ -41,7 +41,7 @@ def forward(folder: Path) -> float:
         start = time.perf_counter()
         for ids in batches:
             last = body(input_ids=ids, use_cache=False).last_hidden_state
-        last[0, 0, 0].item()  # a GPU may still be at it
+        last[0, 0, 0].item()  # a GPU works asynchronously
         return time.perf_counter() - start
 
 

@@ -1,10 +1,10 @@
-"""`python benchmarks/sae_choices.py`: what each choice of the training is worth, by undoing one at a time.
+"""`python benchmarks/sae_choices.py`: the effect of each choice of the training, found by undoing one at a time.
 
 Trains the default's SAE on the default's activations at three hookpoints, as the stage `train` does it, and measures
-FVU and dead latents on held-out rows: as params.yaml has it, and with one choice undone. One seed: differences of one
-per cent of FVU are noise.
+FVU and dead latents on held-out rows: with params.yaml, and with one choice undone. There is one seed: differences of
+one per cent of FVU are noise.
 
-On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
+It reads the outputs of `make experiment NAME=smollm2-135m`; its figures in docs/ are of that model.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
-"""`python benchmarks/sae_loop.py`: what Lightning, reading, logging and checkpoints add to the bare training step.
+"""`python benchmarks/sae_loop.py`: the time that Lightning, reading, logging and checkpoints add to the bare step.
 
-The default's SAE on its activations (`dvc repro extract` makes them): `sae.training.loop.train`, as the stage
-`train` calls it, and the same steps without Lightning on batches that already lie in memory. They take turns.
+It trains the default's SAE on its activations (`dvc repro extract` makes them) with `sae.training.loop.train`, as the
+stage `train` does, and with the same steps without Lightning on batches in memory, in turn.
 """
 
 import statistics
@@ -43,7 +43,7 @@ def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schem
 
 def main() -> None:
     params = config.load()
-    hardware.keep_freed_memory()  # as `train` does: for the bare step, too
+    hardware.keep_freed_memory()  # as `train` does, for the bare step, too
     settings = params.train
     store = ActivationStore(Path("data/activations") / HOOKPOINT)
     rows = pl.read_parquet("data/activations/tokens.parquet").filter(split="train")["row"].to_torch()

@@ -1,7 +1,7 @@
 """`python benchmarks/sae_memory.py`: peak memory of training an SAE, above that of the imported libraries.
 
-Each case trains for some steps in a process of its own, as the stage `train` does it: activations from memory-mapped
-shards, a checkpoint to resume from, the finished SAE written. The peak is the kernel's (VmHWM). The bound to hold is
+Each case trains for some steps in a process of its own, as the stage `train` does: activations from memory-mapped
+shards, a checkpoint to resume from, the finished SAE written. The peak is the kernel's (VmHWM). It must be at most
 1.5 times (weights + optimizer state) + 256 MiB.
 """
 

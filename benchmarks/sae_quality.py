@@ -2,13 +2,13 @@
 
 All train on the activations of the default run (`dvc repro extract`): the same rows in the same order, scaled to a
 mean squared norm of d, the same k, latents and tokens. All are measured by `babelscope.sae.metrics`, on the held-out
-rows, on SAEs of ours that hold the peers' weights: all are TopK SAEs with a ReLU, so that the mapping is exact. What
-each peer is given stands in `benchmarks/peers/`. Its learning rate is doubled and halved until the best has a rate
-on either side. What is finished is kept under `.bench/quality/`, so that a killed sweep goes on where it was.
+rows, on babelscope SAEs with the peers' weights: all are TopK SAEs with a ReLU, so that the mapping is exact. The
+settings of each peer are in `benchmarks/peers/`. Its learning rate is doubled and halved until the best has a rate
+on either side. Results are kept under `.bench/quality/`, so that a killed sweep resumes.
 
 `python benchmarks/sae_quality.py` runs everything and writes results; with any argument it writes none.
 
-On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
+It reads the outputs of `make experiment NAME=smollm2-135m`; its figures in docs/ are of that model.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from babelscope.sae.metrics import quality
 from babelscope.sae.training.schedule import learning_rate
 
 HOOKPOINTS = ("layers.14.mlp", "layers.26.mlp")
-# Which peers with which of their variants, and the learning rate to start the search from.
+# Peers and their variants, and the learning rate at which the search starts.
 RACERS = {
     ("sae-lens", "default"): 0.004,
     ("eai-sparsify", "adam"): 0.004,
@@ -50,15 +50,15 @@ RACERS = {
     ("dictionary-learning", "unit norm"): 0.002,
 }
 OURS = "babelscope"
-# How many rates are tried on either side of the best, each twice the last.
+# Number of rates to try on either side of the best, each twice the last.
 REACH = 1
-# After so many tokens without a firing a peer takes a latent for dead: less than a third of the run.
+# Tokens without a firing after which a peer counts a latent as dead: less than a third of the run.
 DEAD_AFTER = 100_000
 ACTIVATIONS, SCRATCH = Path("data/activations"), Path(".bench/quality")
 
 
 class Figures(NamedTuple):
-    """What was measured on the held-out rows."""
+    """Results on the held-out rows."""
 
     fvu: float
     l0: float
@@ -66,7 +66,7 @@ class Figures(NamedTuple):
 
 
 class Data:
-    """The activations of one hookpoint: the training batches, and what an SAE is measured on."""
+    """The activations of one hookpoint: the training batches and the held-out rows."""
 
     def __init__(self, hookpoint: str, params: config.Config, train: schema.Train) -> None:
         self.hookpoint, self.store = hookpoint, ActivationStore(ACTIVATIONS / hookpoint)
@@ -79,7 +79,7 @@ class Data:
 
     @contextmanager
     def file(self) -> Iterator[tuple[Path, list[str]]]:
-        """A file of the training rows in their order, [tokens, d], while it is needed; and hashes of all data."""
+        """A temporary file of the training rows in their order, [tokens, d], and hashes of all data."""
         path = SCRATCH / f"{self.hookpoint}.safetensors"
         write_atomically(
             path, lambda p: save_file({"activations": torch.cat([x for [(x, _)] in self.batches.read()])}, p)
@@ -90,13 +90,13 @@ class Data:
             path.unlink()
 
     def measure(self, sae: SAE) -> Figures:
-        """Figures of an SAE that is in the units of the store."""
+        """Figures of an SAE in the units of the store."""
         found = quality(sae, self.store, self.held_out, torch.zeros(len(self.held_out), dtype=torch.int64), 1)
         return Figures(found.fvu, found.l0, found.dead_share)
 
 
 def measure_peer(peer: Peer, case: Case, data: Data, rows: Path, hashes: list[str], run: Run) -> Figures:
-    """Train and measure a peer, or find what was measured before."""
+    """Train and measure a peer, or read its known figures."""
     scripts = [Path(__file__).parent / "peers" / name for name in ("worker.py", f"{peer.name}.py", f"{peer.name}.txt")]
     key = json.dumps([hashes, case, run, *(script.read_text(encoding="utf-8") for script in scripts)])
     known = SCRATCH / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -114,7 +114,7 @@ def measure_peer(peer: Peer, case: Case, data: Data, rows: Path, hashes: list[st
 
 
 def in_raw_units(weights: dict[str, Tensor], scale: float, k: int) -> SAE:
-    """An SAE of ours with a peer's weights, which were trained on activations times `scale`."""
+    """A babelscope SAE with a peer's weights, which were trained on activations times `scale`."""
     return SAE(weights["encoder"], weights["W_dec"], weights["b_enc"] / scale, weights["b_dec"] / scale, k)
 
 
@@ -130,7 +130,7 @@ def sweep(measure: Callable[[Run], Figures], start: Run) -> dict[float, Figures]
 
 
 def ours(data: Data, params: config.Config, train: schema.Train) -> Figures:
-    """Train and measure ours, as the stage `train` does."""
+    """Train and measure babelscope's SAE as the stage `train` does."""
     from babelscope.sae.training import loop  # imports Lightning, which a table of known figures does not need
 
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +153,7 @@ def show(hookpoint: str, sweeps: dict[str, dict[float, Figures]]) -> None:
 def records(
     case: str, tokens: int, sweeps: dict[str, dict[float, Figures]], versions: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """One record for every rate; `best` marks a racer's own best rate, which `ratio_to_best_peer` compares."""
+    """One record for every rate; `best` marks a competitor's best rate, which `ratio_to_best_peer` compares."""
     least = {name: min(found.fvu for found in figures.values()) for name, figures in sweeps.items()}
     peer = min(fvu for name, fvu in least.items() if name != OURS)
     own = {"ratio_to_best_peer": least[OURS] / peer}

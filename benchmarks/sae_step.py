@@ -1,8 +1,8 @@
 """`make bench`: the training step of `babelscope.sae` against its peers', a dense one, and the floor.
 
-Every peer trains in a process and an environment of its own (`benchmarks/peers/`), all with the same torch, on the same
-batches, by the step that its own trainer makes, Adam included, logging not. They take turns, so that what disturbs the
-machine disturbs all. Weights stay float32. The race is too short for latents to be dead, so no auxiliary loss is paid.
+Every peer trains in its own process and environment (`benchmarks/peers/`), all with the same torch and batches, by the
+step of its own trainer, with Adam but without logging. They take turns, so that disturbances of the machine affect all.
+Weights stay float32. The race is too short for latents to be dead, so there is no auxiliary loss.
 `python benchmarks/sae_step.py 576x4608x4096 --rounds 3` races one case (d x latents x batch) and writes nothing.
 """
 
@@ -31,7 +31,7 @@ from babelscope.sae.training.graph import Graph
 from babelscope.sae.training.learner import Learner
 from babelscope.sae.training.schedule import BETAS
 
-# How many rounds each case is raced for, after one that does not count.
+# Number of rounds of each case, after one that does not count.
 ROUNDS = {
     Case(576, 4608, 4096): 7,
     Case(576, 4608, 2048): 5,
@@ -89,12 +89,12 @@ def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], No
 
 
 def override(screen: torch.dtype | None) -> AbstractContextManager[object]:
-    """Let the step screen in this precision."""
+    """Let the step use this screening precision."""
     return nullcontext() if screen is None else patch("babelscope.sae.training.step.screening_dtype", lambda _: screen)
 
 
 def dense(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """The same by plain autograd through a dense [batch, latents] matrix, products in `dtype`."""
+    """The same step by plain autograd through a dense [batch, latents] matrix, products in `dtype`."""
     sae = initialise(torch.zeros(case.d), case.latents, case.k, encoder_scale=0.5, seed=0).to(DEVICE)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
 
@@ -116,7 +116,7 @@ def dense(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
 
 
 def floor(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """What no exact step is spared: the scores of all latents, and the k best."""
+    """The least work of any exact step: the scores of all latents, and the k best."""
     weight = torch.randn(case.latents, case.d).to(DEVICE, dtype)
     bias = torch.zeros(case.latents, dtype=dtype, device=DEVICE)
 
@@ -128,7 +128,7 @@ def floor(case: Case, dtype: torch.dtype) -> Callable[[Tensor], None]:
 
 
 def seconds(case: Case, peers: list[Peer], rounds: int) -> dict[str, float]:
-    """Median seconds a step of every racer."""
+    """Median seconds per step of every competitor."""
     steps = {
         OURS: ours(case),
         OURS_32: ours(case, torch.float32),

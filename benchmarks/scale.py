@@ -1,9 +1,9 @@
-"""`python benchmarks/scale.py`: what `docs/scaling.md` calculates with, measured on one device at full size.
+"""`python benchmarks/scale.py`: the rates behind `docs/scaling.md`, measured on one device at full size.
 
 For models of the shapes of Llama 3.2 1B and Llama 3.1 8B with random weights, in bfloat16: a pass of `extract` over
-texts of 128 tokens without writing (`activations.streaming`), and a short one with it, which tells how fast files are
-written; the training step of an SAE of 131,072 latents; its encoding with the counting of `encode`. `--small` takes the
-same way at a toy's size and writes nothing.
+texts of 128 tokens without writing (`activations.streaming`), and a short one with writing, which gives the speed of
+writing; the training step of an SAE of 131,072 latents; its encoding with the counting of `encode`. `--small` does the
+same at a small size and writes nothing.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def texts_of(tokens: int, vocabulary: int) -> TokenizedTexts:
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Median seconds of `work`, after one time that does not count."""
+    """Median seconds of `work`, after one run that does not count."""
     times = []
     for _ in range(1 + rounds):
         start = time.perf_counter()

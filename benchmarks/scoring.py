@@ -2,7 +2,7 @@
 
 Made-up counts (a Poisson number of tokens for every pair of unit and language, of which some never fire), one parquet
 file per layer as `encode` writes them, scanned lazily as `score` does. Each score runs in a process of its own; the
-peak is the kernel's (VmHWM), less what the imports take. To hold: seconds, and under 2 GiB.
+peak is the kernel's (VmHWM), without that of the imports. The bounds are seconds and 2 GiB.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ def names() -> list[str]:
 
 
 def make(folder: Path) -> None:
-    """Counts of one layer per file; a hundredth of the units fires often enough for the paper's thresholds."""
+    """Write counts of one layer per file; 1 % of the units fire often enough for the paper's thresholds."""
     for layer in range(LAYERS):
         random = np.random.default_rng(layer)
         mean = np.where(random.random(UNITS) < 0.01, 0.3 * TOKENS, random.lognormal(1.0, 2.0, UNITS))

@@ -2,9 +2,9 @@
 
 The float16 activations of two of the default's hookpoints are stored once more in each dtype. Measured are the bytes on
 disk, the relative error ||x' - x|| / ||x||, and the FVU of an SAE that is trained on them (by params.yaml), on the
-held-out tokens as they were in float16. A second seed on float16 shows what such differences are worth.
+held-out tokens in float16. A second seed on float16 shows how large such differences are by chance.
 
-On what `make experiment NAME=smollm2-135m` leaves: its figures in docs/ are of that model.
+It reads the outputs of `make experiment NAME=smollm2-135m`; its figures in docs/ are of that model.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ def relative_error(found: store.ActivationStore, original: store.ActivationStore
 
 
 def fvu(found: store.ActivationStore, original: store.ActivationStore, params: config.Config, seed: int) -> float:
-    """Of an SAE trained on `found`, on the held-out rows of `original`."""
+    """FVU of an SAE trained on `found`, on the held-out rows of `original`."""
     table = pl.read_parquet(ACTIVATIONS / "tokens.parquet")
     train, held_out = (table.filter(split=split)["row"].to_torch() for split in ("train", "eval"))
     steps = -(-params.train.tokens // params.train.batch)

@@ -1,4 +1,4 @@
-"""Stage `browse`: what the feature browser shows of every selected feature, and of those that languages share."""
+"""Stage `browse`: the tables behind the feature browser, of selected features and of those that languages share."""
 
 from babelscope import config
 from babelscope.core import paths, stage

@@ -1,4 +1,4 @@
-"""Stage `explain`: the first features of each language in words, if `explain.endpoint` names a language model."""
+"""Stage `explain`: a language model explains the first features of each language, if `explain.endpoint` is set."""
 
 from babelscope import config
 from babelscope.core import paths, stage

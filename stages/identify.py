@@ -1,4 +1,4 @@
-"""Stage `identify`: the language of a text, told by the units that fire in it, compared with fastText."""
+"""Stage `identify`: predict the language of texts from the units that fire, and compare with fastText."""
 
 from babelscope import config
 from babelscope.core import paths, stage

@@ -1,4 +1,4 @@
-"""Stage `report`: all results as one self-contained HTML page, the features as another, pictures, and DVC's plots."""
+"""Stage `report`: an HTML page of all results, an HTML page of the features, pictures, and DVC's plots."""
 
 from babelscope import config
 from babelscope.core import paths, stage

@@ -1,4 +1,4 @@
-"""Stage `retrain <hookpoint>`: the SAE of one hookpoint from another seed, for `stability` to compare."""
+"""Stage `retrain <hookpoint>`: one hookpoint's SAE from another seed, which `stability` compares."""
 
 from babelscope import config
 from babelscope.core import paths, stage

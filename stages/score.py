@@ -1,4 +1,4 @@
-"""Stage `score`: which features, and which neurons, belong to which language."""
+"""Stage `score`: which features and neurons belong to which language."""
 
 from babelscope import config
 from babelscope.core import paths, stage

@@ -1,4 +1,4 @@
-"""Stage `stability`: which features come again in an SAE trained from another seed, and whether they fire alike."""
+"""Stage `stability`: which features an SAE trained from another seed finds again, and whether they fire alike."""
 
 from babelscope import config
 from babelscope.core import paths, stage

@@ -1,4 +1,4 @@
-"""Stage `stream`: all SAEs at once from a running forward pass if `train.source` is `stream`; else nothing."""
+"""Stage `stream`: train all SAEs during one forward pass if `train.source` is `stream`."""
 
 from babelscope import config
 from babelscope.core import paths, stage

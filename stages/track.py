@@ -1,4 +1,4 @@
-"""Stage `track`: bring MLflow in line with the pipeline's state. It always runs and writes no output."""
+"""Stage `track`: log the pipeline's state to MLflow. It always runs and writes no output."""
 
 from babelscope import config
 from babelscope.core import stage

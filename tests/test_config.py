@@ -46,7 +46,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         (
             "train.transcode",
             True,
-            "ablate.methods: 'feature' subtracts what an SAE reads .* allowed with them: directional",
+            "ablate.methods: 'feature' needs SAEs that read .* allowed with them: directional",
         ),
         ("ablate.methods", ["feature", "feature"], "ablate.methods: a method is listed twice"),
         ("steer.strengths", [], "steer.strengths: list should have at least 1 item"),
@@ -64,7 +64,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
             ["layers.14.post_feedforward_layernorm"] * 2,
             "stability.hookpoints: 'layers.14.post_feedforward_layernorm' is listed twice",
         ),
-        ("stability.seed", 0, "stability.seed: 0 is the seed of the first training, too; choose another"),
+        ("stability.seed", 0, "stability.seed: 0 is also the seed of the first training; choose another"),
         ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
         (
             "train.source",
@@ -88,10 +88,10 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         (
             "neurons.hookpoints",
             ["layers.5.post_feedforward_layernorm"],
-            "neurons.hookpoints: 'layers.5.post_feedforward_layernorm' is among hookpoints, too",
+            "neurons.hookpoints: 'layers.5.post_feedforward_layernorm' is also one of hookpoints",
         ),
         ("neurons.top_rate", 2.0, "neurons.top_rate: input should be less than or equal to 1"),
-        ("ablate.methods", ["neuron"], "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none"),
+        ("ablate.methods", ["neuron"], "ablate.methods: 'neuron' sets neurons to 0, but neurons.hookpoints is empty"),
         ("corpus.packages", ["gramps", "gramps"], "corpus.packages: a package is listed twice"),
         ("corpus.path", "x", "corpus.packages: the source 'gettext' needs either"),
         ("seed", -1, "seed: input should be greater than or equal to 0"),

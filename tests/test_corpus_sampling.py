@@ -141,7 +141,7 @@ def test_groups_that_share_a_text_are_one() -> None:
 
 def test_a_language_without_texts_is_an_error() -> None:
     texts = corpus(("en", "a", "a long enough text"), ("ja", "a", "短い"))
-    with pytest.raises(UserError, match=r"no text of 'ja' is left: of 1 texts .*min_characters = 5.*are left of: en"):
+    with pytest.raises(UserError, match=r"no text of 'ja' is left: none of its 1 .*min_characters = 5.*with texts: en"):
         sampling.sample(texts, ["en", "ja"], section(min_characters=5), 0, words)
 
 

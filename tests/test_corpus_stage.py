@@ -90,7 +90,7 @@ def test_languages_that_fasttext_cannot_tell_are_said_before_anything_is_read(ru
     with pytest.raises(UserError, match="corpus.path: 'texts' holds no"), caplog.at_level("WARNING"):
         run({}, ["en", "zh-CN", "zh-TW", "tlh"])
     assert [message.partition(":")[0] for message in caplog.messages] == ["zh-CN", "zh-TW", "tlh"]
-    assert "not steered: fastText's lid.176 does not tell it from zh-TW" in caplog.text
+    assert "from the comparison with fastText (identify): fastText's lid.176 does not tell it from zh-TW" in caplog.text
 
 
 GERMAN = [f"Das ist der {i}. Satz, und er steht in deutscher Sprache da." for i in range(40)]
@@ -104,7 +104,7 @@ def test_texts_in_another_language_are_dropped_where_that_is_asked_for(run: Any,
     with caplog.at_level("INFO"):
         run(mixed, ["de", "en"], lid=0.8, train_tokens=500, eval_tokens=500)
     assert json.loads(Path("metrics/sample.json").read_text())["dropped_by_lid"] == 10
-    assert "de: 10 texts that fastText takes for another language are dropped" in caplog.text
+    assert "de: dropped 10 texts that fastText assigns to another language" in caplog.text
     kept = pl.read_parquet("data/corpus/texts.parquet")
     assert set(kept.filter(language="de")["text"]) <= set(GERMAN)
     assert kept["text"].str.starts_with("OK").any()  # too uncertain to be dropped

@@ -38,7 +38,7 @@ def test_a_damaged_table_is_named(tmp_path, damage, read):
     TABLE.write_parquet(path)
     assert read(path).lazy().collect().equals(TABLE)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*remove it, then dvc checkout"):
+    with pytest.raises(UserError, match=r"tokens.parquet: damaged or not readable \(.*; remove it, then run `dvc"):
         read(path)
 
 
@@ -142,7 +142,7 @@ def test_a_read_only_disk_is_told(small_disk):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        ("OSError(28, 'No space left on device', 'data/x')", "error: data/x: No space left on device; put that right"),
+        ("OSError(28, 'No space left on device', 'data/x')", "error: data/x: No space left on device; correct this"),
         ("MemoryError()", "error: out of memory ()"),
         ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "error: out of memory (CUDA out of memory."),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "error: out of memory (DefaultCPU"),
@@ -209,7 +209,7 @@ def test_stored_activations_that_are_no_numbers_are_refused_before_training(tmp_
     store = training.FakeStore()
     store.index = {"model": "m", "hookpoint": "layers.3.mlp"}
     store.data[1234, 5] = value
-    with pytest.raises(UserError, match="data/activations: layers.3.mlp has some that are infinite or not a number"):
+    with pytest.raises(UserError, match="data/activations: layers.3.mlp has infinite or NaN activations"):
         train(training.batches_of(store), training.SETTINGS, training.HARDWARE, seed=1, folder=tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_a_training_that_diverges_leaves_no_sae(tmp_path: Path):
 def test_held_out_activations_that_are_all_the_same_have_no_share_of_variance(tmp_path: Path):
     *_, sae = training.run(tmp_path)
     rows, code = torch.arange(2500, 3000), torch.zeros(500, dtype=torch.int64)
-    with pytest.raises(UserError, match="corpus.eval_tokens: the activations of all held-out tokens are the same"):
+    with pytest.raises(UserError, match="corpus.eval_tokens: all held-out tokens have the same activations"):
         quality(sae, Same(2.0), rows, code, 1).figures(["en"])
     store = training.FakeStore()
     store.data[2500:2600] = 2.0

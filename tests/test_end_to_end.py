@@ -184,7 +184,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(repo):
 
 
 def test_verify_finds_a_flipped_byte_in_every_file_of_every_output(repo):
-    assert "all as they were written" in run(repo, "python", "-m", "babelscope.tracking.verify")
+    assert "all as they were written" in run(repo, "python", "-m", "babelscope", "verify")
     before, flipped = hashes(repo), {}
     for out in before:
         place = repo / out
@@ -209,7 +209,7 @@ def test_verify_finds_a_flipped_byte_in_every_file_of_every_output(repo):
     content, mode = cached.read_bytes(), cached.stat().st_mode
     cached.chmod(0o644)
     cached.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert str(cached.relative_to(repo)) in run(repo, "python", "-m", "babelscope.tracking.verify", ok=False)
+    assert str(cached.relative_to(repo)) in run(repo, "python", "-m", "babelscope", "verify", ok=False)
     cached.write_bytes(content)
     cached.chmod(mode)
 

@@ -36,7 +36,7 @@ def test_every_sae_or_those_named_are_exported_and_load_to_the_same(repo: Path) 
 
 def test_where_there_is_nothing_to_export_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="data/sae: no SAEs; `dvc repro` makes them"):
+    with pytest.raises(UserError, match="data/sae: no SAEs; `dvc repro` trains them"):
         export.main(Path("out"), [])
 
 
@@ -44,5 +44,5 @@ def test_an_unknown_hookpoint_and_a_threshold_are_refused(repo: Path) -> None:
     with pytest.raises(UserError, match="data/sae/layers.3.mlp: no such folder; allowed: layers.1.mlp, layers.2.mlp"):
         export.main(Path("out"), ["layers.3.mlp"])
     save(example(None), Path("data/sae/layers.1.mlp"), {"model_name": "m", "hook_name": "h"})
-    with pytest.raises(UserError, match="layers.1.mlp: a JumpReLU, BatchTopK or ReLU SAE; sparsify has none"):
+    with pytest.raises(UserError, match="layers.1.mlp: sparsify has no JumpReLU, BatchTopK or ReLU SAEs"):
         export.main(Path("out"), ["layers.1.mlp"])

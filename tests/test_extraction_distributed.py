@@ -95,5 +95,5 @@ def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, expected: dic
 
 def test_nodes_that_do_not_share_their_folder_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "write_shard", lambda *_, **__: None)
-    with pytest.raises(UserError, match="lacks what other processes wrote; several nodes must share"):
+    with pytest.raises(UserError, match="shards of other processes are missing; all nodes must share"):
         extract(tmp_path)

@@ -86,7 +86,7 @@ def test_what_cannot_be_identified_is_named() -> None:
         identify(texts, {"a": 0})
     with pytest.raises(UserError, match="normalize: 'texts'; allowed: units, none"):
         identify(texts, {"a": 1}, normalize="texts")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="rename them"):
+    with pytest.raises(UserError, match="rename yours"):
         identify(texts.with_columns(score=1), {"a": 1})
     with pytest.raises(UserError, match="neither a column per language"):
         identify(texts, {"q": 1})

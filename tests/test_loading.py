@@ -95,7 +95,7 @@ def test_weights_that_a_file_lacks_are_named(tmp_path: Path, name: str, fault: s
     if fault != "narrower":
         lacking = r"lacks \d+ of the \d+ weights of \w+, which would stay random: \S+\.\S+"
     if fault.endswith("."):
-        lacking += rf".*it holds tensors that the model has no place for: {fault}"
+        lacking += rf".*it holds tensors that the model does not have: {fault}"
     with pytest.raises(
         UserError, match=f"^params.yaml: model.name: .*the file {lacking.replace('norm', '(norm|ln_1)')}"
     ):
@@ -345,7 +345,7 @@ def test_without_a_cache_parts_cannot_be_joined_and_the_message_says_what_to_set
         raise PermissionError(13, "Permission denied", "/root/cache")
 
     monkeypatch.setattr(huggingface_hub, "cached_assets_path", refuse)
-    with pytest.raises(UserError, match="set HF_HOME to a folder that can be written"):
+    with pytest.raises(UserError, match="set HF_HOME to a writable folder"):
         loading.load_model(in_parts, "float32")
 
 
@@ -365,12 +365,12 @@ def test_what_a_package_requires_for_its_code_is_not_asked_for(
     with pytest.raises(UserError, match="model.sha256: tiny.gguf.part1 has the SHA-256 .*; install no-such-runtime"):
         loading.load_tokenizer(section.model_copy(update=known | {"sha256": "0" * 64}))
     install(tmp_path / "site", "fourth", {"tiny.gguf.part1": b"a", "tiny.gguf.part01": b"b"})
-    with pytest.raises(UserError, match="part 1 is there twice"):
+    with pytest.raises(UserError, match="part 1 occurs twice"):
         loading.load_tokenizer(section.model_copy(update=known | {"name": "fourth"}))
 
 
 def test_a_checksum_of_nothing_is_refused(section: schema.Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="model.sha256: it is that of a local file model.gguf_file"):
+    with pytest.raises(UserError, match="model.sha256: it applies only to a local file model.gguf_file"):
         loading.load_model(section.model_copy(update={"gguf_file": None, "sha256": "0" * 64}), "float32")
     monkeypatch.setattr(loading, "_LARGEST", 10)
     with pytest.raises(UserError, match="model.sha256: tiny.gguf has the SHA-256"):

@@ -1,8 +1,6 @@
 """Stage `train` with `train.source: pretrained`: released SAEs in place of trained ones."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,10 @@ from ruamel.yaml import YAML
 from babelscope import config
 from babelscope.activations import store
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
 from babelscope.sae import SAE, load
 from babelscope.sae.export import write_sparsify
+from babelscope.sae.training.run import run as run_stage
 
 HOOKPOINT = "layers.2.mlp"
 D, N = 16, 64
@@ -47,14 +47,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
         content["ablate"]["methods"] = ["directional"]
         content["pretrained"] |= pretrained
         content["hardware"]["accelerator"] = "cpu"
-        params = config.parse(content)
-        monkeypatch.setattr(config, "load", lambda: params)
-        monkeypatch.setattr(sys, "argv", ["train.py", HOOKPOINT])
-        spec = importlib.util.spec_from_file_location("stage_train", ROOT / "stages/train.py")
-        assert spec is not None and spec.loader is not None
-        stage = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(stage)
-        stage.main()
+        run_stage(config.parse(content), Paths(), HOOKPOINT)
         found: dict[str, float] = json.loads((tmp_path / f"metrics/train.{HOOKPOINT}.json").read_text())
         return found
 

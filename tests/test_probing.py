@@ -323,5 +323,5 @@ def test_the_lens_of_a_model_that_has_not_run_yet_is_the_change_of_its_logits(fa
 
 @pytest.mark.parametrize("family", ["gemma3n", "modernbert"])
 def test_a_model_with_more_than_a_norm_before_its_logits_has_no_lens(family: str) -> None:
-    with pytest.raises(UserError, match="has no logit lens: what lies between its blocks and its logits"):
+    with pytest.raises(UserError, match="has no logit lens: more than a norm and the unembedding lies"):
         list(logit_lens.direct_logits(make(family), torch.ones(1, D)))

@@ -63,7 +63,7 @@ def test_sparse_gradients_are_those_of_autograd(
     torch.testing.assert_close(step.loss.double(), loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(step.activity.double(), z.sum(0), rtol=1e-4, atol=1e-4)
     assert float(step.l0) == pytest.approx(float((z > 0).sum()) / ROWS)
-    torch.testing.assert_close(step.lowest.double(), z[z > 0].min(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(step.min_activation.double(), z[z > 0].min(), rtol=1e-4, atol=0)
     for name, expected in zip(WEIGHTS, gradients, strict=True):
         found = getattr(sae, name).grad
         assert (found.double() - expected).norm() <= 1e-5 * expected.norm(), name
@@ -89,7 +89,7 @@ def test_a_batch_on_which_nothing_fires(select: str, widths: tuple[int, ...]) ->
         sae.b_enc.fill_(-1e4)
     step = sparse_step(sae, x, select=select, widths=widths)  # type: ignore[arg-type]
     step.loss.backward()
-    assert (float(step.l0), float(step.lowest)) == (0.0, torch.inf)
+    assert (float(step.l0), float(step.min_activation)) == (0.0, torch.inf)
     assert sae.encoder.grad is not None and not sae.encoder.grad.any()
     expected = 2 * (sae.b_dec - x).mean(0)
     assert sae.b_dec.grad is not None

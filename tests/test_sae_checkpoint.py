@@ -282,5 +282,5 @@ def test_a_hub_id_is_downloaded_by_hookpoint(tmp_path: Path, monkeypatch: pytest
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="owner/name: .*hub: offline"):
+    with pytest.raises(UserError, match="owner/name: .*hub does not give it: offline"):
         load("owner/name", "layers.1.mlp")

@@ -292,7 +292,7 @@ def test_tensors_that_are_missing_or_misshapen_are_refused_in_every_format(
     if fault == "none":
         assert load(tmp_path / "sae").latents == N
         return
-    message = rf"the key '[\w.]+'; the tensors there: {fault}" if fault.endswith(".") else f"the key '{decoder}'"
+    message = rf"the key '[\w.]+'; its tensors: {fault}" if fault.endswith(".") else f"the key '{decoder}'"
     with pytest.raises(UserError, match=message if fault in ("module.", "_orig_mod.", "one lacks") else "sae"):
         load(tmp_path / "sae")
 

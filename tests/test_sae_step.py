@@ -75,7 +75,7 @@ def test_screening_in_bfloat16_finds_the_exact_top_k() -> None:
     exact = torch.zeros(2048).index_add_(0, indices.view(-1), torch.ones(indices.numel()))
     assert torch.equal(step.activity > 0, exact > 0)
     torch.testing.assert_close(step.activity.sum().float(), values.sum(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(step.lowest, values[values > 0].min(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(step.min_activation, values[values > 0].min(), rtol=1e-4, atol=0)
 
 
 def test_what_a_step_tells_is_what_the_sae_itself_gives() -> None:

@@ -152,13 +152,13 @@ def test_a_damaged_checkpoint_costs_a_new_start(
     whole = run(tmp_path / "whole")[:2]
     (tmp_path / "last.ckpt").write_bytes(content)
     assert run(tmp_path)[:2] == whole
-    assert "last.ckpt: damaged; the training starts anew" in caplog.text
+    assert "last.ckpt: damaged; training starts from step 0" in caplog.text
 
 
 @pytest.mark.parametrize("state", [{"module": {}, "done": 3}, torch.zeros(3), [1], None])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, state: Any) -> None:
     torch.save(state, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="last.ckpt: not a checkpoint of this run, delete it"):
+    with pytest.raises(UserError, match="last.ckpt: not a checkpoint of this run; delete it"):
         run(tmp_path)
 
 

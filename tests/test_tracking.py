@@ -268,7 +268,7 @@ def test_a_killed_training_a_dead_server_and_a_moved_repository(repo: Repo) -> N
 
     repo.set("train", "k", 8)
     output = repo.dvc("repro", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
-    assert "training goes on" in output and "the next `dvc repro` does" in output
+    assert "training goes on" in output and "the next `dvc repro` will" in output
     assert repo.names() == expected(4, hookpoints=1)
 
     moved = repo.folder.with_name("moved")

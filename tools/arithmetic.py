@@ -1,7 +1,7 @@
-"""`python tools/arithmetic.py`: what a run takes before it is started, in bytes, FLOPs and hours.
+"""`python tools/arithmetic.py`: estimates the bytes, FLOPs and hours of a run before it starts.
 
-It prints the tables of docs/scaling.md, which has the formulas. The rates are those that `benchmarks/scale.py` measured
-on one GPU (`benchmarks/results/scale.cuda.json`); everything else is counted.
+It prints the tables of docs/scaling.md, which has the formulas. The rates were measured on one GPU by
+`benchmarks/scale.py` (`benchmarks/results/scale.cuda.json`); all else is calculated.
 """
 
 import json
@@ -29,17 +29,17 @@ class Shape:
 
     @property
     def forward(self) -> float:
-        """FLOPs of the blocks on a token: 2 per weight, and attention to half a text on average."""
+        """FLOPs of the blocks per token: 2 per weight, plus attention to half a text on average."""
         weights = 2 * self.d**2 * (1 + self.key_heads / self.heads) + 3 * self.d * self.inner
         return self.blocks * (2 * weights + 4 * self.d * LENGTH / 2)
 
     @property
     def encoder(self) -> float:
-        """FLOPs of one SAE's scores on a token: of all that a training step or `encode` computes, nearly everything."""
+        """FLOPs of one SAE's scores per token, nearly all of those of a training step or of `encode`."""
         return 2 * self.d * self.latents
 
     def stored(self, dtype: str) -> float:
-        """Bytes of a token's activations at all hookpoints."""
+        """Bytes of the activations per token at all hookpoints."""
         return self.blocks * (self.d + 4 if dtype == "int8" else 2 * self.d)
 
     @property
@@ -55,13 +55,13 @@ SHAPES = [
 
 
 def rates(shape: Shape) -> dict[str, float]:
-    """Measured tokens/s on one device, by what is done."""
+    """Measured tokens/s on one device, by task."""
     records = json.loads(RATES.read_text(encoding="utf-8"))
     return {r["name"]: r["value"] for r in records if r["case"].startswith(shape.name)}
 
 
 def hours(shape: Shape, tokens: float, devices: int) -> dict[str, float]:
-    """Hours of each stage: passes are divided among all devices, SAEs are one to a device and in rounds."""
+    """Hours of each stage: all devices share a pass; each device trains one SAE at a time."""
     rate, rounds = rates(shape), math.ceil(shape.blocks / devices)
     return {
         "extract": tokens / rate[PASS] / devices / 3600,
@@ -91,7 +91,7 @@ def row(*cells: object) -> str:
 
 
 def measured() -> list[str]:
-    """The rates, and what they say of the device."""
+    """The rates and the device on which they were measured."""
     lines = [row("a token of", "what", "FLOP", "tokens/s", "TFLOP/s"), "|---|---|---|---|---|"]
     for shape in SHAPES:
         for what, flops in ((PASS, shape.forward), (STEP, shape.encoder), (COUNT, shape.encoder)):

@@ -1,8 +1,8 @@
-"""Fill the disk up in every stage: `python tools/full_disk.py` (as root on Linux: it mounts a tmpfs and resizes it).
+"""`python tools/full_disk.py`: fill the disk up in every stage (as root on Linux: it mounts and resizes a tmpfs).
 
-An undisturbed run says how much a stage writes. Then, in a second clone on a tmpfs, each stage is run twice: with room
-for a part of that only, where it has to end with one message that names the file and leave nothing half-written, and
-with room enough, where it has to write what the undisturbed run wrote.
+An undisturbed run shows how much a stage writes. Then each stage runs twice in a second clone on a tmpfs. With too
+little room, it must end with one message that names the file, and leave no half-written file. With enough room, it must
+write the same files as the undisturbed run.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Feed damaged and hostile input to every parser of ours: `python tools/fuzz_parsers.py --minutes 10`.
+"""`python tools/fuzz_parsers.py --minutes 10`: feed damaged and hostile input to every parser of this project.
 
-Each has to give a result, or a `UserError` that names the file; nothing else, within seconds. Input is made from valid
-examples by flipping, cutting, repeating and replacing bytes, and by changing values inside JSON and YAML. What breaks
-is printed with its seed: `--seed N --target NAME --rounds 1` repeats it.
+Each must return a result or raise a `UserError` that names the file, within seconds. Inputs are valid examples with
+bytes flipped, cut, repeated and replaced, or with values inside JSON and YAML changed. An input that breaks a parser is
+printed with its seed: `--seed N --target NAME --rounds 1` repeats it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from babelscope.sae import checkpoint
 from babelscope.tracking import state
 
 Target = Callable[[random.Random, Path], object]
-SLOW = 20.0  # seconds that no input may take
+SLOW = 20.0  # seconds that an input may take
 
 NASTY = [
     b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"{", b"}", b"[" * 500, b'"', b"\\", b"\n", b"\r\n",
@@ -258,7 +258,7 @@ def reply(draw: random.Random, folder: Path) -> object:
 
 
 def words(draw: random.Random, folder: Path) -> object:
-    """What takes text, and always has an answer."""
+    """Functions that accept any text and never fail."""
     text = damage(draw, draw.choice([b"[1, 0, 1]", b"layers.12.mlp", b"zh-Hant_TW.UTF-8@latin"])).decode(
         "utf-8", "replace"
     )
@@ -290,7 +290,7 @@ TARGETS: dict[str, Target] = {
 
 
 def fuzz(name: str, seed: int) -> bool:
-    """One input; returns whether it was refused. Whatever is no `UserError` is raised."""
+    """Try one input; returns whether it was refused. Errors other than `UserError` are raised."""
     with tempfile.TemporaryDirectory() as temporary:
         start = time.monotonic()
         try:

@@ -1,13 +1,13 @@
-"""`kill -9` at random moments of the real pipeline, over all stages: `python tools/kills.py --kills 40 --seed 0`.
+"""`python tools/kills.py --kills 40 --seed 0`: `kill -9` at random moments of the real pipeline, over all stages.
 
-Two clones with small params: a calm one runs undisturbed, a stormy one is killed in every stage in turn, at a moment
-drawn from how long the stage took in the calm one (what DVC does after it included): the stage's process, the DVC
-process (which the stage is to end with), or the whole process group. After each kill `dvc repro` goes on. It fails if
+There are two clones with small params. A calm one runs undisturbed. A stormy one is killed in every stage in turn, at a
+random moment of the time that the stage (and DVC after it) took in the calm one. Killed is the stage's process, the DVC
+process (with which the stage must end), or the whole process group. After each kill `dvc repro` resumes. It fails if
 
-- after a kill there is a file under a final name that is not, byte for byte, the calm run's;
-- a training that had left a checkpoint does not resume from it;
-- the end differs from the calm run: hashes in dvc.lock, MLflow runs (kind and status); or a temporary file is left in
-  an output, a checkpoint in .scratch, or a lock that DVC stumbles over.
+- after a kill, a file under a final name is not byte for byte that of the calm run;
+- a training that left a checkpoint does not resume from it;
+- the final state differs from the calm run: hashes in dvc.lock, MLflow runs (kind and status); or a temporary file is
+  left in an output, a checkpoint in .scratch, or a lock that stops DVC.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _POLL = 0.02
 
 @dataclass
 class Kill:
-    """What was killed, in which stage, how many seconds after its start, and if a training had a checkpoint."""
+    """What was killed, in which stage, seconds after its start, and whether a training had a checkpoint."""
 
     stage: str
     victim: str
@@ -51,7 +51,7 @@ class Kill:
 
 
 def repro(repo: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`dvc repro` in a process group of its own; what it and its stages say goes to a file, which outlives it."""
+    """`dvc repro` in its own process group; its output and that of its stages go to a file."""
     with log.open("wb") as out:
         return subprocess.Popen(
             ["dvc", "repro"], cwd=repo, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=out,
@@ -60,7 +60,7 @@ def repro(repo: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def follow(process: subprocess.Popen[bytes], log: Path) -> Iterator[list[str]]:
-    """Again and again, until the process ends: the stages that it has begun so far."""
+    """Yield the stages that the process has begun so far, repeatedly until it ends."""
     while process.poll() is None:
         yield ran(log.read_text(errors="replace"))
         time.sleep(_POLL)
@@ -79,14 +79,14 @@ def durations(repo: Path) -> dict[str, float]:
 
 
 def strike(process: subprocess.Popen[bytes], victim: str) -> bool:
-    """Kill `stage`, `dvc` or `group`, and wait for the dead; false where there is no process of a stage to kill."""
+    """Kill `stage`, `dvc` or `group`, and wait for its end; false if no process of a stage runs."""
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "stage":
         if not family:
             return False
         for child in family:
             child.kill()
-        with suppress(subprocess.TimeoutExpired):  # it had come to its end: DVC knows nothing of the kill, and goes on
+        with suppress(subprocess.TimeoutExpired):  # the stage had ended: DVC did not notice the kill
             process.wait(20)
         return process.poll() is not None
     if victim == "dvc":
@@ -99,7 +99,7 @@ def strike(process: subprocess.Popen[bytes], victim: str) -> bool:
 
 
 def disturbed(repo: Path, plan: dict[str, list[float]], victim: str) -> tuple[Kill | None, str]:
-    """One `dvc repro`, killed at the first moment that is planned for a stage it runs; returns the kill and the log."""
+    """One `dvc repro`, killed at the first moment planned for a stage that runs; returns the kill and the log."""
     log, stage, started, due = repo.with_suffix(".log"), "", 0.0, math.inf
     process = repro(repo, log)
     for begun in follow(process, log):
@@ -121,7 +121,7 @@ def digests(repo: Path) -> dict[str, str]:
         try:
             if path.is_file() and path.suffix != ".tmp" and path.name != ".gitignore":
                 found[str(path.relative_to(repo))] = hashlib.md5(path.read_bytes()).hexdigest()
-        except FileNotFoundError:  # a stage that has outlived DVC is at work
+        except FileNotFoundError:  # a stage that has outlived DVC still runs
             continue
     return found
 
@@ -134,16 +134,16 @@ def ride(
     kills: int = sys.maxsize,
     say: Callable[[str], object] = print,
 ) -> list[Kill]:
-    """Run the pipeline of `repo` to its end, killed as planned; `whole` are the `digests` of an undisturbed run.
+    """Run the pipeline of `repo` to its end, with kills as planned; `whole`: `digests` of an undisturbed run.
 
     Raises
     ------
-    AssertionError: something half-written was left, something was lost, or a run in MLflow was not closed.
+    AssertionError: a half-written file was left, something was lost, or a run in MLflow was not closed.
     """
     done = list[Kill]()
     while True:
         kill, text = disturbed(repo, plan if len(done) < kills else {}, next(victims))
-        for one in done:  # the next run may have been killed before it got as far
+        for one in done:  # the next run may have been killed before it resumed
             begun = text.partition(f"Running stage '{one.stage}'")[2].partition("Running stage")[0]
             if one.resumed is None and (found := RESUMED.search(begun)):
                 one.resumed = int(found[1])
@@ -169,8 +169,8 @@ def storm(calm: Path, stormy: Path, kills: int, seed: int) -> list[Kill]:
     took = durations(calm)
     draw = random.Random(seed)
     print(f"undisturbed: {len(took)} stages in {sum(took.values()):.0f} s")
-    # Some moments come when their stage is over, and cost one of the next; a stage that is over is not run again, and
-    # what else was planned for it goes unused: there may be fewer kills than asked for.
+    # A planned moment may come after its stage has ended. The stage then does not run again, and its other moments are
+    # unused, so that there may be fewer kills than asked for.
     stages = list(itertools.islice(itertools.cycle(draw.sample(list(took), len(took))), math.ceil(1.3 * kills)))
     plan = {name: [draw.uniform(0, took[name]) for _ in range(stages.count(name))] for name in took}
     done = ride(stormy, plan, (draw.choice(VICTIMS) for _ in itertools.count()), digests(calm), kills)

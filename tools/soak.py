@@ -1,12 +1,12 @@
-"""Watch the memory of every stage in a long run: `python tools/soak.py` (40 minutes on two cores).
+"""`python tools/soak.py`: watch the memory of every stage in a long run (40 minutes on two cores).
 
-The real pipeline on the embedded model at a medium size, in a clone. Twice a second the anonymous memory of a stage's
-processes is taken down (files that it has mapped are the page cache's). Memory is flat if, after warm-up, it does not
-grow: the median of the last fifth of a phase's time over that of the fifth that begins after 40 % of it. A phase is
-what a stage says it is at; one that takes units out of the model by two methods has two.
+It runs the real pipeline on the embedded model at a medium size, in a clone. Twice a second it records the anonymous
+memory of a stage's processes (mapped files belong to the page cache). Growth compares the median of the last fifth of a
+phase's time with the median of the fifth that begins after 40 % of it. A phase is the work that a stage's progress
+names; ablation by two methods has two phases.
 
-Batches come in the order of their texts' lengths and take the more memory the longer these are, so the texts are made
-equally long: messages of the default's catalogs put behind one another.
+Batches come in the order of text length, and longer texts take more memory. So all texts here are equally long:
+messages of the default's catalogs, joined.
 """
 
 import argparse
@@ -59,14 +59,14 @@ MEDIUM = {
     "browse.shared": 2000,
 }
 MIB = 2**20
-# Shorter phases are over before they are warm.
+# Shorter phases end before they are warm.
 LONG = 60.0
-# A phase's first line comes so many seconds after it has begun; until then its samples are taken for the last one's.
+# Seconds from the beginning of a phase to its first line; until then its samples count as the previous phase's.
 LATE = 15.0
 
 
 def long_texts(folder: Path, longest: int, wanted: int) -> None:
-    """Write texts of `longest` tokens at least, `wanted` tokens in each language, to `folder/<language>.txt`."""
+    """Write texts of at least `longest` tokens, `wanted` tokens in each language, to `folder/<language>.txt`."""
     params = config.load(ROOT / "params.yaml")
     messages = gettext_catalogs.read(params.corpus, MEDIUM["languages"])
     tokenizer, draw = load_tokenizer(params.model), random.Random(0)
@@ -77,7 +77,7 @@ def long_texts(folder: Path, longest: int, wanted: int) -> None:
         texts = []
         while len(texts) * longest < wanted:
             some, tokens = [], 0
-            while tokens < 1.2 * longest:  # joined, words may make other tokens
+            while tokens < 1.2 * longest:  # joined words may give other tokens
                 number = draw.randrange(len(have))
                 some.append(have[number])
                 tokens += counts[number]
@@ -86,7 +86,7 @@ def long_texts(folder: Path, longest: int, wanted: int) -> None:
 
 
 def phase(stage: str, log: str) -> str:
-    """What a stage was at last, by its lines of progress."""
+    """The current phase of a stage, from its lines of progress."""
     told = re.findall(r"^(.+): \d+ of \d+ ", log[log.rindex(f"Running stage '{stage}'") :], re.MULTILINE)
     return f"{stage}: {told[-1]}" if told and told[-1] != stage.partition("@")[0] else stage
 

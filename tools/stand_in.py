@@ -1,12 +1,12 @@
-"""`python tools/stand_in.py FOLDER`: an experiment of full shape on stand-ins, stage by stage: memory and time.
+"""`python tools/stand_in.py FOLDER`: memory and time of every stage at full size, with a random model and SAEs.
 
-What a hub would give is made in FOLDER: a Llama of the shape of Llama 3.2 1B (16 layers, d = 2048) with random weights
-and the embedded model's tokenizer, and a release in the format of EleutherAI/sparsify with 131,072 TopK latents at each
-of the 16 MLP outputs (random weights, the same for all, hard-linked: 2 GiB instead of 32, here and in data/sae, which
-makes reading them again cheaper than it would be from a disk). Then the stages run in FOLDER one by one, as dvc.yaml
-has them but without DVC, on a few texts in three languages from the default's corpus, and the kernel's peak of every
-process (ru_maxrss, memory-mapped files included) is printed and written to FOLDER/stages.json.
-The features found mean nothing; what they cost does. Wants 8 GiB of disk for the full shape.
+It makes two things in FOLDER that would come from a hub: a Llama of the shape of Llama 3.2 1B (16 layers, d = 2048)
+with random weights and the embedded model's tokenizer, and a release in the format of EleutherAI/sparsify with 131,072
+TopK latents at each of the 16 MLP outputs. The SAEs have the same random weights, hard-linked here and in data/sae: 2
+GiB instead of 32, which are also read faster than 32 GiB would be. Then the stages of dvc.yaml run in FOLDER one by
+one, without DVC, on a few texts in three languages from the default's corpus. The kernel's peak of every process
+(ru_maxrss, memory-mapped files included) is printed and written to FOLDER/stages.json.
+The features mean nothing; only their cost does. The full shape needs 8 GiB of disk.
 """
 
 import argparse
@@ -73,13 +73,13 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         "sha256": None,
     }
     params["corpus"] = {**default["corpus"], "train_tokens": args.train_tokens, "eval_tokens": args.eval_tokens}
-    # All texts of one length: few of different lengths would make a batch each.
+    # All texts have the same length: few texts of different lengths would give a batch each.
     params["corpus"] |= {"min_characters": 80, "max_tokens": 16}
     params["languages"] = LANGUAGES
     params["hookpoints"] = [f"layers.{number}.mlp" for number in range(args.layers)]
     params["pretrained"] = {"name": str(folder / "release"), "revision": None, "folder": "{hookpoint}"}
     params["neurons"]["hookpoints"] = [f"layers.{number}.mlp.act_fn" for number in range(args.layers)]
-    # Random latents belong to no language: these limits let some through.
+    # Random latents belong to no language; these limits select some of them.
     params["score"] |= {"example_rate": 0.04, "token_rate": 0.01}
     params["quality"]["tokens"] = 30
     params["identify"]["also"] = None
@@ -91,7 +91,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def apart(function: Callable[..., None], *args: object) -> None:
-    """Call it in a process of its own: what this one has held would count in the peaks of those that it starts."""
+    """Call it in a process of its own: memory of this process would count in the peaks of its children."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=args)
     process.start()
     process.join()
@@ -100,7 +100,7 @@ def apart(function: Callable[..., None], *args: object) -> None:
 
 
 def model(folder: Path, d: int, layers: int) -> None:
-    """Llama with random weights; at d = 2048 and 16 layers all but the vocabulary is as large as in Llama 3.2 1B."""
+    """A Llama with random weights; at d = 2048 and 16 layers, all but the vocabulary is as large as in Llama 3.2 1B."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +120,7 @@ def model(folder: Path, d: int, layers: int) -> None:
 
 
 def release(folder: Path, hookpoints: list[str], latents: int) -> None:
-    """One random SAE for all hookpoints; its encoder is blind to their mean activations, on which it would spend k."""
+    """One random SAE for all hookpoints; its encoder ignores their mean activations, which would use up k."""
     import torch
     from safetensors.torch import save_file
 
@@ -154,14 +154,14 @@ def release(folder: Path, hookpoints: list[str], latents: int) -> None:
 
 
 def link(first: Path, other: Path) -> None:
-    """The same weights as in the first folder: one file on the disk, and in the page cache."""
+    """Hard-link the weights of the first folder: one file on the disk and in the page cache."""
     if other != first:
         (other / "sae_weights.safetensors").unlink()
         os.link(first / "sae_weights.safetensors", other / "sae_weights.safetensors")
 
 
 def measure(folder: Path, stage: tuple[str, ...]) -> dict[str, float]:
-    """Run one stage; its peak of resident memory (GiB), its time and its CPU time (seconds)."""
+    """Run one stage; returns its peak resident memory (GiB), its time and its CPU time (seconds)."""
     command = [sys.executable, f"stages/{stage[0]}.py", *stage[1:]]
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": "src"})

@@ -1,6 +1,6 @@
 """dictionary_learning: `TopKTrainer.update`; it starts `b_dec` at the first batch's geometric median.
 
-Variant "unit norm": inputs of mean squared norm 1, the normalisation of its `trainSAE`; in all others as given.
+Variant "unit norm": inputs have mean squared norm 1, the normalisation of its `trainSAE`; others use them as given.
 """
 
 import itertools

@@ -1,6 +1,6 @@
-"""EleutherAI's sparsify: what the hook and the loop of `Trainer.fit` do in a step, without the model.
+"""EleutherAI's sparsify: a step of the hook and the loop of `Trainer.fit`, without the model.
 
-Variants: "signum", the optimizer of its defaults, schedule-free; in all others Adam, with its linear warm-up and decay.
+Variants: "signum" is its default optimizer, schedule-free; all others use Adam with its linear warm-up and decay.
 `b_dec` starts at the first batch's mean, as in `fit`. The auxiliary loss, off by default, has Gao et al.'s weight.
 """
 
@@ -53,7 +53,7 @@ def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
 
     def weights() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if isinstance(optimizer, ScheduleFreeWrapper):
-            optimizer.eval()  # from where gradients are taken to the averaged weights, which it saves
+            optimizer.eval()  # switch to the averaged weights, which it saves
         return sae.encoder.weight, sae.W_dec, sae.encoder.bias, sae.b_dec
 
     return worker.Training(step, weights)

@@ -1,8 +1,8 @@
 """SAELens: its trainer's step on its TopK SAE.
 
-Variants: "fastest" has sparse activations, not rescaled by the decoder's norms (its default), since that has no
-gradient for sparse ones on a CPU; all others have its defaults. It leaves `b_dec` at 0; but for "fastest" it is given
-a better start, the first batch's mean.
+Variants: "fastest" has sparse activations without its default rescaling by the decoder's norms, which has no gradient
+for sparse activations on a CPU; all others have its defaults. It starts `b_dec` at 0; all variants except "fastest"
+get a better start, the first batch's mean.
 """
 
 import worker
@@ -36,7 +36,7 @@ def prepare(case: worker.Case, run: worker.Run) -> worker.Training:
 
     def weights() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sae = trainer.sae
-        # Scores are multiplied by the decoder rows' norms and what is decoded divided by them: fold both in.
+        # Scores are multiplied by the decoder rows' norms, and decoded values divided by them: fold both in.
         norms = sae.W_dec.norm(dim=1) if config.rescale_acts_by_decoder_norm else sae.W_dec.new_ones(case.latents)
         return sae.W_enc.T * norms[:, None], sae.W_dec / norms[:, None], sae.b_enc * norms, sae.b_dec
 

@@ -1,9 +1,9 @@
-"""What all who race share: the batches, the clock, and a worker's talk with the benchmarks.
+"""What all competitors share: the batches, the clock, and the protocol between workers and benchmarks.
 
-A worker is one process in its peer's own environment. It reads JSON objects, one a line, and sleeps between them:
+A worker is one process in its peer's own environment. It reads JSON objects, one per line:
 
 - `{"case": [...], "steps": n, "variant": name}`: train n steps on seeded noise; the answer is `{"seconds": seconds a
-  step}`. Where there is a CUDA device, it is there, with the batches in its memory.
+  step}`. If there is a CUDA device, the steps and batches are on it.
 - `{"case": [...], "train": [...], "data": file, "scale": s, "weights": file}`: train a whole run (the fields of `Run`)
   on the rows of a safetensors file, in their order and times s, and write the weights to another.
 
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# Batches that are trained on in turn.
+# Number of batches, used in turn.
 _POOL = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -41,10 +41,10 @@ class Case(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a peer is told of the run: steps in all, peak learning rate, and tokens after which a latent is dead.
+    """A peer's settings for a run: number of steps, peak learning rate, and tokens after which a latent is dead.
 
-    Where the peer has warm-up and decay of its own, they are scaled to the run: 5 % and 20 % of the steps. `variant`
-    picks among the peer's own settings; each script lists its variants.
+    A peer's own warm-up and decay are scaled to 5 % and 20 % of the steps. `variant` selects among the peer's own
+    settings; each script lists its variants.
     """
 
     steps: int
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 class Training(NamedTuple):
-    """A peer's training step, and its weights as an SAE of ours has them: encoder, W_dec, b_enc, b_dec."""
+    """A peer's training step, and its weights in babelscope's layout: encoder, W_dec, b_enc, b_dec."""
 
     step: Callable[[Tensor], object]
     weights: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -74,7 +74,7 @@ def batches(case: Case) -> list[Tensor]:
 
 
 def timed(step: Callable[[Tensor], object], case: Case) -> Callable[[int], float]:
-    """Return what makes so many steps and says how many seconds each took."""
+    """Return a function that makes a number of steps and returns the seconds per step."""
     data = itertools.cycle([batch.to(DEVICE) for batch in batches(case)])
 
     def turn(steps: int) -> float:
@@ -111,7 +111,7 @@ def serve(prepare: Prepare, package: str) -> None:
             train(prepare(wanted, run), wanted, run, request["data"], request["scale"], request["weights"])
         else:
             if case != Case(*request["case"]):
-                turn = None  # the last case's weights go before the next case's come
+                turn = None  # free the last case's weights before the next case
                 gc.collect()
                 torch.manual_seed(0)
                 case = Case(*request["case"])

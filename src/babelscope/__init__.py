@@ -4,13 +4,13 @@ import importlib
 import os
 from typing import Any
 
-# OpenMP threads spin for 10,000 turns while they wait, then sleep. With libgomp's default, 300,000 turns, they slow a
-# stage down on a busy machine; without any they do on a quiet one (`benchmarks/busy.py` compares them). libgomp reads
-# the variable when torch is imported, hence here. A user's own setting wins.
+# OpenMP threads that wait spin for 10,000 turns, then sleep. libgomp's default of 300,000 turns slows a stage down on a
+# busy machine, 0 turns on an idle one (`benchmarks/busy.py`). libgomp reads the variable when torch is imported, so it
+# is set here. A user's own setting wins.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# What README uses, by the module that has it: imported when it is first asked for (PEP 562), since torch takes seconds.
+# Public names by module. They are imported on first use (PEP 562), since importing torch takes seconds.
 _HOMES = {
     "FeatureAblation": "ablation.interventions",
     "SAE": "sae",

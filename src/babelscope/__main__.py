@@ -1,4 +1,4 @@
-"""`python -m babelscope`: the command `babelscope` where it is not installed."""
+"""`python -m babelscope`: the command `babelscope` if it is not installed."""
 
 from babelscope.cli import main
 

@@ -1,4 +1,4 @@
-"""The command `babelscope`: what there is to do beside `dvc repro`, from the root of the repository."""
+"""The command `babelscope`, which runs in the root of the repository."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from babelscope.core import stage
 
 
 def params_check() -> None:
-    """Check params.yaml before DVC reads it, whose own messages name no key."""
+    """Check params.yaml; unlike DVC's, the error messages name the key."""
     from babelscope import config
 
     config.check_folders(config.load())
@@ -21,14 +21,14 @@ def verify() -> None:
 
 
 def export(target: Path, hookpoints: list[str]) -> None:
-    """Write SAEs of data/sae as EleutherAI/sparsify keeps them; all, or those of the hookpoints named."""
+    """Write SAEs in the format of EleutherAI/sparsify, of all hookpoints or of those named."""
     from babelscope.sae import export
 
     export.main(target, hookpoints)
 
 
 def delphi(target: Path, hookpoints: list[str]) -> None:
-    """Write the firings of latents as EleutherAI/delphi caches them; of all hookpoints, or of those named."""
+    """Write the firings of latents in the cache format of EleutherAI/delphi, of all hookpoints or of those named."""
     from babelscope.explain import delphi
 
     delphi.main(target, hookpoints)

@@ -1,4 +1,4 @@
-"""`babelscope.evaluation.identify`, the name that docs/contracts.md promises; its home is `identification`."""
+"""`identify` under its public name (docs/contracts.md); `babelscope.identification` defines it."""
 
 from babelscope.identification.classify import identify
 

@@ -1,4 +1,4 @@
-"""The names that the contract promises (docs/contracts.md); their home is `babelscope.features`."""
+"""Public names (docs/contracts.md) that `babelscope.features` defines."""
 
 from babelscope.features import lape, monolinguality, probability_bar, sae_lape, similarity, summary
 

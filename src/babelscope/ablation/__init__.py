@@ -1,1 +1,1 @@
-"""Ablation: take units out of the forward pass, measure the NLL, and compare it with matched random controls."""
+"""Ablation: remove units from the forward pass, measure the NLL, and compare it with matched random controls."""

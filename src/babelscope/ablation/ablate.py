@@ -1,10 +1,10 @@
-"""Take units out of the forward pass and measure the NLL of every text, under many conditions at once.
+"""Remove units from the forward pass and measure the NLL of every text, under many conditions at once.
 
 Only what can change is computed. One clean pass over a batch of texts shows which tokens each condition changes. If it
-changes none, the text's NLL is the clean one. Else blocks are run from the first hookpoint at which a token changes,
-over the tokens from the first changed one on (`babelscope.models.partial`); the rest is as in the clean pass. The last
-token of a text predicts nothing and is left out. A model whose attention does not allow this runs whole texts, from the
-first hookpoint at which a token changes, or, if it cannot start there, from the first block.
+changes none, the text has its clean NLL. Otherwise blocks are run from the first hookpoint at which a token changes,
+over the tokens from the first changed one on (`babelscope.models.partial`); all else is taken from the clean pass. The
+last token of a text predicts nothing and is left out. If the model's attention does not allow this, it runs whole texts
+from the first hookpoint at which a token changes or, if it cannot restart there, from the first block.
 """
 
 import functools
@@ -37,9 +37,9 @@ class TextNLL:
     ablated: nats, float64 `[conditions, texts]`; equal to `clean` where nothing changes, NaN where the condition was
         not asked for.
     tokens: target tokens, int64 `[texts]`.
-    passes: how many (condition, text) pairs had to be computed.
-    computed, whole: how many (condition, text, token, block) were computed, and how many whole passes would have run,
-        without clean passes and padding.
+    passes: number of (condition, text) pairs that were computed.
+    computed, whole: number of (condition, text, token, block) tuples that were computed, and that passes over whole
+        texts would compute. Clean passes and padding do not count.
     """
 
     clean: Tensor
@@ -55,10 +55,10 @@ class TextNLL:
         return self.computed / max(self.whole, 1)
 
     def add(self, part: "TextNLL", rows: Tensor, columns: Tensor) -> None:
-        """Take over what was measured under the conditions `rows` on the texts `columns` (int64)."""
+        """Copy `part`, which was measured under the conditions `rows` on the texts `columns` (int64)."""
         self.clean[columns], self.tokens[columns] = part.clean, part.tokens
-        at = rows.unsqueeze(1), columns
-        self.ablated[at] = part.ablated.where(~part.ablated.isnan(), self.ablated[at])
+        pairs = rows.unsqueeze(1), columns
+        self.ablated[pairs] = part.ablated.where(~part.ablated.isnan(), self.ablated[pairs])
         for key in ("passes", "computed", "whole"):
             setattr(self, key, getattr(self, key) + getattr(part, key))
 
@@ -82,16 +82,16 @@ def ablate(
     texts: in `by_length` order.
     batch_tokens: tokens in one forward pass.
     asked: bool `[conditions, texts]`, the pairs that are wanted; None: all.
-    keep: folder for the result of every batch, from which an interrupted run goes on; the caller deletes it.
+    keep: folder for the result of every batch, from which an interrupted run resumes; the caller deletes it.
     advance: called with the number of target tokens after every batch.
     """
     conditions = len(next(iter(interventions.values())).active)
     wanted = torch.ones((conditions, len(texts)), dtype=torch.bool) if asked is None else asked
     runner = _runner(model, interventions, max((len(text.ids) for text in texts), default=0))
-    head_of(model)  # tried now, when no hook is open
+    head_of(model)  # probed now, without hooks, and cached
     parts: list[dict[str, Tensor]] = []
     first = 0
-    # Padding costs passes over whole texts only.
+    # Only passes over whole texts compute padding.
     for batch in batches(texts, batch_tokens, math.inf if runner.func is _Partial else MOST_PADDING):
         file = None if keep is None else keep / f"from-{first:06d}.safetensors"
         part = None if file is None else read_part(file)
@@ -112,7 +112,7 @@ def ablate(
 def _runner(
     model: Any, interventions: Mapping[str, Intervention], longest: int
 ) -> "functools.partial[_Partial] | functools.partial[_Whole]":
-    """How the model runs under interventions, measured on it; `longest`: tokens of the longest text."""
+    """How the model can run under interventions, found by probing it; `longest`: tokens of the longest text."""
     layers = sorted({hooks.layer_of(name) for name in interventions})
     if not partial.suits(model, longest):
         return functools.partial(_Whole, can_restart=probing.can_restart(model, layers))
@@ -126,8 +126,8 @@ def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
     wanted = wanted.to(run.ids.device)
     ablated = run.clean.expand(len(wanted), -1).clone()
     condition, text = (wanted & run.affected()).nonzero(as_tuple=True)
-    for some in run.split(condition, text):
-        ablated[condition[some], text[some]] = run.ablated(condition[some], text[some])
+    for pairs in run.split(condition, text):
+        ablated[condition[pairs], text[pairs]] = run.ablated(condition[pairs], text[pairs])
     blocks = len(hooks.blocks(run.model))
     part = {
         "clean": run.clean,
@@ -146,7 +146,7 @@ class _Run:
     Attributes
     ----------
     layers: the blocks that hold hookpoints, ascending.
-    hits: by such block, bool `[conditions, texts, longest]`, the tokens that a condition changes there.
+    hits: by block of `layers`, bool `[conditions, texts, longest]`, the tokens that a condition changes there.
     """
 
     def __init__(
@@ -170,15 +170,15 @@ class _Run:
         return torch.stack([hit.any(-1) for hit in self.hits.values()]).any(0)
 
     def record_hits(self, index: Tensor) -> dict[str, hooks.Edit]:
-        """Edits for a clean pass, which change nothing and fill `hits`.
+        """Edits for a clean pass that change nothing and fill `hits`.
 
         `index`: int64 `[tokens]`, the tokens of the batch (text * longest + position) in the order of the pass.
         """
-        at = self.content_mask.flatten()[index].nonzero().squeeze(1)
+        content = self.content_mask.flatten()[index].nonzero().squeeze(1)
 
         def edit(x: Tensor, name: str) -> Tensor:
             hit = self.hits[hooks.layer_of(name)].flatten(1)
-            hit[:, index[at]] |= self.interventions[name].affected_tokens(x.flatten(0, 1)[at])
+            hit[:, index[content]] |= self.interventions[name].affected_tokens(x.flatten(0, 1)[content])
             return x
 
         return {name: functools.partial(edit, name=name) for name in self.interventions}
@@ -188,11 +188,11 @@ class _Run:
 
         def edit(x: Tensor, name: str) -> Tensor:
             intervention = self.interventions[name]
-            at = (is_content & intervention.active[condition]).nonzero().squeeze(1)
-            if not len(at):
+            changed = (is_content & intervention.active[condition]).nonzero().squeeze(1)
+            if not len(changed):
                 return x
             flat = x.flatten(0, 1).clone()
-            flat[at] = intervention.change(flat[at], condition[at])
+            flat[changed] = intervention.change(flat[changed], condition[changed])
             return flat.view_as(x)
 
         names = [name for name in self.interventions if hooks.layer_of(name) in layers]
@@ -209,11 +209,11 @@ def _first(hit: Tensor) -> Tensor:
 
 
 class _Partial(_Run):
-    """Passes over the tokens that can differ.
+    """Passes over the tokens that can differ from the clean pass.
 
     Parameters
     ----------
-    in_place: by block that holds hookpoints, whether a change at them is seen by other tokens only in the blocks above.
+    in_place: by block that holds hookpoints, whether other tokens see a change at them only in the blocks above.
     """
 
     def __init__(self, model: Any, *batch: Any, in_place: Mapping[int, bool]) -> None:
@@ -233,7 +233,7 @@ class _Partial(_Run):
         self.clean = self.token.double().sum(1)
 
     def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
-        """Cut the pairs into passes: those that start alike together, with about `batch_tokens` tokens in the end."""
+        """Cut the pairs into passes of about `batch_tokens` tokens; pairs that start at the same block go together."""
         first = self.first_hits(condition, text)
         longest = self.ids.shape[1]
         start, least = _first((first < longest).T), first.amin(0)
@@ -266,7 +266,7 @@ class _Partial(_Run):
         return nll.double().sum(1)
 
     def _run(self, state: "_State", layers: range, tokens: Tensor, condition: Tensor, text: Tensor) -> "_State":
-        """Run `layers` over `tokens`, of which those that `state` lacks are as in the clean pass."""
+        """Run `layers` over `tokens`; those that `state` lacks have the input of the clean pass."""
         row, position = tokens.nonzero(as_tuple=True)
         if not len(row):
             return state
@@ -274,14 +274,14 @@ class _Partial(_Run):
         if len(state.hidden):
             hidden[state.tokens[tokens]] = state.hidden
         edits = self.edits(layers, condition[row], self.content_mask[text[row], position])
-        packed = partial.Tokens(row, position, text)
+        ran = partial.Tokens(row, position, text)
         self.computed += len(row) * len(layers)
-        return _State(tokens, partial.partial_pass(self.model, self.memory, packed, hidden, layers, edits))
+        return _State(tokens, partial.partial_pass(self.model, self.memory, ran, hidden, layers, edits))
 
 
 @dataclass(frozen=True)
 class _State:
-    """The residual stream `[tokens, d]` of the tokens `tokens` (bool `[rows, longest]`) that differ from the clean."""
+    """The residual stream `hidden` `[n, d]` of the n `tokens` (bool `[rows, longest]`) that were run."""
 
     tokens: Tensor
     hidden: Tensor
@@ -302,7 +302,7 @@ class _Whole(_Run):
         start = _first((self.first_hits(condition, text) < self.ids.shape[1]).T)
         rows = max(1, self.batch_tokens // self.ids.shape[1])
         groups = [(start == number).nonzero().squeeze(1) for number in range(len(self.layers))]
-        return [some for group in groups for some in torch.split(group, rows) if len(some)]
+        return [pairs for group in groups for pairs in torch.split(group, rows) if len(pairs)]
 
     def ablated(self, condition: Tensor, text: Tensor) -> Tensor:
         """NLL of `text` under `condition` (int64 `[pairs]` each), float64 `[pairs]`."""

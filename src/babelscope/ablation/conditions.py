@@ -1,6 +1,6 @@
-"""What is ablated, and on which texts: each language's units, at all hookpoints and at each alone, and controls.
+"""What is ablated and on which texts: each language's units, at all hookpoints or at one alone, and controls.
 
-Controls are random units that fire as often on a language as its own do: what "more firings, more damage" would cost.
+Controls are random units that fire as often on a language as its own: they show what any units of this rate would cost.
 """
 
 import zlib
@@ -11,12 +11,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-# A control unit is drawn from so many whose firing rates are nearest to that of the unit that it replaces.
+# Units from which a control unit is drawn: those whose firing rates are nearest to that of the unit it replaces.
 NEAR = 20
 
 
 class Conditions(NamedTuple):
-    """Sets of units to take out.
+    """Sets of units to remove.
 
     Attributes
     ----------
@@ -36,11 +36,11 @@ class Conditions(NamedTuple):
     def asked(self, language: Sequence[str], tokens: NDArray[np.int64], others_tokens: int | None) -> NDArray[np.bool_]:
         """Which pairs of condition and text are evaluated.
 
-        At all hookpoints together: all texts of the language itself, and of each other language a sample of about
-        `others_tokens` tokens. Under a control: all texts of the language, and in each half of the texts (`first_half`)
-        a sample of every second other language, in all half as many tokens as the language has. With a hookpoint
-        alone: a quarter of the language's texts, and of the others as under a control in the first half.
-        A sample has at least one text in each half, and the texts of a smaller sample are in every larger one.
+        All hookpoints together: all texts of the ablated language, and a sample of about `others_tokens` tokens of each
+        other language. A control: all texts of the ablated language, and in each half of the texts (`first_half`) a
+        sample of every second other language; all samples together have half as many tokens as the language. One
+        hookpoint alone: a quarter of the ablated language's texts, and the samples of a control in the first half.
+        A sample has at least one text in each half, and a larger sample contains every smaller one.
 
         Parameters
         ----------
@@ -55,8 +55,8 @@ class Conditions(NamedTuple):
         names, codes, count = np.unique(np.array(language, dtype=str), return_inverse=True, return_counts=True)
         total, place = np.bincount(codes, weights=tokens, minlength=len(names)), _places(codes)
         is_first = first_half(language)
-        in_half = np.where(is_first, 2 * place, (2 * place - 0.5) % 1)  # evenly spread in both halves together, too
-        one = 2.5 / count  # one text in each half
+        in_half = np.where(is_first, 2 * place, (2 * place - 0.5) % 1)  # also evenly spread over both halves together
+        one = 2.5 / count  # the share of one text in each half
         share = np.maximum(1.0 if others_tokens is None else others_tokens / np.maximum(total, 1), one)
         less = np.minimum(share, np.maximum(1 / max(1, len(names) - 1), one))
         number = {name: code for code, name in enumerate(names)}
@@ -77,7 +77,7 @@ def first_half(language: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def _places(codes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Places in 0..1 of texts whose languages are `codes`, for each language evenly spread (`_spread`)."""
+    """A place in 0..1 for every text, evenly spread within each language of `codes` (see `_spread`)."""
     place = np.empty(len(codes))
     for code in np.unique(codes):
         rows = np.flatnonzero(codes == code)
@@ -86,9 +86,9 @@ def _places(codes: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _spread(count: int) -> NDArray[np.float64]:
-    """Places of `count` texts in 0..1: those below any limit are the limit's share of them, and lie evenly.
+    """Places of `count` texts in 0..1, so that those with places below x are a share x of the texts, evenly spread.
 
-    The order of van der Corput's sequence (0, 1/2, 1/4, 3/4, ...), the text in the middle first.
+    The order is that of van der Corput's sequence (0, 1/2, 1/4, 3/4, ...), beginning with the text in the middle.
     """
     numbers, terms = np.arange(count), np.zeros(count)
     for bit in range(max(1, count).bit_length()):
@@ -114,7 +114,7 @@ def conditions(
     ----------
     features: `hookpoint`, `unit`, `language`.
     counts: by hookpoint, `unit`, `language`, `tokens` (read for controls only).
-    totals: `language`, `tokens` (of the language, on which units were counted).
+    totals: `language`, `tokens` (on which the units were counted).
     languages: in the order wanted.
     ratio: `score.ratio`, see `matched`.
     by_layer: also each hookpoint alone (without controls).
@@ -158,26 +158,26 @@ def matched(
     draws: int,
     seed: int,
 ) -> list[list[int]]:
-    """Random units of `hookpoint` that fire as often on `language` as those that it owns there.
+    """Random units of `hookpoint` that fire as often on `language` as its own units there.
 
-    For every owned unit u, from the one that fires most down: one unit at random of the `NEAR` not yet drawn whose
-    log c(l, u) is nearest to its own (c(l, u): the tokens of l on which u fires; as all are counted on the same
-    tokens, counts are matched as rates). Among units that are not selected few fire as often as the owned ones
-    that fire most; so more are drawn, each in the same way for what is lacking, until the draw fires at least as often
-    in all. Not drawn are units that never fire on this language, that are specific to any, and that would be specific
-    to this one if they fired often enough for the thresholds of `sae_lape`: P(l', u) < ratio * P(l, u) in every other
-    language l', P = c / T. They are no random units but more of its own. A draw holds each unit once, and fires less
-    only where there are no more units.
+    c(l, u) is the number of tokens of language l on which unit u fires. For every own unit, in descending order of c, a
+    draw takes at random one of the `NEAR` remaining units whose log c is nearest. Few other units fire as often as the
+    most frequent own ones. So the draw then takes further units in the same way, each near to the count that is still
+    missing, until it fires at least as often in total or no units remain.
+
+    Three kinds of units are never drawn: those that never fire on `language`, those that are specific to any language,
+    and those that only the thresholds of `sae_lape` keep from being specific to `language`: P(l', u) < ratio * P(l, u)
+    in every other language l', with P = c / T.
 
     Parameters
     ----------
     counts: `unit`, `language`, `tokens` of `hookpoint`.
     totals: `language`, `tokens`: T(l).
     features: `hookpoint`, `unit`, `language`: the selection.
-    hookpoint, language: where, and whose units are matched.
+    hookpoint, language: whose units are matched.
     ratio: `score.ratio`, above 0, at most 1.
-    draws: how many.
-    seed: of the draws; those of one hookpoint and language depend on no other.
+    draws: number of draws.
+    seed: of the draws; draws of one hookpoint and language do not depend on others.
 
     Returns
     -------
@@ -185,10 +185,10 @@ def matched(
     """
     here = features.filter(pl.col("hookpoint") == hookpoint)
     rates = counts.filter((pl.col("language") == language) & (pl.col("tokens") > 0)).select("unit", "tokens")
-    taken = [*here["unit"].unique(), *_of_one(counts, totals, language, ratio)]
-    pool = rates.filter(~pl.col("unit").is_in(taken)).sort("tokens", "unit")
-    mine = here.filter(pl.col("language") == language).select("unit").join(rates, on="unit", how="left")
-    wanted = mine.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy()
+    excluded = [*here["unit"].unique(), *_of_one(counts, totals, language, ratio)]
+    pool = rates.filter(~pl.col("unit").is_in(excluded)).sort("tokens", "unit")
+    own_rows = here.filter(pl.col("language") == language).select("unit").join(rates, on="unit", how="left")
+    wanted = own_rows.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy()
     rate, units = pool["tokens"].to_numpy(), pool["unit"].to_list()
     names = [zlib.crc32(name.encode()) for name in (hookpoint, language)]
     return [
@@ -198,7 +198,7 @@ def matched(
 
 
 def _of_one(counts: pl.DataFrame, totals: pl.DataFrame, language: str, ratio: float) -> pl.Series:
-    """Units that have this language for their only member."""
+    """Units whose only member is `language`."""
     fired = counts.filter(pl.col("tokens") > 0).join(totals.select("language", total="tokens"), on="language")
     share = pl.col("tokens") / pl.col("total")
     members = fired.filter(share >= ratio * share.max().over("unit"))
@@ -206,7 +206,7 @@ def _of_one(counts: pl.DataFrame, totals: pl.DataFrame, language: str, ratio: fl
 
 
 def _draw(pool: NDArray[np.int64], wanted: NDArray[np.int64], random: np.random.Generator) -> list[int]:
-    """Indices of the ascending `pool`: one near to every value wanted, and more until their sum is reached."""
+    """Indices of the ascending `pool`: one near to each value in `wanted`, and more until their sum is reached."""
     free, log_pool = np.ones(len(pool), dtype=bool), np.log(pool)
     drawn: list[int] = []
     values, lacking = list(wanted), int(wanted.sum())

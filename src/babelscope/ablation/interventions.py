@@ -1,7 +1,7 @@
-"""The ways to take units out of a forward pass at one hookpoint, each for many conditions at once.
+"""Ways to remove units from a forward pass at one hookpoint, each for many conditions at once.
 
-A condition is a set of units. Only a text's own tokens are ever changed: the tokenizer's leading special tokens were
-not seen by the SAE, and their norm is far from any other's.
+A condition is a set of units. Only content tokens are changed: the SAE was not trained on the tokenizer's leading
+special tokens, whose norms are far from those of all others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ Units = Sequence[Sequence[int]]
 
 
 class Intervention(Protocol):
-    """What is done at one hookpoint.
+    """A change of the activations at one hookpoint.
 
     Attributes
     ----------
-    active: bool `[conditions]`, whether a condition has units here at all.
+    active: bool `[conditions]`, whether a condition has units at this hookpoint.
     """
 
     active: Tensor
@@ -32,44 +32,44 @@ class Intervention(Protocol):
         """Which rows of `x` `[tokens, d]` each condition would change: bool `[conditions, tokens]`."""
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`x` `[tokens, d]` with row i as condition `condition[i]` (int64) has it; same dtype."""
+        """`x` `[tokens, d]` with row i changed by condition `condition[i]` (int64); same dtype."""
 
 
 def members(units: Units, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Bool `[conditions, count]`: which of `count` units each condition takes out."""
+    """Bool `[conditions, count]`: which of `count` units each condition removes."""
     table = torch.zeros((len(units), count), dtype=torch.bool)
-    for row, some in enumerate(units):
-        table[row, torch.tensor(list(some), dtype=torch.int64)] = True
+    for row, removed in enumerate(units):
+        table[row, torch.tensor(list(removed), dtype=torch.int64)] = True
     return table.to(device)
 
 
 class FeatureAblation:
     """`x - sum_{u in S} z_u(x) W_dec[u]`, `z_u` the SAE's own activation.
 
-    The SAE's error stays in place, so that taking out nothing changes nothing, bit for bit. (Andrylie et al. 2025
-    remove features by an additive form, see `Additive`; the one with the SAE's own activations is ours.)
+    The SAE's error stays in place, so that removing nothing changes nothing, bit for bit. (This form is ours; Andrylie
+    et al. 2025 add a constant vector, see `Additive`.)
     """
 
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         device = sae.b_dec.device
         self.sae = sae
-        self.active = torch.tensor([len(some) > 0 for some in units], dtype=torch.bool, device=device)
-        # Pairs of a latent and a condition that takes it out, ascending: a table of all pairs would be conditions x
-        # latents, gigabytes where every feature of a large dictionary is a condition of its own.
-        pairs = sorted({(unit, number) for number, some in enumerate(units) for unit in some})
+        self.active = torch.tensor([len(removed) > 0 for removed in units], dtype=torch.bool, device=device)
+        # Pairs (latent, condition that removes it), ascending. A table of conditions x latents would take gigabytes if
+        # every feature of a large dictionary is a condition of its own.
+        pairs = sorted({(unit, number) for number, removed in enumerate(units) for unit in removed})
         latent, self.condition = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
         self.pair = latent * len(units) + self.condition
         # The pairs of latent i are those from start[i] to start[i + 1].
         self.start = F.pad(torch.bincount(latent, minlength=sae.latents).cumsum(0), (1, 0))
 
     def affected_tokens(self, x: Tensor) -> Tensor:
-        """Where one of a condition's units fires."""
+        """The tokens on which one of a condition's units fires."""
         values, indices = self._encode(x)
         hit = torch.zeros((len(self.active), len(x)), dtype=torch.bool, device=x.device)
         token, column = (values > 0).nonzero(as_tuple=True)
         first = self.start[indices[token, column]]
         count = self.start[indices[token, column] + 1] - first
-        # Each firing once for every condition that takes out its latent.
+        # Repeat each firing for every condition that removes its latent.
         offset = torch.arange(int(count.sum()), device=x.device) - (count.cumsum(0) - count).repeat_interleave(count)
         hit[self.condition[first.repeat_interleave(count) + offset], token.repeat_interleave(count)] = True
         return hit
@@ -81,9 +81,9 @@ class FeatureAblation:
             return x
         wanted = indices * len(self.active) + condition.unsqueeze(1)
         index = torch.searchsorted(self.pair, wanted).clamp_max(len(self.pair) - 1)
-        gone = torch.where(self.pair[index] == wanted, values, 0.0)
-        hit = (gone > 0).any(1)
-        part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=gone[hit], mode="sum")
+        removed = torch.where(self.pair[index] == wanted, values, 0.0)
+        hit = (removed > 0).any(1)
+        part = F.embedding_bag(indices[hit], self.sae.W_dec, per_sample_weights=removed[hit], mode="sum")
         changed = x.clone()
         changed[hit] = (x[hit].float() - part).to(x.dtype)
         return changed
@@ -94,16 +94,16 @@ class FeatureAblation:
 
 
 class Directional:
-    """`x - Q Q^T x`, Q an orthonormal basis (QR) of the span of the decoder rows: nothing of it is left, of any sign.
+    """`x - Q Q^T x`, Q an orthonormal basis (QR) of the span of the decoder rows: the whole component in it is removed.
 
-    Not centred: the component of the mean activation goes, too. Directions that depend on the others (to 1e-6 of
-    the largest) are left out of the basis.
+    It is not centred: the component of the mean activation is removed, too. Rows that are linearly dependent (to 1e-6
+    of the largest singular value) add nothing to the basis.
     """
 
     def __init__(self, sae: SAE | CachedSAE, units: Units) -> None:
         decoder = sae.W_dec
-        self.active = torch.tensor([len(some) > 0 for some in units], device=decoder.device)
-        self.bases = [basis(decoder[list(some)]) for some in units]
+        self.active = torch.tensor([len(removed) > 0 for removed in units], device=decoder.device)
+        self.bases = [basis(decoder[list(removed)]) for removed in units]
 
     def affected_tokens(self, x: Tensor) -> Tensor:
         """Everywhere."""
@@ -123,7 +123,7 @@ class Directional:
 def basis(directions: Tensor) -> Tensor:
     """Orthonormal columns, `[d, rank]`, that span the rows of `directions` `[n, d]`, by QR.
 
-    The rank is that of R: where rows depend on each other, QR alone would add directions that are not theirs.
+    The rank is that of R: for linearly dependent rows, QR alone would add directions outside their span.
     """
     if not len(directions):
         return directions.new_zeros((directions.shape[1], 0))
@@ -141,16 +141,16 @@ class Additive:
     ----------
     sae: the dictionary.
     units: of every condition.
-    largest: float32 `[latents]`, the largest activation of each unit seen in the training texts (0: never fired).
-    m: the paper's factor, -0.2 there.
+    largest: float32 `[latents]`, the largest activation of each unit on the training texts (0: never fired).
+    m: the factor, -0.2 in the paper.
     """
 
     def __init__(self, sae: SAE | CachedSAE, units: Units, largest: Tensor, m: float) -> None:
         device = sae.b_dec.device
-        # Of the decoder, only the rows that are needed: a dictionary may be as large as the model.
-        rows = sorted({unit for some in units for unit in some})
+        # Only the decoder rows that are needed: a dictionary may be as large as the model.
+        rows = sorted({unit for removed in units for unit in removed})
         number = {unit: row for row, unit in enumerate(rows)}
-        chosen = members([[number[unit] for unit in some] for some in units], len(rows), device)
+        chosen = members([[number[unit] for unit in removed] for removed in units], len(rows), device)
         self.active = chosen.any(1)
         self.shift = m * (chosen * largest[rows].to(device)) @ sae.W_dec.detach()[rows]
 
@@ -164,14 +164,14 @@ class Additive:
 
 
 class NeuronAblation:
-    """The neurons' activations set to 0, at a hookpoint whose dimensions are neurons (`layers.N.mlp.act_fn`)."""
+    """Sets the neurons' activations to 0, at a hookpoint whose dimensions are neurons (`layers.N.mlp.act_fn`)."""
 
     def __init__(self, width: int, units: Units, device: torch.device | str = "cpu") -> None:
         self.removed = members(units, width, device)
         self.active = self.removed.any(1)
 
     def affected_tokens(self, x: Tensor) -> Tensor:
-        """Where one of a condition's neurons is not 0 already."""
+        """The tokens on which one of a condition's neurons is not 0 already."""
         return (self.removed.float() @ (x != 0).float().T) > 0
 
     def change(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -192,14 +192,14 @@ def interventions(
     largest, m: for "additive", see `Additive`; `largest` by hookpoint.
     """
     if method == "additive":
-        return {name: Additive(saes[name], some, largest[name], m) for name, some in units.items()}
+        return {name: Additive(saes[name], removed, largest[name], m) for name, removed in units.items()}
     if method == "directional":
-        return {name: Directional(saes[name], some) for name, some in units.items()}
-    return {name: FeatureAblation(saes[name], some) for name, some in units.items()}
+        return {name: Directional(saes[name], removed) for name, removed in units.items()}
+    return {name: FeatureAblation(saes[name], removed) for name, removed in units.items()}
 
 
 def neurons(
     units: Mapping[str, Units], width: Mapping[str, int], device: torch.device | str
 ) -> dict[str, Intervention]:
     """One `NeuronAblation` for every hookpoint, of `width` neurons each."""
-    return {name: NeuronAblation(width[name], some, device) for name, some in units.items()}
+    return {name: NeuronAblation(width[name], removed, device) for name, removed in units.items()}

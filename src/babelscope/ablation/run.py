@@ -34,15 +34,15 @@ from babelscope.models.tokens import TokenizedText
 
 log = logging.getLogger(__name__)
 
-# Draws of controls after which a language's comparison with them may end.
+# Control draws after which the comparison of a language with its controls may end.
 FIRST = 2
 
-# Measures conditions on texts: the pairs in a bool `[conditions, texts]`, resuming from the files of a folder.
+# Measures the pairs of a bool `[conditions, texts]`; a folder keeps the results of an interrupted run.
 Measure = Callable[[Conditions, list[TokenizedText], Tensor, Path], TextNLL]
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Ablate by every method of params.yaml; writes the tables in `paths.ablation` and the stage's metrics."""
+    """Ablate by every method of params.yaml; write the tables in `paths.ablation` and the stage's metrics."""
     section, languages = params.ablate, params.languages
     device = hardware.prepare(params.hardware)
     features, corpus = read_table(paths.features), read_table(paths.texts).filter(split="eval")
@@ -110,8 +110,8 @@ def measure_until_decided(
 ) -> tuple[TextNLL, Conditions]:
     """Measure all conditions, the controls in three steps.
 
-    The first half of the texts, then the second, with `FIRST` draws, then the later draws on both; after each step
-    the languages whose comparison with their controls is decided (`against_control`) leave the controls that follow.
+    The steps are the first `FIRST` draws on one half of the texts, then on the other, and the later draws on all texts.
+    A language whose comparison with its controls is decided after a step (`against_control`) gets no further controls.
 
     Parameters
     ----------
@@ -119,8 +119,8 @@ def measure_until_decided(
     texts: in `by_length` order.
     language: of each text.
     asked: bool `[conditions, texts]`, see `Conditions.asked`.
-    measure: measures some of the conditions on some of the texts.
-    keep: folder in which an interrupted run leaves what it has done.
+    measure: see `Measure`.
+    keep: folder for the results of an interrupted run.
     resamples, seed: of the bootstrap.
 
     Returns
@@ -137,7 +137,7 @@ def measure_until_decided(
     for step, (rows, columns) in enumerate(((~is_later, is_first), (~is_later, ~is_first), (is_later, every_text))):
         wanted = asked & (rows & (undecided | ~is_control))[:, None] & columns
         row = wanted.any(1).nonzero()[0]
-        # The first two steps take every text, for its clean NLL.
+        # The first two steps measure the clean NLL of every text.
         column = (columns & (wanted.any(0) | (step < 2))).nonzero()[0]
         if len(row):
             pairs = torch.from_numpy(wanted[np.ix_(row, column)])
@@ -162,14 +162,14 @@ def _measure(
     asked: Tensor,
     keep: Path,
 ) -> TextNLL:
-    """The NLL of texts under some conditions, of which `intervene` makes interventions."""
+    """The NLL of texts under conditions, which `intervene` turns into interventions."""
     with Progress(f"ablate {method}", sum(map(target_count, texts)), "tokens") as progress:
         made = intervene(conditions.units)
         return ablate(model, made, texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: Config, paths: Paths) -> list[str]:
-    """Where a method works: at the SAEs of params.yaml, or wherever there are selected neurons."""
+    """The hookpoints of a method: those of the SAEs in params.yaml, or those with selected neurons."""
     if method != "neuron":
         return params.hookpoints
     found = set(features.filter(kind="neuron")["hookpoint"])
@@ -200,7 +200,7 @@ def _largest_activation(counts: pl.DataFrame, latents: int) -> Tensor:
 
 
 def _scratch(params: Config, paths: Paths) -> Path:
-    """The folder from which an interrupted run goes on."""
+    """The folder from which an interrupted run resumes."""
     depends = params.model_dump(include={"ablate", "hookpoints", "languages", "model", "seed"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
     depends |= {"ratio": params.score.ratio}
@@ -209,7 +209,7 @@ def _scratch(params: Config, paths: Paths) -> Path:
 
 
 def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, float], languages: list[str]) -> None:
-    """Log a line per language, per hookpoint alone, and one on the whole."""
+    """Log a line per language, one per hookpoint alone, and a summary."""
     matrix = found.filter(pl.col("hookpoint").is_null(), pl.col("control").is_null())
     row_by_language = {row["language"]: row for row in control.iter_rows(named=True)}
     rows = []
@@ -229,9 +229,9 @@ def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, flo
     if alone:
         stage.table(["alone", "own dNLL", "others' dNLL"], alone)
     log.info(
-        "own %+.4f nats/token, others %.5f in mean size (%+.5f in mean); diagonal largest in %d of %d rows (its 95 %% "
-        "interval above 0 in %d), %d columns; above the control in %s (%s after Holm), selective beyond it in %s (%s); "
-        "%.1f %% of whole passes computed",
+        "own %+.4f nats/token, others %.5f in mean absolute value (%+.5f in mean); diagonal largest in %d of %d rows "
+        "(its 95 %% interval above 0 in %d), %d columns; above the control in %s (%s after Holm), "
+        "selective beyond it in %s (%s); %.1f %% of whole passes computed",
         numbers["own"], numbers["others_abs"], numbers["others"],
         numbers["rows"], len(languages), numbers["rows_above_zero"], numbers["columns"],
         *(numbers.get(f"languages_{key}{end}", "-") for key in ("above_control", "selective") for end in ("", "_holm")),

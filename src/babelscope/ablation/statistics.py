@@ -15,7 +15,7 @@ COLUMNS = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens",
 
 # Haybittle (1971) and Peto et al. (1976): a test that may end early ends only if p < 0.001, 3.29 standard deviations.
 EARLY = 3.29
-# ... and only with so many texts on each side: a bootstrap of fewer says too little about their spread.
+# It also needs this many texts on each side: a bootstrap of fewer says too little about their spread.
 ENOUGH = 5
 
 _CONTROL = (
@@ -40,7 +40,7 @@ def tables(
     resamples: int,
     seed: int,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Every cell of one method, and the own units of every language against its controls.
+    """The cells of one method, and the comparison of every language's own units with its controls.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def tables(
 
     Returns
     -------
-    `COLUMNS`, `hookpoint` (null: all), `layer`; `ablated` is null in the clean run. And `method` and the columns of
-    `against_control`.
+    `COLUMNS`, `hookpoint` (null: all) and `layer`, with `ablated` null in the clean run; and in a second frame `method`
+    and the columns of `against_control`.
     """
     clean, ablated, tokens = nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy()
     found = (
@@ -63,7 +63,7 @@ def tables(
             kind=pl.lit("neuron" if method == "neuron" else "sae"),
             layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
         )
-        # A control is evaluated on few texts of other languages: it makes no cell there.
+        # Controls are evaluated on few texts of other languages, which make no cells.
         .filter(pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
         .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
         .select(*COLUMNS, "hookpoint", "layer")
@@ -76,9 +76,9 @@ def tables(
 def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
     """The key figures of `tables`, by flat key.
 
-    See `selectivity`; `rows_above_zero`: in how many rows the 95 % interval of the diagonal lies above 0;
-    `languages_above_control`, `languages_selective`: how many languages are `above` and `selective`; with `_holm`: how
-    many of these have a `p_holm` or `contrast_p_holm` below `LEVEL`;
+    Those of `selectivity`; `rows_above_zero`: number of rows in which the 95 % interval of the diagonal is above 0;
+    `languages_above_control`, `languages_selective`: number of languages that are `above` and `selective`; with
+    `_holm`: number of these whose `p_holm` or `contrast_p_holm` is below `LEVEL`;
     `nll_clean/<language>`; `own_alone/<hookpoint>`, `others_alone/<hookpoint>`: means over the cells of each hookpoint
     alone.
     """
@@ -119,8 +119,8 @@ def cells(
     Parameters
     ----------
     clean: nats, `[texts]`.
-    ablated: nats, `[conditions, texts]`; NaN for texts on which a condition was not evaluated. A cell is of the texts
-        on which it was; without any, it is left out.
+    ablated: nats, `[conditions, texts]`; NaN for texts on which a condition was not evaluated. They are not part of a
+        cell, and a cell without texts is left out.
     tokens: target tokens, `[texts]`.
     language: of each text.
     resamples: number of bootstrap resamples.
@@ -132,10 +132,10 @@ def cells(
     plus `delta`), `tokens` (those evaluated), `delta`, `low`, `high`, the languages in order of first appearance.
     """
     names = list(dict.fromkeys(language))
-    of = np.array([names.index(name) for name in language], dtype=np.int64)
+    codes = np.array([names.index(name) for name in language], dtype=np.int64)
     rows: list[dict[str, object]] = []
     for code, name in enumerate(names):
-        own = of == code
+        own = codes == code
         total = int(tokens[own].sum())
         base = clean[own].sum() / total if total else float("nan")
         unchanged = {"delta": 0.0, "low": 0.0, "high": 0.0}
@@ -149,9 +149,10 @@ def cells(
             deltas, resampled = _means(change[members][:, known], count, resamples, random)
             low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
             for row, condition in enumerate(members):
-                cell = {"delta": deltas[row], "low": low[row], "high": high[row]}
-                at = {"condition": int(condition), "evaluated": name, "nll": base + deltas[row]}
-                rows.append({**at, "tokens": int(count.sum()), **cell})
+                rows.append({
+                    "condition": int(condition), "evaluated": name, "nll": base + deltas[row],
+                    "tokens": int(count.sum()), "delta": deltas[row], "low": low[row], "high": high[row],
+                })  # fmt: skip
     return pl.DataFrame(rows, infer_schema_length=None).sort("condition", maintain_order=True)
 
 
@@ -167,7 +168,7 @@ def selectivity(matrix: pl.DataFrame, languages: Sequence[str]) -> dict[str, flo
     -------
     `own` and `others`: means of the diagonal and of the rest (nats/token); `others_abs`: mean of the rest's absolute
     values; `difference`: own - others; `ratio`: exp(own) / exp(others), the ratio of perplexity factors; `rows`,
-    `columns`: in how many rows and columns the diagonal alone is the largest; `dnll_own/<language>`.
+    `columns`: number of rows and columns whose only largest value is on the diagonal; `dnll_own/<language>`.
     """
     table = {(row["ablated"], row["evaluated"]): row["delta"] for row in matrix.iter_rows(named=True)}
     delta = np.array([[table[a, e] for e in languages] for a in languages])
@@ -195,19 +196,19 @@ def against_control(
     resamples: int,
     seed: int,
 ) -> pl.DataFrame:
-    """Whether a language's own units cost it more than random ones that fire as often, and more than they cost others.
+    """Whether removing its own units costs a language more than removing random units, and more than it costs others.
 
-    Two differences, each with a 95 % interval: of the own units' delta to the control's, on the language's texts
-    (`above` if the interval lies above 0); and of own - others to the control's own - others (`selective`): random
+    Two differences, each with a 95 % interval: the own units' delta minus the control's, on the language's texts
+    (`above` if the interval is above 0); and own - others minus the same of the control (`selective`), since random
     units may hurt the language just as much, but then they hurt others, too. The intervals are over the texts on which
-    all draws were evaluated, and over the draws: every resample of the texts (Efron 1979) takes one draw, all as often.
+    all draws were evaluated, and over the draws: resamples of the texts (Efron 1979) use the draws in turn.
 
     Parameters
     ----------
     change: ablated minus clean, nats, `[conditions, texts]`; NaN where a condition was not evaluated.
     tokens: target tokens, `[texts]`.
     language: of each text.
-    keys: `condition` (row number in `change`), `ablated`, `control` (draw; null: the own units).
+    keys: `condition` (row number in `change`), `ablated`, `control` (draw; null: own units).
     languages: in the order wanted.
     resamples, seed: of the bootstrap.
 
@@ -216,10 +217,10 @@ def against_control(
     `language`; nats/token: `own`, `control` (mean over the draws), `control_high` (97.5 % quantile over texts and
     draws), `others`, `control_others` (both on the texts in other languages), `excess`, `excess_low`, `excess_high`
     (own - control), `contrast`, `contrast_low`, `contrast_high` (own - others, less the control's); `above`,
-    `selective`; `decided`: with `ENOUGH` texts both differences lie more than `EARLY` standard deviations of their
+    `selective`; `decided`: with `ENOUGH` texts both differences are more than `EARLY` standard deviations of their
     resamples from 0, so that more texts or draws would hardly change the verdict; `draws`; `p` (of `excess`) and
-    `contrast_p`, see `p_value`; `p_holm`, `contrast_p_holm`: the same after `holm` over all rows. NaN: not known. A
-    language without draws has no row.
+    `contrast_p`, see `p_value`; `p_holm`, `contrast_p_holm`: the same after `holm` over all rows. NaN: no text to
+    compare. A language without draws has no row.
     """
     is_in = np.array(language, dtype=object) == np.array(languages, dtype=object)[:, None]
     rows: list[dict[str, object]] = []
@@ -232,31 +233,31 @@ def against_control(
         turn = np.arange(resamples) % len(draws)
         random = np.random.default_rng([seed, code])
         known = ~np.isnan(change[order]).any(axis=0)
-        own, other = known & is_in[code], known & ~is_in[code]
-        here, here_resampled = _means(change[order][:, own], tokens[own], resamples, random)
-        there, there_resampled = _means(change[order][:, other], tokens[other], resamples, random)
-        # Of every resample, own and the draw whose turn it is.
-        control_here, control_there = (x[1:][turn, np.arange(resamples)] for x in (here_resampled, there_resampled))
-        excess = here_resampled[0] - control_here
-        contrast = excess - (there_resampled[0] - control_there)
+        is_own, is_other = known & is_in[code], known & ~is_in[code]
+        own, own_resampled = _means(change[order][:, is_own], tokens[is_own], resamples, random)
+        other, other_resampled = _means(change[order][:, is_other], tokens[is_other], resamples, random)
+        # In every resample, the draw whose turn it is.
+        own_control, other_control = (x[1:][turn, np.arange(resamples)] for x in (own_resampled, other_resampled))
+        excess = own_resampled[0] - own_control
+        contrast = excess - (other_resampled[0] - other_control)
         (low, high), (contrast_low, contrast_high) = (np.quantile(x, [0.025, 0.975]) for x in (excess, contrast))
         rows.append({
             "language": name,
-            "own": here[0],
-            "control": here[1:].mean(),
-            "control_high": np.quantile(control_here, 0.975),
-            "others": there[0],
-            "control_others": there[1:].mean(),
-            "excess": here[0] - here[1:].mean(),
+            "own": own[0],
+            "control": own[1:].mean(),
+            "control_high": np.quantile(own_control, 0.975),
+            "others": other[0],
+            "control_others": other[1:].mean(),
+            "excess": own[0] - own[1:].mean(),
             "excess_low": low,
             "excess_high": high,
-            "contrast": here[0] - here[1:].mean() - (there[0] - there[1:].mean()),
+            "contrast": own[0] - own[1:].mean() - (other[0] - other[1:].mean()),
             "contrast_low": contrast_low,
             "contrast_high": contrast_high,
             "above": bool(low > 0),
             "selective": bool(contrast_low > 0),
-            "decided": own.sum() >= ENOUGH
-            and (other.sum() >= ENOUGH or not other.any())
+            "decided": is_own.sum() >= ENOUGH
+            and (is_other.sum() >= ENOUGH or not is_other.any())
             and all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast) if np.isfinite(x).all()),
             "draws": len(draws),
             "p": p_value(excess),

@@ -1,1 +1,1 @@
-"""Extracting activations, keeping them on disk, and counting what fires on which language."""
+"""Extracting activations, storing them on disk, and reading them in training batches."""

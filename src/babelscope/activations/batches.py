@@ -1,4 +1,4 @@
-"""Which rows make which training batch, and reading them from the activation store."""
+"""Training batches from the activation store: which rows a batch holds, and reading them."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -9,32 +9,32 @@ from torch import Tensor
 from babelscope.activations.moments import Moments, moments
 from babelscope.activations.store import ActivationStore
 
-# Rows in the sample for mean and covariance (at least; all if there are fewer), and rows read at once.
+# Minimum rows in the sample for mean and covariance (all rows if there are fewer), and rows read at once.
 _SAMPLE, _CHUNK = 2**18, 8192
-# Batches whose rows are looked up and sorted at once: one by one this took a third as long as the reading.
+# Batches whose rows are looked up and sorted at once. For single batches, this took a third of the time of reading.
 _BLOCK = 64
 
-# Activations to encode and activations to reconstruct, [rows, d_in] and [rows, d] as stored; None: the same.
+# Activations to encode [rows, d_in] and to reconstruct [rows, d], as stored; None: those to encode.
 Pair = tuple[Tensor, Tensor | None]
 
 
 class Source(Protocol):
-    """Batches of activations for one training of one or several hookpoints' SAEs; batch n depends on n alone.
+    """Batches of activations to train the SAEs of one or several hookpoints on; batch n depends on n alone.
 
     Attributes
     ----------
-    steps, size: number of batches, and rows in each over all devices together.
+    steps, size: number of batches, and rows in a batch over all devices.
     """
 
     steps: int
     size: int
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """For every hookpoint the moments of the activations to reconstruct, and of those to encode if they differ."""
+        """For every hookpoint, the moments of the activations to reconstruct, and of those to encode if they differ."""
         ...
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
-        """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint."""
+        """Yield the batches from number `first` on: the share [size / world, d] of device `rank` at every hookpoint."""
         ...
 
 
@@ -51,9 +51,9 @@ class Batches:
     ----------
     store: the activations to reconstruct.
     rows: int64 [m], the rows of `store` to train on.
-    size: rows per step, over all devices together.
-    steps: number of batches; as many passes over the rows as this takes, each in another order.
-    seed: of the order.
+    size: rows in a batch over all devices.
+    steps: number of batches. They take as many passes over the rows as needed, each in another order.
+    seed: seed of the orders.
     inputs: the activations to encode (transcoders), row for row; None: `store`.
     pin: read into page-locked memory, from which a GPU copies while it computes.
     """
@@ -76,7 +76,7 @@ class Batches:
         self._moments: list[tuple[Moments, Moments | None]] = []
 
     def rows_of(self, step: int) -> Tensor:
-        """The store's rows in batch number `step`, ascending (so that a disk reads forward): int64 [size]."""
+        """The store's rows in batch number `step`, int64 [size], ascending so that a disk reads forward."""
         block, number = divmod(step, _BLOCK)
         if block != self._block:
             self._block, self._rows = block, self._rows_of_block(block * _BLOCK * self.size)
@@ -93,10 +93,10 @@ class Batches:
         return self.rows[torch.cat(parts)].view(_BLOCK, self.size).sort(dim=1).values
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
-        """From batch number `first` on, the share [size / world, d] of device `rank`, in the dtype of the store.
+        """Yield the batches from number `first` on: the share [size / world, d] of device `rank`, in the store's dtype.
 
-        The calling thread reads: on two cores a reading thread cost more than it gained, and a GPU computes the step
-        before while this thread reads.
+        The calling thread reads: on two cores, a separate thread cost more than it gained, and a GPU still computes the
+        previous step while this thread reads.
         """
         for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
@@ -109,7 +109,7 @@ class Batches:
         return store.gather(rows, torch.empty((len(rows), store.d), dtype=store.dtype, pin_memory=True))
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """Moments of all rows, or of a sample if there are many; computed once."""
+        """The moments of all rows, or of a sample if there are many; computed once."""
         if not self._moments:
             inputs = None if self.inputs is None else self._moments_of(self.inputs)
             self._moments = [(self._moments_of(self.store), inputs)]

@@ -1,4 +1,4 @@
-"""Extraction: one forward pass over all texts for all hookpoints, which writes shard after shard."""
+"""Extraction: one forward pass over all texts that writes the activations of all hookpoints, shard by shard."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from babelscope.models.hookpoints import shard_blocks
 from babelscope.models.loading import DTYPES
 from babelscope.models.tokens import TokenizedTexts
 
-# Rows of a shard: small enough that a killed run loses little, large enough that there are few files.
+# Rows in a shard: few enough that a killed run loses little, and enough to keep the number of files small.
 SHARD_ROWS = 16384
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive batches (the numbers of their texts) whose content tokens are the rows of one shard."""
+    """Consecutive batches, as the numbers of their texts, whose content tokens are the rows of one shard."""
 
     number: int
     batches: list[list[int]]
@@ -56,7 +56,7 @@ def padding_share(texts: TokenizedTexts, shards: Sequence[Shard]) -> float:
 def token_table(texts: TokenizedTexts, shards: Sequence[Shard]) -> pl.DataFrame:
     """The row order of every activation file: `row`, `text_id`, `language`, `split`, `position`, `token_id`.
 
-    `position` counts a text's content tokens from 0. `texts.frame` has `language` and `split`.
+    `position` counts a text's content tokens from 0. `texts.frame` must have `language` and `split`.
     """
     order = [number for shard in shards for batch in shard.batches for number in batch]
     table = texts.frame[order].select(
@@ -68,7 +68,7 @@ def token_table(texts: TokenizedTexts, shards: Sequence[Shard]) -> pl.DataFrame:
 
 
 class _Processes(NamedTuple):
-    """The processes of a run: the number of this one, how many there are, and a call that waits for all of them."""
+    """The processes of a run: the number of this one, the number of all, and a function that waits for all."""
 
     rank: int = 0
     world: int = 1
@@ -76,13 +76,12 @@ class _Processes(NamedTuple):
 
 
 def _launch(model: Any, hardware: Hardware) -> _Processes:
-    """Put the model on the device; if the run has several processes, start the others, and wait for them."""
+    """Move the model to its device; if the run has several processes, start the others and wait for them."""
     device = prepare(hardware)
     if device_count(hardware) * hardware.num_nodes == 1:
         model.to(device)
         return _Processes()
-    # Only here: it takes seconds to import.
-    from lightning.fabric import Fabric
+    from lightning.fabric import Fabric  # on demand: its import takes seconds
     from lightning.fabric.strategies import ModelParallelStrategy
 
     strategy: Any = hardware.strategy
@@ -110,30 +109,29 @@ def extract(
     dtype: str,
     hardware: Hardware,
 ) -> bool:
-    """Write `folder/<hookpoint>/shard-*.safetensors` for every shard that is not there yet (inputs: see `store.place`).
+    """Write `folder/<hookpoint>/shard-*.safetensors` for every missing shard (see `store.place` for inputs).
 
-    On several devices or nodes each takes whole shards. Which batches make a shard depends on the texts alone, so the
-    bytes are those that one device writes. Under FSDP the devices pass each other the weights of each block, and a
-    device without batches of its own runs on for the others.
+    Each of several processes writes whole shards. The batches of a shard depend on the texts alone, so the bytes are
+    those that a single process writes. Under FSDP, the devices send each other the weights of each block, so a device
+    that has no batches left repeats one until the others are done.
 
     Parameters
     ----------
     texts, shards: the plan of the whole run; each of n processes takes every n-th shard.
-    hookpoints: what to read, see `babelscope.models.forward.names_to_read`.
-    folder: where the shards are written; shards that an interrupted run left there are kept. Several nodes must share
-        it.
+    hookpoints: names to read, see `babelscope.models.forward.names_to_read`.
+    folder: folder for the shards; those that an interrupted run left there are kept. Several nodes must share it.
     dtype: dtype of the stored activations, "float16", "bfloat16" or "int8" (see `store.quantise`).
     hardware: devices and strategy.
 
     Returns
     -------
-    Whether this process is the first of the run (the one that finishes the output).
+    Whether this process is the first of the run, which finishes the output.
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`, or what other nodes wrote is not in `folder`.
+    UserError: an activation is not finite in `dtype`, or the shards of other nodes are missing from `folder`.
     """
-    # Every process sees the same: none writes before all have been launched.
+    # Every process finds the same shards missing, since none writes before all have been launched.
     missing = {shard.number for shard in shards if not _complete(folder, hookpoints, shard)}
     rank, world, wait = _launch(model, hardware)
     shares = [[shard for shard in shards[first::world] if shard.number in missing] for first in range(world)]
@@ -156,7 +154,7 @@ def extract(
             pass
     wait()
     if rank == 0 and not all(_complete(folder, hookpoints, shard) for shard in shards):
-        raise UserError(f"{folder}: lacks what other processes wrote; several nodes must share the working folder")
+        raise UserError(f"{folder}: shards of other processes are missing; all nodes must share the working folder")
     return rank == 0
 
 

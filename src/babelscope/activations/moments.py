@@ -1,4 +1,4 @@
-"""What activations are normalised by before an SAE is trained on them."""
+"""The moments of activations, and their normalisation before an SAE is trained on them."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 
-# With fewer effective dimensions, a few directions would take all latents.
+# Activations with fewer effective dimensions are whitened, since otherwise a few directions would take all latents.
 _FEW = 16
-# Share of the logarithm of a direction's variance that is taken off then.
+# Whitening reduces the logarithm of each direction's variance by this share.
 _WHITEN = 0.5
 
 
 class Normalisation(NamedTuple):
-    """What brings the mean squared norm to d: a factor or, if there are few effective dimensions, a matrix.
+    """Scales the mean squared norm to d, by a factor or, if there are few effective dimensions, by a matrix.
 
     Attributes
     ----------
-    mean: float32 [d], of the activations.
+    mean: float32 [d], mean of the activations.
     scale: the factor.
-    forth, back: float32 [d, d], the matrix and its inverse (symmetric); None: the factor does it.
+    forth, back: float32 [d, d], the matrix and its inverse (both symmetric); None if the factor is used.
     """
 
     mean: Tensor
@@ -44,7 +44,7 @@ class Moments(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Brings the mean squared norm to d."""
+        """The factor that scales the mean squared norm to d."""
         square = float(self.covariance.trace() + self.mean.double().square().sum())
         return float((len(self.mean) / square) ** 0.5) if square > 0 else 1.0
 
@@ -55,15 +55,15 @@ class Moments(NamedTuple):
         return float(self.covariance.trace()) ** 2 / total if total > 0 else float(len(self.mean))
 
     def normalisation(self) -> Normalisation:
-        """What an SAE's training normalises by."""
+        """The normalisation for training an SAE on the activations."""
         return Normalisation(self.mean, self.scale, *(self.whitening() or ()))
 
     def whitening(self) -> tuple[Tensor, Tensor] | None:
-        """Matrix [d, d] that evens out the spectrum, and its inverse (both symmetric); None if it is not needed.
+        """Matrix [d, d] that flattens the spectrum, and its inverse (both symmetric); None if it is not needed.
 
-        If a few directions hold most of the variance (a last layer, tokens with huge activations), a handful of latents
-        serves every token, and most of the dictionary dies. The matrix maps a direction of variance lambda to one of
-        variance `sqrt(lambda)`. It is folded into the weights after training (measured: `benchmarks/sae_choices.py`).
+        If a few directions hold most of the variance (a last layer, tokens with huge activations), a few latents serve
+        every token, and most of the dictionary dies. The matrix maps a direction of variance lambda to one of variance
+        `sqrt(lambda)`. It is folded into the weights after training (`benchmarks/sae_choices.py` measures its effect).
         """
         if self.effective_dimensions >= _FEW:
             return None
@@ -80,29 +80,29 @@ def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:
 
     Raises
     ------
-    ValueError: there is no row.
-    UserError: all rows are the same, or some are not finite; the message calls them the activations of `name`.
+    ValueError: there are no rows.
+    UserError: all rows are the same, or some are not finite; the message names the hookpoint `name`.
     """
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     first = origin = torch.zeros(())
-    others = False
+    differ = False
     for chunk in chunks:
         x = chunk.float()
         if not rows and len(x):
-            # Centred on the mean of the first chunk: in float32, a mean far from 0 would swallow a small variance.
+            # Sums are taken around the first chunk's mean: in float32, a mean far from 0 would hide a small variance.
             first, origin = x[0], x.mean(0, dtype=torch.float64).float()
-        others = others or bool((x != first).any())
+        differ = differ or bool((x != first).any())
         rows += len(x)
         x = x - origin
         total = total + x.sum(0, dtype=torch.float64)
         products = products + (x.T @ x).double()
     if not rows:
         raise ValueError("no activations to normalise by")
-    if not others:
-        raise UserError(f"params.yaml: hookpoints: {name} gives the same activations for all tokens: nothing to learn")
+    if not differ:
+        raise UserError(f"params.yaml: hookpoints: {name} gives the same activations for all tokens; remove it")
     if not products.isfinite().all():
         raise UserError(
-            f"data/activations: {name} has some that are infinite or not a number; make verify says if they are damaged"
+            f"data/activations: {name} has infinite or NaN activations; `make verify` tells whether files are damaged"
         )
     shift = total / rows
     return Moments((origin.double() + shift).float(), products / rows - shift.outer(shift))

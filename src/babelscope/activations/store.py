@@ -16,9 +16,9 @@ from babelscope.core.files import read_json, write_atomically, write_json
 from babelscope.models.names import INPUT
 
 _KEY = "activations"
-# The tensors of a shard in int8, in the order of `Quantised`.
+# Names of the tensors in an int8 shard, in the order of `Quantised`'s fields.
 _QUANTISED = (_KEY, "scales", "mean", "deviation")
-# Rows that are converted to float64 at once.
+# Rows converted to float64 at once.
 _CHUNK = 1024
 
 
@@ -49,17 +49,17 @@ class Quantised(NamedTuple):
     deviation: Tensor
 
     def rows(self, which: Tensor) -> Tensor:
-        """Some rows as float32 `[n, d]`."""
+        """The rows `which` as float32 `[n, d]`."""
         part = self.q[which].float().mul_(self.scale[which].unsqueeze(1))
         return part.mul_(self.deviation).add_(self.mean)
 
 
 def quantise(activations: Tensor) -> Quantised:
-    """Round each row to 255 evenly spaced steps, symmetric around the mean row, in units of standard deviations.
+    """Standardise the columns, then round each row to 255 evenly spaced steps, symmetric around 0.
 
-    Absmax quantisation by row (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest number of a row is 127
-    steps. The columns are standardised before, since a few of them are often a hundred times larger than all others,
-    which would be left with few steps (ibid., section 4).
+    This is absmax quantisation by row (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest absolute value
+    of a row is 127 steps. The columns are standardised because a few of them are often a hundred times larger than all
+    others, for which few steps would remain (ibid., section 4).
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def quantise(activations: Tensor) -> Quantised:
 
 
 def _column_means(x: Tensor, power: int) -> NDArray[np.float64]:
-    """Mean of the columns of `x**power`, summed in the same order on every machine (PyTorch's threads change it)."""
+    """Column means of `x**power`, summed in the same order on every machine (PyTorch's order depends on threads)."""
     total = np.zeros(x.shape[1])
     for first in range(0, len(x), _CHUNK):
         total += (x[first : first + _CHUNK].double().numpy() ** power).sum(0)
@@ -92,24 +92,24 @@ def write_shard(folder: Path, number: int, activations: Tensor, *, quantised: bo
 
 
 def write_index(folder: Path, shard_rows: Sequence[int], d: int, dtype: str, model: str, hookpoint: str) -> None:
-    """Write `index.json`: the shape and dtype of the whole, the model and hookpoint, and the rows of each shard."""
+    """Write `index.json`: shape and dtype of the store, model, hookpoint, and the number of rows in each shard."""
     shards = [{"file": shard_name(number), "rows": rows} for number, rows in enumerate(shard_rows)]
     content = {"dtype": dtype, "model": model, "hookpoint": hookpoint, "shards": shards}
     write_json(folder / "index.json", content | {"shape": [sum(shard_rows), d]})
 
 
 class ActivationStore:
-    """The activations of one hookpoint, memory-mapped: only the rows that are asked for are read.
+    """The activations of one hookpoint, memory-mapped: only the requested rows are read.
 
     Attributes
     ----------
-    rows, d: shape of the whole.
-    dtype: dtype of the activations that it returns: the stored one, or float32 if they are stored in int8.
+    rows, d: shape of the store.
+    dtype: dtype of the rows that `gather` returns: the stored one, or float32 if they are stored in int8.
     index: the content of `index.json`.
 
     Raises
     ------
-    UserError: the folder has no index, or a shard is missing, corrupt or of another shape than the index says.
+    UserError: the folder has no index, or a shard is missing, is corrupt, or does not have the shape in the index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,7 +124,7 @@ class ActivationStore:
         self.dtype = torch.float32 if isinstance(first, Quantised) else first.dtype
         self._starts = torch.tensor([0, *(rows for _, rows in shards)]).cumsum(0)
         if int(self._starts[-1]) != self.rows:
-            raise UserError(f"{folder / 'index.json'}: shape says {self.rows} rows, the shards {int(self._starts[-1])}")
+            raise UserError(f"{folder / 'index.json'}: a shape of {self.rows} rows, but shards of {self._starts[-1]}")
 
     def _open(self, path: Path, rows: int) -> Tensor | Quantised:
         try:
@@ -140,11 +140,11 @@ class ActivationStore:
         return Quantised(*parts) if parts else whole
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """The given rows (int64 `[n]`, any order) as `[n, d]` in `dtype`; in `out`, if they ascend."""
+        """The given rows (int64 `[n]`, any order) as `[n, d]` in `dtype`; ascending rows are written to `out`."""
         order = None
         if not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
-        # One copy per shard: batches are small, so more calls would cost more than the copies.
+        # One call per shard: batches are small, so more calls would cost more than the copying.
         counts = torch.searchsorted(rows, self._starts).diff()
         rows = rows - self._starts[:-1].repeat_interleave(counts)
         found = torch.empty((len(rows), self.d), dtype=self.dtype) if out is None else out

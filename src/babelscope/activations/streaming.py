@@ -1,4 +1,4 @@
-"""Training batches from a running forward pass, for corpora whose activations do not fit on a disk."""
+"""Training batches computed while training runs, for corpora whose activations do not fit on a disk."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,47 +12,47 @@ from babelscope.models.forward import names_to_read, read_batches
 from babelscope.models.names import input_name
 from babelscope.models.tokens import TokenizedTexts
 
-# A block, within which rows are shuffled, holds the rows of this many training batches, and at least this many rows.
+# Rows are shuffled within blocks of this many training batches, and of at least this many rows.
 _BATCHES, _ROWS = 16, 16384
 # Rows whose moments are summed at once.
 _CHUNK = 8192
 
 
 class Stream:
-    """A `batches.Source` whose rows are computed when they are needed, at several hookpoints at once.
+    """A `batches.Source` that computes rows when they are needed, at several hookpoints at once.
 
     Every epoch takes the texts in another order, in blocks of about `block_rows` tokens. One block of activations at a
-    time is in memory, and its rows are shuffled. The blocks are a pure function of (seed, epoch), the order of rows one
-    of (seed, block): batch `step` is `size` rows of one endless sequence, in which every token of the corpus occurs
-    once an epoch. Resuming therefore costs the forward pass over one block (and over the first one, for the moments).
+    time is in memory, and its rows are shuffled. The blocks depend on (seed, epoch) alone, and the order of rows in a
+    block on (seed, block). Batch `step` is `size` rows of one endless sequence in which every token of the corpus
+    occurs once per epoch. Resuming costs the forward pass over one block (and over the first one, for the moments).
 
-    Memory in bytes, with D the sum of the hookpoints' widths (and of their inputs' for transcoders):
+    The memory in bytes, with D the sum of the hookpoints' widths (for transcoders also of their inputs' widths), is
 
         2 D (block_rows + 4 size)  the block, and batches: one in training, one fetched, one being assembled
-        + 12 D batch_tokens        one forward pass: its activations, in the model's dtype and in that of the block
+        + 12 D batch_tokens        the activations of one forward pass, in the model's dtype and in the block's
         + 4 tokens + 100 texts     the corpus
         + the model and its forward pass over batch_tokens tokens
 
-    The trainer adds 16 bytes for each of the SAEs' weights (gradients and Adam's moments included) and, at every
-    hookpoint, about 20 bytes for each of the d numbers in a batch's rows. Nothing grows with the number of steps.
-    Measured (VmHWM; SmolLM2-135M in bfloat16, D = 3 x 576, 4,608 latents, batches of 1,024, forward passes of 2,048
-    tokens, four blocks): 475 MiB above the loaded model, 243 of them the SAEs' weights; these terms give 476, with 40
-    for the forward pass and 51 for the caches that stage `stream` bounds (unbounded, they grew by 50 MiB a block).
+    The trainer adds 16 bytes per weight of the SAEs (gradients and Adam's moments included) and about 20 bytes per
+    number in a batch at each hookpoint. Nothing grows with the number of steps. In a measurement (VmHWM; SmolLM2-135M
+    in bfloat16, D = 3 x 576, 4,608 latents, batches of 1,024, forward passes of 2,048 tokens, four blocks), training
+    took 475 MiB in addition to the loaded model, 243 MiB of them for the SAEs' weights. The terms above give 476 MiB,
+    with 40 MiB for the forward pass and 51 MiB for caches that stage `stream` bounds (else they grew 50 MiB a block).
 
-    Each of several devices computes every block in full and takes its share of each batch: this divides the time of the
-    SAEs' training, but not that of the forward pass.
+    Each of several devices computes every block in full and takes its share of each batch. Several devices therefore
+    shorten the SAEs' training, but not the forward pass.
 
     Parameters
     ----------
     model: a causal language model, on the device for the forward pass and the block.
-    texts: of the training split, at least one.
-    hookpoints: names.
-    transcode: encode the inputs of the hookpoints' modules.
-    dtype: of the activations (`extract.store_dtype`: the values are those of stored activations).
+    texts: texts of the training split, at least one.
+    hookpoints: names of the hookpoints.
+    transcode: whether to encode the inputs of the hookpoints' modules.
+    dtype: dtype of the activations (`extract.store_dtype`, so that the values are those of stored activations).
     batch_tokens: tokens in one forward pass, padding included.
-    size, steps: rows of a batch over all devices together, and number of batches.
-    seed: of all orders.
-    block_rows: None: the rows of 16 batches, and at least 16,384.
+    size, steps: rows in a batch over all devices, and number of batches.
+    seed: seed of all orders.
+    block_rows: rows in a block; None: the rows of 16 batches, and at least 16,384.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Stream:
         self.size, self.steps, self.seed = size, steps, seed
         self.block_rows = block_rows or max(_BATCHES * size, _ROWS)
         self.rows = int(texts.lengths.sum())
-        self._held = -1  # position in the endless sequence at which the block in the buffers begins
+        self._held = -1  # where the block in the buffers begins in the endless sequence
         self._rows = 0
-        # The same buffers for all blocks: blocks of other sizes would fragment the memory.
+        # All blocks share these buffers, since buffers of varying sizes would fragment the memory.
         self._buffers: dict[str, Tensor] = {}
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
-        """Moments of the first block: about `block_rows` tokens of texts drawn at random, which `read` computes once.
+        """The moments of the first block, about `block_rows` tokens of randomly drawn texts, which `read` then reuses.
 
         Moments of the whole corpus would cost a forward pass over all of it.
         """
@@ -92,7 +92,7 @@ class Stream:
         ]
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
-        """From batch number `first` on, the share [size / world, d] of device `rank` at every hookpoint.
+        """Yield the batches from number `first` on: the share [size / world, d] of device `rank` at every hookpoint.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class Stream:
             yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
 
     def _pieces(self, row: int) -> Iterator[list[Pair]]:
-        """Pieces of the endless sequence from row number `row` on, which end with their block or with their batch."""
+        """Yield the endless sequence from row number `row` on, in pieces that end with a block or a batch."""
         while True:
             epoch, offset = divmod(row, self.rows)
             for numbers in self._blocks(epoch):
@@ -126,16 +126,16 @@ class Stream:
                 offset = 0
 
     def _blocks(self, epoch: int) -> list[Tensor]:
-        """Numbers of the texts of every block, in the order of the epoch; a text is in the block in which it begins."""
+        """The numbers of every block's texts in the epoch's order; a text is in the block in which it begins."""
         order = permutation(self.seed, epoch, len(self.texts))
         lengths = self.texts.lengths[order]
         block = (lengths.cumsum(0) - lengths) // self.block_rows
         return list(torch.split(order, torch.bincount(block).tolist()))
 
     def _block(self, start: int, numbers: Tensor) -> list[Pair]:
-        """The activations of these texts at every hookpoint, [rows, d], views of the buffers; computed unless held."""
+        """The activations of these texts at every hookpoint, [rows, d], as views of the buffers."""
         if self._held != start:
-            self._held = -1  # an exception leaves them half-filled
+            self._held = -1  # an exception would leave the buffers half-filled
             self._compute(numbers)
             self._held = start
         block = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}

@@ -1,4 +1,4 @@
-"""How much removing one feature alone changes the NLL of texts of its own languages."""
+"""The change of the NLL of texts of a feature's own languages when the feature alone is removed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def effects(
     if measured:
         conditions = [features[number] for number in measured]
         interventions = {
-            name: FeatureAblation(saes[name], [[unit] if at == name else [] for at, unit in conditions])
+            name: FeatureAblation(saes[name], [[unit] if hookpoint == name else [] for hookpoint, unit in conditions])
             for name in saes if name in dict(conditions)
         }  # fmt: skip
         nll = ablate(model, interventions, chosen, batch_tokens, asked=asked, keep=keep, advance=advance)

@@ -1,4 +1,4 @@
-"""The tokens that a feature's decoder direction promotes and suppresses, as a reader can read them."""
+"""The tokens that a feature's decoder direction promotes and suppresses, in readable form."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Extremes(NamedTuple):
 
 
 def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = None) -> Extremes:
-    """The `tokens` largest and smallest logits of every row, the farthest first; ties go to the smaller token id.
+    """The `tokens` largest and smallest logits of every row, the most extreme first; ties go to the smaller token id.
 
     `logits`: float32 `[rows, vocabulary]` each, see `babelscope.models.logit_lens.direct_logits`. `has_text`: bool
     `[vocabulary]`, which ids are tokens (see `tokens_of`); the others are left out. None: all are.
@@ -39,15 +39,15 @@ def extremes(logits: Iterable[Tensor], tokens: int, has_text: Tensor | None = No
 
 def _extreme(rows: Tensor, count: int, largest: bool) -> Tensor:
     """Columns of the `count` largest or smallest values of every row, int64 `[rows, count]`, in that order."""
-    # One more than wanted: top-k breaks ties as it likes, and a tie at the border is seen by the next value.
+    # One more than needed: top-k breaks ties arbitrarily, and the next value reveals a tie at the border.
     values, columns = rows.topk(min(count + 1, rows.shape[1]), dim=1, largest=largest)
     columns = columns[:, :count].sort(dim=1).values
     columns = columns.gather(1, rows.gather(1, columns).sort(dim=1, descending=largest, stable=True).indices)
     if values.shape[1] > count > 0:
         for row in (values[:, count - 1] == values[:, count]).nonzero().flatten().tolist():
             least = values[row, count]
-            among = ((rows[row] >= least) if largest else (rows[row] <= least)).nonzero().squeeze(1)
-            columns[row] = among[rows[row, among].sort(descending=largest, stable=True).indices[:count]]
+            candidates = ((rows[row] >= least) if largest else (rows[row] <= least)).nonzero().squeeze(1)
+            columns[row] = candidates[rows[row, candidates].sort(descending=largest, stable=True).indices[:count]]
     return columns
 
 
@@ -62,7 +62,7 @@ def tokens_of(tokenizer: Any, vocabulary: int) -> Tensor:
 def readable(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     r"""The text of tokens by id; the bytes of a part of a character are written as `\xe0`.
 
-    Byte-level tokenizers have many such parts (in Tamil nearly all): decoded alone they would all read as U+FFFD.
+    Byte-level tokenizers have many such parts (in Tamil nearly all tokens); decoded alone, all are U+FFFD.
     """
     return {number: _text(tokenizer, number) for number in sorted(set(ids))}
 

@@ -1,4 +1,4 @@
-"""Stage `browse`: what the feature browser shows of every selected feature, and of those that several languages share.
+"""Stage `browse`: the tables behind the feature browser, of selected features and of those that languages share.
 
 The firings come from the stored activations, or from a forward pass if `train.source` is `stream`.
 """
@@ -70,7 +70,7 @@ def run(params: Config, paths: Paths) -> None:
 
 
 def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The features with `largest`, the largest activation on the training texts, and their rates in every language."""
+    """The features with `largest`, their largest activation on training texts, and their rates in every language."""
     selected = read_table(paths.features).filter(kind="sae")
     totals = read_table(paths.totals(params.hookpoints[0]))
     counts = pl.concat(
@@ -90,13 +90,13 @@ def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: Config) -> dict[str, Firings]:
-    """By hookpoint, what collects the firings of its features."""
+    """A collector of the firings of each hookpoint's features."""
     result = {}
     for name, dictionary in saes.items():
-        at = features.filter(hookpoint=name)
-        owns = [[language in own for language in params.languages] for own in at["languages"].to_list()]
+        rows = features.filter(hookpoint=name)
+        owns = torch.tensor([[code in own for code in params.languages] for own in rows["languages"].to_list()])
         result[name] = Firings(
-            Features(dictionary, at["unit"].cast(pl.Int64).to_torch()), torch.tensor(owns), at["largest"].to_torch(),
+            Features(dictionary, rows["unit"].cast(pl.Int64).to_torch()), owns, rows["largest"].to_torch(),
             texts=params.browse.texts, held_out=params.browse.ablation_texts, longest=params.corpus.max_tokens,
         )  # fmt: skip
     return result
@@ -139,7 +139,7 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
     with torch.inference_mode():
         for name, dictionary in saes.items():
             if dictionary.d != logit_lens.width(model):
-                log.warning("%s: not as wide as the residual stream, so its features have no logit lens", name)
+                log.warning("%s: not as wide as the residual stream, so that its features have no logit lens", name)
                 continue
             units = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
             directions = dictionary.W_dec[units.to(dictionary.b_dec.device)]
@@ -153,7 +153,7 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
 
 
 def removed_alone(features: pl.DataFrame, held_out: list[list[str]], params: Config, paths: Paths) -> list[list[str]]:
-    """The texts on which each feature is removed: those `held_out`, of the first features in rank of each language."""
+    """The `held_out` texts on which each feature is removed; none if it is not among a language's top-ranked."""
     selected = read_table(paths.features).filter(kind="sae").sort("rank", maintain_order=True)
     first = selected.group_by("language", maintain_order=True).head(params.browse.ablated).select(KEY).rows()
     return [ids if key in set(first) else [] for key, ids in zip(features.select(KEY).rows(), held_out, strict=True)]
@@ -163,9 +163,9 @@ def measure(
     model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, removed: Sequence[Sequence[str]],
     corpus: pl.DataFrame, params: Config, paths: Paths,
 ) -> pl.DataFrame:  # fmt: skip
-    """What removing each feature alone does to its texts `removed`; nothing is measured for transcoders."""
+    """Effects of removing each feature alone on its texts `removed`; none are measured for transcoders."""
     if any(dictionary.is_transcoder for dictionary in saes.values()):
-        log.warning("browse: transcoders read their module's input, so no feature is removed by itself")
+        log.warning("browse: features are not removed one by one, since transcoders read the input of their module")
         removed = [[] for _ in removed]
     used = corpus.filter(pl.col("text_id").is_in(sorted({text_id for ids in removed for text_id in ids})))
     texts = tokens.tokenize(tokenizer, used["text_id"].to_list(), used["text"].to_list(), params.corpus.max_tokens)

@@ -1,4 +1,4 @@
-"""The tables that stage `browse` writes of what it has collected."""
+"""The tables that stage `browse` writes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ def examples(
 ) -> pl.DataFrame:
     """The texts in which each feature is most active.
 
-    `features`: of `units`. `firings`: by hookpoint, of its features in this order. `text_ids`: of the texts by the
-    numbers that `firings` has for them. `texts`: of `babelscope.features.pieces.cut`, at least all examples.
+    `features`: from `units`. `firings`: by hookpoint, its features in the same order. `text_ids`: by the numbers of
+    texts in `firings`. `texts`: from `babelscope.features.pieces.cut`, at least all examples.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def examples(
 def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.DataFrame:
     """Tokens by activation: `hookpoint`, `layer`, `unit`, `bin`, `low`, `high` (its ends), `own`, `other` (tokens).
 
-    `features`: of `units`, with `largest`, the upper end of the last bin. `firings`: as in `examples`.
+    `features`: from `units`, with `largest`, the upper end of the last bin. `firings`: as in `examples`.
     """
     sides = {
         side: pl.Series(
@@ -62,8 +62,8 @@ def histograms(features: pl.DataFrame, firings: Mapping[str, Firings]) -> pl.Dat
 def tokens(features: pl.DataFrame, found: Mapping[str, Extremes], text: Mapping[int, str]) -> pl.DataFrame:
     """The tokens that each feature's direction promotes and suppresses.
 
-    `features`: of `units`. `found`: by hookpoint, of its features in this order; a hookpoint may be missing. `text`: of
-    every token by id.
+    `features`: from `units`. `found`: by hookpoint, its features in the same order; a hookpoint may be missing.
+    `text`: the text of every token by id.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Which features there are to browse, and how often each fires in every language."""
+"""The features in the browser, and how often each fires in every language."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ def units(
     selected: pl.DataFrame, candidates: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str],
     shared: int | None,
 ) -> pl.DataFrame:  # fmt: skip
-    """The features that were selected, and in addition those that several languages share.
+    """The selected features, and others that several languages share.
 
-    `selected`: the rows of kind `sae` of `data/scores/features.parquet`. `candidates`: what `sae_lape` finds by the
-    same thresholds with `members=None` and nothing cut off. `languages`, `hookpoints`: their orders. `shared`: keep so
-    many of the shared features that were not selected, those of lowest entropy; None keeps all.
+    `selected`: the rows of kind `sae` of `data/scores/features.parquet`. `candidates`: from `sae_lape` with the same
+    thresholds, `members=None` and `top=None`. `languages`, `hookpoints`: their orders. `shared`: number of shared
+    features to add to the selected ones, those of lowest entropy; None adds all.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def units(
 def probabilities(features: pl.DataFrame, counts: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
     """P(l, u) = c / T of every feature in every language.
 
-    `features`: of `units`. `counts`: `hookpoint`, `layer`, `unit`, `language`, `tokens`; rows without a firing may be
+    `features`: from `units`. `counts`: `hookpoint`, `layer`, `unit`, `language`, `tokens`; rows without a firing may be
     missing. `totals`: `language`, `tokens`, in the order wanted.
 
     Returns

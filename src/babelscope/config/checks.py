@@ -53,20 +53,20 @@ def _neurons(params: Config) -> Iterator[str]:
     for name in names:
         if name in params.hookpoints:
             yield (
-                f"neurons.hookpoints: {name!r} is among hookpoints, too: there the units are an SAE's latents; "
+                f"neurons.hookpoints: {name!r} is also one of hookpoints, where the units are an SAE's latents; "
                 "allowed: any other, such as layers.6.mlp.act_fn"
             )
     if "neuron" in params.ablate.methods and not names:
         yield (
-            "ablate.methods: 'neuron' sets neurons to 0, and neurons.hookpoints names none; "
-            "allowed without them: feature, directional, additive"
+            "ablate.methods: 'neuron' sets neurons to 0, but neurons.hookpoints is empty; "
+            "allowed without neurons: feature, directional, additive"
         )
 
 
 def _sources(params: Config) -> Iterator[str]:
     if params.train.transcode and "feature" in params.ablate.methods:
         yield (
-            "ablate.methods: 'feature' subtracts what an SAE reads at the hookpoint itself, but transcoders "
+            "ablate.methods: 'feature' needs SAEs that read the hookpoint itself, but transcoders "
             "(train.transcode) read the input of its module; allowed with them: directional, additive, neuron"
         )
     if params.train.source == "pretrained":
@@ -83,7 +83,7 @@ def _sources(params: Config) -> Iterator[str]:
         )
     if params.train.source == "stream" and params.explain.endpoint is not None:
         yield (
-            "explain.endpoint: features are explained by stored activations, and train.source 'stream' stores "
+            "explain.endpoint: explanations need stored activations, and train.source 'stream' stores "
             "none; allowed with it: null"
         )
 
@@ -92,7 +92,7 @@ def _stability(params: Config) -> Iterator[str]:
     chosen = params.stability.hookpoints
     reasons = {
         "stream": "a second training reads stored activations, and train.source 'stream' stores none",
-        "pretrained": "with train.source 'pretrained' nothing is trained that could be trained again",
+        "pretrained": "train.source 'pretrained' trains nothing that could be trained again",
     }
     if chosen and params.train.source in reasons:
         yield f"stability.hookpoints: {reasons[params.train.source]}; allowed with it: an empty list, []"
@@ -100,13 +100,13 @@ def _stability(params: Config) -> Iterator[str]:
         if name not in params.hookpoints:
             yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
     if chosen and params.stability.seed == params.seed:
-        yield f"stability.seed: {params.seed} is the seed of the first training, too; choose another"
+        yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
 
 
 def _hardware(params: Config) -> Iterator[str]:
     if params.hardware.strategy == "fsdp" and params.model.quantization is not None:
         yield (
-            f"hardware.strategy: 'fsdp' cannot cut weights in {params.model.quantization} (model.quantization); "
+            f"hardware.strategy: 'fsdp' cannot shard weights in {params.model.quantization} (model.quantization); "
             "allowed with them: auto, ddp"
         )
     wanted = params.hardware.devices

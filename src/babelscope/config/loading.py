@@ -19,7 +19,7 @@ from babelscope.core.errors import UserError
 class YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2 as DVC reads it: `no`, `on` and `12:30` are strings, `1e-3` is a number, `010` is ten, `0o10` eight.
 
-    Duplicate keys, merge keys (`<<`) and dates, which no file here needs, are refused.
+    Duplicate keys, merge keys (`<<`) and dates are refused: no file here needs them.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -39,7 +39,7 @@ class YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
         return content
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """An integer (decimal, `0x`, `0o`, `0b`) or a float; underscores between digits do not count."""
+        """An integer (decimal, `0x`, `0o`, `0b`) or a float; underscores are ignored."""
         text = self.construct_scalar(node).replace("_", "").lower()
         try:
             if node.tag == "tag:yaml.org,2002:float":
@@ -49,7 +49,7 @@ class YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
             raise _refusal(str(error)[:80], node) from None
 
     def refuse(self, node: yaml.ScalarNode) -> Any:
-        """Raise for a kind of scalar that nothing here needs."""
+        """Raise for a kind of scalar that no file here needs."""
         raise _refusal(f"{node.value!r} is not supported here; write it between quotes if it is a string", node)
 
 
@@ -105,8 +105,8 @@ def load(path: Path = Path("params.yaml")) -> Config:
 
     Raises
     ------
-    UserError: the file is missing, is not YAML, or has a value that is not allowed; or it is in a temporary copy of the
-        repository (`dvc exp run --temp`, the queue) in which a folder that it names is missing.
+    UserError: the file is missing, is not YAML or has a value that is not allowed; or a folder that it names is missing
+        in the temporary copy of the repository in which DVC runs (`dvc exp run --temp`, the queue).
     """
     params = parse(read_yaml(path), str(path))
     here, main = path.absolute().parent, os.environ.get("DVC_ROOT")

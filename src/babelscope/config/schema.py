@@ -1,4 +1,4 @@
-"""The sections of params.yaml: one class per section. params.yaml itself documents every setting."""
+"""The sections of params.yaml, one class each. params.yaml documents every setting."""
 
 import re
 from collections.abc import Sequence
@@ -192,7 +192,7 @@ class Neurons(Section):
 
 
 class Stability(Section):
-    """Second SAEs of some hookpoints, from another seed, to see which features are found again."""
+    """Second SAEs of some hookpoints from another seed, which show which features are found again."""
 
     hookpoints: Hookpoints
     seed: Seed
@@ -249,7 +249,7 @@ class Steer(Section):
 
 
 class Browse(Section):
-    """The feature browser: what is shown of every feature."""
+    """The feature browser: how much it shows of every feature."""
 
     texts: Size
     tokens: Size
@@ -284,7 +284,7 @@ class Track(Section):
 
 
 class Hardware(Section):
-    """Settings that change how fast the results come, never what they are; no stage depends on them."""
+    """Settings that change the speed, never the results; no stage depends on them."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
     devices: Devices
@@ -299,7 +299,7 @@ class Hardware(Section):
     def _known(cls, name: str) -> str:
         if name not in ("auto", "ddp", "fsdp"):
             raise ValueError(
-                f"{name!r}; allowed: auto, ddp, fsdp. Lightning's others cut weights across rows (deepspeed, "
-                "model_parallel), which the SAE's own gradients do not, or start functions, not stages (ddp_spawn)"
+                f"{name!r}; allowed: auto, ddp, fsdp. Others split rows of weights (deepspeed, model_parallel), which "
+                "the SAE's own gradients do not support, or cannot start a stage script (ddp_spawn)"
             )
         return name

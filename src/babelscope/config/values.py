@@ -14,7 +14,7 @@ from babelscope.core.redact import redact
 
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
-_LONGEST = 200  # characters of a name that becomes part of a file's
+_LONGEST = 200  # characters of a name that is part of a file name
 
 
 def _printable(text: str) -> str:
@@ -30,7 +30,7 @@ def _inside(path: str) -> str:
 
 
 def _without_credentials(url: str) -> str:
-    # The message does not repeat it: params.yaml is committed and goes to MLflow, the message to a log.
+    # params.yaml is committed and sent to MLflow. The message does not repeat the URL: it goes to a log.
     if redact(url) != url or not re.fullmatch(r"https?://[^/]+(/.*)?", url):
         raise ValueError("expected a URL such as http://localhost:8000/v1, without user, password or key in it")
     return url
@@ -54,7 +54,7 @@ def _devices(value: Any) -> Any:
     return value
 
 
-# A count, and a number of things that are in memory at once.
+# Positive: a count. Size: a count of things that are in memory at once.
 Positive = Annotated[int, Field(gt=0, lt=2**48)]
 Size = Annotated[int, Field(gt=0, le=2**26)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -71,9 +71,9 @@ Hookpoints = Annotated[list[str], AfterValidator(lambda names: _different(names,
 Languages = Annotated[list[str], AfterValidator(lambda names: _different(names, _LANGUAGE))]
 
 
-def _allowed(model: Any, place: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section of `model` at `place` may hold."""
-    for key in place:
+def _allowed(model: Any, path: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section of `model` at `path` may hold."""
+    for key in path:
         field = model.model_fields.get(key) if isinstance(key, str) else None
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return []
@@ -100,10 +100,10 @@ def local_name(name: str) -> str:
 
 def explain(model: type[BaseModel], error: Any) -> str:
     """One of the errors of a `pydantic.ValidationError` of `model`: the key, what is wrong, and what is allowed."""
-    place, kind = tuple(error["loc"]), error["type"]
-    key = ".".join(f"{part if part.isprintable() else ascii(part):.{_LONGEST}}" for part in map(str, place))
+    path, kind = tuple(error["loc"]), error["type"]
+    key = ".".join(f"{part if part.isprintable() else ascii(part):.{_LONGEST}}" for part in map(str, path))
     if kind == "extra_forbidden":
-        return f"{key}: unknown key; {nearest(str(place[-1]), _allowed(model, place[:-1]))}"
+        return f"{key}: unknown key; {nearest(str(path[-1]), _allowed(model, path[:-1]))}"
     if kind == "missing":
         return f"{key}: the key is missing"
     if kind == "value_error":

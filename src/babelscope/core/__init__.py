@@ -1,1 +1,1 @@
-"""What every stage shares and what cannot change a result: errors, logging, files, resuming. No torch, no numpy."""
+"""Errors, logging, files and resuming: code that all stages share and that cannot change a result."""

@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 def nearest(wrong: str, allowed: Iterable[str], count: int = 3) -> str:
-    """The end of an error message: the `allowed` names that are most like `wrong`, or all of them if there are few.
+    """The end of an error message: the `allowed` names most similar to `wrong`, or all of them if there are few.
 
     Parameters
     ----------

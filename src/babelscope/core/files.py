@@ -18,20 +18,20 @@ if TYPE_CHECKING:  # not every stage needs Polars
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
-# Why a file cannot be written: the words of the system, or of torch for a full disk, and ours.
+# Parts of error messages (of the system, the last one of torch), and the reason that users are told.
 _REFUSALS = {
     "No space left on device": "no space left on the disk",
     "Disk quota exceeded": "the disk quota is used up",
-    "File too large": "the file system takes no file so large",
+    "File too large": "the file is larger than the file system allows",
     "Read-only file system": "the file system is read-only",
-    "Permission denied": "it may not be written",
+    "Permission denied": "no permission to write",
     "Input/output error": "the disk failed",
     "inline_container": "it could not be written to the end (is the disk full?)",
 }
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and move the result to `path`: other processes see the old file or the whole new one.
+    """Call `write(temporary)` and move the result to `path`: other processes see the old file or the complete new one.
 
     The folder of `path` is made if it is missing. The temporary file is in that folder, so that the move is a rename.
 
@@ -48,11 +48,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except Exception as error:
-        # Libraries put the system's words into exceptions of their own.
+        # Libraries raise their own exceptions, which contain the system's message.
         reason = next((ours for theirs, ours in _REFUSALS.items() if theirs in str(error)), None)
         if reason is None:
             raise
-        raise UserError(f"{path}: {reason}. Put that right, then dvc repro goes on from what is kept") from None
+        raise UserError(f"{path}: {reason}. Correct this, then run `dvc repro`, which resumes") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -61,11 +61,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def move(source: Path, target: Path) -> None:
     """Move a file, also to another file system: data/ may be a mount or a link to a larger disk.
 
-    The folder of `target` is made if it is missing. A copy is whole or not there, as with `write_atomically`.
+    The folder of `target` is made if it is missing. A copy is atomic (`write_atomically`).
 
     Raises
     ------
-    UserError: the disk is full or cannot be written to; `source` is still there then.
+    UserError: the disk is full or cannot be written to; `source` is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -78,11 +78,11 @@ def move(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file that an earlier stage has written, whole or not at all.
+    """Copy a file that an earlier stage has written, atomically.
 
     Raises
     ------
-    UserError: it is not there, or the copy cannot be written.
+    UserError: the file is missing, or the copy cannot be written.
     """
     if not source.is_file():
         raise _unreadable(source, FileNotFoundError())
@@ -114,9 +114,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_parquet(path: Path | str) -> None:
-    """Read a Parquet file to its end, batch by batch, by pyarrow, which checks what the file says of itself.
+    """Read a whole Parquet file, batch by batch, with pyarrow, which checks the file's metadata.
 
-    Polars does not: a page header with a negative number of values makes it ask for 2 EiB, and the process ends.
+    Polars does not: for a page header with a negative number of values it allocates 2 EiB, and the process aborts.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> "pl.Da
 
 
 def scan_table(path: Path | str) -> "pl.LazyFrame":
-    """A Parquet file that an earlier stage has written, to be read piece by piece.
+    """A lazy frame of a Parquet file that an earlier stage has written.
 
     Raises
     ------
@@ -185,4 +185,4 @@ def _unreadable(path: Path | str, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; an earlier stage writes it: dvc repro")
     reason = str(error).splitlines()[0].removeprefix("parquet: File out of specification: ")
-    return UserError(f"{path}: damaged or not readable ({reason}); remove it, then dvc checkout or dvc repro")
+    return UserError(f"{path}: damaged or not readable ({reason}); remove it, then run `dvc checkout` or `dvc repro`")

@@ -1,4 +1,4 @@
-"""One name for everything on which the work of a stage depends; hashes of files and folders as DVC computes them."""
+"""Fingerprints of all that a stage's result depends on, and hashes of files and folders as DVC computes them."""
 
 import hashlib
 import importlib.metadata
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # Packages that cannot change a result (tests/test_pipeline.py): no stage but `report` and `track` depends on them.
 NO_DEPENDENCIES = ("core", "config", "tracking", "report")
-# Bytes: a smaller file is hashed sooner than DVC is imported.
+# Bytes: hashing a smaller file is faster than importing DVC.
 _SMALL = 2**28
 
 
@@ -44,8 +44,8 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
 def dvc_md5(path: Path) -> str:
     """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
 
-    What `.dvcignore` excludes and empty folders do not count. Files that DVC has hashed are not read again if they have
-    the same size and date: activations and SAEs may be terabytes.
+    Empty folders and files that `.dvcignore` excludes do not count. Files that DVC has hashed are not read again while
+    their size and date are the same: activations and SAEs may be terabytes.
 
     Raises
     ------
@@ -56,14 +56,14 @@ def dvc_md5(path: Path) -> str:
         return content_md5(path)
     try:
         found = _dvc_hash(root, path)
-    except Exception as error:  # DVC's internals, or its database, are not what they were: the files are there
+    except Exception as error:  # DVC's internals or its database have changed
         log.debug("%s: hashed without DVC (%s)", path, error)
         found = None
     return found or content_md5(path)
 
 
 def _dvc_hash(root: Path, path: Path) -> str:
-    """What DVC's own code says, which remembers the hashes of files (private interfaces: see `dvc_md5`)."""
+    """The hash by DVC's own code, which caches hashes of files (by private interfaces, see `dvc_md5`)."""
     from dvc.repo import Repo
     from dvc_data.hashfile.build import build
 
@@ -73,7 +73,7 @@ def _dvc_hash(root: Path, path: Path) -> str:
 
 
 def content_md5(path: Path) -> str:
-    """The same as `dvc_md5`, from the content on the disk: every file is read.
+    """The same hash as `dvc_md5`, but every file is read.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def content_md5(path: Path) -> str:
 
 
 def _code() -> dict[str, str]:
-    """What else determines the result: the packages that stages depend on (dvc.yaml), and the version of torch."""
+    """Hashes of the packages that stages depend on (dvc.yaml), and the version of torch."""
     source = Path(__file__).parent.parent
     packages = (folder for folder in source.iterdir() if folder.is_dir() and folder.name not in NO_DEPENDENCIES)
     files = sorted(file for package in packages for file in package.rglob("*.py"))

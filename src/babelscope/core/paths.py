@@ -16,7 +16,7 @@ class Paths:
         self.activations = self.data / "activations"  # extract: one folder of shards per hookpoint
         self.tokens = self.activations / "tokens.parquet"  # extract: the row order of every activation file
         self.neurons = self.data / "neurons"  # neurons: counts of the model's own neurons
-        self.stream = self.data / "stream"  # stream: what `train` and `encode` then copy
+        self.stream = self.data / "stream"  # stream: files that `train` and `encode` copy
         self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was
         self.saes = self.data / "sae"  # train: one folder per hookpoint
         self.saes_again = self.data / "sae_again"  # retrain: SAEs of some hookpoints from another seed
@@ -24,13 +24,13 @@ class Paths:
         self.hookpoints = self.data / "hookpoints.json"  # prune: the hookpoints that params.yaml lists
         self.loss_recovered = self.data / "quality/loss_recovered.parquet"  # quality: per SAE and language
         self.features = self.data / "scores/features.parquet"  # score: the selected features
-        self.similarity = self.data / "scores/similarity.parquet"  # score: how alike the languages' features are
+        self.similarity = self.data / "scores/similarity.parquet"  # score: how many features languages share
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
         self.identification = self.data / "identify"  # identify: the tables `predictions` and `confusion`
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
         self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts
         self.browse = self.data / "browse"  # browse: the tables behind the feature browser
-        self.explanations = self.data / "explain/explanations.parquet"  # explain: features in words
+        self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 
     def counts(self, hookpoint: str) -> Path:
         """How often every latent of a hookpoint fires on every language (stage `encode`)."""

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-# Seconds until the first line; shorter work has none.
+# Seconds until the first line; shorter work prints none.
 _FIRST = 1.0
 tqdm.monitor_interval = 0  # no thread that redraws bars
 _LINE = "{desc}: {n_fmt} of {total_fmt}{unit} in {elapsed}, {rate_fmt}, {remaining} left"
 
 
 class _LogLines(io.StringIO):
-    """Where tqdm writes its bar if there is no terminal: each state of the bar becomes one line of the log."""
+    """tqdm's output if there is no terminal: each state of the bar becomes one line of the log."""
 
     def write(self, text: str) -> int:
         if line := text.strip():
@@ -30,7 +30,7 @@ class Progress:
     """Counts units of work towards `total` and shows rate and remaining time.
 
     Without a terminal, or if the environment variable `CI` is set, there are lines instead of a bar: the first after a
-    second, then one every 10 seconds (in CI every 60), and a last one when the work has ended.
+    second, then one every 10 seconds (in CI every 60), and one at the end.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Progress:
         self._tqdm.close()
 
     def skip(self, count: int) -> None:
-        """Take `count` units as done earlier (by a run that was interrupted): they do not count in the rate."""
+        """Leave out `count` units that an interrupted run has done: they do not count in the rate."""
         self._tqdm.total -= count
 
     def update(self, count: int) -> None:

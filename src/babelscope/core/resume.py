@@ -1,4 +1,4 @@
-"""Resuming after a kill: what a stage has finished is kept in a scratch folder and read back by its next run."""
+"""Resuming after a kill: a stage keeps finished parts in a scratch folder, and its next run reads them."""
 
 import logging
 import os
@@ -45,9 +45,9 @@ def parts(
     Parameters
     ----------
     title: shown with the progress.
-    batches: the same ones in every run with the same `folder`.
+    batches: must be the same in every run with the same `folder`.
     compute: returns contiguous tensors on the CPU.
-    folder: where the results are kept, see `kept`; None: nowhere.
+    folder: keeps the results, see `kept`; None: they are not kept.
     size, unit: the amount of work in a batch, for the progress.
     """
     with Progress(title, sum(map(size, batches)), unit) as progress:
@@ -102,9 +102,9 @@ def kept(stage: str, params: Mapping[str, Any], inputs: Iterable[Path]) -> Itera
 
 
 def scratch(name: str) -> Path:
-    """The folder in which a stage keeps what it needs to resume after a kill.
+    """The folder in which a stage keeps the parts from which it resumes after a kill.
 
-    `name` is the fingerprint of the stage's params and inputs, so that a run never resumes another one's work.
+    `name` is the fingerprint of the stage's params and inputs, so that a run never resumes the work of another.
     Folders that runs of the same stage with other params, inputs or code have left are deleted (see `prune`).
     """
     folder = scratch_root() / (f"{work.name}.{name}" if work.name else name)
@@ -113,7 +113,7 @@ def scratch(name: str) -> Path:
 
 
 def scratch_root() -> Path:
-    """The folder of all scratch folders; temporary copies of the repository share that of the main checkout."""
+    """The folder of all scratch folders; temporary copies of the repository use that of the main checkout."""
     return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
 
 

@@ -1,4 +1,4 @@
-"""What every stage script shares: logging, quiet libraries, readable errors, one run at a time, the closing table."""
+"""Running a stage script: logging, quiet libraries, readable errors, one run at a time, the final table."""
 
 import errno
 import logging
@@ -31,7 +31,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    # transformers warns about packed GGUF weights even if it was told to unpack them.
+    # transformers warns about packed GGUF weights even if it unpacks them.
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -39,7 +39,7 @@ _QUIET = {
 
 
 class _Redacting(logging.Formatter):
-    """Removes credentials from the log, whichever library logs them."""
+    """Removes credentials from the log messages of all libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -71,10 +71,10 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
         with alone() if locked else nullcontext():
             main()
     except BaseException as error:
-        told = _in_a_line(error)
-        if told is None:
+        message = _in_a_line(error)
+        if message is None:
             raise
-        print(f"error: {redact(told)}", file=sys.stderr)
+        print(f"error: {redact(message)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -91,8 +91,8 @@ def keep_caches() -> None:
         existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
         if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
             return
-    except (OSError, RuntimeError):  # a home folder that may not be searched, or a user without one
-        log.debug("%s: cannot be looked at", cache)
+    except (OSError, RuntimeError):  # a home folder without permission, or a user without one
+        log.debug("%s: cannot be checked", cache)
     ours = resume.scratch_root().absolute() / "caches"
     log.warning("%s: cannot be written; %s is used instead (HF_HOME names another folder)", cache, ours)
     with suppress(OSError):
@@ -111,33 +111,33 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def _in_a_line(error: BaseException) -> str | None:
-    """What a user is told instead of a traceback; None if the program is at fault."""
+    """The message that replaces a traceback; None if the error is a fault of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _MACHINE:
-        return f"{error.filename or 'a file'}: {error.strerror}; put that right, then dvc repro goes on"
+        return f"{error.filename or 'a file'}: {error.strerror}; correct this, then run `dvc repro`, which resumes"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         first = " ".join(str(error).split())[:200]
-        return f"out of memory ({first}); params.yaml: smaller batches (batch_tokens, batch, chunk_tokens) take less"
-    # Polars may refuse a file that pyarrow has read. Other libraries' panics have the same name, but another class.
+        return f"out of memory ({first}); params.yaml: lower batch_tokens, batch or chunk_tokens"
+    # Polars may refuse a file that pyarrow has read. Panics of other libraries have the same name, but another class.
     if (polars := sys.modules.get("polars")) is not None:
-        is_told = isinstance(error, polars.exceptions.PolarsError) and str(error).startswith("parquet: ")
-        if is_told or isinstance(error, polars.exceptions.PanicException):
+        is_refusal = isinstance(error, polars.exceptions.PolarsError) and str(error).startswith("parquet: ")
+        if is_refusal or isinstance(error, polars.exceptions.PanicException):
             reason = str(error).removeprefix("parquet: ")
-            return f"a Parquet file below data/ is damaged ({reason}); make verify says which"
+            return f"a Parquet file below data/ is damaged ({reason}); `make verify` finds it"
     return None
 
 
-# Set, and not 0, in all processes of a distributed run but the first: those of torchrun and Lightning, SLURM, LSF.
+# The rank of a process in a distributed run (torchrun, Lightning, SLURM, LSF); 0 in the first process.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def end_with_dvc() -> None:
-    """Have the system end this process when the DVC that started it has ended (Linux only).
+    """Let the kernel kill this process when the DVC process that started it ends (Linux only).
 
-    Otherwise a stage outlives a DVC that was killed, and works for hours on what the next `dvc repro` begins anew. The
-    stage is DVC's own child only if the shell between them is replaced: hence `exec` in dvc.yaml. The signal is
-    SIGKILL: Lightning would take SIGTERM for a request, and not look at it while it waits for another process.
+    Otherwise a stage outlives a killed DVC, and computes for hours what the next `dvc repro` computes again. `exec` in
+    dvc.yaml replaces the shell, so that the stage is a child of DVC itself. The signal is SIGKILL: Lightning handles
+    SIGTERM as a request, which it does not check while it waits for another process.
     """
     if sys.platform == "linux" and "DVC_ROOT" in os.environ:
         import ctypes
@@ -151,7 +151,7 @@ def end_with_dvc() -> None:
 def alone() -> Iterator[None]:
     """Wait until no other process runs the same stage in the same folder, and keep others from starting it.
 
-    Both would write the same outputs, and the first to end would delete what the other has to resume from.
+    Both would write the same outputs, and the first to end would delete the scratch folder of the other.
     """
     name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
     resume.work.name = name
@@ -169,9 +169,9 @@ def alone() -> Iterator[None]:
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, pid)
             lock.acquire(poll_interval=0.5)
         resume.work.is_alone = True
-    except (OSError, NotImplementedError) as error:  # some network file systems have no locks: go on without
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
         log.debug("%s: not locked (%s)", name, error)
-    with suppress(OSError):  # it only helps the user of a process that waits
+    with suppress(OSError):  # it only serves the message above
         holder.write_text(str(os.getpid()))
     try:
         yield
@@ -182,7 +182,7 @@ def alone() -> Iterator[None]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:
-    """Log what a stage found as aligned columns, of text (the first `labels`) and of figures (the others)."""
+    """Log a table with aligned columns: the first `labels` columns are text, the others figures."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

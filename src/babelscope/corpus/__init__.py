@@ -1,1 +1,1 @@
-"""Texts per language: where they come from, and which of them are taken."""
+"""The corpus: sources of texts, languages, cleaning, splitting, and token budgets."""

@@ -1,4 +1,4 @@
-"""Texts from translated gettext catalogs (.mo, .po): those of installed packages, or of a folder."""
+"""Texts from gettext catalogs (.mo, .po) in installed packages or in a folder."""
 
 import hashlib
 import importlib.metadata
@@ -33,24 +33,24 @@ class Catalog(NamedTuple):
 
 
 def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
-    """The messages of `languages` in the packages `section.packages`, or in the folder `section.path`, as running text.
+    """Read the messages of `languages` as running text from `section.packages`, or from the folder `section.path`.
 
-    The language `section.source_language` is the message ids themselves, of the messages that are translated into one
-    of the other `languages` (into any language, if no other is asked for). An entry with plural forms gives one text:
-    the last form ("many" or "other", which most numbers take) with the plural message id. Dropped: the header,
-    translators' credits, fuzzy, obsolete and untranslated entries.
+    The texts in `section.source_language` are the message ids of the messages that are translated into another of the
+    `languages` (into any language, if `languages` holds no other). An entry with plural forms gives one text: its last
+    form ("many" or "other", which most numbers take) with the plural message id. The header, translators' credits, and
+    fuzzy, obsolete and untranslated entries are dropped.
 
-    `group` is a hash of the words of the message id, without case, punctuation, placeholders and context: all
-    translations of a sentence share it, in every package, and so do sentences that differ only in what was removed.
+    `group` is a hash of the words of the message id, without case, punctuation, placeholders and context. All
+    translations of a sentence share it in every package, and so do sentences that differ only in what was removed.
 
     Returns
     -------
-    `language` (as in `languages`), `group`, `source` (`gettext:<package>`, or `gettext:<folder>`), `text`; in the order
-    of packages, files and entries, with repetitions. A language that a package lacks is logged.
+    `language` (as in `languages`), `group`, `source` (`gettext:<package>` or `gettext:<folder>`) and `text`, in the
+    order of packages, files and entries, with repetitions. Languages that a package lacks are logged.
 
     Raises
     ------
-    UserError: no such package, folder or domain, a language that none of the packages has, or a catalog that cannot be
+    UserError: a package, folder or domain does not exist, no package has one of the languages, or a catalog cannot be
         read.
     """
     offered: dict[str, set[str]] = {}
@@ -61,9 +61,9 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
         offered[source] = {c.language for c in catalogs} | {section.source_language}
         frame = _texts(catalogs, match(languages, offered[source]), section.source_language, source)
         parts.append(frame)
-        lacks = [language for language in languages if language not in set(frame["language"])]
-        if lacks:
-            log.warning("%s has no messages in %s", source, ", ".join(lacks))
+        missing = [language for language in languages if language not in set(frame["language"])]
+        if missing:
+            log.warning("%s has no messages in %s", source, ", ".join(missing))
     require(languages, offered)
     return pl.concat(parts)
 
@@ -86,11 +86,11 @@ def _texts(catalogs: list[Catalog], asked: Mapping[str, str], source_language: s
 
 
 def _packages(section: Corpus) -> Iterator[tuple[str, list[Catalog]]]:
-    """The name of each package (of the folder), and every catalog in it, in a fixed order."""
+    """Yield the name of each package (or of the folder) and its catalogs in a fixed order."""
     if not section.packages:
         folder = expanded(str(section.path))
         if not folder.is_dir():
-            raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
+            raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}; set it to one with catalogs")
         paths = [path for suffix in ("mo", "po") for path in folder.rglob(f"*.{suffix}")]
         name = folder.resolve().name
         yield name, _catalogs(name, paths, "path", folder)
@@ -109,7 +109,7 @@ def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None
     compiled = {path.with_suffix("") for path in paths if path.suffix == ".mo"}
     for path in paths:
         if path.suffix == ".po" and path.with_suffix("") in compiled:
-            continue  # the source of a compiled catalog, which lacks its fuzzy messages
+            continue  # its compiled catalog is read instead, which has no fuzzy messages
         if path.parent.name == "LC_MESSAGES":
             found.append(Catalog(path.parent.parent.name, path.stem, path))
         elif path.parent == folder:
@@ -129,12 +129,12 @@ def _of_domain(catalogs: list[Catalog], domain: str | None, name: str) -> list[C
 
 
 def _messages(path: Path) -> Iterator[tuple[str, str]]:
-    """(original, translation) of each translated entry, both as running text."""
+    """Yield the message id and the translation of each translated entry, both as running text."""
     for entry in _entries(path):
         original, translation = entry.msgid_plural or entry.msgid, entry.msgstr
         if entry.msgstr_plural:
             translation = entry.msgstr_plural[max(entry.msgstr_plural)]
-        original = original.rpartition("\x04")[2]
+        original = original.rpartition("\x04")[2]  # without the context
         if original in _CREDITS:
             continue
         original, translation = running_text(original), running_text(translation)
@@ -143,24 +143,24 @@ def _messages(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _entries(path: Path) -> list[Any]:
-    """The entries of a .mo or .po file without the header, fuzzy and obsolete ones."""
+    """The entries of a .mo or .po file, except the header and fuzzy and obsolete entries."""
     try:
         if path.suffix == ".mo":
             _check_whole(path.read_bytes())
         found = polib.mofile(str(path)) if path.suffix == ".mo" else polib.pofile(str(path))
         return [entry for entry in found if entry.msgid and not (entry.obsolete or getattr(entry, "fuzzy", False))]
-    except Exception as error:  # polib does not catch what a damaged file causes: struct, codec, index errors
+    except Exception as error:  # a damaged file makes polib raise errors of many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a readable gettext catalog: {reason}") from None
 
 
 def _check_whole(mo: bytes) -> None:
-    """Raise an error if a string of a .mo file ends outside of it: polib would return the rest of the string."""
+    """Raise a ValueError if a string of a .mo file ends beyond the file, since polib would return a part of it."""
     order = "<" if mo[:4] == b"\xde\x12\x04\x95" else ">"
     count, *tables = struct.unpack_from(f"{order}3I", mo, 8)
     for start in tables:
-        places = struct.unpack_from(f"{order}{2 * count}I", mo, start)
-        if any(offset + length >= len(mo) for length, offset in zip(places[::2], places[1::2], strict=True)):
+        table = struct.unpack_from(f"{order}{2 * count}I", mo, start)
+        if any(offset + length >= len(mo) for length, offset in zip(table[::2], table[1::2], strict=True)):
             raise ValueError("the file is cut off")
 
 

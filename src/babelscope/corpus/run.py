@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write `paths.texts`, `paths.sources` (where the texts come from, under which licence) and the stage's metrics."""
+    """Write `paths.texts`, `paths.sources` (origin, revision and licence of the texts) and the stage's metrics."""
     check_folders(params)
     section = params.corpus
     lid = FastText()
     for language, reason in lid.match(params.languages)[1].items():
-        log.warning("%s: left out of the comparison with fastText (identify), and not steered: %s", language, reason)
+        log.warning("%s: excluded from steering and from the comparison with fastText (identify): %s", language, reason)
     texts, sources = read(section, params.languages)
     foreign = None if section.lid is None else contaminated(texts, params.languages, section.lid, lid)
     if foreign is not None:
@@ -46,7 +46,7 @@ def run(params: Config, paths: Paths) -> None:
 
 
 def read(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
-    """All texts of the languages, and a record of each of their sources."""
+    """All texts of the languages, and a record per source."""
     if section.source == "huggingface":
         with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:
             return hub.read(section.datasets, languages, advance=progress.update)
@@ -56,31 +56,31 @@ def read(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame, li
 
 
 def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float, lid: FastText) -> pl.Series:
-    """Which texts fastText takes for another language than theirs, with a probability of at least `threshold`."""
+    """Whether fastText assigns each text to another language with a probability of at least `threshold`: bool."""
     known, refused = lid.match(languages)
     if not known:
-        raise UserError("params.yaml: corpus.lid: fastText knows none of the languages; allowed: null")
+        raise UserError("params.yaml: corpus.lid: fastText knows none of the languages; set it to null")
     for language, reason in refused.items():
-        log.warning("%s: its texts are not checked: %s", language, reason)
+        log.warning("%s: corpus.lid does not check its texts: %s", language, reason)
     found = lid.predict(texts["text"].to_list())
     label = texts["language"].replace_strict({name: code for code, name in known.items()}, default=None)
     foreign = ((found["predicted"] != label) & (found["score"] >= threshold)).fill_null(False)
     for language, count in texts.filter(foreign).group_by("language").len().sort("language").iter_rows():
-        log.info("%s: %d texts that fastText takes for another language are dropped", language, count)
+        log.info("%s: dropped %d texts that fastText assigns to another language", language, count)
     return foreign
 
 
 def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:
-    """What metrics/sample.json holds: tokens and texts, in all, per language and split, and of each source."""
-    together = per_split(totals)
-    short = together.filter(pl.col("tokens") < pl.col("split").replace_strict(budgets))
+    """The content of metrics/sample.json: tokens and texts in all, per language and split, and per source."""
+    by_split = per_split(totals)
+    short = by_split.filter(pl.col("tokens") < pl.col("split").replace_strict(budgets))
     content = {
         "languages": totals["language"].n_unique(),
         "texts": int(totals["texts"].sum()),
         "tokens": int(totals["tokens"].sum()),
         "short_of_budget": short["language"].n_unique(),
     }
-    for language, split, texts, tokens in together.iter_rows():
+    for language, split, texts, tokens in by_split.iter_rows():
         content |= {f"{split}_tokens/{language}": tokens, f"{split}_texts/{language}": texts}
     for language, split, source, texts, tokens in totals.iter_rows():
         content |= {f"{split}_tokens/{language}/{source}": tokens, f"{split}_texts/{language}/{source}": texts}
@@ -88,7 +88,7 @@ def metrics(totals: pl.DataFrame, budgets: dict[str, int]) -> dict[str, Any]:
 
 
 def per_split(totals: pl.DataFrame) -> pl.DataFrame:
-    """`language`, `split`, `texts`, `tokens`: of all sources together."""
+    """`language`, `split`, `texts` and `tokens`, summed over the sources."""
     return totals.group_by("language", "split", maintain_order=True).agg(pl.col("texts", "tokens").sum())
 
 

@@ -1,4 +1,4 @@
-"""From the texts that a source has to the texts that are used: cleaning, splitting, and filling token budgets."""
+"""Select the sample from all texts: cleaning, splitting, and filling token budgets."""
 
 import hashlib
 import logging
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 COLUMNS = ("text_id", "language", "split", "group", "source", "text")
 Tokenize = Callable[[list[str]], list[list[int]]]
 
-# The evaluation split gets this many times its share of the budgets: it is the smaller one, so chance and dropped texts
-# affect it more. With 12,000 + 1,500 tokens: 1/6 of the groups instead of 1/9.
+# The evaluation split gets this multiple of its share of the budgets, since chance and dropped texts affect the smaller
+# split more. With 12,000 + 1,500 tokens, it gets 1/6 of the groups instead of 1/9.
 _EVAL_GENEROSITY = 1.5
-# Texts tokenized at once, until the budget is full.
+# Texts tokenized at once.
 _CHUNK = 256
 
 # Invisible characters: controls, private use, bidirectional marks, soft hyphen, byte order mark. Joiners stay: Persian
@@ -34,45 +34,45 @@ def sample(
     tokenize: Tokenize,
     advance: Callable[[int], None] = lambda languages: None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Clean `texts`, split them by parallel group, and take as many of each language as fill its token budgets.
+    """Clean `texts`, split them by parallel group, and draw texts of each language until its token budgets are full.
 
-    A group's split and its position in the order are a hash of (seed, group) alone, so that parallel texts tend to be
-    taken together, and other languages matter only if a text of theirs joins two groups. A language that cannot fill a
-    budget gets all of its texts, with a warning. Texts that are equal in the tokens that are used, the first
-    max_tokens, are one text (see `merge`).
+    A group's split and its position in the draw depend only on a hash of (seed, group). Parallel texts are therefore
+    often drawn together, and the other languages matter only if one of their texts joins two groups. A language that
+    cannot fill a budget gets all of its texts, with a warning. Texts whose first max_tokens tokens are equal are one
+    text (see `merge`).
 
     Parameters
     ----------
     texts: language, group (None: the text is a group of its own), source, text; any order, repetitions allowed.
-    languages: the languages wanted, in the order of the result.
+    languages: the languages to draw, in the order of the result.
     section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
-    seed: of the draw.
-    tokenize: gives the ids of the content tokens in each text.
-    advance: is called with 1 after each language.
+    seed: seed of the draw.
+    tokenize: returns the ids of the content tokens in each text.
+    advance: called with 1 after each language.
 
     Returns
     -------
-    The sample (text_id, language, split, group, source, text), by language, split, order in the draw; and its totals
-    (language, split, source, texts, tokens), one row for each language, split and source of `texts` (0 included), with
-    at most max_tokens tokens a text.
+    The sample (text_id, language, split, group, source, text), ordered by language, split and draw; and its totals
+    (language, split, source, texts, tokens) with a row for each language, split and source, zeros included, and at most
+    max_tokens tokens counted per text.
 
     Raises
     ------
-    UserError: a language has no text left after cleaning, or none for one of the splits.
+    UserError: a language has no text left after cleaning, or none in one of the splits.
     """
     ready = clean(texts, section.min_characters)
     for language in languages:
         if ready.filter(pl.col("language") == language).is_empty():
-            had, rest = texts.filter(pl.col("language") == language).height, ready["language"].unique().sort()
+            count, rest = texts.filter(pl.col("language") == language).height, ready["language"].unique().sort()
             raise UserError(
-                f"params.yaml: languages: no text of {language!r} is left: of {had} texts none has "
-                f"corpus.min_characters = {section.min_characters} characters and is in this language only; texts are "
-                f"left of: {', '.join(rest) or 'no language'}"
+                f"params.yaml: languages: no text of {language!r} is left: none of its {count} texts has "
+                f"corpus.min_characters = {section.min_characters} characters and occurs in this language only; "
+                f"languages with texts: {', '.join(rest) or 'none'}"
             )
     used = UsedTokens(tokenize, section.max_tokens)
     chosen = _draw(ready, languages, section, seed, used, advance)
-    # Texts that the draw has tokenized may be equal up to the cut. The draw goes on without them, to texts that are
-    # tokenized then, until all are different.
+    # Tokenizing may show that texts are equal in the tokens used. They are merged, and the draw is repeated, until no
+    # two are equal.
     while (merged := merge(ready, used.digests)).height < ready.height:
         ready = merged
         chosen = _draw(ready, languages, section, seed, used)
@@ -84,7 +84,7 @@ def sample(
         if not tokens:
             raise UserError(
                 f"params.yaml: languages: {language!r} has no text for the {name} split (of {ready.height} texts "
-                "in all); it needs more texts, or a smaller corpus.min_characters"
+                "of all languages); add texts, or lower corpus.min_characters"
             )
         if tokens < budget:
             log.warning("%s: only %d of %d %s tokens (%d texts)", language, tokens, budget, name, part.height)
@@ -96,11 +96,11 @@ def sample(
 
 
 class UsedTokens:
-    """The first `max_tokens` tokens of each text, which is tokenized once, when it is asked for.
+    """The first `max_tokens` tokens of each text; `count` tokenizes a text the first time that it meets it.
 
     Attributes
     ----------
-    digests: text_id -> a hash of the tokens used, of every text that was asked for and has two or more.
+    digests: text_id -> a hash of the tokens used, for every text counted so far that has two or more.
     """
 
     def __init__(self, tokenize: Tokenize, max_tokens: int) -> None:
@@ -109,34 +109,34 @@ class UsedTokens:
         self.digests: dict[str, str] = {}
 
     def count(self, texts: pl.DataFrame) -> pl.Series:
-        """How many tokens are used of each of `texts` (text_id, text)."""
+        """The number of used tokens in each of `texts` (text_id, text)."""
         new = [row for row in texts.select("text_id", "text").iter_rows() if row[0] not in self._counts]
         for (text_id, _), ids in zip(new, self._tokenize([text for _, text in new]) if new else [], strict=True):
             cut = ids[: self._max_tokens]
             self._counts[text_id] = len(cut)
-            if len(cut) >= 2:  # shorter ones are never taken; equal ones (one unknown token) are not translations
+            if len(cut) >= 2:  # shorter texts are never drawn, and may be equal only because the token is unknown
                 self.digests[text_id] = _digest(*map(str, cut))
         return pl.Series("tokens", [self._counts[text_id] for text_id in texts["text_id"]], dtype=pl.Int64)
 
 
 def merge(texts: pl.DataFrame, digests: Mapping[str, str]) -> pl.DataFrame:
-    """Drop texts whose used tokens are equal, as `clean` drops texts that are equal as a whole.
+    """Merge texts whose used tokens are equal, as `clean` merges texts that are equal as a whole.
 
-    Of several in one language one is kept, and their groups become one; those in several languages are dropped from
-    all of them. `digests`: text_id -> hash of the tokens used; other texts stay as they are.
+    Of equal texts in one language one is kept, and their groups become one; equal texts in several languages are all
+    dropped. `digests` maps text_id to a hash of the tokens used; texts without one stay as they are.
     """
     used = pl.col("text_id").replace(digests)
     return _one_of_each(groups.join(texts.with_columns(used=used), "used"), ["language", "used"], "used").drop("used")
 
 
 def _one_of_each(texts: pl.DataFrame, same: Sequence[str], across: str) -> pl.DataFrame:
-    """One text of those that are equal in the columns `same`, and none of those that are in several languages."""
+    """Keep one of the texts that are equal in the columns `same`, then drop all whose `across` still occurs twice."""
     first = texts.sort("text_id", "group", "source").unique(same, keep="first", maintain_order=True)
     return first.filter(pl.len().over(across) == 1)
 
 
 def _parts(languages: Sequence[str], section: Corpus) -> list[tuple[str, str, int]]:
-    """(language, split, budget in tokens) of every part of the sample, in its order."""
+    """(language, split, budget in tokens) of every part of the sample, in order."""
     budgets = {"eval": section.eval_tokens, "train": section.train_tokens}
     return [(language, split, budget) for language in languages for split, budget in budgets.items()]
 
@@ -159,10 +159,10 @@ def _draw(
 
 
 def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
-    """Texts in Unicode's normal form C, one line, without invisible characters, each once, with `text_id`.
+    """Normalise texts (Unicode's form C, one line, no invisible characters), merge equal ones, and add `text_id`.
 
-    Texts shorter than `min_characters` are dropped. Texts that are in several languages are dropped from all of them:
-    they are names, untranslated or mislabelled.
+    Texts shorter than `min_characters` are dropped, and so are texts that occur in several languages, which are names,
+    untranslated or mislabelled.
     """
     text = pl.col("text").str.normalize("NFC").str.replace_all(_INVISIBLE, "").str.replace_all(r"\s+", " ")
     texts = texts.with_columns(text.str.strip_chars()).filter(pl.col("text").str.len_chars() >= min_characters)
@@ -173,14 +173,14 @@ def clean(texts: pl.DataFrame, min_characters: int) -> pl.DataFrame:
 
 
 def eval_share(train_tokens: int, eval_tokens: int) -> float:
-    """The share of the groups that go to the evaluation split: 1.5 times its share of the budgets, at most a half."""
+    """The share of groups in the evaluation split: 1.5 times its share of the budgets, at most a half."""
     return min(0.5, _EVAL_GENEROSITY * eval_tokens / (train_tokens + eval_tokens))
 
 
 def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
     """Add `split` ("eval" for about `share` of the groups, else "train"), and sort into the order of the draw.
 
-    Both are a hash of (seed, group), seen as a number: below `share` of its range is "eval", and the order ascends.
+    Both depend on a hash of (seed, group): the lowest `share` of its range is "eval", and the draw goes by its order.
     """
     names = texts["group"].unique().sort()
     hashes = pl.DataFrame({"group": names, "hash": [int(_digest(str(seed), group), 16) for group in names]},
@@ -190,10 +190,10 @@ def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
 
 
 def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:
-    """The first `texts` that hold at least `budget` used tokens together (or all of them), with `tokens`.
+    """The first `texts` that together hold at least `budget` used tokens (or all texts), with `tokens`.
 
-    Texts of a single token are dropped, since nothing can be predicted within them. Only as many texts are tokenized as
-    are needed.
+    Texts of a single token are dropped, since nothing can be predicted within them. Texts are tokenized only until the
+    budget is full.
     """
     taken = [texts.clear().with_columns(tokens=pl.lit(0, dtype=pl.Int64))]
     total = 0
@@ -208,5 +208,5 @@ def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:
 
 
 def _digest(*parts: str) -> str:
-    """16 hexadecimal digits (64 bits) of a hash that is the same on every machine and in every version."""
+    """A hash of 16 hexadecimal digits (64 bits), the same on every machine and in every version."""
     return hashlib.blake2b("\x00".join(parts).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Texts from a folder: one parquet, jsonl or txt file per language, or one table with a language column."""
+"""Texts from a folder with a parquet, jsonl or txt file per language, or with one table that has a language column."""
 
 import json
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ _ALL = ("texts.parquet", "texts.jsonl")
 
 
 def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
-    """The texts of `languages` from the folder `section.path`.
+    """Read the texts of `languages` from the folder `section.path`.
 
-    The folder holds `<lang>.parquet` or `<lang>.jsonl` (column or key `text`, optionally `group` or `id`, which is the
-    same for translations of each other), `<lang>.txt` (UTF-8, one text per line), or `texts.parquet` / `texts.jsonl`
-    with a further column `language`. Several files of one language are put together.
+    The folder holds `<lang>.parquet` or `<lang>.jsonl` (column or key `text`, and optionally `group` or `id`, which
+    translations of each other share), `<lang>.txt` (UTF-8, one text per line), or `texts.parquet` / `texts.jsonl` with
+    an additional column `language`. The texts of several files of one language are joined.
 
     Returns
     -------
-    `language` (as in `languages`), `group` (None if the file has none), `source`, `text`; in the order of files and
+    `language` (as in `languages`), `group` (None if the file has none), `source` and `text`, in the order of files and
     lines.
 
     Raises
     ------
-    UserError: no such folder, no files in it, a language that it lacks, or a file that cannot be read.
+    UserError: the folder does not exist, holds no such files or lacks a language, or a file cannot be read.
     """
     folder = expanded(str(section.path))
     if not folder.is_dir():
-        raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}")
+        raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}; set it to one with texts")
     paths = sorted(path for path in folder.iterdir() if path.suffix in _READERS and path.is_file())
     if not paths:
         raise UserError(f"params.yaml: corpus.path: {str(section.path)!r} holds no <language>.parquet, .jsonl or .txt, "
@@ -53,7 +53,7 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
 
 
 def _table(path: Path, language: str | None) -> pl.DataFrame:
-    """`language`, `group`, `text` of one file; `language` is in its name, or None if it has a column for it."""
+    """Read `language`, `group` and `text` from one file; `language` is that of its name, or None to read a column."""
     frame = _READERS[path.suffix](path)
     needed = ["text"] if language is not None else ["text", "language"]
     for column in needed:
@@ -128,7 +128,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """Drop lone surrogates, which JSON can spell (as escapes) and UTF-8 cannot."""
+    """Drop lone surrogates, which JSON can hold as escapes but UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 

@@ -1,1 +1,1 @@
-"""What a feature stands for, in words: asked of a language model behind an OpenAI-compatible endpoint, and scored."""
+"""Explanations of features by a language model behind an OpenAI-compatible endpoint, and their scores."""

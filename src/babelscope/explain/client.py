@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible endpoint (`/chat/completions`): retries, answers kept on disk, and the cost."""
+"""Requests to an OpenAI-compatible endpoint (`/chat/completions`): retries, answers kept on disk, numbers of tokens."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ from babelscope.core.redact import redact
 from babelscope.explain.prompts import Message
 
 KEY = "OPENAI_API_KEY"
-# A message in a chat has some tokens around it.
+# Tokens that the chat format adds to a message.
 _AROUND = 8
 _TIMEOUT = 300.0
-# Bytes of a reply: thousands of times what any answer asked for takes.
+# Bytes of a reply: thousands of times more than any answer takes.
 _LONGEST = 2**24
 
 
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 def tokens(asked: Sequence[Request]) -> tuple[int, int]:
-    """The most tokens that are sent and that come back: whatever the tokenizer, a token has at least one byte."""
+    """Upper bounds of the tokens sent and received: with any tokenizer, a token has at least one byte."""
     sent = sum(len(m["content"].encode()) + _AROUND for one in asked for m in one.messages)
     return sent, sum(one.max_tokens for one in asked)
 
@@ -59,12 +59,12 @@ _RETRY = _Retry(
 class Client:
     """An endpoint (base URL, such as `http://localhost:8000/v1`) and a model behind it, asked in `parallel` requests.
 
-    Every answer is kept in `folder` under the hash of its request: what is paid for is not asked twice. The key is read
-    from the environment (`OPENAI_API_KEY`); it is written nowhere.
+    Every answer is kept in `folder` under the hash of its request, so that none is paid for twice. The key is read from
+    the environment (`OPENAI_API_KEY`) and never written.
 
     Raises
     ------
-    UserError: the key in the environment cannot be one.
+    UserError: the key in the environment is not printable ASCII.
     """
 
     def __init__(self, endpoint: str, model: str, folder: Path, parallel: int) -> None:
@@ -77,11 +77,11 @@ class Client:
     def ask(self, asked: Sequence[Request], advance: Callable[[int], None] = lambda requests: None) -> list[str]:
         """The answers, in the order of the requests.
 
-        The first refusal ends it: nothing more is sent, and requests under way are not waited for.
+        It ends at the first refusal: nothing more is sent, and it does not wait for running requests.
 
         Raises
         ------
-        UserError: the endpoint refuses, or fails again and again.
+        UserError: the endpoint refuses a request or keeps failing.
         """
         answers: dict[int, str] = {}
         with ThreadPool(self.parallel) as pool:  # its threads end with the process, unlike those of an executor
@@ -116,9 +116,9 @@ class Client:
                     if len(content) > _LONGEST:
                         raise self._refusal(f"an answer of more than {_LONGEST:,} bytes")
         if reply.status_code != 200:
-            # Redacted before it is cut: half a key is too much, too.
-            said = " ".join(redact(content.decode(errors="replace")).split())[:200]
-            raise self._refusal(f"status {reply.status_code}: {said}")
+            # Redacted before it is cut: the cut could leave a part of a key.
+            text = " ".join(redact(content.decode(errors="replace")).split())[:200]
+            raise self._refusal(f"status {reply.status_code}: {text}")
         if (answer := answer_in(bytes(content))) is None:
             raise self._refusal("an answer without choices[0].message.content")
         return answer
@@ -128,9 +128,9 @@ class Client:
 
 
 def answer_in(reply: bytes) -> str | None:
-    """The text of the first choice in a reply, without what UTF-8 cannot spell; None if there is none."""
+    """The text of the first choice in a reply, without characters that UTF-8 cannot encode; None if there is none."""
     try:
-        said = json.loads(reply)["choices"][0]["message"]["content"]
+        text = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
-    return str(said or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    return str(text or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")

@@ -1,9 +1,9 @@
-"""`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, as delphi caches them.
+"""`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, in delphi's cache format.
 
 delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. It has a folder for each
-hookpoint with `config.json` and `<first>_<last>.safetensors`, one a range of latents: `locations` `[firings, 3]`
-(context, position, latent less the first one), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`. A
-context is a text of the training split: its content tokens from position 0 on, then padding, on which nothing fires.
+hookpoint with `config.json` and a file `<first>_<last>.safetensors` for each range of latents: `locations`
+`[firings, 3]` (context, position, latent - first), `activations` `[firings]` (float16), `tokens` `[contexts, longest]`.
+A context is a text of the training split: its content tokens from position 0, then padding, on which nothing fires.
 """
 
 import logging
@@ -50,7 +50,7 @@ def contexts(table: pl.DataFrame, pad: int) -> tuple[NDArray[np.uint32], NDArray
 
 def write_cache(folder: Path, latents: int, tokens: NDArray[np.uint32], locations: NDArray[np.int64],
                 activations: NDArray[np.float16]) -> None:  # fmt: skip
-    """Write the files of one hookpoint; `locations` as in the cache, but with the whole latent numbers."""
+    """Write the files of one hookpoint; `locations` as in the cache, but with absolute latent numbers."""
     edges = np.linspace(0, latents, min(SPLITS, latents) + 1).astype(np.int64)
     for start, end in zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True):
         in_range = (locations[:, 2] >= start) & (locations[:, 2] <= end)
@@ -72,14 +72,14 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
         for first in range(0, len(rows), CHUNK):
             values, indices = dictionary.encode(store.gather(rows[first : first + CHUNK]))
             row, column = (values > 0).nonzero(as_tuple=True)
-            at = (row + first).numpy()
-            locations.append(np.stack([context[at], position[at], indices[row, column].numpy()], 1))
+            token = (row + first).numpy()
+            locations.append(np.stack([context[token], position[token], indices[row, column].numpy()], 1))
             fired = values[row, column]
             too_large += int((fired > LARGEST).sum())
             activations.append(fired.clamp(max=LARGEST).to(torch.float16).numpy())
             progress.update(len(values))
     if too_large:
-        message = "%s: %s activations above %s, the largest float16, are written as this number"
+        message = "%s: %s activations above %s, the largest float16, are written as this value"
         log.warning(message, hookpoint, too_large, LARGEST)
     write_cache(target / hookpoint, dictionary.latents, tokens, np.concatenate(locations), np.concatenate(activations))
     write_json(target / hookpoint / "config.json", about | {"ctx_len": tokens.shape[1], "n_tokens": int(tokens.size)})

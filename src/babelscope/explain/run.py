@@ -1,7 +1,7 @@
-"""Stage `explain`: the first features of each language in words, if `explain.endpoint` names a language model.
+"""Stage `explain`: a language model explains the first features of each language, if `explain.endpoint` is set.
 
-A model behind an OpenAI-compatible endpoint says what the texts of a feature have in common. From its own words it then
-has to tell in which further texts the feature fires (detection), and on which tokens (fuzzing).
+A model behind an OpenAI-compatible endpoint says what the texts of a feature have in common. From this explanation it
+then predicts in which further texts the feature fires (detection), and on which tokens (fuzzing).
 """
 
 import logging
@@ -21,7 +21,7 @@ SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "unit": pl.Int32, "language": pl.String, "explanation": pl.String,
     "detection": pl.Float64, "fuzzing": pl.Float64, "texts": pl.Int64,
 }  # fmt: skip
-# Bytes of an explanation (8 a token): what is longer is cut, so that the cost of asking with it is bounded.
+# Bytes of an explanation (8 a token). Longer ones are cut, which bounds the cost of the requests with them.
 LONGEST = 640
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ def run(params: Config, paths: Paths) -> None:
     from babelscope.explain.client import Client
     from babelscope.explain.texts import collect  # imports torch
 
-    # Every answer is kept under its request: other features or a higher max_cost ask only what is new.
+    # Answers are kept by request: with other features or a higher max_cost, only new requests are sent.
     with resume.kept("explain", params.model_dump(include={"explain": {"endpoint", "model"}}), []) as folder:
         client = Client(endpoint, str(params.explain.model), folder, params.hardware.parallel)
         write(ask(collect(params, paths), client, params), paths)
 
 
 def ask(cases: Sequence[Any], client: Any, params: Config) -> list[tuple[Any, ...]]:
-    """Explain and score the cases; before the first question, the cost is logged, and refused if it is too much."""
+    """Explain and score the cases; `check_cost` comes before the first request."""
     from babelscope.explain.scores import judge, scores, trials
 
     questions = [case.question() for case in cases]

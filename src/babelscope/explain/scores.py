@@ -1,4 +1,4 @@
-"""Does an explanation tell where a feature fires? Detection and fuzzing (Paulo et al. 2024, arXiv 2410.13928)."""
+"""How well an explanation predicts firings: detection and fuzzing (Paulo et al. 2024, arXiv 2410.13928)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from babelscope.explain import prompts
 from babelscope.explain.client import Request
 
-# Texts in one question, and tokens of an answer: a sentence, or a list.
+# Texts in one request, and tokens of an answer that is a sentence or a list.
 TOGETHER, SENTENCE, LIST = 5, 80, 40
 Text = tuple[list[str], list[float]]
 
@@ -22,13 +22,13 @@ class Case(NamedTuple):
     silent: list[Text]
 
     def question(self) -> Request:
-        """What makes the feature active?"""
+        """The request that asks what makes the feature active."""
         largest = max(value for _, activations in self.examples for value in activations)
         return Request(prompts.explain(self.examples, largest), SENTENCE)
 
 
 class Trial(NamedTuple):
-    """A text, as it is shown, of which an explanation has to tell whether the feature is active in it as marked."""
+    """A text as shown to the model, which judges from an explanation whether the feature is active in it."""
 
     case: int  # the number of the feature's case
     task: str  # prompts.DETECT or prompts.FUZZ
@@ -37,7 +37,7 @@ class Trial(NamedTuple):
 
 
 def trials(number: int, case: Case, seed: int) -> list[list[Trial]]:
-    """The trials of one case in groups of `TOGETHER`, each the content of one question, in random order."""
+    """The trials of one case in random order, in groups of `TOGETHER`, each of which is one request."""
     detect = [
         Trial(number, prompts.DETECT, truth, "".join(pieces))
         for truth, texts in ((True, case.active), (False, case.silent))
@@ -53,40 +53,39 @@ def trials(number: int, case: Case, seed: int) -> list[list[Trial]]:
         ]
     groups = []
     for of_task in (detect, fuzz):
-        # In the order above, the true ones would be together.
+        # Shuffled, since the true ones are together.
         order = np.random.default_rng([seed, number]).permutation(len(of_task)).tolist()
         groups += [[of_task[i] for i in order[first : first + TOGETHER]] for first in range(0, len(order), TOGETHER)]
     return groups
 
 
 def judge(group: Sequence[Trial], explanation: str) -> Request:
-    """The question about a group of trials."""
+    """The request about a group of trials."""
     return Request(prompts.judge(group[0].task, explanation, [trial.text for trial in group]), LIST)
 
 
 def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int) -> list[tuple[Any, ...]]:
-    """Detection and fuzzing score of each case, and how many of its trials have a readable answer."""
-    said: list[dict[str, list[tuple[bool, bool | None]]]] = [
+    """Detection and fuzzing score of each case, and the number of its trials with a readable answer."""
+    results: list[dict[str, list[tuple[bool, bool | None]]]] = [
         {prompts.DETECT: [], prompts.FUZZ: []} for _ in range(cases)
     ]
     for group, answer in zip(groups, answers, strict=True):
-        verdicts = prompts.verdicts(answer, len(group))
-        for index, trial in enumerate(group):
-            verdict = None if verdicts is None else verdicts[index]
-            said[trial.case][trial.task].append((trial.truth, verdict))
+        verdicts: Sequence[bool | None] = prompts.verdicts(answer, len(group)) or [None] * len(group)
+        for trial, verdict in zip(group, verdicts, strict=True):
+            results[trial.case][trial.task].append((trial.truth, verdict))
     return [
         (
-            *(balanced_accuracy([t for t, _ in pairs], [v for _, v in pairs]) for pairs in of.values()),
-            sum(verdict is not None for pairs in of.values() for _, verdict in pairs),
+            *(balanced_accuracy([t for t, _ in pairs], [v for _, v in pairs]) for pairs in by_task.values()),
+            sum(verdict is not None for pairs in by_task.values() for _, verdict in pairs),
         )
-        for of in said
+        for by_task in results
     ]
 
 
 def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> float | None:
-    """The mean of the shares of true and of false ones that were told right, in 0..1 (0.5 by chance).
+    """The mean of the shares of right answers on true and on false trials, in 0..1 (0.5 by chance).
 
-    An answer that cannot be read is None and left out; without an answer to one of the two kinds, the result is None.
+    An unreadable answer is None and left out. If one of the two kinds has no answer, the result is None.
     """
     shares = []
     for kind in (True, False):
@@ -98,7 +97,7 @@ def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> flo
 
 
 def fuzzed(on: Sequence[bool], seed: Sequence[int]) -> list[bool]:
-    """As many marks as in `on`, on random pieces that have none in `on` (fewer if there are not enough of them)."""
+    """As many marks as in `on`, on random pieces that are not marked in `on` (fewer if there are not enough)."""
     free = np.flatnonzero(~np.array(on, dtype=bool))
     result = np.zeros(len(on), dtype=bool)
     result[np.random.default_rng(list(seed)).permutation(free)[: sum(on)]] = True

@@ -19,7 +19,7 @@ from babelscope.models import hardware, loading, tokens
 
 def collect(params: Config, paths: Paths) -> list[Case]:
     """The first features of every language with their texts of the training split."""
-    # If each layer has ranks of its own (score.per_layer), several features of a language have the same rank.
+    # With score.per_layer, several features of a language have the same rank.
     order = pl.col("rank").rank("ordinal").over("language")
     first = read_table(paths.features).filter(kind="sae").filter(order <= params.explain.per_language)
     rows, chosen = zip(*choose_all(first, params, paths), strict=True) if len(first) else ((), ())
@@ -38,7 +38,7 @@ def collect(params: Config, paths: Paths) -> list[Case]:
 
 
 def choose_all(features: pl.DataFrame, params: Config, paths: Paths) -> list[tuple[dict[str, object], Chosen]]:
-    """The texts of every feature, hookpoint by hookpoint; the numbers of the texts are those of the training split."""
+    """The texts of every feature, hookpoint by hookpoint, by their numbers in the training split."""
     device, section = hardware.prepare(params.hardware), params.explain
     table = read_table(paths.tokens).filter(split="train").select("row", "text_id")
     row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
@@ -46,13 +46,13 @@ def choose_all(features: pl.DataFrame, params: Config, paths: Paths) -> list[tup
     found: list[tuple[dict[str, object], Chosen]] = []
     with Progress("explain, reading", len(row) * len(hookpoints), "tokens") as progress:
         for name in hookpoints:
-            at = features.filter(hookpoint=name)
-            units = at["unit"].to_list()
+            of_hookpoint = features.filter(hookpoint=name)
+            units = of_hookpoint["unit"].to_list()
             latents = Features(sae.load(paths.saes, name).to(device), torch.tensor(units))
             store = ActivationStore(place(paths.activations, latents.reads(name)))
             chosen = choose(
                 latents, lambda rows, store=store: store.gather(row[rows]), text, section.examples, section.scored,  # type: ignore[misc]
                 [[params.seed, unit] for unit in units], progress.update,
             )  # fmt: skip
-            found += zip(at.iter_rows(named=True), chosen, strict=True)
+            found += zip(of_hookpoint.iter_rows(named=True), chosen, strict=True)
     return found

@@ -1,4 +1,4 @@
-"""One running forward pass with finished SAEs: firings on the training texts, quality on the held-out ones."""
+"""Firings on the training texts and quality on the held-out ones, from a forward pass with finished SAEs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from babelscope.sae.metrics import Quality, QualitySums
 
 
 class Counted(NamedTuple):
-    """What was measured of one SAE.
+    """The results for one SAE.
 
     Attributes
     ----------
@@ -42,11 +42,10 @@ def count(
     chunk_tokens: int = 8192,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Counted]:
-    """Count the firings of every latent, as `extract` and `encode` do through files, but with nothing stored.
+    """Count the firings of every latent as `extract` and `encode` do, but without stored activations.
 
-    The forward passes are those of `extract` and the chunks those of `encode`: on the same machine the counts are
-    those that stored activations give. Memory: of each split a chunk and a batch of activations at every hookpoint, and
-    the counters.
+    The batches are those of `extract` and the chunks those of `encode`: on the same machine the counts are the same.
+    Memory: the counters and, for each split, a chunk and a batch of activations at every hookpoint.
 
     Parameters
     ----------
@@ -55,7 +54,7 @@ def count(
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.
-    advance: is called with the number of tokens that have just been done.
+    advance: called with the number of tokens of every finished chunk.
 
     Raises
     ------
@@ -76,7 +75,7 @@ def count(
                 counters[name].add(values.cpu(), indices.cpu(), language[text], text)
         advance(len(text))
 
-    # Of each split, the texts behind the last full chunk.
+    # By split: the texts after the last full chunk.
     waiting: dict[bool, tuple[dict[str, Tensor], Tensor]] = {}
     for activations, text in read_batches(model, texts, texts.batches(batch_tokens), names, dtype):
         for split in set(held_out[text].tolist()):

@@ -16,9 +16,9 @@ class Counter:
 
     Parameters
     ----------
-    languages: names; language codes below are positions in it.
-    units: how many units there are.
-    device: of the counts and of what is added; by default the CPU.
+    languages: names; language codes are indices into it.
+    units: number of units.
+    device: of the counts and of the tensors that are added; default: the CPU.
     """
 
     def __init__(self, languages: Sequence[str], units: int, device: torch.device | None = None) -> None:
@@ -30,7 +30,7 @@ class Counter:
         self._min = torch.full((size,), torch.inf, device=device)
 
     def add(self, values: Tensor, indices: Tensor, language: Tensor, text: Tensor) -> None:
-        """Count a chunk that holds whole texts: no text may be spread over two chunks.
+        """Count a chunk of whole texts: no text may be in two chunks.
 
         Parameters
         ----------
@@ -40,7 +40,7 @@ class Counter:
         fires = values > 0
         cell = (language.unsqueeze(1) * self.units + indices)[fires]
         value = values[fires].float()
-        # Not by bincount, which would go through all languages x units for every chunk.
+        # bincount would go through all languages x units for every chunk.
         self._tokens.index_add_(0, cell, torch.ones_like(cell))
         self._sum.index_add_(0, cell, value.double())
         self._max.scatter_reduce_(0, cell, value, "amax")
@@ -53,8 +53,8 @@ class Counter:
     def add_dense(self, activations: Tensor, language: Tensor, text: Tensor) -> None:
         """Count a chunk of whole texts in which every unit has a value: `add` without the indices.
 
-        If a third of all units fires, as of neurons, reductions over rows cost a fraction of sorting the firings. Their
-        order changes nothing: float64 holds the sums of float16 values exactly.
+        If a third of all units fires, as neurons do, reductions over rows cost a fraction of sorting the firings. The
+        order of the additions changes nothing: float64 holds sums of float16 values exactly.
 
         Parameters
         ----------
@@ -75,7 +75,7 @@ class Counter:
             smallest[code] = torch.minimum(smallest[code], threshold(x, 0.0, torch.inf).amin(0))
 
     def state(self) -> dict[str, Tensor]:
-        """The counts themselves, `[languages * units]` each: copied to a file and back, they resume a count."""
+        """The counts, `[languages * units]` each; copying saved counts into them resumes a count."""
         names = ("tokens", "texts", "sum", "max", "min_positive")
         return dict(zip(names, (self._tokens, self._texts, self._sum, self._max, self._min), strict=True))
 
@@ -112,7 +112,7 @@ def whole_texts(text: Tensor, size: int) -> list[tuple[int, int]]:
     Parameters
     ----------
     text: text number of each row `[rows]`; the rows of a text are neighbours.
-    size: rows of a chunk; one longer text makes one longer chunk.
+    size: rows of a chunk; a longer text is a chunk of its own.
 
     Returns
     -------

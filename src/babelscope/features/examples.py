@@ -1,4 +1,4 @@
-"""Where the features of an SAE fire: histograms of their activations, and texts that show it."""
+"""Histograms of the activations of an SAE's features, and texts in which the features fire."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Features:
         self.number[units.to(self.device)] = torch.arange(len(units), device=self.device)
 
     def reads(self, hookpoint: str) -> str:
-        """What the SAE of `hookpoint` encodes: the hookpoint itself; a transcoder encodes the input of its module."""
+        """The hookpoint whose activations the SAE encodes; for a transcoder, the input of its module."""
         return self.sae.input_name(hookpoint)
 
     def activations(self, x: Tensor) -> Tensor:
@@ -63,11 +63,11 @@ class Example(NamedTuple):
     feature: int
     place: int  # 0 is the text with the largest activation
     text: int
-    activations: Tensor  # one per token of the text, float32 [longest], followed by zeros
+    activations: Tensor  # float32 [longest], one per token of the text, padded with zeros
 
 
 class _Best:
-    """Texts of largest activation: `value` and `text` `[kept, features]`, `tokens` `[kept, features, longest]`."""
+    """The most active texts: `value` and `text` `[kept, features]`, `tokens` `[kept, features, longest]`."""
 
     def __init__(self, kept: int, features: int, longest: int, device: torch.device) -> None:
         self.value = torch.zeros((kept, features), device=device)
@@ -75,13 +75,13 @@ class _Best:
         self.tokens = torch.zeros((kept, features, longest), device=device)
 
     def merge(self, peak: Tensor, text: Tensor, dense: Tensor, start: Tensor, length: Tensor) -> None:
-        """Add texts with larger numbers than any before.
+        """Add texts whose numbers are larger than all before.
 
         `peak`: largest activation of each feature in each text, `[texts, features]`. `text`, `start`, `length`: each
         text's number, first row in `dense` and rows, int64 `[texts]`. `dense`: every activation, `[rows, features]`.
         """
         kept, longest = len(self.value), self.tokens.shape[-1]
-        # Stable: of two texts with the same activation (they may begin alike) the one with the smaller number stays.
+        # Stable: of texts with the same activation (they may begin alike), those with smaller numbers are kept.
         value, order = torch.cat([self.value, peak]).sort(dim=0, descending=True, stable=True)
         self.value, order = value[:kept], order[:kept]
         numbers = torch.cat([self.text, text.unsqueeze(1).expand_as(peak)])
@@ -99,17 +99,17 @@ class _Best:
 
 
 class Firings:
-    """Collects histograms and texts of largest activation of some features, in one pass.
+    """Collects histograms and the most active texts of features, in one pass.
 
-    Memory: `texts * longest` numbers per feature and side, and one chunk's activations of all features.
+    Memory: `texts * longest` numbers per feature and side, and the activations of all features on one chunk.
 
     Parameters
     ----------
-    owns: bool `[features, languages]`, which languages are a feature's own.
+    owns: bool `[features, languages]`, the own languages of every feature.
     largest: the upper end of each feature's histogram, float32 `[features]`, > 0.
-    texts, held_out: how many texts to keep of a feature's own languages and of the others, and how many held-out texts
-        of its own languages.
-    longest: tokens of a text that are kept.
+    texts: number of texts to keep for a feature, in its own languages and in the others each.
+    held_out: number of held-out texts to keep for a feature, in its own languages.
+    longest: tokens to keep of a text.
 
     Attributes
     ----------
@@ -129,8 +129,8 @@ class Firings:
     def add(self, x: Tensor, text: Tensor, language: Tensor, held_out: Tensor) -> None:
         """Add a chunk of whole texts, whose numbers are larger than those of all chunks before.
 
-        `x`: activations of the hookpoint, `[tokens, d]`; and of each token `[tokens]` the number of its `text` (int64,
-        ascending), the code of its `language` (int64), and whether it is `held_out` (bool).
+        `x`: activations of the hookpoint, `[tokens, d]`. For each token, `[tokens]`: `text`, the number of its text
+        (int64, ascending); `language`, the code of its language (int64); `held_out` (bool).
         """
         if not len(x):
             return
@@ -142,8 +142,8 @@ class Firings:
         peak = dense.new_zeros((len(numbers), dense.shape[1]))
         peak.scatter_reduce_(0, owner.unsqueeze(1).expand_as(dense), dense, "amax")
         own, out = self.owns[:, language[start]].T, held_out[start].unsqueeze(1)
-        for side, among in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
-            self._best[side].merge(peak.where(among, 0.0), numbers, dense, start, length)
+        for side, mask in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
+            self._best[side].merge(peak.where(mask, 0.0), numbers, dense, start, length)
 
     def _count(self, dense: Tensor, language: Tensor, held_out: Tensor) -> None:
         row, feature = (dense * ~held_out.unsqueeze(1)).nonzero(as_tuple=True)
@@ -153,11 +153,11 @@ class Firings:
         self.histogram += torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram)
 
     def texts(self, side: str) -> list[list[int]]:
-        """By feature, numbers of its `own`, `other` or `held_out` (own, held-out) texts, the most active one first."""
+        """By feature, numbers of its `own`, `other` or `held_out` (own, held-out) texts, the most active first."""
         return [[number for number in numbers if number >= 0] for numbers in self._best[side].text.T.tolist()]
 
     def examples(self, side: str) -> Iterator[Example]:
-        """By feature and place: texts of the training split, of the feature's languages (`own`) or not (`other`)."""
+        """Training texts by feature and place, in the feature's languages (`own`) or in others (`other`)."""
         tokens = self._best[side].tokens.cpu()
         for feature, numbers in enumerate(self.texts(side)):
             for place, number in enumerate(numbers):
@@ -165,7 +165,7 @@ class Firings:
 
 
 class Shown(NamedTuple):
-    """The number of a text, and what one feature does in it: an activation per token, 0 if it does not fire on it."""
+    """The number of a text, and one feature's activation on every token (0 if it does not fire)."""
 
     text: int
     activations: list[float]
@@ -174,9 +174,9 @@ class Shown(NamedTuple):
 class Chosen(NamedTuple):
     """The texts of one feature."""
 
-    examples: list[Shown]  # those that explain it
-    active: list[Shown]  # others in which it fires
-    silent: list[Shown]  # others in which it does not
+    examples: list[Shown]  # to explain it
+    active: list[Shown]  # to test the explanation: texts in which it fires
+    silent: list[Shown]  # to test the explanation: texts in which it does not fire
 
 
 @torch.inference_mode()
@@ -191,21 +191,21 @@ def choose(
 ) -> list[Chosen]:
     """Choose texts for every feature.
 
-    The examples are those in which it is most active. The others are drawn (Paulo et al. 2024, arXiv 2410.13928): from
-    all further texts in which it fires, at even ranks of its largest activation, and at random from those in which it
-    never does. All texts are read once, and those that are chosen again.
+    The examples are the texts in which it is most active. The test texts (Paulo et al. 2024, arXiv 2410.13928) are
+    further texts in which it fires, evenly spaced by rank of its largest activation, and random texts in which it never
+    fires. All texts are read once, and the chosen ones a second time.
 
     Parameters
     ----------
     gather: rows (int64) -> activations `[rows, d]`.
-    text: number of each row's text, int64 `[rows]`: 0, 1, ..., the rows of a text together.
-    examples, scored: how many texts explain a feature, and how many of each kind test it (fewer if there are no more).
+    text: number of each row's text, int64 `[rows]`, ascending from 0.
+    examples, scored: number of examples, and of test texts of each kind (fewer if there are not enough).
     seeds: of the draws, for each feature.
     advance: called with the tokens read since the last call.
     """
 
     def read(rows: Tensor) -> Iterator[Tensor]:
-        """The activations of each text whose rows are given, `[tokens, features]`; many are encoded at once."""
+        """The activations `[tokens, features]` of each text in `rows`; many texts are encoded at once."""
         for start, end in whole_texts(text[rows], CHUNK):
             part = rows[start:end]
             lengths = torch.unique_consecutive(text[part], return_counts=True)[1]

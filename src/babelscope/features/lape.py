@@ -1,4 +1,4 @@
-"""LAPE for neurons: the baseline that SAE-LAPE was derived from."""
+"""LAPE for neurons, from which SAE-LAPE was derived."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def lape(
     """Language-specific neurons by activation probability entropy (Tang et al. 2024, arXiv 2402.16438).
 
     Neurons with no P(l, u) = c / T above the bar (see `probability_bar`) are dropped; of the rest, the
-    round(top_rate * units) of lowest entropy are kept; language l owns u where P(l, u) > bar. A neuron may belong to
+    round(top_rate * units) of lowest entropy are kept. Language l owns u if P(l, u) > bar; a neuron may belong to
     several languages.
 
     Parameters
@@ -23,14 +23,14 @@ def lape(
     counts: `layer`, `unit`, `language`, `tokens` (and `hookpoint`, which is then part of a unit's name); one row per
         unit and language, rows without a firing may be missing. A lazy frame is read one layer at a time, twice.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
-    units: how many units there are, those that never fire included.
-    quantile: which quantile of all probabilities the bar is.
+    units: number of units, including those that never fire.
+    quantile: the bar is this quantile of all probabilities.
     top_rate: share of the units that are kept.
 
     Returns
     -------
-    `language`, (`hookpoint`,) `layer`, `unit`, `probability` (P(l, u)), `entropy` (nats), `members` (how many
-    languages own the unit), `rank` (from 1), sorted by language and rank: entropy ascending, ties by (layer, unit).
+    `language`, (`hookpoint`,) `layer`, `unit`, `probability` (P(l, u)), `entropy` (nats), `members` (languages
+    that own the unit), `rank` (from 1), sorted by language and rank: entropy ascending, ties by (layer, unit).
 
     Raises
     ------
@@ -62,8 +62,8 @@ def lape(
 def probability_bar(counts: Counts, totals: pl.DataFrame, *, units: int, quantile: float = 0.95) -> float:
     """The `quantile` of all n = units x languages activation probabilities: the round(quantile * n)-th smallest.
 
-    Units without a row count as 0. `round` is Python's (halves to even); the first is the lowest. Parameters and
-    errors as in `lape`.
+    Units without a row count as 0. `round` is Python's (halves to even), and the rank is at least 1. Parameters and
+    errors are those of `lape`.
     """
     rates.check_shares(quantile=quantile)
     rates.require(counts, ["layer", "unit", "language", "tokens"], "counts")

@@ -1,4 +1,4 @@
-"""Monolinguality: by how much a unit is more active on one language than on the others."""
+"""Monolinguality: how much more active a unit is on one language than on the others."""
 
 import polars as pl
 
@@ -10,15 +10,15 @@ def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | N
     """Mean activation on a language minus the mean of its means on the others (Deng et al. 2025, arXiv 2505.05111).
 
     nu(l, u) = m(l, u) - mean over l' != l of m(l', u), where m(l, u) = sum of the activations / T(l), per token. A
-    language on which the unit never fires has m = 0 and counts; a language without tokens (T = 0) has no mean and
-    does not. With one language, nu = m.
+    language on which the unit never fires has m = 0; a language without tokens (T = 0) is left out. With one language,
+    nu = m.
 
     Parameters
     ----------
     counts: `layer`, `unit`, `language`, `tokens`, `sum` (of the activations), and `hookpoint` if there are several.
         A lazy frame is read one layer at a time.
     totals: `language`, `tokens`; its order of the languages is the order of the result.
-    units: the units wanted: `layer`, `unit` (and `hookpoint`), in any number of rows; None for all.
+    units: `layer`, `unit` (and `hookpoint`) of the units wanted; rows may repeat. None: all units.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def monolinguality(counts: Counts, totals: pl.DataFrame, units: pl.DataFrame | N
             rows = rows.join(units, on=key, how="semi")
         rates.check_once(rows, key)
         means = rates.join_totals(rows, size).with_columns(_mean=pl.col("sum").cast(pl.Float64) / pl.col("_tokens"))
-        # Summed in ascending order, so that the order of the rows does not reach the last bit.
+        # Summed in ascending order: rounding then does not depend on the order of the rows.
         sums = means.group_by(key).agg(_all=pl.col("_mean").sort().sum())
         nu = pl.col("_mean") - (pl.col("_all") - pl.col("_mean")) / others
         parts.append(means.join(sums, on=key).select("_position", "language", *key, nu.alias("monolinguality")))

@@ -1,4 +1,4 @@
-"""Firings of a model's own neurons, counted in a running forward pass: no activation is kept."""
+"""Firings of a model's own neurons, counted in a forward pass without storing activations."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ from babelscope.models.tokens import TokenizedTexts
 
 log = logging.getLogger(__name__)
 
-# Seconds between two checkpoints: what a killed run may lose.
+# Seconds between two checkpoints, which a killed run may lose.
 SAVE_EVERY = 30.0
 
 
@@ -40,14 +40,14 @@ def count(
     ----------
     texts: `texts.frame` has `language`.
     hookpoints: activation functions (`layers.N.mlp.act_fn`), whose dimensions are neurons.
-    dtype: what activations are rounded to, as those of every other unit are.
+    dtype: what activations are rounded to, as for all other units.
     batch_tokens: tokens in one forward pass, padding included.
-    checkpoint: a file from which a killed run goes on; the caller deletes it once the counts are safe.
+    checkpoint: file from which a killed run resumes; the caller deletes it when the counts are written.
 
     Raises
     ------
-    UserError: an activation is not finite in `dtype`, the forward pass never reaches a hookpoint, or one does not give
-        one vector per token, in the order of the tokens.
+    UserError: an activation is not finite in `dtype`, the forward pass never reaches a hookpoint, or a hookpoint
+        does not give one vector per token, in the order of the tokens.
     """
     device = device_of(model)
     found = widths(model, hookpoints, "neurons.hookpoints")
@@ -73,12 +73,12 @@ def _save(path: Path, counters: dict[str, Counter], batches: int) -> None:
 
 
 def _restore(path: Path, counters: dict[str, Counter]) -> int:
-    """Set the counters to what a killed run left; returns how many batches that run had counted."""
+    """Restore the counts of a killed run; returns the number of batches that it counted."""
     tables = resume.read_part(path)
     if tables is None:
         return 0
     for name, counter in counters.items():
         for key, table in counter.state().items():
             table.copy_(tables[f"{name}/{key}"])
-    log.info("neurons: going on after batch %d of an earlier run", int(tables["batches"]))
+    log.info("neurons: resumed after batch %d of an earlier run", int(tables["batches"]))
     return int(tables["batches"])

@@ -1,4 +1,4 @@
-"""Texts cut at the ends of tokens, but never inside of what is read as one character."""
+"""Texts cut at the borders of tokens, but never inside what is read as one character."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ _JOINER = "\u200d"
 def pieces(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], list[int]]:
     """Cut a text at the borders of its tokens that a reader can see.
 
-    A byte-level tokenizer may cut one character into several tokens, and any tokenizer may part a letter from the vowel
-    signs or accents that are drawn with it (Unicode's marks). Such tokens share a piece. White space between two tokens
-    belongs to the later one.
+    A byte-level tokenizer may cut one character into several tokens, and any tokenizer may separate a letter from the
+    vowel signs or accents that are drawn with it (Unicode's marks). Such tokens share a piece. White space between two
+    tokens belongs to the later one.
 
-    `spans`: of each token, where in the text its characters begin and end; what follows the last one is left out.
+    `spans`: first and last (exclusive) character of each token; text after the last token is left out.
 
     Returns
     -------
-    The pieces, which together are the text as far as the last token, and the number of every token's piece.
+    The pieces, which together are the text up to the last token, and the number of each token's piece.
     """
     starts: list[int] = []
     piece: list[int] = []
@@ -42,9 +42,9 @@ def _inside(text: str, index: int) -> bool:
 
 
 def cut(texts: pl.DataFrame, spelled: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> pl.DataFrame:
-    """`text_id`, `language`, `split` of `texts`, with `pieces` (list of strings) and `piece` (of every token, list).
+    """`text_id`, `language`, `split` of `texts`, with the lists `pieces` and `piece` (see `pieces`).
 
-    `spelled`: of each the text that is read, and the spans of its tokens, see `babelscope.models.tokens.spelled`.
+    `spelled`: text and token spans of each, from `babelscope.models.tokens.spelled`.
     """
     schema = {"pieces": pl.List(pl.String), "piece": pl.List(pl.Int64)}
     found = pl.DataFrame([pieces(text, spans) for text, spans in spelled], schema=schema, orient="row")

@@ -1,4 +1,4 @@
-"""Firing counts as sparse Polars frames: what they must hold, probabilities and entropies from them."""
+"""Firing counts as sparse Polars frames: checks of their content, probabilities and entropies."""
 
 from collections.abc import Iterator, Sequence
 
@@ -62,7 +62,7 @@ def check_totals(totals: pl.DataFrame, *extra: str) -> pl.DataFrame:
 def by_layer(counts: Counts, names: Sequence[str]) -> Iterator[pl.DataFrame]:
     """The columns `names` of `counts`, one layer at a time in ascending order, so that memory is bounded by a layer.
 
-    Rows without a firing (tokens == 0) are left out. Without any row there is one empty frame, for the types.
+    Rows without a firing (tokens == 0) are left out. If no rows are left, one empty frame with the schema is yielded.
     """
     lazy = counts.lazy()
     layers = lazy.select(pl.col("layer").unique()).collect(engine="in-memory")["layer"].sort().to_list()
@@ -104,9 +104,9 @@ def probabilities(rows: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
         worst = impossible.sort("language", "layer", "unit").row(0, named=True)
         raise UserError(
             f"counts: layer {worst['layer']}, unit {worst['unit']} fires on {worst['tokens']} tokens "
-            f"of {worst['_tokens']} in {worst['language']}: the totals belong to other counts"
+            f"of {worst['_tokens']} in {worst['language']}: the totals are those of other counts"
         )
-    # Series by Series: with one language, an expression would multiply by the reciprocal of its total.
+    # Series by Series: an expression would multiply by the reciprocal of a total if there is only one.
     return rows.with_columns((rows["tokens"] / rows["_tokens"]).alias("probability")).drop("_tokens")
 
 

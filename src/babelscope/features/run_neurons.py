@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write a table of counts per hookpoint, the totals and the widths to `paths.neurons`; empty ones without any."""
+    """Write counts per hookpoint, totals and widths to `paths.neurons`; the latter two are empty without hookpoints."""
     shutil.rmtree(paths.neurons, ignore_errors=True)
     if params.neurons.hookpoints:
         count(params, paths)
@@ -27,7 +27,7 @@ def run(params: Config, paths: Paths) -> None:
 
 def count(params: Config, paths: Paths) -> None:
     """Count and write the tables."""
-    # Only here: by default there are none, and these imports take seconds.
+    # Imported here: they take seconds, and by default no neurons are counted.
     from babelscope.features import counter, neurons
     from babelscope.models import hardware, hookpoints, loading, tokens
 
@@ -59,6 +59,6 @@ def count(params: Config, paths: Paths) -> None:
 
 
 def write(paths: Paths, widths: Mapping[str, int], totals: pl.DataFrame) -> None:
-    """Write what holds for all hookpoints: how many neurons each has, fired or not, and the totals per language."""
+    """Write the number of neurons of every hookpoint, fired or not, and the totals per language."""
     write_atomically(paths.neurons / "totals.parquet", totals.write_parquet)
     write_json(paths.neurons / "widths.json", widths)

@@ -49,7 +49,7 @@ def run(params: Config, paths: Paths) -> None:
 def select_neurons(
     section: schema.Neurons, folder: Path, totals: pl.DataFrame
 ) -> tuple[pl.DataFrame, int, list[pl.LazyFrame]]:
-    """The languages' neurons, from how many they were selected, and the counts of each hookpoint in `folder`."""
+    """The selected neurons, the number of all neurons, and the counts of each hookpoint in `folder`."""
     counts = [scan_counts(folder / f"{name}.parquet", name) for name in section.hookpoints]
     widths = read_json(folder / "widths.json")
     units = sum(widths[name] for name in section.hookpoints)
@@ -58,7 +58,7 @@ def select_neurons(
 
 
 def scan_counts(path: Path, hookpoint: str) -> pl.LazyFrame:
-    """The counts of one hookpoint, named, to be read piece by piece."""
+    """A lazy frame of the counts of one hookpoint, with its name."""
     return scan_table(path).select(
         pl.lit(hookpoint).alias("hookpoint"), "layer", "unit", "language", "tokens", "texts", "sum"
     )
@@ -69,12 +69,12 @@ def read_totals(writers: Mapping[Path, str], languages: list[str]) -> pl.DataFra
 
     Parameters
     ----------
-    writers: the files, and the stage that writes each of them.
+    writers: the stage that writes each file.
     languages: those of params.yaml.
 
     Raises
     ------
-    UserError: the files differ, or a file has other languages: it is stale.
+    UserError: the files differ, or a file has other languages, so that it is stale.
     """
     first: tuple[Path, pl.DataFrame] | None = None
     for path, writer in writers.items():
@@ -99,7 +99,7 @@ def select(selected: pl.DataFrame, counts: list[pl.LazyFrame], totals: pl.DataFr
 def numbers(
     features: pl.DataFrame, counts: list[pl.LazyFrame], languages: list[str], what: str
 ) -> dict[str, int | float]:
-    """How many units the languages own; `what` they are is in every key, but for the means over features.
+    """How many units the languages own. Keys contain `what` the units are, except for means over features.
 
     `effective_languages` is e to the mean entropy: 1 for units that fire in one language, n for units that fire at the
     same rate in n languages. `effective_languages_median` is the median of e to the entropy.

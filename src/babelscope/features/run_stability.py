@@ -1,4 +1,4 @@
-"""Stage `stability`: which features come again in an SAE trained from another seed, and whether they fire alike."""
+"""Stage `stability`: which features an SAE trained from another seed finds again, and whether they fire alike."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from babelscope.core.progress import Progress
 from babelscope.features.stability import Overlap, partners, with_baseline
 from babelscope.models import hardware
 
-# Tokens encoded at once: bounds the memory.
+# Tokens encoded at once, which bounds the memory.
 _CHUNK = 8192
 SCHEMA = pl.Schema({
     "hookpoint": pl.String, "unit": pl.Int32, "language": pl.String,
@@ -71,7 +71,7 @@ def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
 
 
 def groups(table: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The rows of all features, of each hookpoint and of each language, with the suffix of their figures' keys."""
+    """The rows of all features, of each hookpoint and of each language, each with the suffix of its keys."""
     yield "", table.unique(["hookpoint", "unit"], maintain_order=True)  # languages may share a feature
     for (hookpoint,), rows in table.group_by("hookpoint", maintain_order=True):
         yield f"/{hookpoint}", rows.unique("unit", maintain_order=True)
@@ -80,7 +80,7 @@ def groups(table: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def figures(table: pl.DataFrame, threshold: float) -> dict[str, float]:
-    """Of all features, each hookpoint's and each language's: how many, the share found again, and the means."""
+    """For each group of `groups`: the number of features, the share found again, and means."""
     numbers: dict[str, float] = {}
     for group, rows in groups(table):
         numbers[f"stability_features{group}"] = len(rows)

@@ -1,4 +1,4 @@
-"""Stage `stream`: all SAEs at once from a running forward pass if `train.source` is `stream`; else nothing."""
+"""Stage `stream`: train all SAEs during one forward pass if `train.source` is `stream`."""
 
 import logging
 import os
@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write `paths.stream`: what `train` and `encode` copy, or only that there is nothing to copy."""
+    """Write the files that `train` and `encode` copy, and `paths.stream_mode`."""
     check_folders(params)
     shutil.rmtree(paths.stream, ignore_errors=True)
     if params.train.source == "stream":
-        # How many products PyTorch keeps prepared, 0.4 MiB each; texts always have new shapes. Read at torch's import.
+        # Matrix products that PyTorch caches by shape, 0.4 MiB each; texts rarely repeat one. Read at torch's import.
         os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-        from babelscope.features.stream import stream  # its imports take seconds: most runs do not need them
+        from babelscope.features.stream import stream  # its imports take seconds, and most runs do not need them
 
         stream(params, paths)
     else:

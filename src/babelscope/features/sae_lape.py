@@ -31,13 +31,13 @@ def sae_lape(
     fires, and P(l, u) = c / T:
 
     1. Candidates: e >= int(example_rate * N) in some language and c > int(token_rate * T) in some language (the same
-       one if `same_language`). Both limits truncate, as in the paper's code; that of e is at least 1, since a language
-       of a single text would otherwise let every unit pass. An `example_rate` of 0, and `counts` without `texts`, omit
-       the first condition.
-    2. Members of u: the languages with P >= ratio * max_l P. Selected are the units with exactly `members` of them:
-       1 gives language-specific features, k those shared by k languages (a row for each), None every candidate.
-       `max_entropy` leaves out the units whose entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), is
-       above it; exp(H) is the number of a unit's effective languages.
+       one if `same_language`). Both limits are truncated, as in the paper's code; that of e is at least 1, since
+       otherwise every unit would pass in a language of a single text. If `example_rate` is 0 or `counts` has no
+       `texts`, the first condition is omitted.
+    2. Members of u: the languages with P >= ratio * max_l P. Units with exactly `members` of them are selected: 1 gives
+       language-specific features, k those shared by k languages (a row for each), None every candidate.
+       Units whose entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), is above `max_entropy` are left
+       out; exp(H) is the number of effective languages of a unit.
     3. Rank within a language: by H(u), ascending, or by P(l, u), descending. Ties break by (layer, unit).
 
     Parameters
@@ -45,13 +45,13 @@ def sae_lape(
     counts: `layer`, `unit`, `language`, `tokens` and, if known, `texts`, `hookpoint`; one row per unit and
         language, rows without a firing may be missing. With `hookpoint`, a unit is (hookpoint, layer, unit). A lazy
         frame is read one layer at a time.
-    totals: `language`, `tokens` and, if `counts` has it, `texts`: one row per language. Its order of the languages
-        is the order of the result.
+    totals: `language`, `tokens` and, if `counts` has it, `texts`: one row per language. The result has the same
+        order of languages.
     example_rate, token_rate: shares of texts and of tokens, 0 to 1. Paper: 0.98 and 0.1.
     ratio: share of the highest probability, above 0, at most 1. Paper: 0.5.
     members, same_language, order: see above. Paper: 1, False, entropy.
-    max_entropy: nats, at least 0, compared after rounding to 12 decimals like H(u); None: no limit.
-    top: how many units to keep per language (or per language and layer); None keeps all.
+    max_entropy: nats, at least 0, rounded to 12 decimals like H(u); None: no limit.
+    top: units to keep per language (or per language and layer); None keeps all.
     per_layer: rank and cut within each layer.
 
     Returns
@@ -79,7 +79,7 @@ def sae_lape(
 
 
 def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
-    """One row per language, in the order of `languages`, also for those that own no unit.
+    """One row for each of `languages`, also for those that own no unit.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def _check(
     top: int | None,
 ) -> None:  # fmt: skip
     rates.check_shares(example_rate=example_rate, token_rate=token_rate)
-    if not 0 < ratio <= 1:  # at 0 every language, firing or not, would be a member of every unit
+    if not 0 < ratio <= 1:  # at 0 every language would be a member of every unit
         raise UserError(f"ratio: {ratio} is not above 0 and at most 1")
     if members is not None and members < 1:
         raise UserError(f"members: {members} is not at least 1")
@@ -115,10 +115,7 @@ def _check(
 
 
 def _limits(totals: pl.DataFrame, example_rate: float, token_rate: float) -> pl.DataFrame:
-    """The limits per language, truncated by Python's own `int(rate * total)`: exactly the paper's arithmetic.
-
-    Except that with an `example_rate` the limit is at least 1 text.
-    """
+    """The limits per language, `int(rate * total)` as in the paper's code; with an `example_rate`, at least 1 text."""
     limits = {"language": totals["language"].to_list(), "_tokens": [int(token_rate * n) for n in totals["tokens"]]}
     if "texts" in totals.columns:
         limits["_texts"] = [max(int(example_rate > 0), int(example_rate * n)) for n in totals["texts"]]
@@ -133,7 +130,7 @@ def _candidates(rows: pl.DataFrame, limits: pl.DataFrame, key: list[str], same_l
         in_texts = pl.col("texts") >= pl.col("_texts")
         if same_language:
             conditions = [conditions[0] & in_texts]
-        elif limits["_texts"].min() != 0:  # units without a row for a language, too, meet a limit of 0
+        elif limits["_texts"].min() != 0:  # a unit without a row for a language meets a limit of 0
             conditions.append(in_texts)
     for condition in conditions:
         rows = rows.join(rows.filter(condition).select(key), on=key, how="semi")

@@ -1,4 +1,4 @@
-"""Which languages share units: a map of the languages as the model's features draw it."""
+"""Similarity of languages by the units that they share."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from babelscope.features.rates import unit_key
 
 
 def similarity(candidates: pl.DataFrame, languages: Sequence[str]) -> pl.DataFrame:
-    """The Jaccard index of the units of every two languages: |A & B| / |A | B|, A the units of which one is a member.
+    """The Jaccard index |A & B| / |A | B| of every two languages, A and B being the units of which each is a member.
 
     Parameters
     ----------

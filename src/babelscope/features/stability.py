@@ -1,4 +1,4 @@
-"""Whether latents come again in another SAE of the same activations: their partners there, and on what both fire.
+"""Whether another SAE of the same activations finds latents again: their partners, and the overlap of firings.
 
 SAEs that differ in their seed alone share only some of their latents (Paulo & Belrose 2025, arXiv 2501.16615).
 """
@@ -15,12 +15,12 @@ from babelscope.sae.autoencoder import chunk_rows
 def partners(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """The best partner of every latent by decoder cosine (max cosine similarity; Sharkey et al. 2022).
 
-    A latent may be the partner of several. Memory: m scores for each row of a chunk, never n x m.
+    One latent may be the partner of several. Memory: m scores for each row of a chunk, never n x m.
 
     Parameters
     ----------
     decoder: float32 [n, d], `W_dec` of the SAE whose latents need partners; rows of any norm (0: cosine 0 with all).
-    other: float32 [m, d], `W_dec` of the SAE in which the partners are.
+    other: float32 [m, d], `W_dec` of the SAE of the partners.
 
     Returns
     -------
@@ -38,14 +38,14 @@ def partners(decoder: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Overlap:
-    """Adds up, chunk by chunk, the Jaccard index of the tokens on which a latent fires and those of its partner.
+    """Computes, chunk by chunk, the Jaccard index of the tokens on which a latent and its partner fire.
 
     J = |A & B| / |A | B|, with A the tokens on which the latent of the first SAE fires (activation > 0), and B those of
     its partner in the second. Memory: three numbers per latent, whatever the number of tokens.
 
     Parameters
     ----------
-    partner: int64 [n], of every latent of the first SAE the one in the second.
+    partner: int64 [n], the partner in the second SAE of every latent of the first.
     latents: width m of the second SAE.
     """
 
@@ -59,7 +59,7 @@ class Overlap:
 
         Parameters
         ----------
-        first, second: what `SAE.encode` returns of the same tokens: values and indices, [tokens, q] each (any two q).
+        first, second: values and indices from `SAE.encode` for the same tokens, [tokens, q] each (q may differ).
         """
         token, unit = _fired(*first)
         other_token, other_unit = _fired(*second)
@@ -80,9 +80,9 @@ def _fired(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_baseline(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) -> pl.DataFrame:
-    """Each feature's partner, and as a baseline those of the latents that are no features and fire at least as often.
+    """Each feature's partner, and as a baseline the partners of other latents that fire at least as often.
 
-    Latents that fire often are learned from more tokens, so each feature is compared with latents that had no fewer.
+    Latents that fire often are learned from more tokens, so a feature is compared with latents that had no fewer.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def with_baseline(features: pl.DataFrame, latents: pl.DataFrame, cosine: float) 
             others_cosine=pl.col("cosine").cum_sum() / running,
             others_overlap=(overlap.fill_null(0.0).cum_sum() / overlap.cum_count()).fill_nan(None),
         )
-        # Of the latents that fire equally often, the last row counts them all.
+        # Of latents that fire equally often, the last row includes all.
         .unique("tokens", keep="last", maintain_order=True)
         .sort("tokens")
     )

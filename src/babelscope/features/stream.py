@@ -1,6 +1,6 @@
-"""All SAEs at once from a running forward pass, for corpora whose activations do not fit on a disk.
+"""Trains all SAEs during one forward pass, for corpora whose activations do not fit on a disk.
 
-`train` and `encode` publish its files, so that every output is where stored activations would have put it.
+`train` and `encode` copy its files, so that every output has the same path as with stored activations.
 """
 
 import os
@@ -47,8 +47,8 @@ def stream(params: Config, paths: Paths) -> None:
         transcode=params.train.transcode, dtype=dtype, batch_tokens=params.extract.batch_tokens,
         size=params.train.batch, steps=steps, seed=params.seed,
     )  # fmt: skip
-    knobs = params.model_dump(include={"extract", "hookpoints", "languages", "model", "seed", "train"})
-    with kept("stream", knobs | {"max_tokens": params.corpus.max_tokens}, [paths.texts]) as folder:
+    depends = params.model_dump(include={"extract", "hookpoints", "languages", "model", "seed", "train"})
+    with kept("stream", depends | {"max_tokens": params.corpus.max_tokens}, [paths.texts]) as folder:
         trained = train(source, params.train, params.hardware, seed=params.seed, folder=folder, label="stream")
         if trained is None:
             return
@@ -61,7 +61,7 @@ def stream(params: Config, paths: Paths) -> None:
 
 
 def count_firings(params: Config, paths: Paths, model: Any, texts: tokens.TokenizedTexts) -> None:
-    """Write counts, totals and quality of every SAE, as its file gives them to `encode`; log a line each."""
+    """Write counts, totals and quality of every SAE as loaded from its file; log a line for each."""
     saes = {name: sae.load(paths.stream, name).to(hookpoints.device_of(model)) for name in params.hookpoints}
     with Progress("count", int(texts.lengths.sum()), "tokens") as progress:
         measured = count(

@@ -20,16 +20,16 @@ def identify(
 
     The score of a text for a language is the total over the language's units (of firings, or of min-max scaled
     activations), divided by the number of those units if `normalize` is "units": raw totals favour languages that
-    own many. A language without units is never predicted. Of a tie, the language that owns fewer units is predicted,
-    then the first by name. (The paper takes the first by name at once: 4 of its 7,500 raw SAE counts are ties, and its
+    own many. A language without units is never predicted. Ties go to the language that owns fewer units, then to the
+    first by name. (The paper breaks ties by name alone. 4 of its 7,500 raw SAE counts are ties; by the rule here, its
     97.21 % become 97.25 %.)
 
     Parameters
     ----------
-    unit_counts: one row per text: a column per language with the total over its units, every other column (`text_id`,
-        ...) an id that is kept. Or long: one row per text and `language`, the total in `score`, `count` or `tokens`,
-        the rest ids; an absent row is a total of 0. Null counts as 0.
-    units_owned: how many units each language owns, as a mapping or as a frame `language`, `units`.
+    unit_counts: wide: one row per text, a column per language with the total over its units. Or long: one row per text
+        and `language`, the total in `score`, `count` or `tokens`; an absent row is a total of 0. Null counts as 0. All
+        other columns (`text_id`, ...) are ids, which are kept.
+    units_owned: number of units of each language, as a mapping or as a frame `language`, `units`.
     normalize: "units" or "none" (the paper's comparison of raw totals).
 
     Returns
@@ -47,7 +47,7 @@ def identify(
     wide = unit_counts if any(name in unit_counts.columns for name in owned) else _widen(unit_counts)
     ids = [name for name in wide.columns if name not in owned]
     if {"predicted", "score"} & set(ids):
-        raise UserError("unit_counts: the columns 'predicted' and 'score' are made here; rename them")
+        raise UserError("unit_counts: 'predicted' and 'score' are names of the result's columns; rename yours")
     able = [name for name, units in owned.items() if units > 0]
     if not able:
         raise UserError("units_owned: no language owns a unit, so none can be identified")
@@ -60,7 +60,7 @@ def identify(
     scores = texts.select("_text", totals).unpivot(index="_text", variable_name="predicted", value_name="score")
     scores = scores.join(units, on="predicted")
     if normalize == "units":
-        # Series by Series: Polars divides by one number as a product with its reciprocal, and ties would get lost.
+        # Series by Series: an expression multiplies by the reciprocal of a single number, and ties would differ.
         scores = scores.with_columns(scores["score"] / scores["_units"])
     ranked = scores.sort("_text", -pl.col("score"), "_units", "predicted")
     winners = ranked.unique("_text", keep="first", maintain_order=True).select("_text", "predicted", "score")

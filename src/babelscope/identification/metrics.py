@@ -14,7 +14,7 @@ def accuracy(truth: pl.Series, predicted: pl.Series) -> float:
 
 
 def f1(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> dict[str, float]:
-    """F1 of each of `languages`: 2 TP / (2 TP + FP + FN), and 0 if that is 0 / 0, as in scikit-learn."""
+    """F1 of each of `languages`: 2 TP / (2 TP + FP + FN), with 0 / 0 = 0 as in scikit-learn."""
     right = _right(truth, predicted)
     scores = {}
     for language in languages:
@@ -34,9 +34,9 @@ def confusion(truth: pl.Series, predicted: pl.Series, languages: list[str]) -> p
 
 
 def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
-    """McNemar's exact test (1947): the two-sided p-value that two classifiers differ, right or wrong on the same texts.
+    """McNemar's exact test (1947): two-sided p-value for a difference between two classifiers on the same texts.
 
-    Of the n texts on which only one is right, the first gets Binomial(n, 1/2) right if they do not differ. Both series
+    If they do not differ, the first is right on Binomial(n, 1/2) of the n texts on which only one is right. Both series
     are boolean, one value per text, in the same order.
     """
     _check_lengths(first_right, second_right)
@@ -48,13 +48,13 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
 def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
     """The numbers of every classifier, and McNemar's test of each against `baseline`.
 
-    A classifier may have no rows for languages that it does not know: its numbers and its comparison leave them out.
+    Languages for which a classifier has no rows are left out of its numbers and its comparison.
 
     Parameters
     ----------
     predictions: `text_id`, `language` (true), `method`, `normalize`, `predicted`.
     languages: order of the languages.
-    baseline: the `method` that the others are compared with; without rows of it there is no comparison.
+    baseline: the `method` with which the others are compared, if it has rows.
 
     Returns
     -------
@@ -84,4 +84,4 @@ def _right(truth: pl.Series, predicted: pl.Series) -> pl.Series:
 
 def _check_lengths(first: pl.Series, second: pl.Series) -> None:
     if len(first) != len(second):
-        raise UserError(f"{len(first)} values against {len(second)}: both must be about the same texts")
+        raise UserError(f"{len(first)} values against {len(second)}: both must be for the same texts")

@@ -1,6 +1,6 @@
-"""Stage `identify`: which language a text is in, told by the units that fire, compared with fastText's identifier.
+"""Stage `identify`: predict the language of texts from the units that fire, and compare with fastText.
 
-On the held-out split, and on the texts of another domain if `identify.also` names some.
+It uses the held-out split, and texts of another domain if `identify.also` names them.
 """
 
 import logging
@@ -42,7 +42,7 @@ def run(params: Config, paths: Paths) -> None:
 
     corpus = read_table(paths.texts).filter(split="eval")
     held_out = UnitTotals(len(corpus), owners, saes, device)
-    # Neurons are stored nowhere, and latents are not if `train.source` is `stream`.
+    # No stage stores the activations of neurons, nor any activations if `train.source` is `stream`.
     stored = [name for name in saes if params.train.source != "stream"]
     add_texts(held_out, corpus, [name for name in owners if name not in stored], params, paths)
     add_stored(held_out, corpus, stored, paths)
@@ -57,7 +57,7 @@ def run(params: Config, paths: Paths) -> None:
 
 
 def read_also(params: Config) -> pl.DataFrame | None:
-    """The texts of `identify.also`: of each language the first `also_texts` by text_id, which is a hash of the text."""
+    """The texts of `identify.also`: the first `also_texts` of each language by text_id, a hash of the text."""
     also = params.identify.also
     if also is None:
         return None
@@ -80,7 +80,7 @@ def read_also(params: Config) -> pl.DataFrame | None:
 
 
 def read_owners(features: pl.DataFrame, params: Config, paths: Paths) -> dict[str, Owned]:
-    """By hookpoint, its selected units and the languages that own them."""
+    """The selected units of every hookpoint and the languages that own them."""
     owners = {}
     for (kind, hookpoint), rows in features.group_by("kind", "hookpoint", maintain_order=True):
         columns = ["unit", "language", "min_positive", "max"]
@@ -90,7 +90,7 @@ def read_owners(features: pl.DataFrame, params: Config, paths: Paths) -> dict[st
 
 
 def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], paths: Paths) -> None:
-    """Read the stored activations of the split at `hookpoints`: no forward pass is needed."""
+    """Add the stored activations of the held-out split at `hookpoints`."""
     if not hookpoints:
         return
     numbers = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
@@ -109,7 +109,7 @@ def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str]
 
 
 def add_texts(found: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], params: Config, paths: Paths) -> None:
-    """Run the model over `corpus` for `hookpoints`."""
+    """Add the activations at `hookpoints` from forward passes over `corpus`."""
     if not hookpoints:
         return
     by_input = {found.reads(name): name for name in hookpoints}
@@ -119,8 +119,8 @@ def add_texts(found: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str], pa
     number = texts.frame["text_id"].cast(pl.Int64).to_torch()
     model = loading.load_model(params.model, params.extract.dtype).to(found.device)
     tokens.check_fits(model, texts)
-    # Rounded as `extract` stores them, since the SAEs and the counts know no others; but not to int8, whose steps
-    # depend on the whole shard: with int8, 0.4 % of the firings differ (measured on planted features).
+    # Rounded as for the SAEs and the counts. int8 cannot be reproduced, since its steps depend on the whole shard:
+    # with `store_dtype: int8`, 0.4 % of the firings differ (measured on planted features).
     dtype = loading.DTYPES[params.extract.store_dtype]
 
     def compute(batch: list[int]) -> dict[str, Tensor]:
@@ -145,13 +145,13 @@ def write(
     name: str, texts: pl.DataFrame, totals: Mapping[str, Tensor], features: pl.DataFrame, lid: FastText,
     params: Config, paths: Paths,
 ) -> dict[str, float]:  # fmt: skip
-    """Predict, write predictions and confusion matrices, and return the numbers (their keys begin with `name`).
+    """Write predictions and confusion matrices, and return the numbers, whose keys begin with `name`.
 
-    Texts in languages that fastText does not know, or does not tell apart, are left out for all methods; what the units
-    make of all texts, among all languages, is in the numbers `all_languages/...`.
+    Languages that fastText does not know or does not distinguish are left out for all methods. The numbers
+    `all_languages/...` are those of the units on all texts and languages.
     """
     among, refused = lid.match(params.languages)
-    # Both are asked about the same texts and for the same languages; with a single one there is nothing to tell.
+    # Units and fastText get the same texts and languages. fastText is left out if it knows only one of several.
     baseline = len(among) > 1 or not refused
     compared = list(among.values()) if baseline else params.languages
     for language, reason in refused.items():
@@ -161,7 +161,7 @@ def write(
     if baseline and len(known):
         parts.append(labelled(known, BASELINE, "none", lid.predict(known["text"].to_list(), among)))
     if not parts:
-        raise UserError(f"{paths.features}: no features, and fastText knows less than two of params.yaml's languages")
+        raise UserError(f"{paths.features}: no features, and fastText knows fewer than two of params.yaml's languages")
     predictions = pl.concat(parts)
     write_atomically(paths.identification / f"{name or 'predictions'}.parquet", predictions.write_parquet)
     confusion = pl.concat(
@@ -184,7 +184,7 @@ def write(
 def by_units(
     texts: pl.DataFrame, totals: Mapping[str, Tensor], features: pl.DataFrame, among: list[str], languages: list[str]
 ) -> list[pl.DataFrame]:
-    """What every method predicts for those of `texts` that are in `among`, and of these languages only.
+    """The predictions of every method for `texts` in the languages `among`, which are the only candidates.
 
     `totals`: for each method `[texts, languages]`, float64.
     """
@@ -202,7 +202,7 @@ def by_units(
 
 
 def labelled(texts: pl.DataFrame, method: str, normalize: str, found: pl.DataFrame) -> pl.DataFrame:
-    """What a method has `found` (`predicted`, `score`) of `texts`, as rows of the table of predictions."""
+    """`found` (`predicted`, `score`), a method's results for `texts`, as rows of the table of predictions."""
     labels = {"method": pl.lit(method), "normalize": pl.lit(normalize)}
     return texts.select("text_id", "language").with_columns(**labels).hstack(found)
 

@@ -1,4 +1,4 @@
-"""What a language's units do in a text: totals per text and language, from which `identify` tells the language."""
+"""Totals of every language's units in every text, from which `identify` predicts the language."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -65,10 +65,10 @@ def owned(features: pl.DataFrame, counts: pl.DataFrame | None, languages: Sequen
 
 
 class UnitTotals:
-    """Adds up, text by text, what the units of every language do.
+    """Adds up, text by text, the firings and activations of every language's units.
 
-    `texts`: how many. `owners`: by hookpoint. `saes`: the dictionary of every hookpoint whose units are latents; at the
-    others the units are neurons.
+    `texts`: number of texts. `owners`: by hookpoint. `saes`: the dictionary of every hookpoint whose units are latents;
+    at other hookpoints the units are neurons.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class UnitTotals:
         self._tables = {name: self._table(name) for name in owners}
 
     def _table(self, name: str) -> tuple[Tensor, ...]:
-        """For latents: the row of each in the three tables, of which the last, of zeros, is for latents of nobody."""
+        """For latents: each latent's row in the three tables, whose last row is 0 and for latents that nobody owns."""
         owned = self.owners[name]
         if name not in self.saes:
             return owned.units.to(self.device), owned.owns.to(self.device)
@@ -103,7 +103,7 @@ class UnitTotals:
 
     @torch.no_grad()
     def add(self, hookpoint: str, activations: Tensor, text: Tensor) -> None:
-        """Add tokens of any texts: what the SAE of `hookpoint` reads, or its neurons themselves, `[tokens, d]`.
+        """Add tokens of any texts: the activations `[tokens, d]` at `reads(hookpoint)`.
 
         `text`: number of the text of each token, int64 `[tokens]`.
         """

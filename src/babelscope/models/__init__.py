@@ -1,1 +1,1 @@
-"""Loading causal language models; reading and changing their activations at named hookpoints."""
+"""Causal language models: loading, tokens, forward passes, and activations read and changed at named hookpoints."""

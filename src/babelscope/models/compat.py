@@ -1,4 +1,4 @@
-"""Private functions of PyTorch, each with what to do if a later version lacks it (`matmul` has oneDNN's product)."""
+"""Private functions of PyTorch, each with a fallback for versions that lack it (`matmul` has oneDNN's product)."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
     Parameters
     ----------
-    cpu_info: Linux' description of the processor, read if PyTorch does not say; without it: no.
+    cpu_info: description of the processor on Linux, read if PyTorch lacks the function; if it is missing, False.
     """
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -27,9 +27,9 @@ def multiplies_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 @functools.cache
 def gathered_dots() -> Dots | None:
-    """`(a[i] * b[j]).sum(1)` on the CPU without the gathered copies; None if PyTorch has no such kernel.
+    """A function for `(a[i] * b[j]).sum(1)` on the CPU without the gathered copies; None if PyTorch lacks the kernel.
 
-    It is the kernel behind embedding_bag's gradient for its weights, whose "offsets" are unused in mode 0 (sum).
+    The kernel computes embedding_bag's gradient for its weights; its "offsets" are unused in mode 0 (sum).
     """
 
     def dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:

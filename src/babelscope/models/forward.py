@@ -13,7 +13,7 @@ from babelscope.models.tokens import TokenizedText, TokenizedTexts, pad
 
 
 def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
-    """The hookpoints and, if `transcode`, the inputs of their modules, as `hookpoints.read` names them."""
+    """The hookpoints and, if `transcode`, the names of their modules' inputs (see `hookpoints.read`)."""
     return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
 
 
@@ -22,8 +22,8 @@ class Rows(NamedTuple):
 
     Attributes
     ----------
-    activations: by hookpoint `[tokens, d]`, on the model's device.
-    text: number of each token's text, int64 `[tokens]`, on the CPU: `codes[rows.text]` are the language codes.
+    activations: by hookpoint, `[tokens, d]`, on the model's device.
+    text: number of each token's text, int64 `[tokens]`, on the CPU; `codes[rows.text]` gives the language codes.
     """
 
     activations: dict[str, Tensor]
@@ -38,17 +38,17 @@ def read_batches(
     hookpoints: Sequence[str],
     dtype: torch.dtype,
 ) -> Iterator[Rows]:
-    """One forward pass per batch, as far as the deepest hookpoint.
+    """Run one forward pass per batch, up to the deepest hookpoint.
 
     Parameters
     ----------
     batches: the numbers of each batch's texts, see `TokenizedTexts.batches`.
-    hookpoints: what to read, see `names_to_read`.
-    dtype: of the activations.
+    hookpoints: names to read, see `names_to_read`.
+    dtype: dtype of the activations.
 
     Raises
     ------
-    UserError: as `content_activations`.
+    UserError: see `content_activations`.
     """
     device = hooks.device_of(model)
     for numbers in batches:
@@ -60,11 +60,12 @@ def read_batches(
 def content_activations(
     model: Any, hookpoints: Sequence[str], batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """One forward pass over a batch (see `collate`, on the model's device): `[content tokens, d]` by hookpoint.
+    """Run one forward pass over a batch (of `collate`, on the model's device): `[content tokens, d]` by hookpoint.
 
     Raises
     ------
-    UserError: an activation is not finite, or not in `dtype`, or a hookpoint does not give one vector per token.
+    UserError: an activation is not finite in the model's dtype or in `dtype`, or a hookpoint does not give one vector
+        per token.
     """
     ids, mask, content = batch
     seen = hooks.read(model, hookpoints, input_ids=ids, attention_mask=mask)
@@ -78,11 +79,11 @@ def content_activations(
             computed = str(seen[name].dtype).removeprefix("torch.")
             raise UserError(
                 f"params.yaml: extract.dtype: the model's activations at {name} are infinite or not a number in "
-                f"{computed}; allowed: float32 has the largest range (or are its weights damaged?)"
+                f"{computed}; set it to float32, which has the largest range, or check the model's weights for damage"
             )
         raise UserError(
-            f"params.yaml: extract.store_dtype: activations at {name} do not fit in it "
-            "(infinite or not a number); allowed: bfloat16 has the range of float32"
+            f"params.yaml: extract.store_dtype: activations at {name} do not fit in it (infinite or not a number); "
+            "set it to bfloat16, which has the range of float32"
         )
     return rows
 
@@ -95,20 +96,20 @@ def _check_shape(name: str, activations: Tensor, shape: torch.Size, key: str) ->
 def _refusal(name: str, reason: str, key: str) -> UserError:
     return UserError(
         f"params.yaml: {key}: {name!r} {reason}; "
-        "allowed: modules that do, such as a block, its attention, its MLP or the MLP's activation function"
+        "allowed: modules that give one vector per token, such as a block, its attention, its MLP or the MLP's act_fn"
     )
 
 
 @torch.inference_mode()
 def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, int]:
-    """The d of each hookpoint (see `hookpoints.read`), from passes over a few tokens that also check it.
+    """The d of each hookpoint (see `hookpoints.read`), from passes over a few tokens that also check the hookpoints.
 
-    `key` is where params.yaml names the hookpoints.
+    `key` is the key of the hookpoints in params.yaml.
 
     Raises
     ------
-    UserError: a hookpoint does not give one vector per token, or gives them in another order (experts that each take
-        the tokens routed to them), or runs several times in a pass (a module that several blocks share).
+    UserError: a hookpoint does not give one vector per token, gives them in another order (experts that each take the
+        tokens routed to them), or runs several times in a pass (a module that several blocks share).
     """
     ids = probing.probe_ids(model)
     modules = sorted({name.removesuffix(hooks.INPUT) for name in hookpoints})
@@ -119,8 +120,8 @@ def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> di
     together = hooks.read(model, hookpoints, input_ids=ids, attention_mask=torch.ones_like(ids))
     for name in hookpoints:
         _check_shape(name, together[name], ids.shape, key)
-    # Among many texts each must give the rows that it gives alone. In another order than that of the tokens, the rows
-    # of the last text are most likely those of other texts.
+    # In a batch, a text must give the rows that it gives alone. If rows are in another order than tokens, those of the
+    # last text most likely belong to other texts.
     for text in (0, len(ids) - 1):
         one = ids[text : text + 1]
         alone = hooks.read(model, hookpoints, input_ids=one, attention_mask=torch.ones_like(one))
@@ -131,9 +132,9 @@ def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> di
 
 
 def _in_order(found: Tensor, wanted: Tensor) -> bool:
-    """Whether rows `[tokens, d]` are in the order of `wanted`: most of them are nearest to their own.
+    """Whether rows `[tokens, d]` are in the order of `wanted`: three quarters of them are nearest to the same row.
 
-    Not all, since in low precision a token may be routed to another expert.
+    All of them need not be, since in low precision a token may be routed to another expert.
     """
     distance = (found.float().unsqueeze(1) - wanted.float().unsqueeze(0)).norm(dim=-1)
     return bool((distance.diagonal() <= distance.amin(1)).float().mean() >= 0.75)

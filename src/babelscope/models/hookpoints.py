@@ -1,7 +1,7 @@
-"""Hookpoints: reading and changing activations by name. The only module that knows PyTorch hooks.
+"""Hookpoints: reading and changing activations by name with PyTorch's hooks.
 
 A hookpoint is the path of a module inside the model, without the model's own prefix: `layers.14.mlp` is the output of
-the MLP of block 14, `layers.14` the residual stream after it, `layers.14.mlp.act_fn` its neurons.
+the MLP of block 14, `layers.14` the residual stream after the block, `layers.14.mlp.act_fn` the MLP's neurons.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,19 +20,19 @@ Edit = Callable[[Tensor], Tensor]
 
 
 def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> dict[str, nn.Module]:
-    """The module behind each hookpoint; `key` is where params.yaml names them.
+    """The module of each hookpoint; `key` is the key of the hookpoints in params.yaml.
 
     Raises
     ------
-    UserError: a hookpoint that the model does not have in its blocks (the message names the nearest that it has), or
-        whose name gives another number than that of its block.
+    UserError: a hookpoint is not in the model's blocks (the message names the nearest one), or the number in its name
+        is not that of its block.
     """
     modules = dict(_body(model).named_modules())
     modules.pop("", None)
     for name in hookpoints:
         if name not in modules:
             raise UserError(f"params.yaml: {key}: the model has no {name!r}; {nearest(name, modules)}")
-    # A module that several blocks share lies in each of them.
+    # Several blocks may share a module.
     inside: dict[int, set[int]] = {}
     for number, block in enumerate(blocks(model)):
         for module in block.modules():
@@ -56,7 +56,7 @@ def _body(model: Any) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    """The activations in a module's output: blocks and attentions of some families return tuples or lists."""
+    """The activations in a module's output, since blocks and attentions of some families return tuples or lists."""
     activations: Tensor = output[0] if isinstance(output, tuple | list) else output
     return activations
 
@@ -68,14 +68,14 @@ def _with_first(output: Any, changed: Tensor) -> Any:
 
 
 class _DeepestReached(Exception):
-    """Ends a forward pass once every hookpoint has been read."""
+    """Ends a forward pass early."""
 
 
 @contextmanager
 def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """While open, the activations at each hookpoint are replaced by `edit(activations)`, shape `[batch, tokens, d]`.
+    """While open, the activations `[batch, tokens, d]` at each hookpoint are replaced by `edit(activations)`.
 
-    Some families (OPT) run their MLP over all tokens in one row, `[batch * tokens, d]`: an edit sees them by text.
+    Edits also get and return this shape in families (OPT) that run their MLP on `[batch * tokens, d]`.
     """
     shape: list[torch.Size] = []
 
@@ -97,14 +97,14 @@ def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
-    """One forward pass as far as the deepest hookpoint.
+    """Read activations in one forward pass, which ends after the deepest hookpoint.
 
     Parameters
     ----------
     model: a causal language model.
-    hookpoints: names; the pass ends once all of them are read. A name with the suffix `.input` is what enters the
-        hookpoint's module (its first tensor) instead of what comes out (transcoders encode it).
-    inputs: what the model's forward takes (`input_ids`, `attention_mask`).
+    hookpoints: names. The suffix `.input` means the input of the hookpoint's module (its first tensor) instead of the
+        output; transcoders encode it.
+    inputs: arguments of the model's forward (`input_ids`, `attention_mask`).
 
     Returns
     -------
@@ -113,7 +113,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
     seen: dict[str, Tensor] = {}
 
     def keep(activations: Tensor, name: str) -> Tensor:
-        seen[name] = activations.clone()  # some blocks go on to change their parts' outputs in place
+        seen[name] = activations.clone()  # some blocks later change their modules' outputs in place
         if len(seen) == len(hookpoints):
             raise _DeepestReached
         return activations
@@ -126,11 +126,11 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
-    raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}")
+    raise UserError(f"params.yaml: hookpoints: the forward pass never reaches {', '.join(missing)}; remove them")
 
 
 def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:
-    """How often one forward pass over `ids` (int64 `[batch, tokens]`) runs the module of each hookpoint."""
+    """How many times one forward pass over `ids` (int64 `[batch, tokens]`) runs the module of each hookpoint."""
     found = dict.fromkeys(hookpoints, 0)
 
     def count(activations: Tensor, name: str) -> Tensor:
@@ -163,9 +163,9 @@ def blocks(model: Any) -> nn.ModuleList:
 
 
 def shard_blocks(model: Any, mesh: Any) -> None:
-    """Cut the weights of the blocks among the devices of `mesh` (FSDP): a block's are whole while it is computed.
+    """Shard the weights of each block over the devices of `mesh` (FSDP); they are gathered while the block computes.
 
-    What is outside the blocks (embeddings, the last norm, the head) stays whole on every device.
+    The modules outside the blocks (embeddings, the last norm, the head) stay whole on every device.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -175,7 +175,7 @@ def shard_blocks(model: Any, mesh: Any) -> None:
 
 @contextmanager
 def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While open, every forward pass leaves the residual stream `[batch, tokens, d]` before each of `layers` here."""
+    """While open, the yielded dict holds the last pass's residual stream before `layers`, `[batch, tokens, d]` each."""
     seen: dict[int, Tensor] = {}
     stack_of_blocks = blocks(model)
     with ExitStack() as stack:
@@ -191,19 +191,19 @@ def block_inputs(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor
 
 
 def _note_form(block: nn.Module, _inputs: Any, output: Any) -> None:
-    """Remember in which form a block returns its result, for the module that may replace it."""
+    """Record whether a block returns a tuple, for the module that may replace it (`_Skipped`)."""
     block.__dict__["_form"] = [None] * len(output) if isinstance(output, tuple | list) else None
 
 
 def _learn_forms(model: Any) -> None:
-    """Run one token through the model if no pass has shown yet in which form its blocks return their results."""
+    """Run one token through the model unless `_note_form` has seen all of its blocks."""
     if any("_form" not in block.__dict__ for block in blocks(model)):
         with block_inputs(model, []):
             _body(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device_of(model)), use_cache=False)
 
 
 class _Skipped(nn.Module):
-    """Replaces a block whose result is known: hands its input on in the form that the family's blocks return."""
+    """Replaces a block whose result is known: returns its input in the form that the block would return."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -222,10 +222,10 @@ class _Skipped(nn.Module):
 def starting_at(model: Any, layer: int, hidden: Tensor | None) -> Iterator[None]:
     """While open, a forward pass starts before block `layer` with the residual stream `hidden` `[batch, tokens, d]`.
 
-    The blocks below are skipped, not computed: only embedding, positions and mask are. The result is bit for bit that
-    of the whole pass if `hidden` is what `block_inputs` read in a pass of the same batch; `probing.can_restart` says
-    whether a model allows for it. With `layer` the number of blocks, all of them are skipped and only what follows is
-    computed. Without `hidden` nothing is skipped.
+    The blocks below are skipped; embedding, positions and mask are computed. The result has the same bits as a whole
+    pass if `hidden` comes from `block_inputs` in a pass over the same batch; `probing.can_restart` tells whether a
+    model supports this. If `layer` is the number of blocks, only the modules after the blocks are computed. If `hidden`
+    is None, nothing is skipped.
     """
     if hidden is None:
         yield
@@ -249,14 +249,14 @@ def starting_at(model: Any, layer: int, hidden: Tensor | None) -> Iterator[None]
 
 
 def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) -> Tensor:
-    """The residual stream `[batch, tokens, d]` after the blocks `layers`, which are the only ones computed.
+    """Compute the blocks `layers` only, and return the residual stream `[batch, tokens, d]` after them.
 
     Parameters
     ----------
     model: a causal language model.
-    layers: consecutive, at least one.
+    layers: consecutive blocks, at least one.
     hidden: the residual stream before them, `[batch, tokens, d]`; None: the embeddings (`layers` starts at 0).
-    inputs: what the model's forward takes (`input_ids`, `position_ids`); `input_ids` has the shape of `hidden`.
+    inputs: arguments of the model's forward (`input_ids`, `position_ids`); `input_ids` is `[batch, tokens]`.
     """
     after: list[Tensor] = []
 
@@ -276,7 +276,7 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits `[tokens, vocabulary]` from the residual stream after the last block, `[tokens, d]`."""
-    # Each a text of its own: a model may have fewer positions than there are tokens.
+    # Each token is a text of its own, since a model may have fewer positions than there are tokens.
     ids = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
     with starting_at(model, len(blocks(model)), hidden.unsqueeze(1)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
@@ -290,7 +290,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _watching_inputs(model: Any, watchers: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:
-    """While open, the first tensor that enters the module of each `<hookpoint>.input` is shown to its watcher."""
+    """While open, the watcher of each `<hookpoint>.input` is called with the first tensor that enters the module."""
     with ExitStack() as stack:
         for name, module in resolve(model, [name.removesuffix(INPUT) for name in watchers]).items():
 
@@ -304,7 +304,7 @@ def _watching_inputs(model: Any, watchers: Mapping[str, Callable[[Tensor], Any]]
 
 @contextmanager
 def inputs_of(model: Any, hookpoints: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass leaves what enters the module of each hookpoint here, `[batch, tokens, d_in]`."""
+    """While open, the yielded dict holds the last pass's inputs of the hookpoints' modules, `[batch, tokens, d_in]`."""
     seen: dict[str, Tensor] = {}
     with _watching_inputs(model, {name + INPUT: partial(seen.__setitem__, name) for name in hookpoints}):
         yield seen

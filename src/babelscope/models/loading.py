@@ -1,7 +1,7 @@
-"""Loading a causal language model and its tokenizer: a file inside a package, a local folder, or a hub id.
+"""Load a causal language model and its tokenizer from a file inside a package, a local folder, or a hub id.
 
-transformers takes 15 s to read a GGUF file of 100 MB, most of it for names and vocabulary, and a pipeline run loads the
-model a dozen times. So what it reads from a local file is kept as safetensors in the Hugging Face cache.
+transformers takes 15 s to read a GGUF file of 100 MB, mostly for names and vocabulary, and a pipeline run loads the
+model a dozen times. Therefore a local GGUF file is unpacked once, to float32 safetensors in the Hugging Face cache.
 """
 
 import importlib.metadata
@@ -29,20 +29,20 @@ from babelscope.models.probing import reads_ahead
 
 log = logging.getLogger(__name__)
 
-# What the loaders of transformers raise for a missing, damaged or foreign file.
+# Errors of transformers' loaders for a missing, damaged or unsupported file.
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error,
              UnpicklingError, EOFError)  # fmt: skip
 
-# Larger GGUF files (bytes) are read anew every time: unpacked they take up to eight times as much room on the disk.
+# GGUF files of more bytes are not unpacked, since unpacked files take up to eight times as much disk space.
 _LARGEST = 2**28
 _READERS = ("gguf", "transformers")
 
-# Of models and of activations; those that will be stored in int8 are read in float32.
+# Dtypes of models and of activations; activations to be stored in int8 are computed in float32.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def _where(section: Model) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is given: a folder or a hub id, and the options that name the file and the revision."""
+    """Arguments of `from_pretrained`: a folder or a hub id, and options such as the file and the revision."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
@@ -58,22 +58,22 @@ def _where(section: Model) -> tuple[str, dict[str, Any]]:
         return section.name, options
     if section.gguf_file is not None and not (folder / section.gguf_file).is_file():
         allowed = nearest(section.gguf_file, [path.name for path in folder.glob("*.gguf")])
-        raise UserError(f"params.yaml: model.gguf_file: {allowed}")
+        raise UserError(f"params.yaml: model.gguf_file: no file {section.gguf_file!r}; {allowed}")
     return str(folder), options | {"local_files_only": True}
 
 
 def _source(section: Model) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is given: as `_where` says, or the unpacked copy of a local GGUF file.
+    """Arguments of `from_pretrained`: those of `_where`, or the unpacked copy of a local GGUF file.
 
-    The copy holds the same model and tokenizer, with the weights in float32 as safetensors. It is made once, under the
-    hash of the file and the versions of what reads it.
+    The copy holds the same model and tokenizer, with float32 weights in safetensors. It is made once; its name contains
+    the file's hash and the versions of the packages that read it.
     """
     source, options = _where(section)
     files = _gguf_files(section, source)
     if not files:
         if section.sha256 is not None:
             raise UserError(
-                "params.yaml: model.sha256: it is that of a local file model.gguf_file; allowed without it: null"
+                "params.yaml: model.sha256: it applies only to a local file model.gguf_file; allowed otherwise: null"
             )
         return source, options
     if len(files) == 1 and files[0].stat().st_size > _LARGEST:
@@ -84,16 +84,16 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
 
     content = section.sha256 or "-".join(map(dvc_md5, files))
     name = "-".join([content, *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
-    advice = "set HF_HOME to a folder that can be written"
+    advice = "set HF_HOME to a writable folder"
     try:
         folder = cached_assets_path("babelscope", "gguf") / name
         if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder.parent}: cannot be written")
+            raise PermissionError(f"{folder.parent}: not writable")
     except OSError as error:  # such as a read-only or missing home folder
         if len(files) > 1:
-            reason = f"must be joined from {len(files)} parts, and nothing can be kept ({error})"
+            reason = f"cannot write the file joined from {len(files)} parts ({error})"
             raise UserError(f"{section.gguf_file}: {reason}; {advice}") from None
-        log.warning("%s: read slowly every time, since nothing can be kept (%s); %s", section.gguf_file, error, advice)
+        log.warning("%s: slow at every load, since no copy can be written (%s); %s", section.gguf_file, error, advice)
         return source, options
     if not folder.is_dir():
         log.info("%s: unpacked once, to %s", section.gguf_file, folder)
@@ -102,7 +102,7 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
 
 
 def _gguf_files(section: Model, source: str) -> list[Path]:
-    """A local GGUF file, or its parts in order; empty for other formats and for files on the hub."""
+    """The local GGUF file, or its parts in order; empty for other formats and for files on the hub."""
     if section.gguf_file is None:
         return []
     if section.source == "package":
@@ -131,7 +131,7 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():  # else another process was faster
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,10 +139,10 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
 
 def _refusal(section: Model, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300]
-    if isinstance(error, UnpicklingError):  # torch's own message advises to run it nevertheless
+    if isinstance(error, UnpicklingError):  # torch's own message advises to run the code
         reason = "its .bin file is damaged, or holds pickled code, which is never run; allowed: weights in safetensors"
     elif "trust_remote_code" in str(error):
-        reason = "it comes with Python code of its own, which runs only if model.trust_remote_code is true"
+        reason = "it has Python code of its own, which runs only if model.trust_remote_code is true"
     return UserError(f"params.yaml: model.name: cannot load the {what} of {section.name!r}: {reason}")
 
 
@@ -158,7 +158,7 @@ def load_tokenizer(section: Model) -> Any:
     try:
         source, options = _source(section)
         if section.gguf_file is not None and "gguf_file" not in options:
-            # Our own copy. For Gemma's 262,144 tokens AutoTokenizer takes 2.5 s more, since it parses them repeatedly.
+            # For Gemma's 262,144 tokens, AutoTokenizer would take 2.5 s longer, since it parses them repeatedly.
             settings = read_json(Path(source) / "tokenizer_config.json")
             return PreTrainedTokenizerFast(tokenizer_file=f"{source}/tokenizer.json", **settings)
         return AutoTokenizer.from_pretrained(source, **options)
@@ -167,27 +167,27 @@ def load_tokenizer(section: Model) -> Any:
 
 
 def _read_weights(source: str, **options: Any) -> Any:
-    """The model with all its weights from the file.
+    """Load the model, and check that all of its weights come from the file.
 
-    transformers draws missing weights, and weights of another shape, at random, and only reports it.
+    transformers initialises weights that are missing or have another shape at random, and only reports it.
 
     Raises
     ------
-    UserError: the file lacks a parameter of the model, or holds it in another shape.
+    UserError: the file lacks a parameter of the model, or has it in another shape.
     """
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    # Tied weights are not in the report; a buffer that is absent keeps the value that the model's code gives it.
+    # Tied weights are not in the report. A missing buffer keeps the value that the model's code sets.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing, unused = sorted(parameters & set(report["missing_keys"])), sorted(report["unexpected_keys"])
     mismatched = [f"{name} {list(found)} (the model's: {list(shape)})"
                   for name, found, shape in sorted(report["mismatched_keys"])]  # fmt: skip
     for names, what in ((missing, "the file lacks"), (mismatched, "the file has in another shape")):
         if names:
-            others = f"; it holds tensors that the model has no place for: {_first_of(unused)}" if unused else ""
+            others = f"; it holds tensors that the model does not have: {_first_of(unused)}" if unused else ""
             raise UserError(
                 f"params.yaml: model.name: {source!r}: {what} {len(names)} of the {len(parameters)} weights of "
                 f"{type(model).__name__}, which would stay random: {_first_of(names)}{others}; allowed: files with all "
@@ -204,7 +204,7 @@ def _first_of(names: Sequence[str], count: int = 3) -> str:
 
 
 def load_skeleton(section: Model) -> torch.nn.Module | None:
-    """The model without weights (on the meta device), to check names before a long load; None for a GGUF file."""
+    """The model without weights (on the meta device), for checks before a long load; None for a GGUF file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if section.gguf_file is not None:
@@ -222,11 +222,11 @@ def load_skeleton(section: Model) -> torch.nn.Module | None:
 
 
 def check_hookpoints(section: Model, hookpoints: Sequence[str], key: str = "hookpoints") -> None:
-    """Check before a long load that the model has these hookpoints of params.yaml (not if it is a GGUF file).
+    """Check before a long load that the model has these hookpoints of params.yaml; a GGUF file is not checked.
 
     Raises
     ------
-    UserError: as `babelscope.models.hookpoints.resolve` and `load_model`.
+    UserError: see `babelscope.models.hookpoints.resolve` and `load_model`.
     """
     skeleton = load_skeleton(section)
     if skeleton is not None:
@@ -250,7 +250,7 @@ def _quantised(kind: str, dtype: torch.dtype) -> Any:
     if not _has_bitsandbytes():
         raise UserError(
             f"params.yaml: model.quantization: {kind!r} needs the package bitsandbytes (pip install bitsandbytes); "
-            "without it: null"
+            "allowed without it: null"
         )
     from transformers import BitsAndBytesConfig
 
@@ -267,7 +267,7 @@ def load_model(section: Model, dtype: str) -> Any:
     Raises
     ------
     UserError: the package, folder, file or hub id does not exist or holds no causal language model; the file lacks
-        weights; or tokens depend on those that follow them (a masked language model).
+        weights; or a token's output depends on later tokens (a masked language model).
     """
     from transformers import AutoConfig
 
@@ -276,7 +276,7 @@ def load_model(section: Model, dtype: str) -> Any:
         quantised["quantization_config"] = _quantised(section.quantization, DTYPES[dtype])
     try:
         source, options = _source(section)
-        if "gguf_file" not in options:  # it takes as long to read its configuration as its weights
+        if "gguf_file" not in options:  # a GGUF file's configuration takes as long to read as its weights
             _check_decoder(section, AutoConfig.from_pretrained(source, **options))
         model = _read_weights(source, dtype=DTYPES[dtype], **options, **quantised)
     except _FAILURES as error:
@@ -284,8 +284,8 @@ def load_model(section: Model, dtype: str) -> Any:
     model = model.eval().requires_grad_(False)
     if reads_ahead(model):
         raise UserError(
-            f"params.yaml: model.name: {section.name!r} is no causal language model: what {type(model).__name__} "
-            "(with its config.json) computes at a token depends on the tokens after it, as in masked language models; "
-            "allowed: models that predict each token from those before it"
+            f"params.yaml: model.name: {section.name!r} is no causal language model: the output of "
+            f"{type(model).__name__} (with its config.json) at a token depends on later tokens, as in masked language "
+            "models; allowed: models that predict each token from the tokens before it"
         )
     return model

@@ -1,4 +1,4 @@
-"""The logit lens of a direction: which tokens it makes more probable when it is written into the residual stream."""
+"""The logit lens of a direction: the tokens that become more probable if it is added to the residual stream."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,19 +13,19 @@ from babelscope.models.matmul import linear
 
 # Directions unembedded at once: 256 x 49k float32 logits are 50 MB.
 _ROWS = 256
-# The cosine of what the logits do with what the lens says: it is 1 up to rounding, or the lens is wrong.
+# Minimum cosine between the change of the logits and the lens: it is 1 up to rounding if the lens is right.
 _ALIKE = 0.95
 
 
 def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
     """The linearised direct effect of directions in the residual stream on the logits.
 
-    `W_U (g * v)`: W_U the unembedding, g the gain of the final norm, v the direction; where that norm takes the mean
-    off (LayerNorm), v is centred first. (The logit lens, nostalgebraist 2020, applied to decoder directions.)
+    This is the logit lens (nostalgebraist 2020) for decoder directions: `W_U (g * v)` with the unembedding W_U, the
+    gain g of the final norm, and the direction v, which is centred first if the norm subtracts the mean (LayerNorm).
 
-    Left out is what depends on the text: the norm's division by the size of the residual stream (a positive factor, the
-    same for all tokens, so that their order stays), and what later blocks make of the direction. Left out are also what
-    a family applies to its logits (soft caps, scales), and to a part's output before it is added (Gemma 2's norms).
+    It ignores the effects that depend on the text: the norm's division by the size of the residual stream (a positive
+    factor that is the same for all tokens and keeps their order), and the effect of later blocks. It also ignores soft
+    caps and scales of the logits, and norms of a module's output before it is added to the stream (Gemma 2).
 
     Parameters
     ----------
@@ -34,18 +34,18 @@ def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
 
     Yields
     ------
-    Float32 `[at most 256, vocabulary]`, row after row of `directions`.
+    Float32 `[at most 256, vocabulary]`, in the order of `directions`.
 
     Raises
     ------
-    UserError: the logits do not move in that way; measured, see `_moves_as`.
+    UserError: the model's logits do not change in this way, as `_moves_as` measures.
     """
     weight: Tensor = model.get_output_embeddings().weight.float()
     gain, centred = final_norm(model)
     if not _moves_as(model, weight, gain, centred):
         raise UserError(
-            f"params.yaml: model.name: {type(model).__name__} has no logit lens: what lies between its blocks and its "
-            "logits is not a norm and the unembedding alone"
+            f"params.yaml: model.name: {type(model).__name__} has no logit lens: more than a norm and the unembedding "
+            "lies between its blocks and its logits"
         )
     for first in range(0, len(directions), _ROWS):
         rows = directions[first : first + _ROWS].float()
@@ -61,10 +61,10 @@ def width(model: Any) -> int:
 
 @torch.no_grad()
 def _moves_as(model: Any, weight: Tensor, gain: Tensor, centred: bool) -> bool:
-    """Whether a direction in the residual stream after the last block moves the logits along its lens.
+    """Whether a direction in the residual stream after the last block changes the logits as the lens predicts.
 
-    Written into a stream that is orthogonal to it, with either sign: the norm divides both by the same size. The logits
-    are those that the unembedding gives, before the family's caps.
+    The direction is added to an orthogonal stream with either sign, so that the norm divides both by the same size. The
+    logits are the unembedding's output, before any caps.
     """
     d, device = weight.shape[1], weight.device
     stream, direction = torch.randn(2, d, generator=torch.Generator().manual_seed(0)).to(device)
@@ -83,24 +83,24 @@ def _moves_as(model: Any, weight: Tensor, gain: Tensor, centred: bool) -> bool:
             logits = hooks.logits_of(model, both)
             logits = seen[-1].reshape(logits.shape) if seen else logits
             moved = (logits[0] - logits[1]).float()
-        except Exception:  # whatever a foreign model raises here
+        except Exception:  # a model with custom code may raise any error
             return False
     return float(torch.nn.functional.cosine_similarity(moved, lens, dim=0)) > _ALIKE
 
 
 @torch.no_grad()
 def final_norm(model: Any) -> tuple[Tensor, bool]:
-    """The gain of the norm before the unembedding, float32 `[d]`, and whether it takes the mean off.
+    """The gain of the norm before the unembedding, float32 `[d]`, and whether the norm subtracts the mean.
 
-    Both are measured, since families name their norms and write their gains (`g`, `1 + g`) differently. A model without
-    such a norm has a gain of 1.
+    Both are measured, since families name their norms and define their gains (`g`, `1 + g`) differently. A model
+    without such a norm has a gain of 1.
     """
     d, device = width(model), hooks.device_of(model)
     norm = _last_norm(model, d)
     if norm is None:
         return torch.ones(d, device=device), False
     dtype = next(model.parameters()).dtype
-    # Mean 0, so that both kinds of norm only rescale it.
+    # The probe has mean 0, so both kinds of norm only rescale it.
     probe = torch.ones(d, device=device)
     probe[1::2] = -1
     if d % 2:
@@ -112,7 +112,7 @@ def final_norm(model: Any) -> tuple[Tensor, bool]:
 
 
 def _last_norm(model: Any, d: int) -> nn.Module | None:
-    """The module behind the blocks with a gain `[d]`, or a norm without one (OLMo's), that a pass runs last."""
+    """The last module run after the blocks that has a gain `[d]` or is a norm without one (OLMo's)."""
     blocks = hooks.blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     ran: list[nn.Module] = []
@@ -121,12 +121,11 @@ def _last_norm(model: Any, d: int) -> nn.Module | None:
         ran.append(module)
 
     with ExitStack() as stack:
-        # Norms before or between the blocks are not meant.
         stack.callback(blocks[-1].register_forward_hook(lambda *_: ran.clear()).remove)
         for module in model.modules():
-            own = [tuple(p.shape) for p in module.parameters(recurse=False)]
-            bare = not own and "norm" in type(module).__name__.lower()
-            if id(module) not in inside and (bare or set(own) == {(d,)}):
+            shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
+            has_no_gain = not shapes and "norm" in type(module).__name__.lower()
+            if id(module) not in inside and (has_no_gain or shapes == {(d,)}):
                 stack.callback(module.register_forward_hook(note).remove)
         model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=hooks.device_of(model)), use_cache=False)
     return ran[-1] if ran else None

@@ -1,7 +1,7 @@
-"""The one dense product: oneDNN's float32 kernels on a CPU, twice as fast as MKL's on AMD processors; and its shapes.
+"""Dense products by oneDNN's float32 kernels on a CPU, which are twice as fast as MKL's on AMD processors.
 
-Measured on 2 cores of an AMD EPYC (Zen 5), `[1024, 576] @ [576, 1536]`: 500 against 220 GFLOP/s, both exact to 4e-7;
-`benchmarks/matmul.py` repeats it.
+On 2 cores of an AMD EPYC (Zen 5), `[1024, 576] @ [576, 1536]` ran at 500 instead of 220 GFLOP/s, both exact to 4e-7
+(`benchmarks/matmul.py`).
 """
 
 import functools
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-# oneDNN keeps the kernels that it compiled for the last 1,024 shapes. Where shapes hardly ever come twice, 64 do as
-# well, in less memory (`benchmarks/matmul.py`). Read at the first product.
+# oneDNN caches compiled kernels for the last 1,024 shapes. Since most shapes occur only once, 64 are as fast and take
+# less memory (`benchmarks/matmul.py`). oneDNN reads the variable at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` as `torch.nn.functional.linear` computes it, without gradients where oneDNN is used.
+    """`x @ weight.T + bias`, by oneDNN for float32 on a CPU without gradients, else by `torch.nn.functional.linear`.
 
     Parameters
     ----------
     x: `[..., d]`.
     weight: `[n, d]`.
-    bias: `[n]` or null.
+    bias: `[n]` or None.
     """
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel()
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _onednn() -> Any:
-    """The product of oneDNN; null where this PyTorch has none or, since the operator is private, another one."""
+    """PyTorch's private operator for oneDNN's product; None if it is missing or has changed."""
     ones = torch.ones(2, 2)
     try:
         product = torch.ops.mkldnn._linear_pointwise
@@ -47,7 +47,7 @@ def _onednn() -> Any:
 
 
 def use_in(model: nn.Module) -> None:
-    """Let every plain `nn.Linear` of a model compute its product here."""
+    """Let every plain `nn.Linear` of a model compute its product by `linear`."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
@@ -58,15 +58,15 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def pad_rows(x: Tensor, multiple: int = 64) -> Tensor:
-    """`x` `[rows, ...]` with its last row again and again behind it, so that its number of rows is one of few.
+    """Pad `x` `[rows, ...]` with copies of its last row, so that few different numbers of rows occur.
 
-    For passes over parts of texts: hardly ever have two the same number of tokens, and blocks of ever different sizes
-    leave the heap full of gaps (docs/reliability.md). What the rows behind come to is thrown away; copies, since an SAE
-    that has not learned from zeros may fire all over on them.
+    Passes over parts of texts rarely have the same number of tokens, and blocks of many different sizes fragment the
+    heap (docs/reliability.md). Callers discard the results of the padding. The padding consists of copies, since many
+    latents of an SAE may fire on zeros, on which it was not trained.
 
     Parameters
     ----------
-    multiple: a power of two; up to it rows become the next power of two, and multiples of it above.
+    multiple: a power of two. Up to it, the number of rows becomes the next power of two; above, a multiple of it.
     """
     rows = len(x)
     wanted = -(-rows // multiple) * multiple if rows > multiple else 1 << (rows - 1).bit_length()

@@ -1,8 +1,8 @@
-"""NLL of tokens and texts under a causal language model, without logits `[tokens, vocabulary]`.
+"""NLL of tokens and texts under a causal language model, computed without all logits `[tokens, vocabulary]` in memory.
 
-A vocabulary of 262,144 makes the logits of a batch larger than the model. An NLL needs their log-sum-exp and one of
-them, so the vocabulary is read in chunks whose logits stay in the cache (the online softmax of Milakov & Gimelshein
-2018, arXiv 1805.02867). A model that makes its logits in another way than `Head` is asked for all of them.
+With a vocabulary of 262,144, the logits of a batch are larger than the model. An NLL needs only one logit and the
+log-sum-exp of all, so logits are computed for chunks of the vocabulary that stay in the cache (the online softmax of
+Milakov & Gimelshein 2018, arXiv 1805.02867). Models whose logits `Head` does not reproduce compute all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,19 +23,19 @@ from babelscope.models.tokens import TokenizedText
 ROWS, COLUMNS = 512, 2048
 # Rows are padded to a multiple of this, so that products have few shapes.
 _MULTIPLE = 128
-# Sums of exponentials below this are computed again, with the largest logit subtracted.
+# Sums of exponentials below this are computed again with the largest logit subtracted.
 _SMALL = 1e-20
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a model makes logits from what enters its unembedding: `cap * tanh(scale * (W x + b) / cap)`.
+    """A model's logits as a function of the unembedding's input x: `cap * tanh(scale * (W x + b) / cap)`.
 
     Attributes
     ----------
     unembedding: W `[vocabulary, d]` and b `[vocabulary]` or None.
     scale: 1 in most families.
-    cap: None for none (Gemma 2's `final_logit_softcapping`).
+    cap: Gemma 2's `final_logit_softcapping`; None for models without a cap.
     """
 
     unembedding: nn.Linear
@@ -51,7 +51,7 @@ class Head:
         return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
 
     def nll(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Nats of the token `wanted[i]` (int64) given `x[i]`, what enters the unembedding; float32 `[tokens]`."""
+        """NLL of the token `wanted[i]` (int64) given the unembedding's input `x[i]`; float32 nats `[tokens]`."""
         return _in_parts(self._nll, ROWS, x, wanted)
 
     def _nll(self, x: Tensor, wanted: Tensor) -> Tensor:
@@ -61,23 +61,23 @@ class Head:
             total += logits.exp_().sum(1)
         total = total[:tokens]
         found = total.log() - target
-        # Their exponentials are beyond float32, or so small that they are lost.
+        # Recompute tokens whose exponentials overflow float32 or vanish.
         extreme = (~((total > _SMALL) & total.isfinite())).nonzero().squeeze(1)
         if len(extreme):
             found[extreme] = self._shifted(x[extreme], wanted[extreme])
         return found
 
     def _chunks(self, x: Tensor, wanted: Tensor, target: Tensor) -> Iterator[Tensor]:
-        """The logits of the vocabulary, chunk by chunk; those of `wanted` are copied to `target`."""
+        """Yield the logits in chunks of the vocabulary, and copy the logits of `wanted` to `target`."""
         for first in range(0, self.unembedding.out_features, COLUMNS):
             last = min(first + COLUMNS, self.unembedding.out_features)
             logits = self.logits(x, first, last)
-            here = ((wanted >= first) & (wanted < last)).nonzero().squeeze(1)
-            target[here] = logits[here, wanted[here] - first]
+            inside = ((wanted >= first) & (wanted < last)).nonzero().squeeze(1)
+            target[inside] = logits[inside, wanted[inside] - first]
             yield logits
 
     def _shifted(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """The NLL with the largest logit so far subtracted from all: for logits of any size."""
+        """The NLL for logits of any size: subtracts the largest logit so far from all."""
         largest = torch.full((len(x),), -torch.inf, device=x.device)
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
         for logits in self._chunks(x, wanted, target):
@@ -91,7 +91,7 @@ _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head | None:
-    """The head of a causal language model, tried on one pass without hooks; None if its logits are made otherwise."""
+    """The head of a causal language model, checked in one pass without hooks; None if it does not give its logits."""
     if model not in _heads:
         _heads[model] = _find(model)
     return _heads[model]
@@ -114,7 +114,7 @@ def _find(model: Any) -> Head | None:
     scale = 1.0 if cap is not None else float((whole * product).sum() / product.square().sum())
     head = Head(module, 1.0 if abs(scale - 1) < 1e-3 else scale, cap)
     found = head.logits(entered[0][0], 0, module.out_features)
-    # Both come from the same product, so each value is compared with its own size: a cap bends only large logits.
+    # The tolerance is relative to each logit, since both come from the same product: a cap changes only large logits.
     dtype, size = module.weight.dtype, whole.abs()
     steps = 64 if dtype == torch.float32 else 4
     tolerance = steps * torch.finfo(dtype).eps * (size + size.median())
@@ -127,7 +127,7 @@ class _Reached(Exception):
 
 @contextmanager
 def _entering_unembedding(model: Any, *, stop: bool = False) -> Iterator[list[Tensor]]:
-    """While open, what enters the unembedding is kept here; with `stop`, a forward pass ends there."""
+    """While open, the yielded list collects the unembedding's inputs; with `stop`, a forward pass ends there."""
     entered: list[Tensor] = []
 
     def keep(_module: nn.Module, args: Any) -> None:
@@ -145,23 +145,23 @@ def _entering_unembedding(model: Any, *, stop: bool = False) -> Iterator[list[Te
 
 
 def text_nll(model: Any, ids: Tensor, mask: Tensor, special: Tensor) -> Tensor:
-    """Sum of the NLL of each text's own tokens, given the tokens before them.
+    """Summed NLL of each text's content tokens, given the tokens before them.
 
     Parameters
     ----------
-    model: a causal language model; hooks that are open change what it computes.
+    model: a causal language model, with any edits that are open.
     ids, mask: token ids and attention mask, int64 `[texts, longest]`, padded on the right.
-    special: how many leading tokens of each text are special, int64 `[texts]`.
+    special: number of leading special tokens in each text, int64 `[texts]`.
 
     Returns
     -------
-    Nats, float64 `[texts]`. A token with nothing before it is not a target; see `targets`.
+    Nats, float64 `[texts]`. A text's first token is not a target, since no token is before it; see `targets`.
     """
     return token_nll(model, ids, mask, targets(mask, special)).double().sum(1)
 
 
 def targets(mask: Tensor, special: Tensor) -> Tensor:
-    """Which of the tokens 1.. of each text are targets: real ones that are not special. Bool `[texts, longest - 1]`."""
+    """Mask of the targets among tokens 1.. of each text, neither special nor padding: bool `[texts, longest - 1]`."""
     position = torch.arange(1, mask.shape[1], device=mask.device)
     return mask[:, 1:].bool() & (position >= special.unsqueeze(1))
 
@@ -176,12 +176,12 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
 
     Parameters
     ----------
-    model, ids, mask: as of `text_nll`.
-    target: bool `[texts, longest - 1]`, the tokens that are wanted.
+    model, ids, mask: as in `text_nll`.
+    target: bool `[texts, longest - 1]`, the tokens to compute.
 
     Returns
     -------
-    Nats, float32 `[texts, longest - 1]`; 0 for tokens that are not wanted.
+    Nats, float32 `[texts, longest - 1]`; 0 for tokens that are not in `target`.
     """
     head, wanted = head_of(model), ids[:, 1:][target]
     nll = torch.zeros(target.shape, device=ids.device)
@@ -220,6 +220,6 @@ def _logits_nll(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _in_parts(part: Callable[[Tensor, Tensor], Tensor], rows: int, x: Tensor, wanted: Tensor) -> Tensor:
-    """`part(x, wanted)` of so many rows at a time, put together."""
+    """`part(x, wanted)` for `rows` rows at a time, concatenated."""
     parts = [part(x[i : i + rows], wanted[i : i + rows]) for i in range(0, len(wanted), rows)]
     return torch.cat(parts) if parts else torch.zeros(0, device=x.device)

@@ -1,7 +1,7 @@
-"""Model files inside installed Python packages: whole, or cut into parts. No code of a package is run.
+"""Model files inside installed Python packages, whole or in parts. No code of a package is run.
 
-A package index limits the size of a file, so a large model may come in several packages: `model.gguf.part00` in one,
-`model.gguf.part01` in the next. The package that params.yaml names requires the others.
+Package indexes limit the size of a file, so a large model may be split over several packages: `model.gguf.part00` in
+one, `model.gguf.part01` in the next. The package named in params.yaml requires the others.
 """
 
 import hashlib
@@ -17,36 +17,36 @@ from babelscope.core.errors import UserError, nearest
 
 
 def find(package: str, file: str | None) -> list[Path]:
-    """Where `file` (or config.json) is: one path, or those of its parts in order.
+    """The path of `file` (or of config.json), or the paths of its parts in order.
 
-    Parts are named `<file>.part<number>` and are in the package itself or in those that it requires.
+    Parts are named `<file>.part<number>` and are in the package or in the packages that it requires.
 
     Raises
     ------
-    UserError: no such package, no such file in it, or a part is missing.
+    UserError: the package is not installed or lacks the file, or a part is missing.
     """
     wanted = file or "config.json"
-    own = _files(package)
-    if own is None:
+    files = _files(package)
+    if files is None:
         raise UserError(
             f"params.yaml: model.name: no installed package {package!r}; install it, or set model.source to "
             "'huggingface' for a folder or a hub id"
         )
-    whole = [path for path in own if path.name == wanted]
+    whole = [path for path in files if path.name == wanted]
     if whole:
         return whole[:1]
     form = re.compile(re.escape(wanted) + r"\.part(\d+)")
     required = [path for name in _required(package) for path in _files(name) or []]
-    found = sorted((int(match[1]), path) for path in [*own, *required] if (match := form.fullmatch(path.name)))
+    found = sorted((int(match[1]), path) for path in [*files, *required] if (match := form.fullmatch(path.name)))
     if not found:
-        have = [path.name for path in own if path.suffix == (".gguf" if file else ".json")]
+        have = [path.name for path in files if path.suffix == (".gguf" if file else ".json")]
         raise UserError(
             f"params.yaml: model.gguf_file: package {package!r} holds no {wanted!r}; {nearest(wanted, have)}"
         )
     numbers = [number for number, _ in found]
     for number in range(min(1, numbers[0]), numbers[-1] + 1):
         if numbers.count(number) != 1:
-            what = f"part {number} is {'there twice' if number in numbers else 'missing'}"
+            what = f"part {number} {'occurs twice' if number in numbers else 'is missing'}"
             raise UserError(
                 f"params.yaml: model.name: {package!r} holds {wanted!r} in parts, and {what}; {_advice(package)}"
             )
@@ -59,7 +59,7 @@ def _advice(package: str) -> str:
 
 
 def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) -> None:
-    """Write the parts of `package` one after the other; if the SHA-256 is another, remove `target` (a `UserError`)."""
+    """Join the parts to `target`; if its SHA-256 differs, remove it and raise a `UserError`."""
     with target.open("wb") as out:
         for part in parts:
             with part.open("rb") as handle:
@@ -72,8 +72,8 @@ def join(parts: Sequence[Path], package: str, sha256: str | None, target: Path) 
             raise
 
 
-def check(path: Path, sha256: str, name: str | None = None, advice: str = "put the right file there") -> None:
-    """Raise a `UserError`, which calls the file `name`, unless it has the SHA-256 that is in params.yaml."""
+def check(path: Path, sha256: str, name: str | None = None, advice: str = "replace the file") -> None:
+    """Raise a `UserError` (in which the file is called `name`) unless it has the SHA-256 given in params.yaml."""
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:
@@ -92,6 +92,6 @@ def _files(package: str) -> list[Path] | None:
 
 
 def _required(package: str) -> list[str]:
-    """The packages that `package` requires on this machine, without extras."""
+    """The packages that `package` requires here, without extras."""
     needed = map(Requirement, importlib.metadata.distribution(package).requires or [])
     return [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]

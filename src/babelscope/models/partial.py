@@ -1,8 +1,8 @@
-"""Forward passes over the tokens that a change can reach; all others are taken from one clean pass.
+"""Partial forward passes, which compute only the tokens that a change can reach, on top of one clean pass.
 
-In a causal model a change at one token reaches that token and the later ones, from the block where it happens upwards.
-Rows (a text under some change) are packed one after the other, so that every product is over changed tokens only (and
-padding, `pad_rows`). Only attention sees rows, and adds the clean keys and values of the tokens before the change.
+In a causal model, a change at a token affects only that token and later ones, and only from its block upwards. A row is
+a text under one change. The tokens of all rows are packed into one sequence, so that products are over changed tokens
+only (and padding, see `pad_rows`). Attention separates the rows, and adds the clean keys and values of other tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from babelscope.models import probing
 from babelscope.models.matmul import pad_rows
 
 _NAME = "babelscope_partial"
-# What attention may be asked for beyond a scaled dot product. Who asks gets passes over whole texts.
+# Options of attention beyond a scaled dot product. Models that use one get passes over whole texts.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -31,12 +31,12 @@ class Unsuited(Exception):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens of some rows, in the order of rows and positions.
+    """Tokens of several rows, in the order of rows and positions.
 
     Attributes
     ----------
     row, position: int64 `[tokens]`; a row's positions may have gaps.
-    text: int64 `[rows]`: the text of the clean pass that each row stands on.
+    text: int64 `[rows]`, the number of each row's text in the clean pass.
     """
 
     row: Tensor
@@ -46,13 +46,13 @@ class Tokens:
 
 @dataclass
 class Memory:
-    """What a clean pass over a batch of texts leaves behind, for partial passes to stand on.
+    """Tensors that a clean pass over a batch of texts keeps for partial passes.
 
     Attributes
     ----------
     ids: int64 `[texts, longest]`, padded on the right.
     keys, values: by block, `[texts, longest, heads, width]`.
-    hidden: the residual stream before some blocks, `[texts, longest, d]`.
+    hidden: the residual stream before the requested blocks, `[texts, longest, d]`.
     """
 
     ids: Tensor
@@ -62,7 +62,7 @@ class Memory:
 
 
 class _Attention:
-    """Attention of packed tokens, each to the tokens of its row up to itself."""
+    """Attention of packed tokens; each attends to its row's tokens up to itself."""
 
     def __init__(self, tokens: Tokens, memory: Memory, *, record: bool) -> None:
         self.tokens, self.memory, self.record = tokens, memory, record
@@ -76,26 +76,26 @@ class _Attention:
         self.mask = (torch.arange(self.reach, device=last.device) <= last.unsqueeze(-1)).unsqueeze(1)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attend: `query`, `key`, `value` `[heads, tokens, width]`, the result `[tokens, heads, width]`.
+        """Map `query`, `key`, `value` `[heads, tokens, width]` to the result `[tokens, heads, width]`.
 
-        The padding (`pad_rows`) sees nothing, is seen by nothing, and comes out as 0.
+        Tokens of padding (`pad_rows`) take no part, and their result is 0.
         """
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        own = query[: len(self.tokens.row)]
-        keys = self._complete(self.memory.keys, layer, key[: len(own)])
-        values = self._complete(self.memory.values, layer, value[: len(own)])
-        padded = own.new_zeros((*self.shape, *own.shape[1:]))
-        padded[self.tokens.row, self.slot] = own
+        real = query[: len(self.tokens.row)]
+        keys = self._complete(self.memory.keys, layer, key[: len(real)])
+        values = self._complete(self.memory.values, layer, value[: len(real)])
+        padded = real.new_zeros((*self.shape, *real.shape[1:]))
+        padded[self.tokens.row, self.slot] = real
         out = F.scaled_dot_product_attention(
             padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scale=scale,
-            enable_gqa=own.shape[1] != keys.shape[2],
+            enable_gqa=real.shape[1] != keys.shape[2],
         )  # fmt: skip
         found = out.transpose(1, 2)[self.tokens.row, self.slot]
-        behind = len(query) - len(own)
-        return F.pad(found, (0, 0, 0, 0, 0, behind)) if behind else found
+        padding = len(query) - len(real)
+        return F.pad(found, (0, 0, 0, 0, 0, padding)) if padding else found
 
     def _complete(self, clean: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-        """The clean tensor of every row with `new` at the tokens that are computed, `[rows, reach, heads, width]`."""
+        """The clean tensor of every row, with `new` at the computed tokens: `[rows, reach, heads, width]`."""
         if self.record:
             full = new.new_zeros((*self.memory.ids.shape, *new.shape[1:]))
             clean[layer] = full
@@ -111,13 +111,13 @@ _active: list[_Attention] = []
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls while `_attending` is open; shapes `[1, heads, tokens, width]`."""
+    """The attention function that transformers calls while `_attending` is open, on `[1, heads, tokens, width]`."""
     foreign = [name for name in _FOREIGN if options.get(name) is not None]
     if (options.get("sliding_window") or _active[-1].reach) < _active[-1].reach:
         foreign.append("sliding_window")
     layer = getattr(module, "layer_idx", None)
     if foreign or layer is None or len(query) != 1 or not getattr(module, "is_causal", True):
-        raise Unsuited(", ".join(foreign) or "attention that is not causal, or has no number")
+        raise Unsuited(", ".join(foreign) or "attention that is not causal, or has no layer_idx")
     return _active[-1](layer, query[0], key[0], value[0], scaling).unsqueeze(0), None
 
 
@@ -139,23 +139,23 @@ def _attending(model: Any, attention: _Attention) -> Iterator[None]:
 def clean_pass(
     model: Any, ids: Tensor, here: Tensor, layers: Sequence[int], edits: Mapping[str, hooks.Edit]
 ) -> tuple[Memory, Tensor]:
-    """One pass over whole texts.
+    """Run one pass over whole texts.
 
     Parameters
     ----------
     model: a causal language model.
     ids: int64 `[texts, longest]`.
-    here: bool `[texts, longest]`, the tokens of each text, from the first on without a gap.
+    here: bool `[texts, longest]`, mask of each text's tokens; they come first, and padding follows.
     layers: blocks before which the residual stream is kept.
-    edits: by hookpoint; they see `[1, tokens, d]`, the tokens in the order of `here.nonzero()`.
+    edits: edits by hookpoint; they get `[1, tokens, d]`, with the tokens in the order of `here.nonzero()`.
 
     Returns
     -------
-    What later passes stand on, and the residual stream after the last block, `[tokens, d]`.
+    The tensors for partial passes, and the residual stream after the last block, `[tokens, d]`.
 
     Raises
     ------
-    Unsuited: the model's attention is not a plain causal one, or not run by transformers' attention interface.
+    Unsuited: the model's attention is not plainly causal, or does not use transformers' attention interface.
     """
     row, position = here.nonzero(as_tuple=True)
     tokens, memory = Tokens(row, position, torch.arange(len(ids), device=ids.device)), Memory(ids)
@@ -166,7 +166,7 @@ def clean_pass(
         stack.enter_context(_attending(model, _Attention(tokens, memory, record=True)))
         last = hooks.run_blocks(model, every, None, input_ids=ids[here][None], position_ids=position[None])[0]
     if set(memory.keys) != set(every):
-        raise Unsuited("not every block asks transformers' attention interface")
+        raise Unsuited("not every block uses transformers' attention interface")
     for layer, packed in inputs.items():
         memory.hidden[layer] = packed.new_zeros((*ids.shape, packed.shape[-1]))
         memory.hidden[layer][here] = packed[0]
@@ -176,16 +176,16 @@ def clean_pass(
 def partial_pass(
     model: Any, memory: Memory, tokens: Tokens, hidden: Tensor, layers: range, edits: Mapping[str, hooks.Edit]
 ) -> Tensor:
-    """Run some blocks over some tokens.
+    """Run blocks over a part of the tokens.
 
     Parameters
     ----------
-    model: the one of the clean pass.
-    memory: what that pass left.
-    tokens: those to compute. Exact if all others are as in the clean pass, where an attention of `layers` sees them.
+    model: the model of the clean pass.
+    memory: the result of that pass.
+    tokens: tokens to compute. The result is exact if all other tokens that they attend to are as in the clean pass.
     hidden: `[tokens, d]`, the residual stream before `layers`.
     layers: consecutive blocks.
-    edits: by hookpoint; they see `[1, tokens or more, d]`, the tokens first (`pad_rows`).
+    edits: edits by hookpoint; they get `[1, tokens or more, d]`, with padding after the tokens (`pad_rows`).
 
     Returns
     -------
@@ -201,7 +201,7 @@ def partial_pass(
 
 @contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
-    """While open, every block computes in float32: its weights are widened while it runs, one block at a time."""
+    """While open, every block computes in float32: its weights are converted while it runs, one block at a time."""
     held: list[tuple[Tensor, Tensor]] = []
 
     def widen(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -224,22 +224,22 @@ def _in_float32(model: Any) -> Iterator[None]:
         yield
 
 
-# By model, the length of the texts on which partial passes were found to give what whole passes give.
+# By model, the length of texts for which partial passes are known to give the results of whole passes.
 _suited: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def suits(model: Any, longest: int) -> bool:
-    """Whether partial passes of texts of up to `longest` tokens give what whole passes give: tried on two texts.
+    """Test on two texts whether partial passes over up to `longest` tokens give the results of whole passes.
 
-    The blocks compute in float32 for it, whatever the model's dtype: an attention that sees more than it should must
-    not pass for rounding. Only quantised weights are compared as they are.
+    The blocks compute in float32 for it, whatever the model's dtype, so that an attention to too many tokens is not
+    taken for rounding. Only models with quantised weights keep their dtype.
     """
     if _suited.get(model, -1) >= longest:
         return True
     try:
         found = _suits(model, max(longest, 2))
-    except Exception as error:  # whatever a foreign model raises here
+    except Exception as error:  # a model with custom code may raise any error
         return probing.declined(model, "passes over parts of texts", error)
     if found:
         _suited[model] = longest
@@ -267,7 +267,7 @@ def _suits(model: Any, longest: int) -> bool:
         # A partial pass may start before any block.
         memory.hidden[len(layers)] = whole.new_zeros((*ids.shape, whole.shape[-1]))
         memory.hidden[len(layers)][here] = whole
-        # From above: no block is to find what those below it have just left in the model for the same tokens.
+        # From the top down, so that no block can reuse state that lower blocks just stored for the same tokens.
         for layer in reversed(layers):
             hidden, wanted = (memory.hidden[at][row, position].float() for at in (layer, layer + 1))
             part = partial_pass(model, memory, tokens, hidden, range(layer, layer + 1), {})

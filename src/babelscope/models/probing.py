@@ -1,7 +1,7 @@
-"""What is measured on a model before it is relied on, by passes over a few tokens: names do not tell it.
+"""Properties of a model that its configuration does not tell, measured by passes over a few tokens.
 
-A probe for a faster way answers "no" (and logs why) if the model raises anything: the slower way needs no such
-property.
+If the model raises an error in the probe for a faster method, the probe returns False and logs the error, since the
+slower method does not need the property.
 """
 
 import logging
@@ -16,17 +16,17 @@ from babelscope.models.names import layer_of
 
 log = logging.getLogger(__name__)
 
-# Texts and tokens of a probe: few, and no more positions than any model has.
+# Texts of a probe, and tokens in each: no more than any model has positions.
 _TEXTS, _TOKENS = 16, 8
-# The largest root mean square of a relative error that rounding explains: in float32, and in steps (eps) of a less
-# precise dtype.
+# The largest root mean square of relative errors that counts as rounding: in float32, and in steps (eps) of a dtype of
+# lower precision.
 _ROUNDING, _STEPS = 1e-3, 4.0
 
 
 def probe_ids(model: Any, texts: int = _TEXTS, tokens: int = _TOKENS) -> Tensor:
     """Token ids `[texts, tokens]` (int64), all different if the vocabulary is large enough, on the model's device.
 
-    The first is from the middle of the vocabulary: padding and the like are at its ends.
+    The first is from the middle of the vocabulary, since special tokens are at its ends.
     """
     vocabulary = int(model.config.get_text_config().vocab_size)
     number = torch.arange(texts * tokens, device=hooks.device_of(model))
@@ -34,10 +34,10 @@ def probe_ids(model: Any, texts: int = _TEXTS, tokens: int = _TOKENS) -> Tensor:
 
 
 def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether two results of the same computation in `dtype` (by default theirs) differ by rounding only.
+    """Whether two results of the same computation in `dtype` (by default their own) differ by rounding only.
 
-    Each error is relative to the larger of the value and the typical size of its dimension (the last): in a residual
-    stream a few dimensions, and a few tokens, are a thousand times as large as all others, and would hide their errors.
+    Each error is relative to the larger of the value itself and the typical size in its (last) dimension: in a residual
+    stream, a few dimensions and a few tokens are a thousand times as large as others, and would hide their errors.
     """
     if found.shape != wanted.shape:
         return False
@@ -49,17 +49,17 @@ def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bo
 
 
 def declined(model: Any, way: str, error: Exception) -> bool:
-    """False, with a log line: `way` is not taken, because the model raised `error` in the probe for it."""
+    """Log that the model raised `error` in the probe for the method `way`, and return False."""
     log.info("%s: no %s: %s: %.200s", type(model).__name__, way, type(error).__name__, error)
     return False
 
 
 @torch.inference_mode()
 def can_restart(model: Any, layers: Sequence[int]) -> bool:
-    """Whether a pass that starts before each of `layers` with the residual stream read there is the whole pass.
+    """Whether passes that start before each of `layers`, with the residual stream read there, equal the whole pass.
 
-    It is not if blocks hand on more than one residual stream, or not as `[batch, tokens, d]` (Gemma 3n), or if upper
-    blocks use what lower ones computed. The texts change places, so that what a model keeps of its last pass is found.
+    They do not if blocks pass on several residual streams or another shape than `[batch, tokens, d]` (Gemma 3n), or if
+    upper blocks use other results of lower ones. The probe swaps the texts to detect state of an earlier pass.
     """
     ids = probe_ids(model, 2)
     mask, order = torch.ones_like(ids), [1, 0]
@@ -72,21 +72,21 @@ def can_restart(model: Any, layers: Sequence[int]) -> bool:
                 logits = model(input_ids=ids[order], attention_mask=mask, use_cache=False).logits
             if not agree(logits, whole[order]):
                 return False
-    except Exception as error:  # whatever a foreign model raises here
+    except Exception as error:  # a model with custom code may raise any error
         return declined(model, "passes that start at a hookpoint", error)
     return True
 
 
 @torch.inference_mode()
 def stays_in_place(model: Any, hookpoint: str) -> bool:
-    """Whether a change at one token's hookpoint reaches other tokens only in the blocks above.
+    """Whether a change at a token's hookpoint affects other tokens only in the blocks above.
 
-    It is so after the block's attention: the change is made, and the block's outputs at all other tokens must be the
-    same bit for bit.
+    This holds after the block's attention. The probe makes a change and compares the block's output at all other tokens
+    bit for bit.
     """
     ids = probe_ids(model, 2)
     layers, is_seen = range(layer_of(hookpoint) + 1), []
-    # The first token, which most attentions look at, and one in the middle.
+    # The first token, to which most heads attend, and one in the middle.
     changed_at = [(0, 0), (1, _TOKENS // 2)]
 
     def change(x: Tensor) -> Tensor:
@@ -103,23 +103,23 @@ def stays_in_place(model: Any, hookpoint: str) -> bool:
         clean = hooks.run_blocks(model, layers, None, input_ids=ids)
         with hooks.editing(model, {hookpoint: change}):
             other = hooks.run_blocks(model, layers, None, input_ids=ids)
-        # Some families hand on several residual streams, `[streams, batch, tokens, d]`.
+        # Some families pass on several residual streams, `[streams, batch, tokens, d]`.
         same = (clean == other).reshape(-1, *clean.shape[-3:]).all(-1).all(0)
         for at in changed_at:
             same[at] = True
         return is_seen == [True] and same.shape == ids.shape and bool(same.all())
-    except Exception as error:  # whatever a foreign model raises here
+    except Exception as error:  # a model with custom code may raise any error
         return declined(model, f"changes in place at {hookpoint}", error)
 
 
 def reads_ahead(model: Any) -> bool:
-    """Whether what the model computes at a token depends on later tokens, as in masked language models.
+    """Whether the model's output at a token depends on later tokens, as in masked language models.
 
-    Computed as the derivative of the outputs at all tokens but the last by the embedding of the last one: in a causal
-    model no path leads there, so it is 0 in any precision. (Two passes over texts that differ in the last token would
-    need a tolerance between a weak dependence and rounding, which in bfloat16 is as large: experts multiply other
-    shapes if one token is routed to another expert.) Convolutions by Fourier transform are exact to rounding in
-    float32: hence 1e-4 of the derivative by the tokens' own embeddings.
+    The probe computes the derivative of the outputs at all tokens but the last by the embedding of the last. In a
+    causal model it is 0 in any precision, except for the rounding of convolutions by Fourier transform, so it must
+    exceed 1e-4 of the derivative by the tokens' own embeddings. A comparison of two texts that differ in the last token
+    would not work: in bfloat16, rounding is as large as a weak dependence, since experts multiply other shapes if a
+    token is routed to another expert.
 
     A model whose code has no derivatives (kernels for inference only) counts as causal.
     """
@@ -128,21 +128,21 @@ def reads_ahead(model: Any) -> bool:
 
     def start_here(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which the model may change in place
+        return embedded[-1].clone()  # the model may change it in place
 
     handle = model.get_input_embeddings().register_forward_hook(start_here)
     try:
         with torch.enable_grad():
             body = getattr(model, "base_model", model)
             seen = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-            # Not their sum, which a layer norm keeps constant.
+            # The outputs are weighted, since a layer norm keeps their plain sum constant.
             weights = torch.arange(seen.shape[-1], device=seen.device).sin()
             (gradient,) = torch.autograd.grad((seen[:, :-1].float() * weights).sum(), embedded[0])
     except (RuntimeError, IndexError) as error:
-        log.warning("%s: whether it is causal cannot be checked: %.200s", type(model).__name__, error)
+        log.warning("%s: cannot check whether it is causal: %.200s", type(model).__name__, error)
         return False
     finally:
         handle.remove()
-    # Some models put the tokens first, then the texts.
+    # Some models have the dimension of tokens before that of texts.
     by_token = gradient.float().reshape(ids.shape[1], -1).norm(dim=1)
     return bool(by_token[-1] > 1e-4 * by_token[:-1].max())

@@ -1,4 +1,4 @@
-"""The only place that tokenizes texts; and batches of texts of similar length, so that there is little padding."""
+"""Tokenizing texts, and batches of texts of similar length, so that there is little padding."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from babelscope.core.errors import UserError
 
-# Padding in a batch, relative to its real tokens: a small corpus gives small batches rather than padded ones.
+# Maximum padding in a batch, relative to its real tokens: a small corpus gives small batches instead of padded ones.
 MOST_PADDING = 0.05
-# Texts tokenized at once: the tokenizer's own records take far more memory than the tokens.
+# Texts tokenized at once, since the tokenizer's own records take far more memory than the tokens.
 _CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """One text: its token ids, the first `special` of which the tokenizer has added (such as BOS)."""
+    """One text: its token ids, of which the tokenizer added the first `special` (such as BOS)."""
 
     text_id: str
     ids: tuple[int, ...]
@@ -29,14 +29,14 @@ class TokenizedText:
 
     @property
     def content_tokens(self) -> int:
-        """The number of tokens of the text itself, without special tokens."""
+        """The number of tokens without special tokens."""
         return len(self.ids) - self.special
 
 
 def tokenize(tokenizer: Any, text_ids: Sequence[str], texts: Sequence[str], max_tokens: int) -> list[TokenizedText]:
-    """The first `max_tokens` content tokens of each text (see `content_ids`), behind the tokenizer's special tokens.
+    """The tokenizer's leading special tokens and each text's first `max_tokens` content tokens (see `content_ids`).
 
-    Special tokens at the end (EOS) are left out: in a causal model they change nothing before them.
+    Special tokens at the end (EOS) are left out: in a causal model they do not affect the tokens before them.
     """
     content = content_ids(tokenizer, texts)
     special = _leading_special_tokens(tokenizer, next((text for text, ids in zip(texts, content) if ids), ""))  # noqa: B905
@@ -45,18 +45,18 @@ def tokenize(tokenizer: Any, text_ids: Sequence[str], texts: Sequence[str], max_
 
 
 def content_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text itself, without special tokens.
+    """Token ids of each text, without special tokens.
 
-    Text that looks like a special token (`<s>`, `<|endoftext|>`) is tokenized like any other text. Vocabularies in
-    which no other tokens spell it (Unigram) leave it out.
+    Text that looks like a special token (`<s>`, `<|endoftext|>`) is tokenized like any other text. It is left out if no
+    other tokens of the vocabulary spell it (Unigram).
     """
     return _encode(tokenizer, texts)[0]
 
 
 def spelled(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Each text, and where in it every content token that `tokenize` gives begins and ends (in characters).
+    """Each text, with the begin and end (in characters) of every content token that `tokenize` returns.
 
-    Tokenizers without a fast version do not tell: for these, each text is decoded from its tokens instead.
+    Tokenizers without a fast version do not return these. For them, each text is decoded from its tokens.
     """
     if not getattr(tokenizer, "is_fast", True):
         return [_decoded(tokenizer, ids[:max_tokens]) for ids in content_ids(tokenizer, texts)]
@@ -65,7 +65,7 @@ def spelled(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[tuple
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, offsets: bool = False) -> tuple[list[Any], list[Any]]:
-    """Ids and, if asked for, spans of the texts' content tokens."""
+    """Ids and (with `offsets`) spans of the texts' content tokens."""
     if not texts:  # fast tokenizers refuse an empty list
         return [], []
     options = _as_text(tokenizer) | ({"return_offsets_mapping": True} if offsets else {})
@@ -78,12 +78,12 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, offsets: bool = False) -> t
 
 
 def _as_text(tokenizer: Any) -> dict[str, bool]:
-    """The option with which a tokenizer reads special tokens in a text as text; Mistral's own one always does."""
+    """The option to tokenize special tokens in a text as text; Mistral's own tokenizer always does."""
     return {} if type(tokenizer).__name__ == "MistralCommonBackend" else {"split_special_tokens": True}
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens that are never text: not the unknown token, and none of a single character.
+    """Ids of special tokens that are never text: all except the unknown token and those of a single character.
 
     Some models pad with a line feed or an exclamation mark.
     """
@@ -96,20 +96,20 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _leading_special_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """What the tokenizer puts before `text`, which has content tokens."""
+    """The special tokens that the tokenizer puts before `text`, which must have content tokens."""
     probe = tokenizer(text, return_special_tokens_mask=True, verbose=False, **_as_text(tokenizer))
     mask = probe["special_tokens_mask"]
     return tuple(probe["input_ids"][: mask.index(0) if 0 in mask else 0])
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text that the tokens decode to, and the span of each; tokens that share a character have the same."""
+    """The text that the tokens decode to, and their spans; tokens that share a character have the same span."""
 
     def decode(first: int, last: int) -> str:
         return str(tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     text, spans = "", list[tuple[int, int]]()
-    before, done = 0, 0  # the previous tokens are decoded again with the next ones: at the start a space may be lost
+    before, done = 0, 0  # previous tokens are decoded again with the next ones, since decoding may drop a first space
     for end in range(1, len(ids) + 1):
         known, now = decode(before, done), decode(before, end)
         if end < len(ids) and (len(now) <= len(known) or now.endswith("\ufffd")):
@@ -121,11 +121,11 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
 
 
 def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
-    """Check that the model knows all tokens and positions of the texts.
+    """Check that the model has embeddings and positions for all tokens of the texts.
 
     Raises
     ------
-    UserError: a token id beyond the model's embedding, or a text longer than the lengths that the model was made for.
+    UserError: a token id is beyond the model's embeddings, or a text is longer than its positions.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     config = model.config.get_text_config()
@@ -134,7 +134,7 @@ def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
         if text.ids and max(text.ids) >= rows:
             raise UserError(
                 f"params.yaml: model.name: the tokenizer gives the token {max(text.ids)} (text {text.text_id}), but "
-                f"{type(model).__name__} has embeddings of 0 to {rows - 1} only: the two do not belong together"
+                f"{type(model).__name__} has embeddings of 0 to {rows - 1} only; check that its tokenizer belongs to it"
             )
         if 0 < positions < len(text.ids):
             raise UserError(
@@ -145,20 +145,20 @@ def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
 
 
 def by_length(texts: Sequence[TokenizedText]) -> list[TokenizedText]:
-    """The texts by (length, text_id): an order of its own, in which texts of similar length are neighbours."""
+    """The texts sorted by (length, text_id), so that neighbours have similar lengths."""
     return sorted(texts, key=lambda text: (len(text.ids), text.text_id))
 
 
 def batches(
     texts: Sequence[TokenizedText], batch_tokens: int, most_padding: float = MOST_PADDING
 ) -> list[list[TokenizedText]]:
-    """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens, of which few are padding."""
+    """Cut `texts` (in `by_length` order) into batches of at most `batch_tokens` tokens with little padding."""
     cuts = _cut([len(text.ids) for text in texts], batch_tokens, most_padding)
     return [list(texts[first:end]) for first, end in pairwise(cuts)]
 
 
 def _cut(lengths: Iterable[int], batch_tokens: int, most_padding: float = MOST_PADDING) -> list[int]:
-    """Where batches of texts of these lengths (ascending) begin and end."""
+    """The boundaries of batches of texts of these lengths (ascending)."""
     cuts, count, real, number = [0], 0, 0, 0
     for number, length in enumerate(lengths):
         padded = (count + 1) * length
@@ -170,18 +170,18 @@ def _cut(lengths: Iterable[int], batch_tokens: int, most_padding: float = MOST_P
 
 
 class TokenizedTexts:
-    """The tokenized texts of a whole corpus, by number, in 4 bytes a token (a list of `TokenizedText` takes about 40).
+    """The tokenized texts of a corpus, by number, in 4 bytes per token (a list of `TokenizedText` takes about 40).
 
     Parameters
     ----------
     frame: one row per text: `text_id`, `token_ids` (content tokens, `List(Int32)`) and any other columns, such as
-        `language` and `split`. Texts without content tokens are left out.
+        `language` and `split`. Texts without content tokens are dropped.
     special: ids that the tokenizer puts before every text.
 
     Attributes
     ----------
-    frame: the rows that are left, with `tokens`, the number of content tokens.
-    lengths: the same, int64 `[texts]`.
+    frame: the remaining rows, with the number of content tokens as `tokens`.
+    lengths: the column `tokens`, int64 `[texts]`.
     """
 
     def __init__(self, frame: pl.DataFrame, special: Sequence[int] = ()) -> None:
@@ -206,11 +206,11 @@ class TokenizedTexts:
         return codes(self.frame["language"], languages)
 
     def batches(self, batch_tokens: int, numbers: Sequence[int] | None = None) -> list[list[int]]:
-        """Cut the texts, or those with the given numbers, into batches as `babelscope.models.tokens.batches` does.
+        """Cut the texts, or those with the given numbers, into batches like `babelscope.models.tokens.batches`.
 
         Returns
         -------
-        The numbers of each batch's texts, in the order of `by_length`.
+        The numbers of each batch's texts, in `by_length` order.
         """
         rows = self.frame.with_row_index("number").select("number", "text_id", "tokens")
         rows = (rows if numbers is None else rows[numbers]).sort("tokens", "text_id")
@@ -224,7 +224,7 @@ def codes(language: pl.Series, languages: Sequence[str]) -> Tensor:
 
 
 def tokenize_corpus(tokenizer: Any, corpus: pl.DataFrame, max_tokens: int) -> TokenizedTexts:
-    """The texts of `corpus` (`text_id`, `text`, any others), tokenized as by `tokenize`."""
+    """Tokenize the texts of `corpus` (`text_id`, `text`, and any other columns) like `tokenize`."""
     parts = [
         pl.Series([ids[:max_tokens] for ids in content_ids(tokenizer, part["text"].to_list())], dtype=pl.List(pl.Int32))
         for part in corpus.iter_slices(_CHUNK)
@@ -242,9 +242,9 @@ def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
 
 
 def within(texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None) -> list[TokenizedText]:
-    """Texts of each language (by text id), in the order of their ids (hashes), until they have `limit` tokens.
+    """Take texts of each language, in the order of their ids (hashes), until they have `limit` content tokens.
 
-    `limit` counts content tokens; None: all texts.
+    `language` maps a text's id to its language. If `limit` is None, all texts are taken.
     """
     taken: Counter[str] = Counter()
     chosen = []

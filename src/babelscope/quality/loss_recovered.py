@@ -1,11 +1,11 @@
-"""Loss recovered: how much of what a hookpoint does for the model's predictions its SAE's reconstruction still does.
+"""Loss recovered: the share of a hookpoint's effect on the model's loss that its SAE's reconstruction keeps.
 
     loss recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)
 
-CE is the NLL per token: of the model as it is (clean), with the SAE's reconstruction in place of the activations at one
-hookpoint (sae), and with 0 in their place (zero). 1: nothing is lost; 0: no better than no activations at all; below 0:
-worse than that. (Rajamanoharan et al. 2024, arXiv 2404.16014, section on evaluation, which writes it as
-1 - (CE_sae - CE_clean) / (CE_zero - CE_clean), which is the same.)
+CE is the NLL per token: of the unchanged model (clean), with the SAE's reconstruction in place of the activations at
+one hookpoint (sae), and with 0 in their place (zero). 1: nothing is lost; 0: the reconstruction is as bad as zeros;
+below 0: it is worse. (Rajamanoharan et al. 2024, arXiv 2404.16014, write the same as
+1 - (CE_sae - CE_clean) / (CE_zero - CE_clean).)
 
 Only content tokens are changed, as in ablation: the SAE was not trained on special tokens (BOS). The clean pass is
 computed once; the two passes of a hookpoint start at its block if the model allows it (`probing.can_restart`).
@@ -27,8 +27,8 @@ from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
 
-# Among few texts few have similar lengths. Padding costs time only in the blocks, since the NLL is computed for real
-# tokens only; a pass over few tokens costs more, because it reads all weights.
+# With few texts, few have similar lengths. Padding costs less than more passes: it takes time in the blocks only, since
+# the NLL is computed for real tokens only, but every pass reads all weights.
 _MOST_PADDING = 1.0
 
 SCHEMA = {
@@ -62,14 +62,14 @@ def loss_recovered(
     Returns
     -------
     `SCHEMA`, for every hookpoint a row of all texts (`language` null), then one per language. `tokens` are target
-    tokens, the NLLs nats per token; `loss_recovered` is null if zeros cost nothing: there is nothing to recover.
+    tokens, NLLs are in nats per token; `loss_recovered` is null if zeros do not raise the NLL.
 
     Raises
     ------
     UserError: the model has no such hookpoint.
     """
     hooks.resolve(model, list(saes))
-    head_of(model)  # found now, while no hook is open
+    head_of(model)  # probed now, without hooks, and cached
     layers = sorted({hooks.layer_of(name) for name in saes})
     restarts = layers if probing.can_restart(model, layers) else []
 

@@ -12,7 +12,7 @@ from babelscope.quality.loss_recovered import loss_recovered
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Measure the loss recovered at every hookpoint; writes `paths.loss_recovered` and the stage's metrics."""
+    """Measure the loss recovered at every hookpoint; write `paths.loss_recovered` and the stage's metrics."""
     device = hardware.prepare(params.hardware)
     corpus = read_table(paths.texts).filter(split="eval")
     language = dict(corpus.select("text_id", "language").iter_rows())

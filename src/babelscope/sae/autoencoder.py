@@ -1,4 +1,4 @@
-"""The sparse autoencoder: its weights, what it encodes and how it decodes."""
+"""The sparse autoencoder: its weights, encoding and decoding."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from babelscope.models.matmul import linear
 from babelscope.models.names import input_name
 from babelscope.sae.kernels.topk import top_k
 
-# Scores in one chunk of `encode`: bounds its memory (4 bytes each). On a CPU the chunk must stay in the last-level
-# cache between the product and the top-k.
+# Scores in one chunk of `encode`, of 4 bytes each, which bound its memory. On a CPU, the chunk must stay in the
+# last-level cache between the product and the top-k.
 _CHUNK = {"cpu": 2**22, "cuda": 2**28}
 
 
 def chunk_rows(latents: int, device: torch.device) -> int:
-    """How many rows of `latents` scores make a chunk on this device (a power of two suits the product)."""
+    """The number of rows in a chunk on this device; a power of two, which suits the product."""
     most = max(16, _CHUNK.get(device.type, 2**26) // latents)
     return 1 << (most.bit_length() - 1)
 
@@ -29,13 +29,13 @@ class SAE(nn.Module):
 
     Parameters
     ----------
-    encoder: float32 [n, d_in], a row per latent (the transpose of `W_enc`: a latent's weights lie together in memory).
+    encoder: float32 [n, d_in], the transpose of `W_enc`, so that a latent's weights are contiguous in memory.
     W_dec: float32 [n, d].
     b_enc: float32 [n].
     b_dec: float32 [d].
     k: active latents per row (TopK); None if `threshold` is given.
     threshold: float32 [n], >= 0 (JumpReLU); None if `k` is given.
-    b_in: float32 [d_in], subtracted from the input of a transcoder (a constant); None: `b_dec`, an autoencoder.
+    b_in: float32 [d_in], constant subtracted from a transcoder's input; None: an autoencoder, which subtracts `b_dec`.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class SAE(nn.Module):
             shapes = ", ".join(str(tuple(t.shape)) for t in (encoder, W_dec, b_enc, b_dec))
             raise ValueError(f"an SAE needs [n, d_in], [n, d], [n], [d], and b_in if d_in is not d; got {shapes}")
         if b_in is not None and b_in.shape != (d_in,):
-            raise ValueError(f"b_in has the shape {tuple(b_in.shape)}, the input {d_in} dimensions")
+            raise ValueError(f"b_in needs the shape {(d_in,)}, got {tuple(b_in.shape)}")
         if (k is None) == (threshold is None):
             raise ValueError("an SAE needs either k (TopK) or a threshold (JumpReLU)")
         if k is not None and not 0 < k <= n:
@@ -84,7 +84,7 @@ class SAE(nn.Module):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it encodes the input of its hookpoint's module instead of the hookpoint."""
+        """Whether it encodes the input of the hookpoint's module instead of its output."""
         return self.b_in is not None
 
     def input_name(self, hookpoint: str) -> str:
@@ -108,26 +108,26 @@ class SAE(nn.Module):
 
     @property
     def d(self) -> int:
-        """Width of the output; only a transcoder's differs from `d_in`."""
+        """Width of the output; it differs from `d_in` in transcoders only."""
         return self.W_dec.shape[1]
 
     def centre(self, x: Tensor) -> Tensor:
-        """`x - b_in` in float32, to which the encoder is applied."""
+        """`x - b_in` in float32, the encoder's input (an autoencoder's `b_in` is `b_dec`)."""
         return x.float() - (self.b_dec if self.b_in is None else self.b_in)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact activations, without gradients (training has its own steps, see `sae.training`).
+        """Compute exact activations, without gradients (`sae.training` has steps with gradients).
 
         Parameters
         ----------
-        x: [..., d_in], any floating dtype; computed in float32, in chunks of rows, which bounds the memory.
+        x: [..., d_in], any floating dtype; it is encoded in float32, in chunks of rows to bound the memory.
 
         Returns
         -------
-        values: float32 [..., q] >= 0, in no particular order; q is k or, for JumpReLU, the most that fire in a row.
+        values: float32 [..., q] >= 0, in no particular order; q is k or, for JumpReLU, the largest L0 of a row.
         indices: int64 [..., q], distinct within a row if the value is not 0. A value of 0 means that the latent does
-            not fire: ignore its index.
+            not fire; ignore its index.
         """
         rows = x.reshape(-1, self.d_in)
         size = chunk_rows(self.latents, x.device)
@@ -159,7 +159,7 @@ class SAE(nn.Module):
 
 
 def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The positive scores above the threshold, [rows, q], padded with 0; q >= 1 is the most in a row."""
+    """The positive scores above the threshold, [rows, q], padded with 0; q >= 1 is their largest number in a row."""
     active = (scores > threshold) & (scores > 0)
     row, latent = active.nonzero(as_tuple=True)
     count = active.sum(1)
@@ -173,15 +173,15 @@ def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 def initialise(
     mean: Tensor, latents: int, k: int, *, encoder_scale: float, seed: int, b_in: Tensor | None = None
 ) -> SAE:
-    """Return an untrained SAE: random unit decoder rows, encoder rows along them, biases at 0 and `mean`.
+    """Return an untrained SAE with random unit decoder rows, parallel encoder rows, and the decoder bias `mean`.
 
     Parameters
     ----------
     mean: [d], mean of the (normalised) training data; with a decoder bias of 0 instead, many latents would die.
     latents, k: width of the dictionary, and active latents per row.
-    encoder_scale: norm of an encoder row; the decoder's transpose (1.0) overshoots with many latents per token.
-    seed: of the directions.
-    b_in: [d_in], mean of a transcoder's input; its encoder rows have directions of their own.
+    encoder_scale: norm of an encoder row; with 1.0, many active latents per token overshoot.
+    seed: seed of the directions.
+    b_in: [d_in], mean of a transcoder's input; a transcoder's encoder rows have directions of their own.
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = functional.normalize(torch.randn(latents, len(mean), generator=generator))

@@ -1,7 +1,7 @@
-"""SAEs that are read when they are used, for dictionaries that do not fit into memory together.
+"""SAEs whose weights are read when they are used, for dictionaries that do not fit into memory together.
 
-Sixteen dictionaries of 131,072 latents at d = 2048 are 32 GiB; code that walks through the layers of a model needs one
-at a time.
+Sixteen dictionaries of 131,072 latents at d = 2048 are 32 GiB, but code that goes through a model's layers needs one at
+a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from babelscope.models.names import input_name
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
 
-# Bytes of weights that are held on a CPU.
+# Maximum bytes of weights in memory on a CPU.
 _MAX_BYTES = 4 * 2**30
 
 
 class CachedSAE:
-    """One SAE of an `SAECache`: used like the `SAE`, it reads the weights if they are not in memory.
+    """One SAE of an `SAECache`, used like an `SAE`; it reads the weights if they are not in memory.
 
     Attributes
     ----------
@@ -54,15 +54,15 @@ class CachedSAE:
 class SAECache(Mapping[str, CachedSAE]):
     """The SAEs of a folder by hookpoint; up to `max_bytes` of weights stay in memory, the others are read again.
 
-    Eviction is most-recently-used first, which suits cyclic access over layers: early layers stay cached, later ones
-    share the remaining memory.
+    Eviction is most-recently-used first, which suits cyclic access over layers: early layers stay cached, and later
+    ones share the remaining memory.
 
     Parameters
     ----------
-    folder: with one folder per hookpoint. Every SAE in it is read once, so that a broken one is found before long work.
-    hookpoints: their names, in the order of the mapping.
-    device: where they are used.
-    max_bytes: at least one SAE is held, whatever its size. None: 4 GiB on a CPU, half of the free memory of a GPU.
+    folder: folder with one folder per hookpoint. Every SAE is read once, so that a broken one is found early.
+    hookpoints: names of the SAEs, in the order of the mapping.
+    device: device on which the SAEs are used.
+    max_bytes: limit; one SAE is held even if it is larger. None: 4 GiB on a CPU, half of the free memory of a GPU.
 
     Raises
     ------
@@ -81,7 +81,7 @@ class SAECache(Mapping[str, CachedSAE]):
         self._bytes: dict[str, int] = {}
         self._entries = {name: CachedSAE(self, name, self.get_sae(name)) for name in hookpoints}
         if len(self._held) < len(self._entries):
-            self._held.clear()  # the caller's next step, such as loading a model, needs memory, too
+            self._held.clear()  # leave memory for the caller's next step, such as loading a model
 
     def get_sae(self, name: str) -> SAE:
         """The SAE itself, on `device`."""

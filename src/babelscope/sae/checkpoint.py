@@ -1,4 +1,4 @@
-"""SAE files: written in SAELens' layout, read in every one of `formats`, from a folder or the hub."""
+"""SAE files: written in SAELens' layout, and read in any of `formats` from a folder or the hub."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from babelscope.core.files import read_json, write_atomically, write_json
 from babelscope.sae import formats
 from babelscope.sae.autoencoder import SAE
 
-# Without a version, SAELens takes a file for one from before its release 6, and drops the metadata.
+# SAELens treats a file without a version as older than its release 6, and drops the metadata.
 _LAYOUT = "6.0.0"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -21,18 +21,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def save(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` in SAELens' layout; the same weights give the same bytes.
 
-    SAELens loads all of them (`SAE.load_from_disk`) except TopK transcoders with different widths, which it does not
-    have: they are written as `topk_transcoder`, our own name. A TopK transcoder with d_in = d is written as a `topk`
-    that does not subtract `b_dec` from the input, which SAELens computes alike. The key `d_out` marks a transcoder.
+    SAELens loads them (`SAE.load_from_disk`), except TopK transcoders with d_in != d, which it does not have: they are
+    written as `topk_transcoder`, our own name. A TopK transcoder with d_in = d is written as a `topk` SAE that does not
+    subtract `b_dec` from the input, which computes the same. The key `d_out` marks a transcoder.
 
-    SAELens subtracts nothing from a transcoder's input: `b_in` is folded into `b_enc` (`b_enc - W_enc^T b_in`, in
-    float64), and is 0 when loaded.
+    SAELens subtracts nothing from a transcoder's input, so `b_in` is folded into `b_enc` (`b_enc - W_enc^T b_in`, in
+    float64) and is 0 when loaded.
 
     Parameters
     ----------
-    sae: in the units of the raw activations (any input normalisation folded into the weights).
+    sae: an SAE in the units of the raw activations (any input normalisation is folded into the weights).
     folder: created if missing.
-    metadata: what SAELens keeps with the weights, at least `model_name` and `hook_name`.
+    metadata: entries that SAELens keeps with the weights, at least `model_name` and `hook_name`.
     """
     names = ("encoder", "b_enc", "W_dec", "b_dec", "threshold")
     weights = {name: getattr(sae, name).detach().cpu() for name in names if getattr(sae, name) is not None}
@@ -72,19 +72,19 @@ def _architecture(sae: SAE) -> str:
 def load(path_or_repo: str | Path, hookpoint: str | None = None, *, revision: str | None = None) -> SAE:
     """Load an SAE from a local folder, or from the Hugging Face hub if no such folder exists.
 
-    The files tell the format: SAELens', EleutherAI/sparsify's, Gemma Scope's, Llama Scope's or
-    dictionary_learning's (see `formats`). No pickled code is ever run.
+    The names of the files tell the format: SAELens', EleutherAI/sparsify's, Gemma Scope's, Llama Scope's or
+    dictionary_learning's (see `formats`). Pickled code is never run.
 
     Parameters
     ----------
-    path_or_repo: the folder of one SAE, a folder with one folder per hookpoint, or a hub id (`owner/name`) of such.
+    path_or_repo: the folder of one SAE, a folder with one folder per hookpoint, or a hub id (`owner/name`) of either.
     hookpoint: e.g. `layers.14.mlp`, or the folder of an SAE below `path_or_repo`. `<path>/<hookpoint>/` is tried first,
         then `<path>` itself.
-    revision: of a hub repository (a commit hash pins it).
+    revision: revision of a hub repository (a commit hash pins it).
 
     Raises
     ------
-    UserError: a file is missing or corrupt, or holds an SAE that `SAE` cannot compute (e.g. a gated one, or one with
+    UserError: a file is missing or corrupt, or holds an SAE that `SAE` cannot compute (e.g. a gated SAE, or one with
         skip connections).
     """
     root = expanded(path_or_repo)
@@ -100,7 +100,7 @@ def load(path_or_repo: str | Path, hookpoint: str | None = None, *, revision: st
 
 
 def _download(repo: str, hookpoint: str | None, revision: str | None) -> Path:
-    # "data/sae" has the form of a hub id: if there is a folder "data", a local path is meant.
+    # "data/sae" has the form of a hub id; if the folder "data" exists, a local path is meant.
     if not _HUB_ID.fullmatch(repo) or Path(repo).parts[0] in (".", "..") or Path(repo).parent.exists():
         raise UserError(f"{repo}: no such folder")
     from huggingface_hub import snapshot_download
@@ -112,24 +112,24 @@ def _download(repo: str, hookpoint: str | None, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{repo}: no such folder, and not to be had from the Hugging Face hub: {reason:.300}") from None
+        raise UserError(f"{repo}: no such folder, and the Hugging Face hub does not give it: {reason:.300}") from None
 
 
 def _read(folder: Path, kind: formats.Format) -> SAE:
     weights = folder / kind.weights
     if kind.settings and not (folder / kind.settings).is_file():
-        raise UserError(f"{folder / kind.settings}: no such file; it belongs beside {kind.weights}")
+        raise UserError(f"{folder / kind.settings}: no such file; put it next to {kind.weights}")
     settings = read_json(folder / kind.settings) if kind.settings else {}
     try:
         tensors = kind.read(weights)
-    except Exception as error:  # the readers let through whatever a damaged file provokes
+    except Exception as error:  # a damaged file makes the readers raise errors of many types
         reason = " ".join(str(error).split())
         raise UserError(f"{weights}: not a readable file of {kind.name}: {reason:.300}") from None
     try:
         return kind.build(settings, tensors)
     except KeyError as error:
-        beside = f"neither {kind.settings} nor {kind.weights} holds" if kind.settings else f"{kind.weights} lacks"
-        held = ", ".join(sorted(tensors)[:6])
-        raise UserError(f"{folder}: {beside} the key {error}; the tensors there: {held}") from None
+        lack = f"neither {kind.settings} nor {kind.weights} holds" if kind.settings else f"{kind.weights} lacks"
+        names = ", ".join(sorted(tensors)[:6])
+        raise UserError(f"{folder}: {lack} the key {error}; its tensors: {names}") from None
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{folder / (kind.settings or kind.weights)}: {error}") from None

@@ -1,6 +1,6 @@
-"""`babelscope export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` as EleutherAI/sparsify keeps them.
+"""`babelscope export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` in the format of EleutherAI/sparsify.
 
-SAELens needs no export: a folder `data/sae/<hookpoint>` is its own format (`sae_lens.SAE.load_from_disk`).
+SAELens needs no export: `sae_lens.SAE.load_from_disk` reads `data/sae/<hookpoint>`.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ def write_sparsify(dictionary: SAE, folder: Path) -> None:
 
     Raises
     ------
-    UserError: the SAE is no TopK one: sparsify knows no thresholds.
+    UserError: the SAE is not a TopK SAE, since sparsify has no thresholds.
     """
     if dictionary.k is None:
-        raise UserError(f"{folder.name}: a JumpReLU, BatchTopK or ReLU SAE; sparsify has none; allowed: TopK")
+        raise UserError(f"{folder.name}: sparsify has no JumpReLU, BatchTopK or ReLU SAEs; allowed: TopK")
     b_enc = dictionary.b_enc.detach()
-    if dictionary.b_in is not None:  # nothing is taken off a transcoder's input there
+    if dictionary.b_in is not None:  # sparsify subtracts nothing from a transcoder's input
         b_enc = (b_enc.double() - formats.product(dictionary.encoder, dictionary.b_in)).float()
     weights = {
         "encoder.weight": dictionary.encoder, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
@@ -46,11 +46,11 @@ def main(target: Path, hookpoints: list[str]) -> None:
 
     Raises
     ------
-    UserError: there are no SAEs, not the one named, or sparsify cannot hold one.
+    UserError: there are no SAEs, one of `hookpoints` has none, or sparsify's format cannot hold one.
     """
     have = sorted(path.name for path in SAES.glob("*") if path.is_dir())
     if not have:
-        raise UserError(f"{SAES}: no SAEs; `dvc repro` makes them")
+        raise UserError(f"{SAES}: no SAEs; `dvc repro` trains them")
     for name in hookpoints or have:
         if name not in have:
             raise UserError(f"{SAES / name}: no such folder; {nearest(name, have)}")

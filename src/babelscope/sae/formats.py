@@ -1,7 +1,7 @@
 """The formats in which SAEs are released: how each is recognised, read, and turned into an `SAE`.
 
-All of them give activations in the units of the release, of inputs as the model has them: an input normalisation that
-belongs to a release is folded into the weights.
+Every `SAE` takes activations as the model computes them and returns latents in the units of the release: the input
+normalisation of a release is folded into the weights.
 """
 
 import math
@@ -18,7 +18,7 @@ from babelscope.sae.autoencoder import SAE
 Settings = dict[str, Any]
 Tensors = Mapping[str, Tensor]
 
-# The activation function of each "architecture": SAELens' values, the first its default, and one of ours, the last.
+# The activation function of each "architecture" in SAELens, its default first; the last architecture is our own.
 ACTIVATIONS = {
     "standard": "relu",
     "topk": "topk",
@@ -30,15 +30,15 @@ ACTIVATIONS = {
 
 
 class Format(NamedTuple):
-    """One way to keep an SAE in a folder.
+    """A file format for an SAE in a folder.
 
     Attributes
     ----------
-    name: whose it is.
-    settings: the JSON file beside the weights; None if there is none.
+    name: library or release that uses it.
+    settings: the JSON file next to the weights; None if there is none.
     weights: the file of the weights.
-    read: the tensors of that file, by name, none of it executed.
-    build: the SAE of settings and tensors; raises ValueError where `SAE` cannot compute what they mean.
+    read: returns the tensors in that file by name, and never executes its content.
+    build: returns the SAE for settings and tensors; raises ValueError if `SAE` cannot compute it.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Format(NamedTuple):
 
 
 def product(encoder: Tensor, b: Tensor) -> Tensor:
-    """`encoder @ b` in float64, a few rows at a time: a copy of all weights in float64 would be large."""
+    """`encoder @ b` in float64, in chunks of rows, since a float64 copy of all weights would be large."""
     parts = (encoder[first : first + 4096] for first in range(0, len(encoder), 4096))
     return torch.cat([rows.double() @ b.double() for rows in parts])
 
 
 def _one_of(config: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
-    """The value of a setting that changes what the weights mean; if it is missing, the first of those allowed."""
+    """The value of a setting that the meaning of the weights depends on; the first of `allowed` if it is missing."""
     found = config.get(key)
     if found is None:
         return allowed[0]
@@ -66,7 +66,7 @@ def _one_of(config: Settings, key: str, allowed: tuple[Any, ...]) -> Any:
 
 def _whole(config: Settings, key: str) -> int:
     value = config[key]
-    if type(value) is not int:  # True is an int, too
+    if type(value) is not int:  # isinstance would accept True
         raise ValueError(f"{key} is {value!r}; allowed: a whole number")
     return value
 
@@ -78,9 +78,9 @@ def _number(value: Any, key: str) -> float:
 
 
 def _check_sizes(config: Settings, **sizes: int) -> None:
-    """Check that settings which give the sizes of the weights, where there, give those that the weights have."""
+    """Check that settings for the sizes of the weights, if they are present, agree with the weights."""
     for key, size in sizes.items():
-        if isinstance(config.get(key), int) and config[key] not in (size, 0):  # 0: sparsify derives it
+        if isinstance(config.get(key), int) and config[key] not in (size, 0):  # sparsify derives a size of 0
             raise ValueError(f"{key} is {config[key]}, but the weights have {size}: they do not belong together")
 
 
@@ -90,7 +90,7 @@ def _unscaled(tensors: Tensors) -> None:
 
 
 def _uncentred(encoder: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """The bias for an encoder that takes nothing off its input: an autoencoder of ours takes b_dec off."""
+    """Convert the bias of an encoder that subtracts nothing from its input: our autoencoders subtract b_dec."""
     return (b_enc.double() + product(encoder, b_dec)).float()
 
 
@@ -99,7 +99,7 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
     activation = ACTIVATIONS[architecture]
     for key in ("normalize_activations", "reshape_activations"):
         _one_of(config, key, ("none", False))
-    old = config.get("activation_fn_kwargs") or {}  # before release 6, when `standard` had several activation functions
+    old = config.get("activation_fn_kwargs") or {}  # before release 6, `standard` had several activation functions
     for key in ("activation_fn", "activation_fn_str"):
         if architecture == "standard" and "k" in old and config.get(key) == "topk":
             activation = "topk"
@@ -122,21 +122,21 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
             encoder, b_enc = encoder * norms[:, None], b_enc * norms
             W_dec = W_dec / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a latent of norm 0 stays at 0
         return SAE(encoder, W_dec, b_enc, b_dec, _whole(old | config, "k"), b_in=b_in)
-    # Below a threshold under 0, SAELens' ReLU is what holds negative scores back: as a threshold of 0 does.
+    # If a threshold is negative, SAELens' ReLU still drops negative scores, as a threshold of 0 does.
     threshold = tensors["threshold"].float().clamp(min=0) if activation == "jumprelu" else torch.zeros_like(b_enc)
     return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in)
 
 
 def _sparsify(config: Settings, tensors: Tensors) -> SAE:
     _one_of(config, "activation", ("topk",))
-    for key in ("skip_connection", "signed"):  # signed: early releases, the largest scores of either sign
+    for key in ("skip_connection", "signed"):  # "signed" in early releases: the largest scores of either sign
         _one_of(config, key, (False,))
     if "W_skip" in tensors:
         raise ValueError("the weights hold a skip connection, W_skip; allowed: files without it")
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     encoder, W_dec, b_enc, b_dec = (tensors[name] for name in names)
     _check_sizes(config, d_in=encoder.shape[1], num_latents=encoder.shape[0])
-    transcoder = _one_of(config, "transcode", (False, True))  # whose input is encoded as it is
+    transcoder = _one_of(config, "transcode", (False, True))  # a transcoder subtracts nothing from its input
     b_in = torch.zeros(encoder.shape[1]) if transcoder else None
     return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
 
@@ -152,13 +152,13 @@ def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
 
 
 def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
-    """Llama Scope (He et al. 2024, arXiv 2410.20526), of OpenMOSS' Language-Model-SAEs.
+    """Llama Scope (He et al. 2024, arXiv 2410.20526), from OpenMOSS' Language-Model-SAEs.
 
     Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. `jump_relu_threshold` is in the units of
-    the raw activations, as their library folds the normalisation into the weights first: a latent fires where what it
-    adds to the raw output (its score times the norm of its decoder row, there) exceeds it, or, without
-    `sparsity_include_decoder_norm`, its score on the raw input. Of unit rows and one norm, as in the released SAEs,
-    that is what SAELens computes, which takes no account of the rows' norms.
+    the raw activations, since their library folds the normalisation into the weights before it applies the threshold.
+    With `sparsity_include_decoder_norm`, the threshold holds for a latent's score times the norm of its decoder row (in
+    units of the raw output), else for its score on the raw input. SAELens ignores the decoder norms, which makes no
+    difference for the released SAEs: their decoder rows have norm 1, and their mean input and output norms are equal.
     """
     _one_of(config, "act_fn", ("jumprelu",))
     _one_of(config, "apply_decoder_bias_to_pre_encoder", (False,))
@@ -182,7 +182,7 @@ def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
 
 
 def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
-    """The dictionaries of saprmarks/dictionary_learning but for the gated ones."""
+    """The dictionaries of saprmarks/dictionary_learning, except the gated ones."""
     trainer = config["trainer"]
     kind = trainer["dict_class"]
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):  # [d, n]
@@ -201,9 +201,9 @@ def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
         return SAE(encoder, W_dec, b_enc, b_dec, int(tensors["k"]))
     if kind == "AutoEncoder":
         return SAE(encoder, W_dec, b_enc, b_dec, threshold=torch.zeros_like(b_enc))
-    if kind == "JumpReluAutoEncoder":  # takes nothing off its input
+    if kind == "JumpReluAutoEncoder":  # subtracts nothing from its input
         b_enc = _uncentred(encoder, b_enc, b_dec)
-    elif bool((tensors["threshold"] < 0).any()):  # -1 until training sets it, without which every positive score fires
+    elif bool((tensors["threshold"] < 0).any()):  # it is -1 until training sets it: every positive score would fire
         raise ValueError(
             f"the threshold of {kind} was never set; allowed: files trained past trainer.threshold_start_step"
         )
@@ -212,7 +212,7 @@ def _dictionary_learning(config: Settings, tensors: Tensors) -> SAE:
 
 
 def _safetensors(path: Path) -> Tensors:
-    """Every tensor by a mapping of its own: one that is copied and dropped, as a transposed encoder, leaves nothing."""
+    """Read every tensor through a memory mapping of its own, which is freed when the tensor is copied and dropped."""
     with safe_open(path, framework="pt") as handle:
         names = list(handle.keys())
     tensors = {}
@@ -232,7 +232,7 @@ def _npz(path: Path) -> Tensors:
 def _torch(path: Path) -> Tensors:
     tensors: Tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError("holds something else than tensors by name")
+        raise ValueError("it holds values that are not tensors by name")
     return tensors
 
 

@@ -15,14 +15,14 @@ _CHUNK = 8192
 
 
 class Quality(NamedTuple):
-    """Figures of one SAE on one set of rows.
+    """Figures of one SAE on a set of rows.
 
     Attributes
     ----------
-    fvu: fraction of variance unexplained, sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean taken over all rows.
+    fvu: fraction of variance unexplained, sum ||x - x_hat||^2 / sum ||x - mean||^2, with the mean over all rows.
     l0: mean number of active latents per row.
     dead_share: share of the latents that fire on no row.
-    fvu_of: the same fraction for the rows of each group, around the group's mean (nan for a group without rows).
+    fvu_of: FVU of the rows of each group, around the group's mean (nan for a group without rows).
     l0_of: mean number of active latents per row of each group (nan for a group without rows).
     """
 
@@ -35,14 +35,14 @@ class Quality(NamedTuple):
     def figures(self, groups: Sequence[str]) -> dict[str, float]:
         """Flat numbers for a metrics file: `fvu`, `l0`, `dead_share`, `fvu/<group>`, `l0/<group>`.
 
-        A group without rows, or with rows that are all the same, has no figures.
+        A group without rows has no figures, and one whose rows are all the same has no FVU.
 
         Raises
         ------
         UserError: the SAE's reconstruction is not a number, or there is no variance to explain.
         """
         if math.isinf(self.fvu):
-            raise UserError("params.yaml: corpus.eval_tokens: the activations of all held-out tokens are the same")
+            raise UserError("params.yaml: corpus.eval_tokens: all held-out tokens have the same activations; raise it")
         if math.isnan(self.fvu):
             raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
         by_group = {
@@ -55,12 +55,12 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Adds up, chunk by chunk, the sums behind `Quality`: memory groups x d, whatever the number of rows.
+    """Accumulates the sums for `Quality` chunk by chunk, in memory of groups x d for any number of rows.
 
     Parameters
     ----------
-    sae: on any device, in the units of the activations.
-    groups: how many groups there are, e.g. languages.
+    sae: an SAE on any device, in the units of the activations.
+    groups: number of groups, e.g. languages.
     """
 
     def __init__(self, sae: SAE, groups: int) -> None:
@@ -87,7 +87,7 @@ class QualitySums:
         self._fired[indices[values > 0]] = True
         self._counts += torch.bincount(group, minlength=len(self._counts))
         self._active.index_add_(0, group, (values > 0).sum(1, dtype=torch.float64).cpu())
-        # float64: in float32, the square of a mean far from 0 would swallow a small variance.
+        # float64: in float32, the square of a mean far from 0 would hide a small variance.
         wide = target.double()
         self._sums.index_add_(0, group, wide.cpu())
         self._squares.index_add_(0, group, wide.square().sum(1).cpu())
@@ -114,11 +114,11 @@ def quality(
 
     Parameters
     ----------
-    sae: on any device, in the units of the store.
+    sae: an SAE on any device, in the units of the store.
     store: the activations.
-    rows: int64 [m], which of its rows.
+    rows: int64 [m], the rows of the store to measure on.
     group: int64 [m] in 0..groups-1, e.g. the language of every row.
-    groups: how many groups there are.
+    groups: number of groups.
     inputs: the activations to encode (transcoders), row for row; None: those of `store`.
     """
     sums = QualitySums(sae, groups)

@@ -1,9 +1,9 @@
-"""Steering: text generated while one language's features are amplified, from prompts that are the same for all.
+"""Steering: generate text while one language's features are amplified, from the same prompts for all languages.
 
 `x <- x + strength * sum_u m_u W_dec[u]` at every hookpoint, with `m_u` the mean activation of u over all tokens of the
 language: strength 1 adds what the language's features add, on average, to a token of its own text. (Andrylie et al.
-2025, arXiv 2507.11230, add multiples of the largest activation, all units at once, for perplexity; with hundreds of
-units a language that is far from anything that the model has seen.)
+2025, arXiv 2507.11230, measure perplexity with multiples of the largest activations of all units at once. With hundreds
+of units per language, such activations are far from any that the model produces.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def direction(sae: SAE, units: Sequence[int], means: Sequence[float]) -> Tensor:
 def add(vectors: Tensor, special: int = 1) -> hooks.Edit:
     """The edit that adds `vectors[row]` (`[rows, d]`) to every position of a text but the first `special`.
 
-    A pass over several positions is the prompt's; with a key-value cache every later pass is over one.
+    The first pass covers the whole prompt; with a key-value cache every later pass covers one position.
     """
 
     def edit(x: Tensor) -> Tensor:
@@ -49,22 +49,22 @@ def generate(
     special: int = 0,
     first_row: int = 0,
 ) -> Tensor:
-    """Generate from every prompt while its row's vectors are added at the hookpoints.
+    """Generate from every prompt while the vectors of its row are added at the hookpoints.
 
     The model's own `generation_config` (repetition_penalty, top_k, ...) has no effect: tokens are drawn from the
-    probabilities of the model, at `temperature`. The end of the text is never generated.
+    probabilities of the model, at `temperature`. End-of-text tokens are never generated.
 
     Parameters
     ----------
     model: a causal language model.
-    prompts: token ids, int64 `[rows, prompt tokens]`, two or more; all of one length, so that nothing is padded.
+    prompts: token ids, int64 `[rows, prompt tokens]`, at least two; all of one length, so that nothing is padded.
     vectors: by hookpoint, float32 `[rows, d]`.
-    new_tokens: how many tokens to generate.
+    new_tokens: number of tokens to generate.
     temperature: of the sampling; 0 takes the most probable token.
     seed: of the sampling.
-    special: how many leading tokens of each prompt are special (BOS). They stay as they are, and so does the first
-        token in any case: attention rests on it whatever the text.
-    first_row: number of the first row in the whole. A row's draws depend on `seed` and its number, not on the batch.
+    special: number of leading special tokens (BOS) in each prompt. They are not changed, and the first token never is:
+        it is an attention sink.
+    first_row: number of the first row among all rows. A row's draws depend on `seed` and its number, not on the batch.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def generate(
         token = _pick(logits, drawn, temperature).to(device)
         return logits.scatter_(1, token.unsqueeze(1), torch.inf)  # `generate` takes the largest
 
-    # `generate` takes what a config leaves unset from the model's own, so that one is replaced.
+    # `generate` takes unset values from the model's own config, so that is replaced.
     model.generation_config = GenerationConfig()
     try:
         with torch.inference_mode(), hooks.editing(model, edits):
@@ -111,7 +111,7 @@ def _pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(1)
-    # On the CPU: the order in which a GPU adds is not always the same.
+    # On the CPU: a GPU does not always add in the same order.
     cumulative = (logits.float() / temperature).softmax(1).cpu().cumsum_(1)
     wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
@@ -122,7 +122,7 @@ def fluency(model: Any, prompts: Tensor, generated: Tensor) -> tuple[Tensor, Ten
 
     Returns
     -------
-    nll: nats per generated token, given the prompt, under the model as it is; float64 `[rows]`.
+    nll: nats per generated token, given the prompt, under the unsteered model; float64 `[rows]`.
     distinct: distinct-2 (Li et al. 2016, arXiv 1510.03055), distinct pairs of neighbouring tokens over all such pairs;
         float64 `[rows]`.
     """

@@ -26,12 +26,12 @@ Directions = dict[tuple[str | None, int | None], Tensor]
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Generate under every language and strength; writes `paths.generations` and the stage's metrics."""
+    """Generate with every language and strength; write `paths.generations` and the stage's metrics."""
     section, device = params.steer, hardware.prepare(params.hardware)
     identifier = lid.FastText()
     labels, refused = identifier.match(params.languages)
     for language, reason in refused.items():
-        log.warning("%s: not steered, its success could not be judged: %s", language, reason)
+        log.warning("%s: not steered, since its success cannot be judged: %s", language, reason)
     label = {language: code for code, language in labels.items()}
     tokenizer = loading.load_tokenizer(params.model)
     prompts = first_tokens(tokenizer, params, paths)
@@ -87,22 +87,22 @@ def run(params: Config, paths: Paths) -> None:
 
 
 def first_tokens(tokenizer: Any, params: Config, paths: Paths) -> list[list[int]]:
-    """The first tokens of held-out texts in `steer.prompt_language`: the prompts of every language that is amplified.
+    """The prompts of all languages: the first tokens of held-out texts in `steer.prompt_language`.
 
-    Each begins with the special tokens that the tokenizer puts first, as in every other pass over the model.
+    Each begins with the tokenizer's leading special tokens, as in every other pass over the model.
     """
     section = params.steer
     corpus = read_table(paths.texts).filter(split="eval", language=section.prompt_language)
     texts = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), section.prompt_tokens)
     distinct = list(dict.fromkeys(text.ids for text in texts if text.content_tokens == section.prompt_tokens))
     if len(distinct) < section.prompts:
-        raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted, but the held-out texts in "
-                        f"{section.prompt_language!r} begin in {len(distinct)} ways")  # fmt: skip
+        raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted; allowed: at most {len(distinct)}, the "
+                        f"number of different beginnings of held-out texts in {section.prompt_language!r}")  # fmt: skip
     return [list(ids) for ids in distinct[: section.prompts]]
 
 
 def directions(params: Config, paths: Paths, languages: list[str]) -> dict[str, Directions]:
-    """By hookpoint that has features: what strength 1 adds; draw 1 is the control of as many random units."""
+    """By hookpoint with features: the vectors that strength 1 adds; draw 1 is the control of random units."""
     features = read_table(paths.features).filter(kind="sae")
     found: dict[str, Directions] = {}
     for hookpoint in params.hookpoints:

@@ -6,14 +6,14 @@ import polars as pl
 
 
 def judge(generations: pl.DataFrame, labels: Mapping[str, str], min_distinct: float, max_nll: float) -> pl.DataFrame:
-    """`generations` with `success`: in the language that was amplified, and not degenerate.
+    """`generations` with `success`: the text is in the amplified language and not degenerate.
 
     Parameters
     ----------
     generations: `language` (amplified; null: none), `predicted`, `nll`, `distinct_2`.
-    labels: what `predicted` must be, by language; the success of other languages is null.
-    min_distinct: lowest distinct-2 of a text that is not degenerate.
-    max_nll: its highest NLL under the unsteered model, nats per token.
+    labels: the right value of `predicted` by language; the success of other languages is null.
+    min_distinct: texts with a lower distinct-2 are degenerate.
+    max_nll: texts with a higher NLL under the unsteered model (nats per token) are degenerate.
     """
     wanted = pl.col("language").replace_strict(dict(labels), default=None, return_dtype=pl.String)
     success = (pl.col("predicted") == wanted) & _fluent(min_distinct, max_nll)

@@ -1,9 +1,8 @@
 """Stage `prune`: delete the outputs of hookpoints that params.yaml no longer lists.
 
-`score` and others depend on whole folders, since DVC cannot list the outputs of a matrix in `deps`. Files of an earlier
-list would change the folders' hashes, and DVC's run cache would not know the state: going back to an earlier list would
-run every stage after `encode` again. The output of this stage is not cached, so that DVC runs it whenever the list
-changes, also back.
+`score` and others depend on whole folders, since DVC cannot list the outputs of a matrix in `deps`. Outputs of removed
+hookpoints would change the hashes of these folders, so that DVC's run cache would have no entry for them when the list
+changes back to an earlier one. The output of this stage is not cached: DVC runs it at every change of the list.
 """
 
 import logging
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> list[Path]:
-    """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is not listed any more.
+    """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is no longer listed.
 
     Parameters
     ----------
@@ -31,17 +30,17 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
 
     Raises
     ------
-    UserError: one of them is not below data/ or metrics/: dvc.lock may come from someone else.
+    UserError: an output is not below data/ or metrics/: dvc.lock may come from someone else.
     """
     found = []
     for name, entry in (config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}).items():
-        base, at, hookpoint = name.partition("@")
-        if at and hookpoint not in (retrained if base == "retrain" else hookpoints):
+        base, separator, hookpoint = name.partition("@")
+        if separator and hookpoint not in (retrained if base == "retrain" else hookpoints):
             found += [Path(out["path"]) for out in entry.get("outs", [])]
     for path in found:
         if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in ("data", "metrics"):
             raise UserError(
-                f"{lock}: {path} is not below data/ or metrics/ and is not deleted; git checkout {lock.name}"
+                f"{lock}: {path} is not below data/ or metrics/ and is not deleted; run `git checkout {lock.name}`"
             )
     return found
 
@@ -49,17 +48,17 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
 def run(params: config.Config, paths: Paths) -> None:
     """Delete what is stale; write the list of hookpoints, on which the stages that read folders depend."""
     found = stale(paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints)
-    gone = [path for path in found if (paths.root / path).exists()]
-    for path in gone:
+    existing = [path for path in found if (paths.root / path).exists()]
+    for path in existing:
         if (paths.root / path).is_dir():
             shutil.rmtree(paths.root / path)
         else:
             (paths.root / path).unlink()
-    # A folder that a stage depends on has to be there, also if no hookpoint is trained again.
+    # A stage depends on this folder, which must exist even if no SAE is retrained.
     paths.saes_again.mkdir(parents=True, exist_ok=True)
-    # Without the hookpoints of `retrain`: what depends on this list does not depend on them.
+    # Without the hookpoints of `retrain`: stages that depend on this file do not use them.
     write_json(paths.hookpoints, {"hookpoints": params.hookpoints})
-    if gone:
-        stage.table(["deleted"], [[path] for path in gone])
+    if existing:
+        stage.table(["deleted"], [[path] for path in existing])
     else:
         log.info("prune: nothing to delete")

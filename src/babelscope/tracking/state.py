@@ -1,4 +1,4 @@
-"""The state of the pipeline as dvc.lock has it: what was computed, from what, and its hash."""
+"""The state of the pipeline in dvc.lock: params, inputs and outputs of every stage, and a hash of them."""
 
 import hashlib
 import json
@@ -40,8 +40,8 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
 
     Parameters
     ----------
-    params: the content of params.yaml; its lists say which hookpoints are current: dvc.lock keeps removed ones as well.
-    without: the stage that asks, which is not a part of the state.
+    params: the content of params.yaml; its lists name the current hookpoints, while dvc.lock also keeps removed ones.
+    without: a stage that is not part of the state.
 
     Raises
     ------
@@ -54,8 +54,8 @@ def read(folder: Path, params: Mapping[str, Any], without: str = "track") -> Sta
         return _state(locked, read_yaml(folder / "dvc.yaml")["stages"], params, without)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / 'dvc.lock'}: not as DVC writes it ({type(error).__name__}: {error}); git checkout dvc.lock, or "
-            "remove it and run dvc repro"
+            f"{folder / 'dvc.lock'}: not as DVC writes it ({type(error).__name__}: {error}); run `git checkout "
+            "dvc.lock`, or remove it and run `dvc repro`"
         ) from None
 
 
@@ -85,11 +85,11 @@ def _state(locked: Any, defined: Any, params: Mapping[str, Any], without: str) -
 
 
 def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
-    base, at, item = name.partition("@")
-    if base not in defined or bool(at) != ("matrix" in defined[base]):
+    base, separator, item = name.partition("@")
+    if base not in defined or bool(separator) != ("matrix" in defined[base]):
         return False
-    # `matrix: {hookpoint: ${hookpoints}}` names the list in params.yaml that it goes through.
-    return not at or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
+    # `matrix: {hookpoint: ${hookpoints}}` names a list in params.yaml.
+    return not separator or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
 
 
 def _hashes(entries: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where the runs are (MLflow's defaults in the root of the repository, or the user's server), and what writes them."""
+"""The tracking store (MLflow's defaults in the root of the repository, or the user's server), and writing runs."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Points = dict[tuple[str, int], float]  # the value of a metric at a step
 
-# A user's own settings win. A dead server must not stop the pipeline for the ten minutes that MLflow would try.
+# A user's own settings win. With MLflow's own, a dead server would stop the pipeline for ten minutes.
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -119,8 +119,8 @@ def shown() -> str:
 def _sqlite(path: Path) -> str:
     """The URI of a database file.
 
-    SQLAlchemy decodes a URI and cuts it at `?`; MLflow creates the folder in it without decoding. If the two would
-    not mean the same folder, the path is relative to the current one, which is the repository or below it.
+    SQLAlchemy decodes a URI and cuts it at `?`; MLflow creates the folder in it without decoding. If the two would use
+    different folders, the path is made relative to the current one, which is the repository or below it.
     """
     text = str(path)
     if any(character in text for character in "%?#"):
@@ -129,24 +129,24 @@ def _sqlite(path: Path) -> str:
 
 
 def _artifacts(experiment: str) -> str:
-    """Where MLflow puts the artifacts of an experiment: a path, or a URI if MLflow would take `%` for an escape."""
+    """The artifact location of an experiment: a path, or a URI if MLflow would read `%` as an escape."""
     folder = root() / "mlruns" / folder_of(experiment)
     return folder.as_uri() if "%" in str(folder) else str(folder)
 
 
 def folder_of(experiment: str) -> str:
-    """A folder's name for an experiment: nothing in it leads elsewhere, as `../` and `/` would."""
+    """A folder name for an experiment, without `/` or leading dots, which could lead to other folders."""
     return re.sub(r"^\.+|[^\w. -]", "_", experiment)[:100]
 
 
 def local_folder(location: str) -> Path | None:
-    """The local folder that an artifact location of MLflow means, or None if it is remote."""
+    """The local folder of an artifact location of MLflow, or None if it is remote."""
     parts = urlsplit(location)
     return {"": Path(location), "file": Path(url2pathname(parts.path))}.get(parts.scheme)
 
 
 def lock() -> FileLock:
-    """A context that only one process of this repository is in at a time."""
+    """A lock that one process of this repository can hold at a time."""
     return FileLock(root() / "mlflow.db.lock", is_singleton=True)
 
 
@@ -205,14 +205,14 @@ def _make(path: Path) -> None:
 
 
 def _follow(path: Path, location: str, experiment: str) -> None:
-    """Look for the artifacts here if the repository was moved or copied from elsewhere: MLflow stores absolute paths.
+    """Update MLflow's artifact locations, which are absolute paths, after the repository was moved or copied.
 
-    MLflow has no function for it. So this is the one place that writes to its tables, if they are as it knows them.
+    MLflow has no function for this, so only this function writes to its tables, if they have the expected columns.
     """
     folder = local_folder(location)
     if folder is None or folder.parts[-2:] != ("mlruns", folder_of(experiment)):
-        return  # the user's own place
-    old, new = (f"{place.rpartition('/')[0]}/" for place in (location, _artifacts(experiment)))
+        return  # the user's own location
+    old, new = (f"{text.rpartition('/')[0]}/" for text in (location, _artifacts(experiment)))
     columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
     try:
         with closing(sqlite3.connect(path, timeout=20)) as connection, connection:
@@ -225,14 +225,14 @@ def _follow(path: Path, location: str, experiment: str) -> None:
                     (new, len(old) + 1, len(old), old),
                 )
     except sqlite3.Error as error:
-        log.warning("mlflow: the repository was moved from %s, and its artifacts are still looked for there (%s)",
+        log.warning("mlflow: the repository was moved from %s, where MLflow still looks for its artifacts (%s)",
                     old, error)  # fmt: skip
     else:
-        log.warning("mlflow: the repository was moved from %s: its artifacts are now looked for here", old)
+        log.warning("mlflow: the repository was moved from %s; MLflow now looks for its artifacts here", old)
 
 
 def stamp(experiment: str) -> str:
-    """What changes with everything that is written to the default store; empty for a server. Imports no MLflow."""
+    """A text that changes at every write to the default store; empty for a server. Imports no MLflow."""
     path = database()
     if path is None or not path.exists():
         return ""

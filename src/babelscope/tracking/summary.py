@@ -1,4 +1,4 @@
-"""What the summary run of a pipeline state shows: figures, series over the layers, a table of the languages."""
+"""The content of a state's summary run: figures, series over the layers, a table of the languages."""
 
 import math
 import re
@@ -20,7 +20,7 @@ Metrics = Mapping[str, Mapping[str, Any]]  # the content of metrics/<name>.json 
 Figures = dict[str, float]
 Series = dict[tuple[str, int], float]  # by name and layer
 
-# A removed hookpoint in a file that is older than its removal.
+# Matches names of removed hookpoints in files that are older than their removal.
 _HOOKPOINT_LIKE = re.compile(r"\.\d+(\.|$)")
 
 
@@ -30,7 +30,7 @@ def read_metrics(folder: Path) -> Metrics:
 
 
 def numbers(paths: Paths, params: Mapping[str, Any], metrics: Metrics) -> tuple[Figures, Series]:
-    """All figures and series of a state, from `metrics` and the tables of features and ablation if they are there."""
+    """All figures and series of a state, from `metrics` and, if they exist, the tables of features and ablation."""
     languages, hookpoints = params["languages"], params["hookpoints"]
     single, series = figures(metrics, hookpoints, params.get("neurons", {}).get("hookpoints", []))
     series |= {(view.X_AXIS, layer): layer for layer, _ in layers(hookpoints).values()}
@@ -55,7 +55,7 @@ def figures(metrics: Metrics, hookpoints: Sequence[str], neurons: Sequence[str] 
     -------
     The figures by name: the key, with the stage after it (`tokens/sample`) if several stages have the key.
     The series by name and layer: `fvu` of `train.<hookpoint>` is `fvu_by_layer`, `fvu/en` is `fvu_by_layer/en`, and
-    a key that contains a hookpoint (`own_alone/<hookpoint>`, `loss_recovered/<hookpoint>/en`) is one as well.
+    a key that contains a hookpoint (`own_alone/<hookpoint>`, `loss_recovered/<hookpoint>/en`) becomes a series, too.
     """
     single: dict[tuple[str, str], float] = {}
     by_layer: dict[tuple[str, str], Series] = {}
@@ -89,7 +89,7 @@ def figures(metrics: Metrics, hookpoints: Sequence[str], neurons: Sequence[str] 
 
 
 def layers(hookpoints: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """The layer of each hookpoint, and what tells those of one layer apart (`mlp`, `residual`), "" if none do."""
+    """The layer of each hookpoint, and its part (`mlp`, `residual`) if hookpoints share a layer, else ""."""
     found: dict[str, tuple[int, str]] = {}
     for hookpoint in hookpoints:
         parts = parts_of(hookpoint)
@@ -101,7 +101,7 @@ def layers(hookpoints: Sequence[str]) -> dict[str, tuple[int, str]]:
 def feature_figures(
     features: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str]
 ) -> tuple[Figures, Series]:
-    """How many features each language has: `features/<language>` in all, `features_by_layer/<language>` in each layer.
+    """Numbers of features: `features/<language>` in total, `features_by_layer/<language>` in each layer.
 
     `features_by_layer/all` counts every unit once.
 
@@ -120,7 +120,7 @@ def feature_figures(
 
 
 def ablation_series(by_layer: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str], method: str) -> Series:
-    """What ablating a language's features at one layer costs it, nats/token: `dnll_own_by_layer/<language>`.
+    """Cost in nats/token of ablating a language's features at one layer: `dnll_own_by_layer/<language>`.
 
     Parameters
     ----------
@@ -146,13 +146,13 @@ def language_table(values: Figures, languages: Sequence[str]) -> dict[str, list[
         for name in names
         if all(f"{name}/{language}" in values for language in languages)
     }
-    # What the pipeline is about comes first.
+    # The main figures come first.
     first = [name for name in ("features", "effective_languages", "dnll_own") if name in columns]
     return {"language": list(languages)} | {name: columns[name] for name in dict.fromkeys([*first, *sorted(columns)])}
 
 
 def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
-    """A few lines that say what the run is, with the figures of the report's headline."""
+    """A description of the run in a few lines, with the figures of the report's headline."""
     score, ablate = metrics.get("score", {}), metrics.get("ablate", {})
     members = params["score"]["members"]
     kind = "language-specific features" if members == 1 else f"features shared by exactly {members} languages"
@@ -167,7 +167,7 @@ def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
             f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
             f" each other language's by {significant(ablate['others_abs'], digits=2)} in mean size."
         )
-    # As code: MLflow shows a note as Markdown, and would fetch a picture that a name refers to.
+    # Quoted as code: MLflow shows a note as Markdown, in which a name could load an image.
     model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())
     return (
         f"`{model}`: {' '.join(sentences)}\n\n"

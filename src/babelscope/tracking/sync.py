@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def sync(paths: Paths) -> None:
-    """Log what MLflow does not have yet of the pipeline whose files `paths` names; nothing is ever logged twice.
+    """Log the parts of the pipeline's state that MLflow does not have yet; nothing is logged twice.
 
     A server that is down costs only a warning: the next `dvc repro` logs what is missing.
 
@@ -33,13 +33,13 @@ def sync(paths: Paths) -> None:
     UserError: dvc.lock or params.yaml is missing or damaged.
     """
     started = time.monotonic()
-    # As the file has them, like dvc.lock: a validated data set also has the keys that the file leaves out.
+    # Not validated, like dvc.lock: validation adds keys that the file leaves out.
     params = read_yaml(paths.root / "params.yaml")
     state, experiment = states.read(paths.root, params), params["track"]["experiment"]
     if state.outdated:
         log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))
         return
-    # What is in MLflow already is remembered: importing MLflow alone takes two seconds.
+    # This file names the last state that was logged, since importing MLflow takes two seconds.
     memory = store.root() / "mlflow.db.tracked"
     if memory.is_file() and memory.read_text() == f"{state.hash} {store.stamp(experiment)}":
         log.info("track: state %s is in MLflow already", state.hash[:7])
@@ -54,7 +54,7 @@ def sync(paths: Paths) -> None:
         if not _is_unreachable(error):
             raise
         reason = store.first_line(error)
-        log.warning("track: cannot log to %s; the next `dvc repro` does (%s)", store.shown(), reason)
+        log.warning("track: cannot log to %s; the next `dvc repro` will (%s)", store.shown(), reason)
         return
     if None not in trainings and (stamp := store.stamp(experiment)):
         memory.write_text(f"{state.hash} {stamp}")
@@ -73,12 +73,12 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool | None:
-    """Make sure that a training has its one finished run; returns whether it had to be logged, None if it cannot be."""
+    """Give a training its one finished run; returns whether it had to be logged, None if it cannot be logged."""
     if opened.search(dvc__stage=entry.stage, output_md5=entry.output_md5):
         return False
     history = folder / entry.output / "history.csv"
     if not history.is_file():
-        log.warning("track: %s: no such file; the run of %s is not logged: dvc checkout", history, entry.stage)
+        log.warning("track: %s: no such file; the run of %s is not logged; run `dvc checkout`", history, entry.stage)
         return None
     points = read_history(history)
     run_id, known = _unfinished(opened, entry, points) or (_backfilled(opened, entry), {})
@@ -88,7 +88,7 @@ def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool
 
 
 def read_history(path: Path) -> store.Points:
-    """The points of a history file: CSV with a column `step`, the other columns metrics; empty cells are no points."""
+    """The points of a history file: CSV with the column `step` and a column per metric; empty cells are no points."""
     table = pl.read_csv(path).with_columns(pl.all().exclude("step").cast(pl.Float64))
     points = table.unpivot(index="step").select("variable", "step", "value").iter_rows()
     return {(name, step): value for name, step, value in points if value is not None and math.isfinite(value)}
@@ -100,7 +100,7 @@ def _backfilled(opened: store.Store, entry: states.Training) -> str:
 
 
 def _unfinished(opened: store.Store, entry: states.Training, points: store.Points) -> tuple[str, store.Points] | None:
-    """The unfinished run of this very training (it lost its server, for example): its points are all in the history."""
+    """The unfinished run of this training (it lost its server, for example), whose points are all in the history."""
     for run in opened.search(dvc__stage=entry.stage, babelscope__kind="training"):
         known = {} if "output_md5" in run.data.tags else opened.points(run)
         if known and all(math.isclose(points.get(key, math.nan), known[key], rel_tol=1e-6) for key in known):
@@ -114,7 +114,7 @@ def _log(opened: store.Store, run_id: str, points: store.Points) -> None:
 
 
 def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state: states.State) -> bool:
-    """Make sure that the state has its one summary run; returns whether it had to be written."""
+    """Give the state its one summary run; returns whether it had to be written."""
     found = opened.search(dvc__state=state.hash, babelscope__kind="summary")
     whole = [run for run in found if run.info.status == "FINISHED" and _is_whole(run)]
     for run in found:
@@ -143,13 +143,13 @@ def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state
 
 
 def _is_whole(run: Any) -> bool:
-    """Whether a run has all that it should and its artifacts are there; only a local folder can be asked cheaply."""
+    """Whether a run has all metrics, and its artifacts exist (checked for local folders only)."""
     folder = store.local_folder(str(run.info.artifact_uri))
     return view.X_AXIS in run.data.metrics and (folder is None or folder.is_dir())
 
 
 def _dataset(opened: store.Store, run_id: str, paths: Paths, state: states.State) -> None:
-    """Name the corpus as the run's data set; its digest is the start of the MD5 that DVC knows it by."""
+    """Log the corpus as the run's data set, with the start of its MD5 in DVC as digest."""
     name = paths.texts.relative_to(paths.root).as_posix()
     if name not in state.outputs or not paths.texts.is_file():
         return

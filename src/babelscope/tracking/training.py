@@ -1,4 +1,4 @@
-"""Live MLflow runs of trainings, written by a thread of their own: tracking never delays or stops a training."""
+"""Live MLflow runs of trainings, written by a thread so that tracking never delays or stops a training."""
 
 import logging
 import math
@@ -22,8 +22,8 @@ _EVERY, _RETRY, _LAST = 2.0, 30.0, 60.0
 class TrainingRun:
     """The MLflow run of one training; the constructor returns at once, and a thread imports MLflow and writes.
 
-    A killed training of the same stage and fingerprint is resumed, and no point is logged twice. A context manager:
-    without `finish` it marks the run as failed, or as killed if the user stopped it, and the next one resumes it.
+    The run of a killed training of the same stage and fingerprint is resumed, and no point is logged twice. The context
+    manager marks a run that did not `finish` as failed, or as killed if the user stopped it.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class TrainingRun:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of one step; they are written within seconds. Values that are not finite are left out."""
+        """Queue the metrics of one step, to be written within seconds. Values that are not finite are left out."""
         now = int(time.time() * 1000)
         points = [(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
         with self._lock:
@@ -86,7 +86,7 @@ class TrainingRun:
                     self._terminate(self._store)
                     self._done = True
             except Exception as error:
-                # Tracking must never stop a training: drop the connection; the next one reads which points are there.
+                # Tracking must never stop a training. The next connection reads which points were logged.
                 self._store, pause = None, _RETRY
                 log.log(
                     logging.DEBUG if self._warned else logging.WARNING,
@@ -133,9 +133,9 @@ class TrainingRun:
         if not output_md5:
             opened.client.set_terminated(self._run_id, status)
         elif self._contradicted:
-            # Other numbers than before the kill (another machine): the points of the run are a mixture of both.
+            # Other numbers than before the kill (another machine): the run has points of both.
             opened.client.delete_run(self._run_id)
-            log.info("mlflow: not the numbers of the killed run; `track` logs this one from its history")
+            log.info("mlflow: other numbers than in the killed run; `track` logs this training from its history")
         else:
             opened.conclude(self._run_id, self._keys["dvc.stage"], output_md5)
 
@@ -149,9 +149,9 @@ def training_name(stage: str, params: Mapping[str, Any]) -> str:
 
 
 def describe(params: Mapping[str, Any]) -> str:
-    """The model and the SAEs for the name of a run, e.g. `gemma-3-270m k=32 latents=4608`; what `params` lack is not.
+    """The model and the SAEs for the name of a run, e.g. `gemma-3-270m k=32 latents=4608`, as far as `params` has them.
 
-    The model of a GGUF file is the file's name without the quantisation, another is the last part of its hub id.
+    A GGUF model has the file's name without the quantisation, any other the last part of its hub id.
     """
     flat = store.flatten(params)
     name, file = flat.get("model.name", ""), flat.get("model.gguf_file", "null")

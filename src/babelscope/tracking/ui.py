@@ -13,9 +13,9 @@ from babelscope.tracking import store, view
 def ui_url(experiment: str) -> str:
     """The address of the chart view of the experiment's summary runs.
 
-    On the server that `MLFLOW_TRACKING_URI` names, else where `mlflow ui` listens (`MLFLOW_HOST`, `MLFLOW_PORT`). Its
-    own default, 127.0.0.1, is called by another name of this machine: on a page from there or from `localhost` MLflow
-    3.17 opens its Assistant, which covers a third of the charts.
+    It is on the server of `MLFLOW_TRACKING_URI`, else on the host and port of `mlflow ui` (`MLFLOW_HOST`,
+    `MLFLOW_PORT`). The default host is `view.HOST`, another name of 127.0.0.1: on pages from 127.0.0.1 or `localhost`,
+    MLflow 3.17 opens its Assistant, which covers a third of the charts.
     """
     base = redact(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if not base.startswith("http"):
@@ -28,7 +28,7 @@ def main() -> None:
     sys.stdout.write(ui_url(config.load().track.experiment) + "\n")
     sys.stdout.flush()
     if "MLFLOW_HOST" not in os.environ:
-        # MLflow has to be told of the name in the printed address (`view.HOST` says why it has one).
+        # MLflow refuses other host names than these.
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"localhost:*,127.0.0.1:*,{view.HOST}:*")
         os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", f"http://{view.HOST}:*")
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"

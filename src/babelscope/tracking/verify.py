@@ -26,7 +26,7 @@ def corrupt(cache: Path) -> tuple[list[Path], int]:
 
 
 def changed(root: Path) -> tuple[list[Path], int]:
-    """The files that are not what dvc.lock says the current stages wrote, by path below `root`; and how many outputs.
+    """The files that differ from the outputs in dvc.lock, by path below `root`, and the number of outputs.
 
     Missing files count. If the list of a folder's files is not in the cache, the folder itself is named.
 
@@ -51,7 +51,7 @@ def _changed(root: Path, out: Path, md5: str) -> list[Path]:
 
 
 def main() -> None:
-    """Print what is corrupt or changed; `UserError` if anything is."""
+    """Raise a `UserError` that names the corrupt and changed files, if there are any."""
     root = Path(os.environ.get("DVC_ROOT", "."))
     bad, files = corrupt(root / CACHE)
     other, outputs = changed(root) if (root / "dvc.lock").is_file() else ([], 0)
@@ -59,7 +59,7 @@ def main() -> None:
     if bad:
         lines += [f"{len(bad)} of {files} cached files are corrupt; delete them and run `dvc repro`:", *bad]
     if other:
-        lines += ["not what dvc.lock says; delete them, then `dvc checkout` (metrics: git) or `dvc repro`:", *other]
+        lines += ["different from dvc.lock; delete them, then `dvc checkout` (metrics: git) or `dvc repro`:", *other]
     if lines:
         raise UserError("\n       ".join(map(str, lines)))
     log.info("verify: %d cached files and %d outputs, all as they were written", files, outputs)

@@ -1,4 +1,4 @@
-"""The saved view with which MLflow opens on the charts over the layers; without it they are below a hundred bars."""
+"""The saved view in which the charts over the layers come first; without it, MLflow shows a hundred bars first."""
 
 import base64
 import json
@@ -10,13 +10,13 @@ KEY = "babelscope"
 # The tag that MLflow's menu "Views" reads. Its format is not public (tests/test_mlflow_browser.py passes with 3.17.0,
 # 3.17.2 and 3.18.0): a version that does not know it shows the experiment without a view.
 TAG = f"mlflow.sharedViewState.{KEY}"
-# A name of this machine in every browser (RFC 6761, 6.3); the Makefile allows it to the server.
+# A name of this machine in every browser (RFC 6761, 6.3); `ui.main` lets the server accept it.
 HOST = "babelscope.localhost"
-# The metric that holds the layer itself: an axis with this title, instead of MLflow's own "Step".
+# The metric that holds the layer. As the x-axis it has this title, instead of MLflow's own "Step".
 X_AXIS = "layer"
 
-# Sections of charts in their order (MLflow's is alphabetical), open or closed. MLflow fills them by the names of the
-# metrics, and puts the others at the end.
+# Sections of charts in order (MLflow's own is alphabetical), open or closed. MLflow fills them by the names of the
+# metrics, and puts all other sections at the end.
 _OPEN = ("features_by_layer", "dnll_own_by_layer", "fvu_by_layer", "Model metrics")
 _CLOSED = (
     *("features", "dnll_own", "nll_clean", "tokens", "l0_by_layer", "tokens_by_layer"),
@@ -25,8 +25,8 @@ _CLOSED = (
 
 
 def saved() -> str:
-    """The value of `TAG`: JSON around a deflated state of the page."""
-    # In MLflow's three columns the titles are cut off, and the language at their end tells the charts apart.
+    """The value of `TAG`: JSON that contains the deflated state of the page."""
+    # Two columns: in MLflow's three, titles are cut off before the language, which distinguishes the charts.
     section = {"isReordered": False, "deleted": False, "isGenerated": True, "columns": 2, "cardHeight": 320}
     names = [*((name, True) for name in _OPEN), *((name, False) for name in _CLOSED)]
     state: dict[str, Any] = {

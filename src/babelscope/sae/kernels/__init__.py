@@ -1,4 +1,4 @@
-"""Whether a tensor's device has the kernels of `sae.triton_kernels`: CUDA devices, where Triton is installed."""
+"""Top-k, and the Triton kernels for CUDA devices."""
 
 import functools
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def fused(tensor: Tensor) -> Any:
-    """Return the module `sae.triton_kernels` for tensors on a CUDA device with Triton, else None."""
+    """Return the module `triton_kernels` if the tensor is on a CUDA device and Triton is installed, else None."""
     return _kernels() if tensor.is_cuda else None
 
 

@@ -1,8 +1,8 @@
-"""The one top-k: the k largest positive scores of every row, found through the maxima of groups of latents.
+"""Top-k: the k largest positive scores of every row, found through the maxima of groups of latents.
 
-The k groups with the largest maxima must contain the k largest scores: only their members need to be looked at. Both
-choices are a partition of integer keys, a score's bits above and its position below (positive floats are ordered as
-their bits are), which NumPy does with vector instructions, several times faster than `torch.topk`.
+The k groups with the largest maxima contain the k largest scores, so only their members are compared. Both selections
+partition integer keys that hold a score's bits above its position (positive floats have the order of their bits). NumPy
+partitions with vector instructions, several times faster than `torch.topk`.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from babelscope.sae.kernels import fused
 
 _GROUP = 16
-# Per dtype of scores: the integer of the same width, the key of twice the width, and the bits below the score's.
+# Per dtype of scores: the integer dtype of that width, the key's of twice that width, and the bits for the position.
 _KEYS = {torch.bfloat16: (torch.int16, torch.int32, 16), torch.float32: (torch.int32, torch.int64, 32)}
 
 
@@ -22,12 +22,12 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     scores: [rows, n], contiguous; bfloat16 or float32 on a CPU, anything elsewhere.
-    k: how many per row, at most n.
+    k: number per row, at most n.
 
     Returns
     -------
     values: [rows, k] >= 0 in the dtype of `scores`, in no particular order.
-    indices: int64 [rows, k], distinct within a row; arbitrary where the value is 0.
+    indices: int64 [rows, k], distinct within a row; arbitrary if the value is 0.
     """
     if _suits_groups(scores, k):
         indices = _by_groups(scores, k)
@@ -51,8 +51,8 @@ def _by_groups(scores: Tensor, k: int) -> Tensor:
     chosen = _largest(_group_maxima(scores), k)
     first = torch.arange(0, rows * groups, groups).unsqueeze(1)
     members = scores.view(rows * groups, _GROUP).index_select(0, (chosen + first).view(-1))
-    place = _largest(members.view(rows, k * _GROUP), k)
-    return chosen.gather(1, place.div(_GROUP, rounding_mode="floor")).mul_(_GROUP).add_(place.remainder(_GROUP))
+    best = _largest(members.view(rows, k * _GROUP), k)
+    return chosen.gather(1, best.div(_GROUP, rounding_mode="floor")).mul_(_GROUP).add_(best.remainder(_GROUP))
 
 
 def _group_maxima(scores: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _group_maxima(scores: Tensor) -> Tensor:
     rows, groups = scores.shape[0], scores.shape[1] // _GROUP
     if scores.dtype == torch.float32:
         return scores.view(torch.int32).view(rows, groups, _GROUP).amax(-1).view(torch.float32)
-    # Two bfloat16 in one int32: `amax` of int32 is four times as fast, and the upper half decides.
+    # An int32 holds two bfloat16: `amax` of int32 is four times as fast, and the upper half decides the order.
     pairs = scores.view(torch.int32).view(rows, groups, _GROUP // 2)
     maxima = torch.maximum(pairs.amax(-1), pairs.bitwise_left_shift(16).amax(-1))
     return maxima.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)

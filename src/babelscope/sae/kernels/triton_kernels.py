@@ -1,6 +1,6 @@
-"""The training step's kernels for CUDA devices, in Triton: what takes PyTorch many passes, or one hit after the other.
+"""The training step's kernels for CUDA devices, in Triton, for operations that PyTorch does in many or serial passes.
 
-Each has its counterpart in PyTorch's own operations, which the CPU path uses (named in its docstring). They add in a
+The docstring of each kernel names its counterpart in PyTorch operations, which the CPU path uses. The kernels add in a
 fixed order, so that the same inputs give the same bits.
 """
 
@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Hits of a latent that one program adds up: those of a latent that fires all over are shared among many programs.
+# Hits of a latent that one program adds up; several programs share the hits of a latent with more.
 _SEGMENT = 64
-# Most numbers that a program holds as one block in registers.
+# Maximum numbers in a program's block in registers.
 _BLOCK = 2**13
-# Most candidates per row that `rerank` ranks.
+# Maximum candidates per row in `rerank`.
 _CANDIDATES = 128
 
 
@@ -24,13 +24,13 @@ def _warps(block: int) -> int:
 
 
 def _group(n: int) -> int:
-    """Scores in a group of `top_k`: about as many groups as there are members of the groups that are looked at."""
+    """Scores in a group of `top_k`, such that with k = 32 there are about as many groups as members to compare."""
     power: int = triton.next_power_of_2(int((n / 32) ** 0.5))
     return min(128, max(8, power))
 
 
 def suits_top_k(scores: Tensor, k: int) -> bool:
-    """Whether `top_k` can do it: bfloat16 or float32, at least k groups, no more groups or members than fit a block."""
+    """Whether `top_k` supports them: bfloat16 or float32, over k groups, and groups and members fit into a block."""
     n = scores.shape[1]
     groups = triton.cdiv(n, _group(n))
     fits = k < groups <= _BLOCK and n >= k * _group(n) and triton.next_power_of_2(k) * _group(n) <= _BLOCK
@@ -38,10 +38,10 @@ def suits_top_k(scores: Tensor, k: int) -> bool:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Positions of the k largest scores of every row, int64 [rows, k] (as `sae.topk.top_k`, negative ones too).
+    """Positions of the k largest scores of every row, negative ones included, int64 [rows, k] (as `topk.top_k`).
 
-    The k groups with the largest maxima hold the k largest scores: one pass over the scores finds the maxima, two
-    selections follow, of groups and of their members.
+    The k groups with the largest maxima contain the k largest scores. One pass over the scores finds the maxima, then
+    one selection finds the groups and another their members.
 
     Parameters
     ----------
@@ -73,18 +73,15 @@ def _ordered(bits, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _places(key, k, SIZE: tl.constexpr):
-    """Which of `key` are the k largest, and a number below k for each of them.
-
-    The k-th largest is found by bisection over its bits.
-    """
+def _select(key, k, SIZE: tl.constexpr):
+    """Mask of the k largest of `key`, and a number below k for each; bisection over bits finds the k-th largest."""
     threshold = tl.full([], 0, dtype=tl.uint32)
     for bit in tl.static_range(SIZE):
         higher = threshold | tl.full([], 1 << (SIZE - 1 - bit), tl.uint32)
         enough = tl.sum((key >= higher).to(tl.int32), 0) >= k
         threshold = tl.where(enough, higher, threshold)
     above, equal = key > threshold, key == threshold
-    # Both running counts in one scan.
+    # One scan for both running counts.
     count = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)
     number = tl.where(above, (count >> 16) - 1, tl.sum(above.to(tl.int32), 0) + (count & 0xFFFF) - 1)
     return above | (equal & (number < k)), number
@@ -94,9 +91,9 @@ def _places(key, k, SIZE: tl.constexpr):
 def _maxima(bits, maxima, n, groups, GROUP: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    key = _ordered(tl.load(bits + row * n + place, mask=place < n, other=0), SIZE)
-    largest = tl.max(tl.where(place < n, key, 0), 1)
+    index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    key = _ordered(tl.load(bits + row * n + index, mask=index < n, other=0), SIZE)
+    largest = tl.max(tl.where(index < n, key, 0), 1)
     tl.store(maxima + row * groups + group, largest.to(tl.int32, bitcast=True), mask=group < groups)
 
 
@@ -104,7 +101,7 @@ def _maxima(bits, maxima, n, groups, GROUP: tl.constexpr, TILE: tl.constexpr, SI
 def _largest_groups(maxima, chosen, groups, k, BLOCK: tl.constexpr, SIZE: tl.constexpr):
     row, group = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     key = tl.load(maxima + row * groups + group, mask=group < groups, other=0).to(tl.uint32, bitcast=True)
-    kept, number = _places(key, k, SIZE)
+    kept, number = _select(key, k, SIZE)
     tl.store(chosen + row * k + number, group.to(tl.int64), mask=kept)
 
 
@@ -112,20 +109,20 @@ def _largest_groups(maxima, chosen, groups, k, BLOCK: tl.constexpr, SIZE: tl.con
 def _largest_members(bits, chosen, indices, n, k, BLOCK: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr):
     row, member = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = member < k * GROUP
-    place = tl.load(chosen + row * k + member // GROUP, mask=inside, other=0) * GROUP + member % GROUP
-    inside = inside & (place < n)
-    key = _ordered(tl.load(bits + row * n + place, mask=inside, other=0), SIZE)
-    kept, number = _places(tl.where(inside, key, 0), k, SIZE)
-    tl.store(indices + row * k + number, place, mask=kept)
+    index = tl.load(chosen + row * k + member // GROUP, mask=inside, other=0) * GROUP + member % GROUP
+    inside = inside & (index < n)
+    key = _ordered(tl.load(bits + row * n + index, mask=inside, other=0), SIZE)
+    kept, number = _select(tl.where(inside, key, 0), k, SIZE)
+    tl.store(indices + row * k + number, index, mask=kept)
 
 
 def suits_rerank(candidates: Tensor) -> bool:
-    """Whether `rerank` can do it."""
+    """Whether `rerank` supports them."""
     return candidates.shape[1] <= _CANDIDATES and len(candidates) > 0
 
 
 def rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best candidates by their exact float32 scores, descending: values >= 0 and indices (as `sae.step._rerank`).
+    """The k best candidates by exact float32 scores, descending: values >= 0 and indices (as `step._rerank`).
 
     Parameters
     ----------
@@ -159,22 +156,22 @@ def _rerank(
         total += tl.load(encoder + latent[:, None] * D + d[None, :], mask=mask, other=0.0) * x[None, :]
     score = tl.sum(total, 1) + tl.load(b_enc + latent, mask=inside, other=0.0)
     score = tl.where(inside, score, float("-inf"))
-    # A score's place is the number of those before it.
+    # A score's rank is the number of scores before it.
     other = tl.trans(tl.broadcast_to(score[:, None], (CANDIDATES, CANDIDATES)))
     earlier = tl.trans(tl.broadcast_to(number[:, None], (CANDIDATES, CANDIDATES))) < number[:, None]
     before = (other > score[:, None]) | ((other == score[:, None]) & earlier)
-    place = tl.sum(before.to(tl.int32), 1)
-    tl.store(values + row * k + place, tl.maximum(score, 0.0), mask=inside & (place < k))
-    tl.store(indices + row * k + place, latent, mask=inside & (place < k))
+    rank = tl.sum(before.to(tl.int32), 1)
+    tl.store(values + row * k + rank, tl.maximum(score, 0.0), mask=inside & (rank < k))
+    tl.store(indices + row * k + rank, latent, mask=inside & (rank < k))
 
 
 def decode(W_dec: Tensor, latent: Tensor, value: Tensor, first: Tensor) -> Tensor:
-    """For every bag the sum of its hits' `value * W_dec[latent]`: float32 [bags, d] (as `embedding_bag`).
+    """For every bag, the sum of its hits' `value * W_dec[latent]`: float32 [bags, d] (as `embedding_bag`).
 
     Parameters
     ----------
-    latent, value: int64 and float32 [hits], bag after bag.
-    first: int64 [bags], where each begins.
+    latent, value: int64 and float32 [hits], in the order of their bags.
+    first: int64 [bags], index of each bag's first hit.
     """
     d = W_dec.shape[1]
     out = torch.empty(len(first), d, device=value.device)
@@ -193,8 +190,8 @@ def _decode(W_dec, latent, value, first, out, bags, hits, D: tl.constexpr, BLOCK
     start = tl.load(first + bag)
     stop = tl.load(first + bag + 1, mask=bag + 1 < bags, other=hits)
     total = tl.zeros([HITS, BLOCK], dtype=tl.float32)
-    for some in range(start, stop, HITS):
-        hit = some + tl.arange(0, HITS)
+    for begin in range(start, stop, HITS):
+        hit = begin + tl.arange(0, HITS)
         unit = tl.load(latent + hit, mask=hit < stop, other=0)
         weight = tl.load(value + hit, mask=hit < stop, other=0.0)
         mask = (hit < stop)[:, None] & (d < D)[None, :]
@@ -205,16 +202,16 @@ def _decode(W_dec, latent, value, first, out, bags, hits, D: tl.constexpr, BLOCK
 def gradients(
     W_dec: Tensor, g: Tensor, centred: Tensor, latent: Tensor, value: Tensor, row: Tensor, bag: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the encoder, W_dec and b_enc, each hit's vectors read once (as `_Hits.gradients`).
+    """Gradients of the encoder, W_dec and b_enc; each hit's vectors are read once (as `step._Hits.gradients`).
 
-    A latent of many hits is cut where the list of hits is, every `_SEGMENT` hits; its parts are added in a second pass.
+    The list of hits is cut into segments of `_SEGMENT` hits. A second pass adds the parts of latents with more hits.
 
     Parameters
     ----------
     W_dec: float32 [n, d].
     g: float32 [bags, d], gradient of the reconstructions.
-    centred: float32 [rows, d_in], what was encoded.
-    latent, value, row, bag: [hits] (value float32, the others int64), ascending by latent.
+    centred: float32 [rows, d_in], the centred inputs.
+    latent, value, row, bag: [hits] (value float32, the others int64), sorted by latent.
     """
     (n, d), d_in, hits = W_dec.shape, centred.shape[1], len(latent)
     first = torch.searchsorted(latent, torch.arange(n + 1, device=latent.device))
@@ -241,7 +238,7 @@ def _gradients(
     SEGMENT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    if PARTS:  # of a segment, the latent that it begins with (even numbers), or the one that it ends with
+    if PARTS:  # an even number takes the first latent of its segment, an odd number the last
         begin = (number // 2) * SEGMENT
         end = tl.minimum(begin + SEGMENT, hits)
         unit = tl.load(latent + tl.where(number % 2 == 0, begin, end - 1))
@@ -282,17 +279,17 @@ def _add_parts(
         encoder, decoder = tl.zeros([BLOCK_IN], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
         bias = 0.0
         for segment in range(start // SEGMENT, (stop - 1) // SEGMENT + 1):
-            place = 2 * segment + (start > segment * SEGMENT).to(tl.int64)
-            encoder += tl.load(encoder_parts + place * D_IN + d_in, mask=d_in < D_IN, other=0.0)
-            decoder += tl.load(decoder_parts + place * D + d, mask=d < D, other=0.0)
-            bias += tl.load(bias_parts + place)
+            part = 2 * segment + (start > segment * SEGMENT).to(tl.int64)
+            encoder += tl.load(encoder_parts + part * D_IN + d_in, mask=d_in < D_IN, other=0.0)
+            decoder += tl.load(decoder_parts + part * D + d, mask=d < D, other=0.0)
+            bias += tl.load(bias_parts + part)
         tl.store(encoder_out + unit * D_IN + d_in, encoder, mask=d_in < D_IN)
         tl.store(decoder_out + unit * D + d, decoder, mask=d < D)
         tl.store(bias_out + unit, bias)
 
 
 def take_off_parallel_(gradient: Tensor, weight: Tensor) -> None:
-    """Take off every row of `gradient` [n, d] its part along the same row of `weight`, of norm 1; in place."""
+    """Project every row of `gradient` [n, d] orthogonally to the same row of `weight`, which has norm 1; in place."""
     n, d = weight.shape
     block = triton.next_power_of_2(d)
     _take_off_parallel[(n,)](gradient, weight, D=d, BLOCK=block, num_warps=_warps(block))
@@ -301,14 +298,14 @@ def take_off_parallel_(gradient: Tensor, weight: Tensor) -> None:
 @triton.jit
 def _take_off_parallel(gradient, weight, D: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * D + d
-    g = tl.load(gradient + place, mask=d < D, other=0.0)
-    w = tl.load(weight + place, mask=d < D, other=0.0)
-    tl.store(gradient + place, g - tl.sum(g * w, 0) * w, mask=d < D)
+    index = tl.program_id(0).to(tl.int64) * D + d
+    g = tl.load(gradient + index, mask=d < D, other=0.0)
+    w = tl.load(weight + index, mask=d < D, other=0.0)
+    tl.store(gradient + index, g - tl.sum(g * w, 0) * w, mask=d < D)
 
 
 def normalise_(weight: Tensor) -> None:
-    """Bring the rows of `weight` [n, d] to norm 1, in place."""
+    """Scale the rows of `weight` [n, d] to norm 1, in place."""
     n, d = weight.shape
     block = triton.next_power_of_2(d)
     _normalise[(n,)](weight, D=d, BLOCK=block, num_warps=_warps(block))
@@ -317,6 +314,6 @@ def normalise_(weight: Tensor) -> None:
 @triton.jit
 def _normalise(weight, D: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * D + d
-    w = tl.load(weight + place, mask=d < D, other=0.0)
-    tl.store(weight + place, w / tl.sqrt(tl.sum(w * w, 0)), mask=d < D)
+    index = tl.program_id(0).to(tl.int64) * D + d
+    w = tl.load(weight + index, mask=d < D, other=0.0)
+    tl.store(weight + index, w / tl.sqrt(tl.sum(w * w, 0)), mask=d < D)

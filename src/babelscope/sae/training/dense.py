@@ -1,7 +1,7 @@
 """The training step of SAEs without a fixed number of active latents: ReLU with an L1 penalty, and JumpReLU with L0.
 
-Early in training half of the latents fire, so nothing is gained by sparsity. The gradients are taken chunk of rows by
-chunk of rows in the forward pass: at no time is anything of size batch x latents kept.
+Early in training half of the latents fire, so a sparse computation would gain nothing. The forward pass computes the
+gradients for one chunk of rows after the other, and never keeps anything of size batch x latents.
 """
 
 from typing import Any
@@ -13,24 +13,24 @@ from torch.nn import functional
 from babelscope.sae.autoencoder import SAE, chunk_rows
 from babelscope.sae.training.step import Step
 
-# Width of the kernel behind the threshold's pseudo-derivative, in units of scores (inputs of mean squared norm d).
+# Width of the kernel in the threshold's pseudo-derivative, in units of scores (the inputs' mean squared norm is d).
 _BANDWIDTH = 0.1
 
 
 def dense_step(
     sae: SAE, x: Tensor, y: Tensor | None = None, *, log_threshold: Tensor | None = None, sparsity: Tensor
 ) -> Step:
-    """Forward pass whose `loss.backward()` gives the gradients of the weights, and of the thresholds where given.
+    """Forward pass whose `loss.backward()` gives the gradients of the weights and of `log_threshold`.
 
     Parameters
     ----------
-    sae: float32 weights; its `threshold` is not used.
+    sae: SAE with float32 weights; its `threshold` is not used.
     x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
-    y: float32 [rows, d], what to reconstruct (transcoders); None: x.
-    log_threshold: [n], the logarithms of JumpReLU's thresholds; their gradient is the pseudo-derivative of
+    y: float32 [rows, d], activations to reconstruct (transcoders); None: x.
+    log_threshold: [n], logarithms of JumpReLU's thresholds; their gradient is the pseudo-derivative of
         Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12). None: ReLU.
-    sparsity: scalar, weight of the penalty in the loss: the mean over rows of the number of active latents (JumpReLU)
-        or of their sum (ReLU; decoder rows have norm 1).
+    sparsity: scalar, weight of the penalty in the loss. The penalty is the mean over rows of the number of active
+        latents (JumpReLU) or of the sum of activations (ReLU; decoder rows have norm 1).
     """
     apply: Any = _Dense.apply
     weights = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
@@ -49,8 +49,8 @@ class _Dense(torch.autograd.Function):
         size = chunk_rows(n, x.device)
         for first in range(0, len(x), size):
             with torch.enable_grad():
-                here = slice(first, first + size)
-                part, error, z = _chunk(x[here], y[here], leaves, b_in, sparsity)
+                rows = slice(first, first + size)
+                part, error, z = _chunk(x[rows], y[rows], leaves, b_in, sparsity)
                 part = part / len(x)
                 for total, gradient in zip(gradients, torch.autograd.grad(part, wanted), strict=True):
                     total += gradient
@@ -61,10 +61,10 @@ class _Dense(torch.autograd.Function):
         ctx.gradients = iter(gradients)
         ctx.given = [leaf is not None for leaf in leaves]
         error, l0 = torch.cat(errors), active / len(x)
-        lowest = torch.zeros_like(l0)
-        ctx.mark_non_differentiable(error, activity, l0, lowest)
+        min_activation = torch.zeros_like(l0)
+        ctx.mark_non_differentiable(error, activity, l0, min_activation)
         ctx.set_materialize_grads(False)
-        return loss, error, activity, l0, lowest
+        return loss, error, activity, l0, min_activation
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -87,7 +87,7 @@ def _chunk(x: Tensor, y: Tensor, leaves: list[Any], b_in: Any, sparsity: Any) ->
 
 
 class _JumpReLU(torch.autograd.Function):
-    """Activations and the step function of `scores` at `threshold`, with pseudo-derivatives for the threshold."""
+    """JumpReLU of `scores` and the step function at `threshold`, with pseudo-derivatives for the threshold."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

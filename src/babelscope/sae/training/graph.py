@@ -1,4 +1,4 @@
-"""A learner's forward and backward pass as one CUDA graph: on a GPU, launches take most of the time of a small step."""
+"""A learner's forward and backward pass as one CUDA graph, since launches take most of the time of a small step."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from babelscope.sae.kernels import fused
 from babelscope.sae.training.learner import Learner
 from babelscope.sae.training.step import Step
 
-# Runs before the recording, in which kernels are compiled and libraries make their workspaces.
+# Runs before the recording, to compile kernels and allocate the libraries' workspaces.
 _WARMUP = 3
 
 
 class Graph:
     """The forward and backward pass of one learner, recorded with a first batch and replayed with others of its shape.
 
-    A replay runs the very kernels that the learner's own passes run: it gives the same bits.
+    A replay runs the same kernels as the learner's own passes, so it gives the same bits.
 
     Parameters
     ----------
-    learner: see `suits`.
+    learner: a learner for which `suits` returns True.
     x, y: the first batch, as for `Learner.loss`.
     """
 
@@ -42,7 +42,7 @@ class Graph:
 
     @staticmethod
     def suits(learner: Learner, x: Tensor) -> bool:
-        """Whether its passes have fixed shapes and never synchronise with the device: TopK by the fused kernels."""
+        """Whether the passes have fixed shapes and never synchronise with the device: TopK with the fused kernels."""
         settings = learner.settings
         return settings.activation == "topk" and not settings.matryoshka and fused(x) is not None
 
@@ -51,7 +51,7 @@ class Graph:
         return x.shape == self.x.shape and x.dtype == self.x.dtype
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
-        """Fill the gradients of the weights, and return what `Learner.passes` does (until the next call)."""
+        """Set the gradients of the weights, and return the result of `Learner.passes` (valid until the next call)."""
         self.x.copy_(x)
         if self.y is not None and y is not None:
             self.y.copy_(y)

@@ -1,4 +1,4 @@
-"""One SAE in training: its weights, its loss with what keeps latents alive, and what it remembers between steps."""
+"""One SAE in training: its weights, its loss, the revival of dead latents, and the state between steps."""
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from babelscope.sae.training.dense import dense_step
 from babelscope.sae.training.sharding import add_rows_, full, local
 from babelscope.sae.training.step import Step, sparse_step
 
-# Rows of a step on which dead latents learn, and how many dead latents do: enough for their directions at a fraction of
-# the step's time and memory.
+# Rows of a step that train dead latents, and the maximum number of dead latents trained: enough to find their
+# directions, at a fraction of the step's time and memory.
 _AUX_ROWS, _AUX_LATENTS = 256, 8192
-# `train.dead_after` null: this many times the average number of tokens between two firings of a latent.
+# The default of `train.dead_after`, as a multiple of the average number of tokens between two firings of a latent.
 _WAITS = 32
-# Rows of the decoder projected at once: bounds the memory.
+# Rows of the decoder projected at once, which bounds the memory.
 _CHUNK = 4096
-# PI controller for the sparsity weight: _INTEGRAL is the change of its logarithm over a run per unit of relative L0
+# PI controller of the sparsity weight: _INTEGRAL is the change of its logarithm over a run per unit of relative L0
 # error (L0 / k - 1), _PROPORTIONAL the immediate response.
 _INTEGRAL, _PROPORTIONAL = 20.0, 3.0
 # BatchTopK's threshold for inference is the smallest activation, averaged over this last share of the steps.
@@ -27,15 +27,15 @@ _SETTLED = 0.05
 
 
 class Learner(nn.Module):
-    """An SAE in training, on normalised activations: their mean squared norm is their width.
+    """An SAE in training on normalised activations, whose mean squared norm is their width.
 
     Parameters
     ----------
     settings: the `train` section.
-    target: of the activations to reconstruct.
-    source: of the activations to encode, if they differ (transcoders).
-    steps: number of steps of the run.
-    seed: of the initialisation.
+    target: normalisation of the activations to reconstruct.
+    source: normalisation of the activations to encode (transcoders); None if they are the same.
+    steps: number of steps in the run.
+    seed: seed of the initialisation.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Learner(nn.Module):
         self._revival: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self.log_threshold: nn.Parameter | None = None
         if settings.activation == "jumprelu":
-            # The scores of normal inputs start with this standard deviation, and k of them above the threshold.
+            # If inputs are normally distributed, scores start with the standard deviation encoder_scale, and k of a row
+            # exceed this threshold.
             share = torch.tensor(min(settings.k / settings.latents, 0.49))
             threshold = settings.encoder_scale * -torch.special.ndtri(share)
             self.log_threshold = nn.Parameter(threshold.log().expand(settings.latents).clone())
@@ -68,24 +69,24 @@ class Learner(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(settings.latents, dtype=torch.int64))
         self.register_buffer("log_sparsity", torch.zeros(()))
         self.register_buffer("l0_error", torch.zeros(()))  # L0 / k - 1 of the last step
-        self.register_buffer("min_activation", torch.zeros(2))  # sum and number
+        self.register_buffer("min_activation", torch.zeros(2))  # sum over steps, number of steps
 
     def loss(self, x: Tensor, y: Tensor | None, world: int) -> Step:
-        """Loss of one batch, differentiable, in the units of the normalised activations: `passes`, then `remember`."""
+        """The differentiable loss of one batch, in units of the normalised activations: `passes`, then `remember`."""
         normal, result = self.passes(x, y)
         self.remember(normal, result, world)
         return result
 
     def passes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
-        """Normalised inputs [rows, d_in] and the step on them, its loss differentiable; changes no state.
+        """Normalised inputs [rows, d_in], and the step on them with a differentiable loss; changes no state.
 
-        The gradient of dead latents is not in it: `before_update` adds its few rows, since autograd's would be as large
-        as the weights.
+        The loss does not include that of dead latents: `before_update` adds the few rows of their gradient, since
+        autograd's gradient would be as large as the weights.
 
         Parameters
         ----------
-        x: [rows, d_in], activations to encode as they are stored.
-        y: [rows, d], activations to reconstruct; None: x.
+        x: [rows, d_in], activations to encode, as stored.
+        y: [rows, d], activations to reconstruct, as stored; None: x.
         """
         normal: Tensor = (self.source or self.target)(x)
         return normal, self._step(normal, None if y is None else self.target(y))
@@ -107,7 +108,7 @@ class Learner(nn.Module):
 
     def _revive(self, x: Tensor, error: Tensor, dead: Tensor, world: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Some of the dead latents, and the gradients of their encoder rows, decoder rows and encoder biases."""
-        # A batch is in the order of the store, which is that of text lengths: take rows from all of it.
+        # The sampled rows are spread over the batch, which is in the order of the store, by text length.
         sample = slice(None, None, max(1, len(x) * world // _AUX_ROWS))
         dead = dead[:: -(-len(dead) // _AUX_LATENTS)]
         rows = [weight[dead].detach().requires_grad_() for weight in (self.sae.encoder, self.sae.W_dec, self.sae.b_enc)]
@@ -123,12 +124,12 @@ class Learner(nn.Module):
     def figures(self, y: Tensor, result: Step) -> Tensor:
         """Figures for the log, float32 [5].
 
-        The loss, the sums of squared errors and of squared deviations from the training mean (both in the units of the
-        store), the active latents per row, and the share of dead latents.
+        They are the loss, the sums of squared errors and of squared deviations from the training mean (both in units of
+        the store), the mean number of active latents per row, and the share of dead latents.
 
         Parameters
         ----------
-        y: [rows, d], the activations to reconstruct as they are stored.
+        y: [rows, d], activations to reconstruct, as stored.
         """
         error = self.target.inverse(result.error)
         deviation = y.float() - self.target.mean
@@ -167,12 +168,12 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def after_update(self, result: Step, share: float) -> None:
-        """Bring the decoder's rows back to norm 1, and update the sparsity weight or threshold.
+        """Scale the decoder's rows back to norm 1, and update the sparsity weight or threshold.
 
         Parameters
         ----------
-        result: of this step, averaged over the devices.
-        share: of the steps done.
+        result: result of this step, averaged over the devices.
+        share: share of the steps that are done.
         """
         W_dec = local(self.sae.W_dec)
         if kernels := fused(W_dec):
@@ -189,12 +190,12 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> SAE:
-        """The SAE for activations as they are stored: the normalisation folded into the weights, thresholds set.
+        """The SAE for activations as stored, with the normalisation folded into the weights, and with its thresholds.
 
         With sharded weights, every device must call this at the same time.
         """
         sae, source = self.sae, self.source or self.target
-        unit = self.target.scale  # activations in the units of the store: decoder rows keep norm 1 unless whitened
+        unit = self.target.scale  # converts latents to units of the store: decoder rows keep norm 1 unless whitened
         encoder, W_dec = source.fold(full(sae.encoder)) / unit, self.target.inverse(full(sae.W_dec)) * unit
         b_enc, b_dec = full(sae.b_enc) / unit, self.target.inverse(full(sae.b_dec))
         b_in = None if sae.b_in is None else source.inverse(sae.b_in)
@@ -212,7 +213,7 @@ class Learner(nn.Module):
 
 
 class Normal(nn.Module):
-    """A `Normalisation` as a module; the checkpoint of the run has it beside the weights."""
+    """A `Normalisation` as a module; checkpoints hold it separately (`SAETraining.on_save_checkpoint`)."""
 
     def __init__(self, normalisation: Normalisation) -> None:
         super().__init__()
@@ -224,29 +225,28 @@ class Normal(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., d], to float32."""
+        """Normalise `x` [..., d], in float32."""
         return x.float() * self.scale if self.forth is None else linear(x.float(), self.forth)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Bring normalised [..., d] back to the units of the store."""
+        """Convert normalised `x` [..., d] back to the units of the store."""
         return x / self.scale if self.back is None else linear(x, self.back)
 
     def fold(self, encoder: Tensor) -> Tensor:
-        """Encoder rows [n, d] for activations that are not normalised."""
+        """Convert encoder rows [n, d] for normalised activations to rows for activations as stored."""
         return encoder * self.scale if self.forth is None else linear(encoder, self.forth)
 
 
 def auxiliary_loss(centred: Tensor, error: Tensor, encoder: Tensor, W_dec: Tensor, b_enc: Tensor) -> Tensor:
-    """Mean over rows of the squared error of explaining the residual with dead latents only (Gao et al. 2024, A.2).
+    """Mean over rows of the squared error of reconstructing -`error` from dead latents alone (Gao et al. 2024, A.2).
 
-    It is in the units of the main loss, as in the paper, whose coefficient is 1/32.
+    It is in the units of the main loss, as in the paper, which weights it by 1/32.
 
     Parameters
     ----------
-    centred: float32 [rows, d_in], inputs without their bias.
+    centred: float32 [rows, d_in], inputs minus their bias.
     error: [rows, d], y_hat - y of the step, a constant.
-    encoder, W_dec, b_enc: [m, d_in], [m, d], [m], the weights of dead latents; at most d / 2 of them, the most active,
-        take part in a row.
+    encoder, W_dec, b_enc: [m, d_in], [m, d], [m], weights of dead latents; each row uses the most active d / 2 of them.
     """
     scores = centred @ encoder.T + b_enc
     values, indices = scores.relu().topk(min(W_dec.shape[1] // 2, len(W_dec)), dim=-1, sorted=False)

@@ -1,4 +1,4 @@
-"""Training SAEs with Lightning's Trainer: checkpoints to resume from, progress, loggers."""
+"""Training SAEs with Lightning's Trainer: checkpoints, progress and loggers."""
 
 import logging
 import pickle
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 Write = Callable[[int, Mapping[str, float]], None]
 
-# At least this many times what the last checkpoint took to write passes before the next: 2 % of the time at most.
+# Minimum time between checkpoints as a multiple of the time to write one: writing takes at most 2 % of a run.
 _APART = 50
 
 
 class WriteLogger(pl.loggers.Logger):  # type: ignore[misc]
-    """A Lightning logger that passes the metrics on, e.g. to the live MLflow run (`tracking.training`)."""
+    """A Lightning logger that passes metrics to a function, e.g. to that of the live MLflow run."""
 
     name, version = "babelscope", ""
 
@@ -37,22 +37,22 @@ class WriteLogger(pl.loggers.Logger):  # type: ignore[misc]
 
     @pl.utilities.rank_zero_only  # type: ignore[untyped-decorator]
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Pass on the metrics of a step."""
+        """Pass the metrics of a step to `write`."""
         self.write(step, metrics)
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the run has the whole params."""
+        """Do nothing: the MLflow run already has all params."""
 
 
 class ProgressLines(pl.Callback):  # type: ignore[misc]
-    """The bar or the lines of `core.progress` in place of Lightning's bar."""
+    """The progress bar or lines of `core.progress`, in place of Lightning's bar."""
 
     def __init__(self, label: str, batch: int) -> None:
         self.label, self.batch = label, batch
         self.progress: Progress | None = None
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Begin with what earlier runs have done."""
+        """Begin at the step of the checkpoint."""
         if trainer.is_global_zero:
             self.progress = Progress(self.label, trainer.num_training_batches * self.batch, "tokens")
             self.progress.skip(trainer.global_step * self.batch)
@@ -63,20 +63,21 @@ class ProgressLines(pl.Callback):  # type: ignore[misc]
             self.progress.update(self.batch)
 
     def on_train_end(self, *_: Any) -> None:
-        """Close with the time that it took."""
+        """Close, and log the time that it took."""
         if self.progress is not None:
             self.progress.__exit__(None, None, None)
 
     def on_exception(self, trainer: Any, module: Any, error: BaseException) -> None:
-        """Close without a word."""
+        """Close without logging the time."""
         if self.progress is not None:
             self.progress.__exit__(type(error), error, None)
 
 
 class TimedCheckpoint(pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
-    """`folder/last.ckpt` every so many seconds, at most 2 % of the time.
+    """Writes `folder/last.ckpt` every `seconds`, or less often if writing would take more than 2 % of the time.
 
-    Lightning 2.6 ignores its own `train_time_interval` under manual optimisation.
+    Lightning 2.6 ignores its own `train_time_interval` in manual optimisation. With several devices, the first decides
+    every `every_steps` steps, since a decision takes communication.
     """
 
     def __init__(self, folder: Path, seconds: float, every_steps: int) -> None:
@@ -88,10 +89,9 @@ class TimedCheckpoint(pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self.due = time.monotonic() + self.seconds
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        """Save if it is time, but for the last step."""
+        """Save if it is time, except at the last step."""
         is_due = time.monotonic() >= self.due
         if trainer.world_size > 1:
-            # All devices take part, by the clock of the first; asking it costs too much to do so at every step.
             is_due = trainer.global_step % self.every_steps == 0 and trainer.strategy.broadcast(is_due)
         if not is_due or trainer.is_last_batch:
             return
@@ -101,11 +101,11 @@ class TimedCheckpoint(pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self.due = end + max(self.seconds, _APART * (end - start))
 
     def on_train_end(self, *_: Any) -> None:
-        """Nothing: the finished SAE takes the place of a checkpoint."""
+        """Do nothing: the finished SAE replaces the checkpoint."""
 
 
 class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):  # type: ignore[misc]
-    """Checkpoints that are whole or not there; a full disk is an error that a user can read."""
+    """Writes checkpoints atomically; a full disk raises a UserError."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the file."""
@@ -113,21 +113,21 @@ class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):  # type: ignore[misc]
 
 
 def resumable(path: Path, training: SAETraining) -> Path | None:
-    """The checkpoint if training can resume from it; None if there is none, or it is damaged.
+    """The checkpoint if training can resume from it; None if it is missing or damaged.
 
     Raises
     ------
-    UserError: it is of another run.
+    UserError: the checkpoint is from another run.
     """
     if not path.exists():
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError):
-        log.warning("%s: damaged; the training starts anew", path)
+        log.warning("%s: damaged; training starts from step 0", path)
         return None
     if not isinstance(state, dict) or state.get(training.CHECKPOINT_HYPER_PARAMS_KEY) != dict(training.hparams):
-        raise UserError(f"{path}: not a checkpoint of this run, delete it")
+        raise UserError(f"{path}: not a checkpoint of this run; delete it")
     log.info("resumed at step %d of %d", state["global_step"], training.steps)
     return path
 
@@ -149,18 +149,18 @@ def train(
     source: the training data.
     settings, hardware: sections of params.yaml; nothing in `hardware` changes a batch.
     seed: of the initialisation.
-    folder: where checkpoints to resume from are written; the caller deletes it once its outputs are written.
+    folder: folder for the checkpoint; the caller deletes it once its outputs are written.
     write: called as `write(step, metrics)` at every logged step, on the first rank.
-    label: of the progress.
+    label: label of the progress.
 
     Returns
     -------
-    For every hookpoint the SAE in the units of the activations, and its history (see `SAETraining`); None on the other
-    ranks of a distributed run.
+    For every hookpoint, the SAE in the units of the activations and its history (see `SAETraining`); None on all ranks
+    of a distributed run but the first.
 
     Raises
     ------
-    UserError: the batch does not divide among the devices, the checkpoint is of another run, or the training diverged.
+    UserError: the batch does not divide among the devices, the checkpoint is from another run, or training diverged.
     """
     training = SAETraining(settings, steps=source.steps, seed=seed)
     loop = trainer(
@@ -181,7 +181,7 @@ def train(
     loop.fit(training, datamodule=Activations(source), ckpt_path=checkpoint, weights_only=True)
     if not (loop.is_global_zero or is_sharding(loop)):
         return None
-    # Gradients and moments go before the finished weights are made: memory for both would be needed at once.
+    # Free gradients and Adam's moments first, since the finished weights take additional memory.
     training.zero_grad(set_to_none=True)
     for optimizer in loop.strategy.optimizers:
         optimizer.state.clear()
@@ -192,5 +192,5 @@ def train(
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank 0 of a distributed run, or the only one; known before training starts."""
+    """Whether this process is rank 0 of a distributed run, or the only process; also known before training starts."""
     return not pl.utilities.rank_zero_only.rank

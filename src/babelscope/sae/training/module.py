@@ -1,4 +1,4 @@
-"""SAEs in training as a LightningModule, and their activations as a LightningDataModule: any Trainer can fit them."""
+"""SAEs in training as a LightningModule and their activations as a LightningDataModule, which any Trainer can fit."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,9 +22,9 @@ History = list[dict[str, float]]
 
 
 class Activations(pl.LightningDataModule):  # type: ignore[misc]
-    """The batches of a `Source`; its state is the number of the next batch, on which the batch alone depends.
+    """The batches of a `Source`; the state is the number of the next batch, which alone determines that batch.
 
-    It is its own loader: Lightning takes a loader with a state for one that training can resume from.
+    The module is its own loader, since Lightning resumes from loaders that have a state.
     """
 
     def __init__(self, source: Source) -> None:
@@ -53,24 +53,24 @@ class Activations(pl.LightningDataModule):  # type: ignore[misc]
 class SAETraining(pl.LightningModule):  # type: ignore[misc]
     """SAEs in training on the same tokens, one per hookpoint.
 
-    The learners are built when training starts, since the initialisation needs the moments of the activations, or from
-    a checkpoint (`load_from_checkpoint`).
+    The learners are built when training starts, since their initialisation needs the moments of the activations, or
+    when a checkpoint is loaded (`load_from_checkpoint`).
 
     Parameters
     ----------
     settings: the `train` section, or its content.
-    steps: number of steps of the run, on which the learning rate depends.
-    seed: of the initialisation.
+    steps: number of steps in the run, on which the learning rate depends.
+    seed: seed of the initialisation.
 
     Attributes
     ----------
-    histories: for every SAE one row per logged step: `step`, `tokens`, `loss`, `fvu`, `l0`, `dead_share`,
-        `learning_rate`. The Trainer's loggers get the same, with the SAE's number before the name if there are several.
+    histories: for every SAE, one row per logged step: `step`, `tokens`, `loss`, `fvu`, `l0`, `dead_share` and
+        `learning_rate`. The Trainer's loggers get the same metrics; with several SAEs, `<number>/` precedes the names.
     """
 
     def __init__(self, settings: Train | Mapping[str, Any], *, steps: int, seed: int) -> None:
         super().__init__()
-        self.automatic_optimization = False  # one optimizer, no closures: a third less overhead
+        self.automatic_optimization = False  # manual optimisation has a third less overhead
         self.settings = settings if isinstance(settings, Train) else Train(**settings)
         self.steps, self.seed = steps, seed
         self.save_hyperparameters({"settings": self.settings.model_dump(), "steps": steps, "seed": seed})
@@ -87,7 +87,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         return [learner for learner in self.learners if isinstance(learner, Learner)]
 
     def build(self, normalisations: list[tuple[Normalisation, Normalisation | None]]) -> None:
-        """Make a learner for each pair of normalisations: of what it reconstructs and, if that differs, encodes."""
+        """Make a learner for each pair of normalisations, those of its target and (transcoders) of its input."""
         self._normalisations = normalisations
         self.learners.extend(
             Learner(self.settings, *pair, steps=self.steps, seed=self.seed) for pair in normalisations
@@ -99,19 +99,19 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         if self.learners:
             return
         if not isinstance(self.trainer.datamodule, Activations):
-            raise UserError("SAETraining: the Trainer has no activations; fit with datamodule=Activations(source)")
+            raise UserError("SAETraining: no activations; call Trainer.fit with datamodule=Activations(source)")
         moments = self.trainer.datamodule.source.moments()
         self.build([(target.normalisation(), source and source.normalisation()) for target, source in moments])
 
     def configure_model(self) -> None:
-        """Under FSDP shard the weights over the devices."""
+        """Shard the weights over the devices under FSDP."""
         if self._trainer is not None and is_sharding(self._trainer) and not self._sharded:
             self._sharded = True
             for learner in self.each:
                 sharding.shard(learner, "loss", self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Fused Adam over all weights, and the course of its learning rate."""
+        """Fused Adam over all weights, and its learning rate schedule."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.rate, betas=BETAS, fused=True)
         warmup, decay = self.settings.warmup, self.settings.decay
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -120,12 +120,12 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the histories and what the learners are built from, in plain types (`weights_only`)."""
+        """Add the histories and the normalisations of the learners, in plain types (for `weights_only`)."""
         checkpoint["histories"] = self.histories
         checkpoint["normalisations"] = [[part and tuple(part) for part in pair] for pair in self._normalisations]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the histories; build the learners if there are none."""
+        """Load the histories; build the learners if there are none."""
         if not self.learners:
             parts = [[part and Normalisation(*part) for part in pair] for pair in checkpoint["normalisations"]]
             self.build([(target, source) for target, source in parts])
@@ -153,7 +153,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
             self.record(done, rate, [learner.figures(target, result) for learner, target, result in figures])
 
     def _replayed(self, batch: list[Pair]) -> list[Step] | None:
-        """Losses and gradients by CUDA graphs if there is one device that has them, else None."""
+        """Compute losses and gradients by CUDA graphs; None if there are several devices or graphs do not suit."""
         if self._sharded or self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
             return None
         if not self._graphs:
@@ -168,7 +168,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         return results
 
     def _mean(self, result: Step) -> Step:
-        """The scalars that steer later steps, averaged over the devices."""
+        """`result` with the scalars that later steps depend on averaged over the devices."""
         if self.trainer.world_size == 1 or self.settings.activation == "topk":
             return result
         scalars = torch.stack([result.l0, result.min_activation])
@@ -176,13 +176,12 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         return result._replace(l0=l0, min_activation=min_activation)
 
     def record(self, step: int, rate: float, figures: list[Tensor]) -> None:
-        """Add a row to every history and pass it to the loggers; `figures` as `Learner.figures` returns them."""
+        """Add a row to every history and pass it to the loggers; `figures` are the results of `Learner.figures`."""
         metrics: dict[str, float] = {}
         for number, sums in enumerate(figures):
             if self.trainer.world_size > 1:
                 sums = self.trainer.strategy.reduce(sums, reduce_op="mean")
             loss, error, variance, l0, dead = sums.tolist()
-            # A batch in which all activations are the training mean has no variance to explain.
             fvu = error / variance if variance else math.nan
             row = {"tokens": step * self.settings.batch, "loss": loss, "fvu": fvu, "l0": l0, "dead_share": dead}
             row["learning_rate"] = rate

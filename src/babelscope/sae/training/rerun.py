@@ -1,6 +1,6 @@
-"""Stage `retrain <hookpoint>`: the SAE of one hookpoint from another seed, for `stability` to compare.
+"""Stage `retrain <hookpoint>`: the SAE of one hookpoint from another seed, for stage `stability`.
 
-It has no MLflow run: its curve says nothing that the first one's does not.
+It has no MLflow run, since its curve would add nothing to that of the first training.
 """
 
 from babelscope.config import Config
@@ -13,8 +13,8 @@ from babelscope.sae.training.stored import StoredActivations
 def run(params: Config, paths: Paths, hookpoint: str) -> None:
     """Write `paths.saes_again / hookpoint`."""
     data, seed = StoredActivations(params, paths, hookpoint), params.stability.seed
-    knobs = {"seed": seed, "train": params.train.model_dump()}
-    with kept(f"retrain@{hookpoint}", knobs, data.files) as folder:
+    used = {"seed": seed, "train": params.train.model_dump()}
+    with kept(f"retrain@{hookpoint}", used, data.files) as folder:
         batches = data.batches(seed)
         from babelscope.sae.training.loop import train
 

@@ -1,4 +1,4 @@
-"""Stage `train <hookpoint>`: the SAE of one hookpoint: trained here, trained by stage `stream`, or a released one."""
+"""Stage `train <hookpoint>`: the SAE of one hookpoint, trained here, trained by stage `stream`, or released."""
 
 import shutil
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
 
 
 def report(hookpoint: str, numbers: dict[str, float], languages: list[str]) -> None:
-    """Log the figures in a line."""
+    """Log a table of the figures."""
     by_language = sorted((numbers[f"fvu/{name}"], name) for name in languages if f"fvu/{name}" in numbers)
     ends = [f"{fvu:.3f} {name}" for fvu, name in (by_language[0], by_language[-1])] if by_language else ["-", "-"]
     shown = f"{numbers['fvu']:.3f}", *ends, f"{numbers['l0']:.1f}", f"{100 * numbers['dead_share']:.1f} %"
@@ -40,14 +40,14 @@ def report(hookpoint: str, numbers: dict[str, float], languages: list[str]) -> N
 
 
 def published(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
-    """Copy the SAE that `stream` has trained; returns its figures. `track` logs its run from the history."""
+    """Copy the SAE that stage `stream` trained and return its figures; stage `track` logs its run from the history."""
     for name in ("cfg.json", "sae_weights.safetensors", "history.csv"):
         copy_file(paths.stream / hookpoint / name, paths.saes / hookpoint / name)
     return read_json(paths.stream / hookpoint / "quality.json")
 
 
 def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
-    """Write a released SAE as if it had been trained here, but without a history; returns its figures."""
+    """Write a released SAE like a trained one, but without a history, and return its figures."""
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
     released, transcode = params.pretrained, params.train.transcode
     folder = released.folder_of(hookpoint, layer_of(hookpoint))
@@ -70,10 +70,10 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
 
 
 def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
-    """Train the SAE, with a live MLflow run; returns its figures (None on the other ranks of a distributed run)."""
+    """Train the SAE with a live MLflow run, and return its figures (None on ranks other than the first)."""
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
-    name, knobs = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})
-    work = fingerprint(name, knobs, {str(path): dvc_md5(path) for path in data.files})
+    name, used = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})
+    work = fingerprint(name, used, {str(path): dvc_md5(path) for path in data.files})
     folder, batches = scratch(work), data.batches(params.seed)
 
     from babelscope.sae.training.loop import Write, is_first_process, train
@@ -82,7 +82,7 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     with ExitStack() as stack:
         write: Write | None = None
         if is_first_process():
-            run = TrainingRun(params.track.experiment, stage=name, fingerprint=work, params=knobs)
+            run = TrainingRun(params.track.experiment, stage=name, fingerprint=work, params=used)
             write = stack.enter_context(run).log
         result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
         if result is None:

@@ -1,17 +1,17 @@
-"""The learning rate of a training run: its peak by a rule, and its course."""
+"""The learning rate of a training run: its default peak and its schedule."""
 
-# Adam's betas. The usual 0.999 remembers a thousand steps, more than a short run has; it ended at a higher FVU at all
-# hookpoints measured (docs/training.md).
+# Adam's betas. The usual 0.999 averages over a thousand steps, more than a short run has, and ended at a higher FVU at
+# all hookpoints measured (docs/training.md).
 BETAS = (0.9, 0.95)
 
 
 def lr_multiplier(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Share of the peak learning rate at `step` (0-based): linear warm-up, constant, linear decay.
+    """Share of the peak learning rate at `step`: linear warm-up, constant, linear decay.
 
     Parameters
     ----------
-    step, steps: which of how many.
-    warmup, decay: shares of the steps over which the rate rises from 0 and falls to 0 (neither end is 0 itself).
+    step, steps: number of the step, from 0, and number of all steps.
+    warmup, decay: shares of the steps over which the rate rises from 0 and falls to 0 (no step has a rate of 0).
     """
     rise = (step + 1) / (warmup * steps) if warmup * steps >= 1 else 1.0
     fall = (steps - step) / (decay * steps) if decay * steps >= 1 else 1.0
@@ -19,7 +19,7 @@ def lr_multiplier(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def learning_rate(latents: int, steps: int) -> float:
-    """Peak learning rate of Adam for a width and a length of the run (`train.learning_rate` null).
+    """Default peak learning rate of Adam (`train.learning_rate: null`), from the SAE's width and the number of steps.
 
     Fitted at 4,608 latents; docs/training.md has other widths and lengths, measured by `benchmarks/learning_rate.py`.
     """

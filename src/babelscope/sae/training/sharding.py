@@ -1,7 +1,7 @@
 """Sharded weights (FSDP): each device keeps some rows of every weight, of its gradient and of Adam's moments.
 
-A forward pass and its gradients use full weights. Everything after that works on each row by itself, so every device
-works on its own rows. Plain tensors pass through unchanged.
+The forward and backward pass use full weights. Everything after them treats each row separately, so every device works
+on the rows that it keeps. Functions return plain tensors unchanged.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 
 def shard(module: nn.Module, method: str, mesh: Any) -> None:
-    """Shard the weights of `module` over the devices of `mesh`; its `method` runs on full weights.
+    """Shard the weights of `module` over the devices of `mesh`, as FSDP; its `method` runs on full weights.
 
-    Gradients are averaged over the devices, as DDP does.
+    Gradients are averaged over the devices, as in DDP.
     """
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(module, method)
@@ -36,6 +36,6 @@ def add_rows_(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
     if isinstance(tensor, DTensor):
         size = -(-len(tensor) // tensor.device_mesh.size())
         first = size * tensor.device_mesh.get_local_rank()
-        here = (rows >= first) & (rows < first + len(kept))
-        rows, values = rows[here] - first, values[here]
+        inside = (rows >= first) & (rows < first + len(kept))
+        rows, values = rows[inside] - first, values[inside]
     kept.index_add_(0, rows, values)

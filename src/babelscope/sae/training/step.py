@@ -1,9 +1,9 @@
 """The training step of SAEs with a fixed number of active latents: TopK, BatchTopK, and either with nested widths.
 
-It computes with the active latents of every row alone: nothing of size batch x latents outlives a chunk of rows. One
-matrix product screens the latents (in bfloat16 if the hardware multiplies it faster), and a few spare candidates are
-re-ranked by their exact float32 scores. The hits are then sorted by latent once, which makes every gradient a single
-pass over rows. `sae.training.dense` is the step of the activation functions without such a number.
+The step keeps the active latents of every row only: nothing of size batch x latents outlives a chunk of rows. A matrix
+product screens the latents (in bfloat16 if the hardware multiplies it faster), and exact float32 scores re-rank the
+best and a few spare candidates. The hits are then sorted by latent, so that every gradient is a single pass over rows.
+`sae.training.dense` has the step for the other activation functions.
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ from babelscope.sae.autoencoder import SAE, chunk_rows
 from babelscope.sae.kernels import fused
 from babelscope.sae.kernels.topk import top_k
 
-# Candidates beyond k that bfloat16 screening hands on to the exact re-ranking: with 8 the overlap with the exact top k
-# is 1.000, with none 0.991.
+# Candidates beyond k that screening in bfloat16 passes to the exact re-ranking: with 8, the overlap with the exact top
+# k is 1.000, with none 0.991.
 _SPARE = 8
-# Candidates of a row in BatchTopK, in multiples of k; rows of which more may be active are looked at again.
+# Candidates per row in BatchTopK, in multiples of k; rows that may have more active latents are encoded again.
 _WIDE = 3
 
 Selection = Literal["topk", "batchtopk"]
 
 
 class Step(NamedTuple):
-    """What one training step computed.
+    """The result of one training step.
 
     Attributes
     ----------
-    loss: scalar, the mean over rows of ||y_hat - y||^2 (over nested widths, their mean); differentiable.
+    loss: scalar, the mean of ||y_hat - y||^2 over rows (and over nested widths); differentiable.
     error: float32 [rows, d], y_hat - y (a constant).
-    activity: float32 [n], the sum of every latent's activations; 0 = it did not fire.
+    activity: float32 [n], the sum of every latent's activations; 0 if it did not fire.
     l0: scalar, mean number of active latents per row.
     min_activation: scalar, the smallest activation above 0 (infinite if there is none).
     """
@@ -60,14 +60,14 @@ def sparse_step(
 
     Parameters
     ----------
-    sae: float32 weights, with a `k`.
+    sae: SAE with float32 weights and a `k`.
     x: float32 [rows, d_in], rows >= 1; no gradient flows to it.
-    y: float32 [rows, d], what to reconstruct (transcoders); None: x.
+    y: float32 [rows, d], activations to reconstruct (transcoders); None: x.
     select: "topk" keeps the k largest positive scores of every row, "batchtopk" the rows * k largest of the batch
         (Bussmann et al. 2024, arXiv 2412.06410).
     widths: nested widths below n, ascending (Matryoshka SAEs, Bussmann et al. 2025, arXiv 2503.17547): the loss is the
         mean of the losses of the reconstructions by the first m latents, for every m of `widths` and for n.
-    screen: precision of the screening, bfloat16 or float32; None takes what suits the device.
+    screen: dtype of the screening, bfloat16 or float32; None: `screening_dtype` of the device.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def sparse_step(
 
 
 def screening_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it in hardware, else float32."""
+    """Return bfloat16 if the device multiplies it in hardware, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu" and compat.multiplies_bfloat16():
@@ -107,7 +107,7 @@ class _Sparse(torch.autograd.Function):
         ends: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        encoder, W_dec = encoder.detach(), W_dec.detach()  # for others, embedding_bag saves tensors for backward
+        encoder, W_dec = encoder.detach(), W_dec.detach()  # else embedding_bag would save tensors for backward
         centred = x - (b_dec if b_in is None else b_in)
         target = centred if b_in is None and y is None else (x if y is None else y) - b_dec
         choose = _encode if select == "topk" else _batch_top_k
@@ -119,11 +119,11 @@ class _Sparse(torch.autograd.Function):
         ctx.hits, ctx.tied = hits, b_in is None
         fires = active.value > 0
         l0 = fires.sum() / len(x)
-        lowest = functional.pad(active.value.masked_fill(~fires, torch.inf), (0, 1), value=torch.inf).min()
+        least = functional.pad(active.value.masked_fill(~fires, torch.inf), (0, 1), value=torch.inf).min()
         last = error[:, -1]
-        ctx.mark_non_differentiable(last, activity, l0, lowest)
+        ctx.mark_non_differentiable(last, activity, l0, least)
         ctx.set_materialize_grads(False)
-        return error.square().sum() / (len(x) * error.shape[1]), last, activity, l0, lowest
+        return error.square().sum() / (len(x) * error.shape[1]), last, activity, l0, least
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -136,7 +136,7 @@ class _Sparse(torch.autograd.Function):
         g_b_dec = g[:, 0].sum(0)
         g_encoder, g_W_dec, g_b_enc = hits.gradients(W_dec, g.flatten(0, 1), centred)
         if ctx.tied:
-            g_b_dec -= g_b_enc @ encoder  # b_dec is added to the output and taken off the input
+            g_b_dec -= g_b_enc @ encoder  # b_dec is added to the output and subtracted from the input
         return None, None, g_encoder, g_W_dec, g_b_enc, g_b_dec, None, None, None, None, None
 
 
@@ -157,7 +157,7 @@ def _encode(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torc
         value, index = top_k(scores, k + spare)
         if dtype != torch.float32:
             exact = centred[first : first + size]
-            # On a CPU, where too few scores are positive, one that rounding has made negative may belong to the top k.
+            # If too few scores are positive, one that rounding made negative may belong to the top k (CPU only).
             thin = None if centred.is_cuda else (value.amin(1) <= 0).nonzero().squeeze(1)
             value, index = _rerank(exact, encoder, b_enc, index, k)
             if thin is not None and len(thin):
@@ -176,20 +176,20 @@ def _rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor,
     rows = torch.arange(len(centred), device=centred.device).repeat_interleave(candidates.shape[1])
     latents = candidates.view(-1)
     scores = _dots(centred, encoder, rows, latents).add_(b_enc[latents]).view(candidates.shape)
-    values, place = scores.topk(k, dim=-1, sorted=False)
-    return values.relu_(), candidates.gather(1, place)
+    values, order = scores.topk(k, dim=-1, sorted=False)
+    return values.relu_(), candidates.gather(1, order)
 
 
 def _batch_top_k(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows * k largest activations of the batch: values [rows, q], 0 where not kept, and indices [rows, q]."""
+    """The rows * k largest activations of the batch: values [rows, q], 0 if not kept, and indices [rows, q]."""
     rows, n = len(centred), len(encoder)
     wanted, wide = rows * k, min(n, _WIDE * k)
     values, indices = _encode(centred, encoder, b_enc, wide, dtype)
     while True:
         least = values.flatten().kthvalue(values.numel() - wanted + 1).values
-        # Of these rows, more may belong to it than were looked at.
-        lowest = values.amin(1)
-        full = ((lowest >= least) & (lowest > 0)).nonzero().squeeze(1)
+        # All candidates of these rows are kept, so more of their activations may belong to the largest.
+        smallest = values.amin(1)
+        full = ((smallest >= least) & (smallest > 0)).nonzero().squeeze(1)
         if not len(full) or wide == n:
             return values.where(values >= least, 0.0), indices
         wide = min(n, 4 * wide)
@@ -200,9 +200,9 @@ def _batch_top_k(centred: Tensor, encoder: Tensor, b_enc: Tensor, k: int, dtype:
 
 
 class _Active:
-    """The active latents of every row as flat lists, in the order of their bags.
+    """The active latents of every row as flat lists of hits, in the order of their bags.
 
-    A bag is what is decoded together: a row, or, with nested widths, the part of a row between one width and the next.
+    A bag of hits is decoded together: it is a row or, with nested widths, a row's hits between two adjacent widths.
 
     Attributes
     ----------
@@ -216,7 +216,7 @@ class _Active:
         row = torch.arange(self.rows, device=indices.device).repeat_interleave(q)
         self.bag = row * self.widths
         self.first = torch.arange(0, self.rows * q, q, device=indices.device)
-        # A GPU had to be waited for to see whether all are active; a few hits of value 0 cost it less.
+        # On a GPU, hits of value 0 cost less than the synchronisation to find them.
         if ends is None and (values.is_cuda or bool((self.value > 0).all())):
             return
         kept = (self.value > 0).nonzero().squeeze(1)
@@ -239,7 +239,7 @@ class _Active:
 
 
 class _Hits:
-    """The same hits in the order of their latents: one sort a step, then all gradients are passes over rows.
+    """The same hits in the order of their latents: after one sort per step, all gradients are passes over rows.
 
     Attributes
     ----------
@@ -257,7 +257,7 @@ class _Hits:
         Parameters
         ----------
         g: [bags, d], gradient of the reconstructions.
-        centred: [rows, d_in], what was encoded.
+        centred: [rows, d_in], the centred inputs.
         """
         if kernels := fused(W_dec):
             found: tuple[Tensor, Tensor, Tensor] = kernels.gradients(
@@ -268,21 +268,21 @@ class _Hits:
         counts = torch.bincount(self.latent, minlength=len(W_dec))
         first = counts.cumsum(0).sub_(counts)
         sums = [
-            functional.embedding_bag(place, vectors, first, mode="sum", per_sample_weights=weight)
-            for weight, vectors, place in ((g_value, centred, self.row), (self.value, g, self.bag))
+            functional.embedding_bag(index, vectors, first, mode="sum", per_sample_weights=weight)
+            for weight, vectors, index in ((g_value, centred, self.row), (self.value, g, self.bag))
         ]
         return sums[0], sums[1], self._total(g_value, first)
 
     def _total(self, weight: Tensor, first: Tensor) -> Tensor:
-        """For every latent the sum of its hits' weights: [n]."""
-        if weight.is_cuda:  # bincount adds atomically there, in another order every time
-            one, nowhere = weight.new_ones(1, 1), torch.zeros_like(self.row)
-            return functional.embedding_bag(nowhere, one, first, mode="sum", per_sample_weights=weight).squeeze(1)
+        """For every latent, the sum of its hits' weights: [n]."""
+        if weight.is_cuda:  # on a GPU, bincount adds atomically, in a varying order
+            one, zeros = weight.new_ones(1, 1), torch.zeros_like(self.row)
+            return functional.embedding_bag(zeros, one, first, mode="sum", per_sample_weights=weight).squeeze(1)
         return torch.bincount(self.latent, weights=weight, minlength=len(first)).float()
 
 
 def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """`(a[i] * b[j]).sum(1)` without the gathered copies; quickest where `i` ascends (`a` then streams once)."""
+    """`(a[i] * b[j]).sum(1)` without the gathered copies; fastest if `i` ascends, since `a` is then read once."""
     if a.device.type == "cpu" and (dots := compat.gathered_dots()) is not None:
         return dots(a, b, i, j)
     size = 2**18

@@ -1,4 +1,4 @@
-"""What the stages `train` and `retrain` share: the stored activations of a hookpoint, and the finished SAE's files."""
+"""Shared by the stages `train` and `retrain`: the stored activations of a hookpoint, and the finished SAE's files."""
 
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +20,11 @@ from babelscope.sae.metrics import quality
 
 
 class StoredActivations:
-    """The stored activations of a hookpoint, and the rows to train on and to measure on.
+    """The stored activations of a hookpoint, with the rows for training and for evaluation.
 
     Raises
     ------
-    UserError: a file is missing or damaged, the files do not belong together, or a split has no rows.
+    UserError: a file is missing or damaged, the token table does not match the store, or a split has no rows.
     """
 
     def __init__(self, params: Config, paths: Paths, hookpoint: str) -> None:
@@ -36,14 +36,14 @@ class StoredActivations:
         self.inputs = ActivationStore(place(paths.activations, encoded)) if self.train.transcode else None
         if len(table) != self.store.rows:
             raise UserError(
-                f"{paths.tokens}: {len(table)} rows, but {self.files[0]} holds {self.store.rows}: dvc repro extract"
+                f"{paths.tokens}: {len(table)} rows, but {self.files[0]} holds {self.store.rows}; run dvc repro extract"
             )
         self.train_rows, self.eval_rows = (table.filter(split=split) for split in ("train", "eval"))
         if self.train_rows.is_empty() or self.eval_rows.is_empty():
-            raise UserError(f"{paths.tokens}: no rows of split 'train' or none of split 'eval'")
+            raise UserError(f"{paths.tokens}: needs rows of the splits 'train' and 'eval'; run dvc repro sample")
 
     def batches(self, seed: int) -> Batches:
-        """The batches of a training; imports what trains on them while their moments are computed."""
+        """The batches for training; a thread imports Lightning while their moments are computed."""
         rows, steps = self.train_rows["row"].to_torch(), -(-self.train.tokens // self.train.batch)
         pin = self.device.type == "cuda"
         batches = Batches(self.store, rows, self.train.batch, steps, seed, self.inputs, pin=pin)
@@ -59,7 +59,7 @@ class StoredActivations:
         write_atomically(folder / "history.csv", pl.DataFrame(history).write_csv)
 
     def figures(self, sae: SAE) -> dict[str, float]:
-        """FVU, L0 and dead latents on the held-out rows, in all and per language."""
+        """FVU, L0 and share of dead latents on the held-out rows, in all and per language."""
         code = self.eval_rows["language"].cast(pl.Enum(self.languages)).to_physical().cast(pl.Int64).to_torch()
         rows: torch.Tensor = self.eval_rows["row"].to_torch()
         found = quality(sae.to(self.device), self.store, rows, code, len(self.languages), self.inputs)

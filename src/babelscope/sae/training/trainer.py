@@ -1,4 +1,4 @@
-"""Lightning: its import, without packages that it does not need here, and a Trainer for the `hardware` section."""
+"""The import of Lightning, without packages that are not needed here, and a Trainer for the `hardware` section."""
 
 import logging
 import warnings
@@ -13,16 +13,16 @@ from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
 from babelscope.models.hardware import device_count, prepare
 
-# Other modules take Lightning from here: whatever imports it first pays for its packages.
+# Other modules must import Lightning from here, since its first import decides which packages are loaded.
 __all__ = ["is_sharding", "pl", "trainer"]
 
-# Optional packages of torchmetrics, which Lightning imports: they take more than half of the time of its import.
+# Optional packages of torchmetrics, which take more than half of the time of Lightning's import.
 _UNUSED = ("matplotlib", "PIL", "scipy", "transformers")
 
 
 @contextmanager
 def _without(packages: tuple[str, ...]) -> Iterator[None]:
-    """While open, `lightning_utilities` says that these are not installed; if it has changed, nothing happens."""
+    """While open, `lightning_utilities` reports these packages as not installed; no effect if its API has changed."""
     try:
         imports = import_module("lightning_utilities.core.imports")
         find_spec, version = imports.find_spec, imports._version
@@ -48,14 +48,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
-# Lightning 2.6 with torch 2.13: its own call of a deprecated function.
+# Lightning 2.6 itself calls this deprecated function of torch 2.13.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-# The calling thread reads on purpose (`activations.batches`), and a forward pass has nothing to read.
+# The calling thread reads on purpose (`activations.batches`).
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
-    """A Lightning `Trainer` for the section; without further options it writes and prints nothing.
+    """A Lightning `Trainer` for the `hardware` section; without further options it writes and prints nothing.
 
     Parameters
     ----------
@@ -64,11 +64,11 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
 
     Raises
     ------
-    UserError: the section names devices or a strategy that are not there.
+    UserError: the devices or the strategy of the section are not available.
     """
     accelerator = prepare(hardware).type
     strategy: Any = hardware.strategy
-    if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which has no CPU
+    if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which does not run on CPUs
         strategy = ModelParallelStrategy(
             device_count(hardware) * hardware.num_nodes, 1, save_distributed_checkpoint=False
         )
