@@ -38,7 +38,7 @@ COLUMNS = {
     "ablation/by_layer": ["hookpoint", "layer", *NLL],
     "ablation/control": ["method", "language", "own", "control", "control_high", "others", "control_others", "excess",
                          "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high", "above",
-                         "selective", "decided", "draws"],
+                         "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm"],
     "quality/loss_recovered": ["hookpoint", "layer", "language", "tokens", "nll_clean", "nll_sae", "nll_zero",
                                "loss_recovered"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",

@@ -505,6 +505,73 @@ def test_against_the_control_by_hand():
     assert (b["excess_low"], b["excess_high"]) == pytest.approx((-0.1, 0.09))
     assert (b["contrast"], b["contrast_low"], b["contrast_high"]) == pytest.approx((0.245, 0.2, 0.29))
     assert found.select("above", "selective").rows() == [(False, True), (True, True)]
+    # b: every second resample is below 0, none of the contrast; a: none of 600 is at or below 0.
+    assert found["p"].to_list() == pytest.approx([1, 2 / 601]) and found["p_holm"].to_list() == pytest.approx(
+        [1, 4 / 601]
+    )
+    assert found["contrast_p"].to_list() == pytest.approx([2 / 601] * 2)
+    assert found["contrast_p_holm"].to_list() == pytest.approx([4 / 601] * 2)
+
+
+@pytest.mark.parametrize(
+    ("resampled", "p"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 0.2),  # 2 (1 + 0) / 10
+        ([-1, 0, 3, 4, 5, 6, 7, 8, 9], 0.6),  # 2 (1 + 2) / 10: one below 0, one at 0
+        ([-1, -2, -3, -4, -5, -6, -7, -8, 9], 0.4),  # the other side counts as well
+        ([-1, 1, -1, 1], 1.0),  # 2 (1 + 2) / 5 is more than 1
+        ([0, 0, 0], 1.0),
+    ],
+)
+def test_the_p_value_by_hand(resampled, p):
+    assert statistics.p_value(np.array(resampled, dtype=np.float64)) == pytest.approx(p)
+
+
+def test_the_p_value_agrees_with_the_interval():
+    """It is below 0.05 if the 95 % interval excludes 0, and above it if the interval includes 0 well inside."""
+    for mean in np.linspace(-4, 4, 41):
+        resampled = np.random.default_rng(0).normal(mean, size=1000)
+        low, high = np.quantile(resampled, [0.024, 0.976])
+        p = statistics.p_value(resampled)
+        assert 2 / 1001 <= p <= 1 and (p < 0.05 or low <= 0 <= high)
+        low, high = np.quantile(resampled, [0.026, 0.974])
+        assert p > 0.05 or not low <= 0 <= high
+
+
+def test_holms_correction_by_hand():
+    # Smallest 0.005 * 4 = 0.02, then 0.01 * 3 = 0.03, 0.03 * 2 = 0.06, and 0.04 * 1, which may not be below 0.06.
+    found = statistics.holm(np.array([0.01, 0.04, 0.03, 0.005]))
+    assert found == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    nan = np.nan  # NaN is no test: 0.02 * 2, and 0.6 * 1
+    assert statistics.holm(np.array([nan, 0.6, 0.02, nan])) == pytest.approx([nan, 0.6, 0.04, nan], nan_ok=True)
+    assert statistics.holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
+    assert statistics.holm(np.array([])).shape == (0,)
+    fifteen = statistics.holm(np.full(15, 2 / 1001))  # the smallest p of 1,000 resamples passes in 15 languages
+    assert fifteen == pytest.approx([30 / 1001] * 15) and (fifteen < statistics.LEVEL).all()
+
+
+def test_holms_correction_keeps_the_order_and_makes_no_p_smaller():
+    random = np.random.default_rng(0)
+    for tests in range(1, 20):
+        p = random.uniform(1e-4, 1, tests).round(2).clip(1e-4)
+        found = statistics.holm(p)
+        assert ((found >= p) & (found > 0) & (found <= np.minimum(1, tests * p + 1e-12))).all()
+        assert (np.diff(found[np.argsort(p)]) >= 0).all()
+        for level in (0.01, 0.05, 0.3):  # the step-down procedure itself: stop at the first that does not pass
+            passed = 0
+            while passed < tests and np.sort(p)[passed] * (tests - passed) < level:
+                passed += 1
+            assert (found < level).sum() == passed
+
+
+def test_a_language_below_its_control_is_not_counted_as_above():
+    change = np.array([[0.0] * 8 + [9.0] * 8, [9.0] * 8 + [9.0] * 8, [1.0] * 16, [8.0] * 8 + [0.0] * 8])
+    keys = pl.DataFrame({"condition": [0, 1, 2, 3], "ablated": ["a", "a", "b", "b"], "control": [None, 0, 0, None]})
+    found = statistics.against_control(
+        change, np.ones(16, dtype=np.int64), ["a"] * 8 + ["b"] * 8, keys, ["a", "b"], 1000, seed=0
+    )
+    assert found["p_holm"].to_list() == pytest.approx([4 / 1001] * 2) and not found["above"].any()
+    assert found.columns[-4:] == ["p", "p_holm", "contrast_p", "contrast_p_holm"]
 
 
 def test_the_interval_against_the_control_pairs_the_texts():
@@ -518,6 +585,7 @@ def test_the_interval_against_the_control_pairs_the_texts():
     row = found.row(0, named=True)
     assert (row["excess_low"], row["excess_high"]) == pytest.approx((0.1, 0.1)) and row["above"]
     assert np.isnan(row["contrast"]) and not row["selective"]  # there is no other language
+    assert np.isnan([row["contrast_p"], row["contrast_p_holm"]]).all() and row["p_holm"] == row["p"] == 2 / 201
 
 
 def tokens_of(texts):
@@ -609,7 +677,7 @@ def test_the_tables_of_a_run(model, saes):
     assert statistics.figures(known, control, ["en", "fi"])["rows_above_zero"] == 1
     assert {
         "own_alone/layers.1", "others_alone/layers.2.mlp", "control_high/en", "languages_above_control",
-        "languages_selective",
+        "languages_selective", "languages_above_control_holm", "languages_selective_holm",
     } <= set(numbers)  # fmt: skip
 
 

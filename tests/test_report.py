@@ -449,10 +449,20 @@ def test_the_page_says_how_many_languages_are_above_the_control(html: str) -> No
     assert "own features cost it more than random latents in" not in html
     metrics = example.metrics()
     metrics["ablate"] |= {"languages_above_control": 6, "languages_selective": 0}
+    metrics["ablate"] |= {"languages_above_control_holm": 5, "languages_selective_holm": 0}
     text = " ".join(page.build(inputs(metrics=metrics)).split())
     count = len(inputs().languages)
     assert f"cost it more than random latents in 6 of {count} languages" in text
     assert f"more selective than that of random latents in 0 of {count}." in text
+    assert f"the two numbers are 5 of {count} and 0 of {count}." in text
+
+
+def test_the_page_says_which_limit_of_entropy_there_is(html: str) -> None:
+    assert "effective languages are counted" not in html
+    params = example.params()
+    params["score"]["max_entropy"] = 0.6931
+    text = " ".join(page.build(inputs(params=params)).split())
+    assert "belong to exactly one language and have at most 2.00 effective languages are counted" in text
 
 
 def test_shared_features_are_called_shared() -> None:

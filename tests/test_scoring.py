@@ -172,6 +172,30 @@ def test_lazy_categorical_and_empty_counts_give_the_same_columns() -> None:
     assert empty.is_empty() and empty.schema == plain.schema
 
 
+def test_max_entropy_cuts_exactly() -> None:
+    # Unit 0 fires in de alone (H = 0), unit 1 with P' = 5/6, 1/6 (H = 0.4506), unit 2 equally in both (H = ln 2).
+    rows = [
+        (0, 0, "de", 50, 10),
+        (0, 1, "de", 50, 10),
+        (0, 1, "en", 20, 5),
+        (0, 2, "de", 50, 10),
+        (0, 2, "en", 100, 20),
+    ]
+    frame = counts(*rows)
+    middle = -(5 / 6 * math.log(5 / 6) + 1 / 6 * math.log(1 / 6))
+
+    def units(limit: float | None) -> list[int]:
+        return sae_lape(frame, TOTALS, **PAPER, members=None, max_entropy=limit)["unit"].unique().sort().to_list()
+
+    assert units(None) == units(math.log(2)) == [0, 1, 2]
+    assert units(math.log(2) - 1e-9) == units(middle) == [0, 1]
+    assert units(middle - 1e-9) == units(0.0) == [0]
+    every = sae_lape(frame, TOTALS, **PAPER, members=None)
+    assert sae_lape(frame, TOTALS, **PAPER, members=None, max_entropy=None).equals(every)
+    kept = sae_lape(frame, TOTALS, **PAPER, members=None, max_entropy=middle)
+    assert kept.equals(every.filter(pl.col("unit") < 2))  # members, ranks and values of the others stay
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,6 +203,8 @@ def test_lazy_categorical_and_empty_counts_give_the_same_columns() -> None:
         ({"token_rate": -0.1}, "token_rate"),
         ({"ratio": 0.0}, "ratio"),
         ({"members": 0}, "members"),
+        ({"max_entropy": -0.1}, "max_entropy: -0.1 is not at least 0 nats"),
+        ({"max_entropy": math.nan}, "max_entropy"),
         ({"top": 0}, "top"),
         ({"order": "frequency"}, "allowed: entropy, probability"),
     ],

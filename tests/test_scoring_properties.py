@@ -23,6 +23,7 @@ arguments = st.fixed_dictionaries(
         "token_rate": RATES,
         "ratio": st.sampled_from([0.2, 0.5, 0.8, 1.0]),
         "members": st.integers(1, 3),
+        "max_entropy": st.none() | st.sampled_from([0.0, 0.5, math.log(2), 1.0]),
         "same_language": st.booleans(),
         "order": st.sampled_from(["entropy", "probability"]),
         "top": st.none() | st.integers(1, 3),
@@ -61,7 +62,8 @@ def naive_sae_lape(totals: Totals, cells: Cells, **kw: Any) -> dict[str, list[tu
             continue
         p = {name: c[name] / totals[name][0] for name in totals}
         members = [name for name in totals if p[name] >= kw["ratio"] * max(p.values())]
-        if len(members) == kw["members"]:
+        limit = math.inf if kw["max_entropy"] is None else round(kw["max_entropy"], 10)
+        if len(members) == kw["members"] and naive_entropy(list(p.values())) <= limit:
             for name in members:
                 found[name].append((*unit, p[name], naive_entropy(list(p.values()))))
     for name, rows in found.items():

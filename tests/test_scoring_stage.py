@@ -69,6 +69,9 @@ def test_features_and_metrics(score: Callable[[], None], caplog: pytest.LogCaptu
         "effective_languages": pytest.approx(math.exp(sum(entropy) / 3)),
         "effective_languages/en": pytest.approx(math.exp(sum(entropy[:2]) / 2)),
         "effective_languages/de": pytest.approx(math.exp(entropy[2])),
+        "effective_languages_median": pytest.approx(math.exp(sorted(entropy)[1])),
+        "effective_languages_median/en": pytest.approx((math.exp(entropy[0]) + math.exp(entropy[1])) / 2),
+        "effective_languages_median/de": pytest.approx(math.exp(entropy[2])),
     }
     table = [line.split() for line in caplog.messages if line.startswith(("language", "en", "all", "fi"))]
     assert table[1][:3] == ["en", "2", f"{metrics['effective_languages/en']:.2f}"]
@@ -79,6 +82,25 @@ def test_features_and_metrics(score: Callable[[], None], caplog: pytest.LogCaptu
     before = path.read_bytes(), Path("metrics/score.json").read_bytes()
     score()
     assert (path.read_bytes(), Path("metrics/score.json").read_bytes()) == before
+
+
+def test_max_entropy_leaves_out_features_and_nothing_else(
+    score: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score()
+    path, metrics = Path("data/scores/features.parquet"), Path("metrics/score.json")
+    all_features, before = pl.read_parquet(path), json.loads(metrics.read_text())
+    similar = Path("data/scores/similarity.parquet").read_bytes()
+    limit = all_features["entropy"].sort()[1]
+    params = config.load()
+    gated = params.model_copy(update={"score": params.score.model_copy(update={"max_entropy": limit})})
+    monkeypatch.setattr(config, "load", lambda: gated)
+    score()
+    kept = pl.read_parquet(path)
+    assert len(kept) == 2 and kept.drop("rank").equals(all_features.filter(pl.col("entropy") <= limit).drop("rank"))
+    after = json.loads(metrics.read_text())
+    assert after["features"] == 2 and after["shared_by/1"] == before["shared_by/1"] == 3
+    assert Path("data/scores/similarity.parquet").read_bytes() == similar
 
 
 def with_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +149,9 @@ def test_neurons_stand_behind_the_features_and_change_none(
             "neurons_effective_languages/en": pytest.approx(2**0.5),
             "neurons_effective_languages/de": pytest.approx(math.exp((mixed + math.log(2)) / 2)),
             "neurons_effective_languages": pytest.approx(math.exp((2 * math.log(2) + mixed) / 4)),
+            "neurons_effective_languages_median/en": pytest.approx((1 + 2) / 2),
+            "neurons_effective_languages_median/de": pytest.approx((math.exp(mixed) + 2) / 2),
+            "neurons_effective_languages_median": pytest.approx((math.exp(mixed) + 2) / 2),
     }  # fmt: skip
     assert metrics["neurons_mean_probability"] == pytest.approx((0.9 + 0.6 + 0.8 + 0.6) / 4)
     assert "no neurons: fi (a lower neurons.quantile" in caplog.text

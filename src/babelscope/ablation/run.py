@@ -230,10 +230,10 @@ def report(found: pl.DataFrame, control: pl.DataFrame, numbers: Mapping[str, flo
         stage.table(["alone", "own dNLL", "others' dNLL"], alone)
     log.info(
         "own %+.4f nats/token, others %.5f in mean absolute value (%+.5f in mean); diagonal largest in %d of %d rows "
-        "(its 95 %% interval above 0 in %d), %d columns; above the control in %s, selective beyond it in %s; "
-        "%.1f %% of whole passes computed",
+        "(its 95 %% interval above 0 in %d), %d columns; above the control in %s (%s after Holm), "
+        "selective beyond it in %s (%s); %.1f %% of whole passes computed",
         numbers["own"], numbers["others_abs"], numbers["others"],
         numbers["rows"], len(languages), numbers["rows_above_zero"], numbers["columns"],
-        numbers.get("languages_above_control", "-"), numbers.get("languages_selective", "-"),
+        *(numbers.get(f"languages_{key}{end}", "-") for key in ("above_control", "selective") for end in ("", "_holm")),
         100 * numbers["share_computed"],
     )  # fmt: skip

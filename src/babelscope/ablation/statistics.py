@@ -25,7 +25,10 @@ _CONTROL = (
     | dict.fromkeys(["contrast", "contrast_low", "contrast_high"], pl.Float64)
     | dict.fromkeys(["above", "selective", "decided"], pl.Boolean)
     | {"draws": pl.Int32}
+    | dict.fromkeys(["p", "p_holm", "contrast_p", "contrast_p_holm"], pl.Float64)
 )
+# A comparison counts after Holm's correction if its corrected p is below this.
+LEVEL = 0.05
 
 
 def tables(
@@ -74,6 +77,8 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
     """The key figures of `tables`, by flat key.
 
     Those of `selectivity`; `rows_above_zero`: number of rows in which the 95 % interval of the diagonal is above 0;
+    `languages_above_control`, `languages_selective`: number of languages that are `above` and `selective`; with
+    `_holm`: number of these whose `p_holm` or `contrast_p_holm` is below `LEVEL`;
     `nll_clean/<language>`; `own_alone/<hookpoint>`, `others_alone/<hookpoint>`: means over the cells of each hookpoint
     alone.
     """
@@ -88,6 +93,9 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
     if len(controls):
         numbers["languages_above_control"] = int(controls["above"].sum())
         numbers["languages_selective"] = int(controls["selective"].sum())
+        # A language far below its control has a small p, too: only those above it count.
+        for key, verdict, p in (("above_control", "above", "p_holm"), ("selective", "selective", "contrast_p_holm")):
+            numbers[f"languages_{key}_holm"] = controls.filter(pl.col(verdict), pl.col(p) < LEVEL).height
         numbers["control"] = float(controls["control"].mean())  # type: ignore[arg-type]
         for name, mean, upper in controls.select("language", "control", "control_high").iter_rows():
             numbers |= {f"control/{name}": mean, f"control_high/{name}": upper}
@@ -210,8 +218,9 @@ def against_control(
     draws), `others`, `control_others` (both on the texts in other languages), `excess`, `excess_low`, `excess_high`
     (own - control), `contrast`, `contrast_low`, `contrast_high` (own - others, less the control's); `above`,
     `selective`; `decided`: with `ENOUGH` texts both differences are more than `EARLY` standard deviations of their
-    resamples from 0, so that more texts or draws would hardly change the verdict; `draws`. A language without draws
-    has no row.
+    resamples from 0, so that more texts or draws would hardly change the verdict; `draws`; `p` (of `excess`) and
+    `contrast_p`, see `p_value`; `p_holm`, `contrast_p_holm`: the same after `holm` over all rows. NaN: no text to
+    compare. A language without draws has no row.
     """
     is_in = np.array(language, dtype=object) == np.array(languages, dtype=object)[:, None]
     rows: list[dict[str, object]] = []
@@ -251,8 +260,38 @@ def against_control(
             and (is_other.sum() >= ENOUGH or not is_other.any())
             and all(abs(x.mean()) > EARLY * x.std() for x in (excess, contrast) if np.isfinite(x).all()),
             "draws": len(draws),
+            "p": p_value(excess),
+            "contrast_p": p_value(contrast),
         })  # fmt: skip
-    return pl.DataFrame(rows, schema=_CONTROL)
+    found = pl.DataFrame(rows, schema=_CONTROL)
+    return found.with_columns(pl.Series(f"{name}_holm", holm(found[name].to_numpy())) for name in ("p", "contrast_p"))
+
+
+def p_value(resampled: Floats) -> float:
+    """The two-sided p-value of a difference of 0, from bootstrap resamples of the difference, `[resamples]`.
+
+    `min(1, 2 (1 + k) / (1 + resamples))`, k being the number of resamples at or below 0 or that of those at or above
+    0, whichever is smaller: the level at which the percentile interval starts to include 0 (Efron and Tibshirani 1993,
+    section 15.4). The 1 is for the observed sample (Davison and Hinkley 1997, section 4.2), so no p is 0: the smallest
+    is `2 / (1 + resamples)`. NaN if a resample is.
+    """
+    if np.isnan(resampled).any():
+        return float("nan")
+    tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return min(1.0, float(2 * (1 + tail) / (1 + len(resampled))))
+
+
+def holm(p: Floats) -> Floats:
+    """The p-values after Holm's correction (Holm 1979), `[tests]`, in the order of `p`.
+
+    The i-th smallest of m becomes the largest of `(m - j + 1) p_j` over `j <= i`, at most 1. Rejecting all below a
+    level then has at most that probability of any false rejection, however the tests depend on each other. NaN stays
+    NaN and does not count as a test.
+    """
+    order = np.argsort(p, kind="stable")[: len(p) - int(np.isnan(p).sum())]  # NaN is last
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
+    return adjusted
 
 
 def _means(

@@ -76,7 +76,8 @@ def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
     counts = pl.concat(
         [scan_table(paths.counts(name)).with_columns(hookpoint=pl.lit(name)) for name in params.hookpoints]
     )
-    candidates = sae_lape(counts, totals, **params.score.model_dump() | {"members": None, "top": None})
+    every = {"members": None, "max_entropy": None, "top": None}
+    candidates = sae_lape(counts, totals, **params.score.model_dump() | every)
     features = units(selected, candidates, params.languages, params.hookpoints, params.browse.shared)
     if selected.join(features, on=KEY, how="anti").height:
         raise UserError(

@@ -176,6 +176,7 @@ class Score(Section):
     token_rate: Share
     ratio: Annotated[float, Field(gt=0.0, le=1.0)]
     members: Positive
+    max_entropy: Annotated[float, Field(ge=0.0, le=100.0)] | None
     same_language: bool
     order: Literal["entropy", "probability"]
     top: Positive | None

@@ -10,7 +10,7 @@ Counts = pl.DataFrame | pl.LazyFrame
 
 # Decimals of entropies. Units with the same profile then tie, although their floating-point sums differ in the last
 # bit, and the tie is broken by (layer, unit) on every machine.
-_DECIMALS = 12
+DECIMALS = 12
 
 
 def columns(counts: Counts) -> list[str]:
@@ -122,5 +122,5 @@ def entropies(rows: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
     ascending = pl.col("probability").sort()
     share = ascending / ascending.sum()
     # 0 - x rather than -x: a unit of one language has entropy 0, not -0.
-    entropy = (0.0 - (share * share.log()).sum()).round(_DECIMALS)
+    entropy = (0.0 - (share * share.log()).sum()).round(DECIMALS)
     return rows.group_by(key).agg(entropy=entropy, peak=pl.col("probability").max())

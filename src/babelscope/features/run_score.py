@@ -29,11 +29,13 @@ def run(params: Config, paths: Paths) -> None:
     counts = [scan_counts(paths.counts(name), name) for name in params.hookpoints]
     section = params.score.model_dump()
     features = select(sae_lape(pl.concat(counts), totals, **section), counts, totals, "sae")
-    candidates = sae_lape(pl.concat(counts), totals, **section | {"members": None, "top": None})
+    every = {"members": None, "max_entropy": None, "top": None}
+    candidates = sae_lape(pl.concat(counts), totals, **section | every)
     shared = dict(candidates.unique(KEY).group_by("members").len().iter_rows())
     content = numbers(features, counts, params.languages, "features")
     content |= {f"shared_by/{k}": shared.get(k, 0) for k in range(1, len(params.languages) + 1)}
-    report(features, params.languages, "features", "a lower score.example_rate or token_rate finds more")
+    limit = "" if params.score.max_entropy is None else ", or a higher max_entropy,"
+    report(features, params.languages, "features", f"a lower score.example_rate or token_rate{limit} finds more")
     if params.neurons.hookpoints:
         neurons, units, counted = select_neurons(params.neurons, paths.neurons, totals)
         content |= numbers(neurons, counted, params.languages, "neurons") | {"neurons_counted": units}
@@ -100,7 +102,7 @@ def numbers(
     """How many units the languages own. Keys contain `what` the units are, except for means over features.
 
     `effective_languages` is e to the mean entropy: 1 for units that fire in one language, n for units that fire at the
-    same rate in n languages.
+    same rate in n languages. `effective_languages_median` is the median of e to the entropy.
     """
     layers = pl.concat([frame.select(pl.col("layer").unique()) for frame in counts]).collect(engine="in-memory")
     owned, units = summary(features, languages), features.unique(KEY)
@@ -115,8 +117,11 @@ def numbers(
     effective = "effective_languages" if what == "features" else f"{what}_effective_languages"
     if len(features):
         content[effective] = math.exp(features["entropy"].mean())  # type: ignore[arg-type]
+        content[f"{effective}_median"] = features["entropy"].exp().median()  # type: ignore[assignment]
     for language, entropy in owned.drop_nulls("mean_entropy").select("language", "mean_entropy").iter_rows():
         content[f"{effective}/{language}"] = math.exp(entropy)
+        median = features.filter(language=language)["entropy"].exp().median()
+        content[f"{effective}_median/{language}"] = median  # type: ignore[assignment]
     return content
 
 

@@ -19,6 +19,7 @@ def sae_lape(
     token_rate: float,
     ratio: float,
     members: int | None = 1,
+    max_entropy: float | None = None,
     same_language: bool = False,
     order: Order = "entropy",
     top: int | None = None,
@@ -35,8 +36,9 @@ def sae_lape(
        `texts`, the first condition is omitted.
     2. Members of u: the languages with P >= ratio * max_l P. Units with exactly `members` of them are selected: 1 gives
        language-specific features, k those shared by k languages (a row for each), None every candidate.
-    3. Rank within a language: by entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), ascending, or
-       by P(l, u), descending. Ties break by (layer, unit).
+       Units whose entropy H(u) = -sum_l P' ln P', P' = P / sum_l P (natural logarithm), is above `max_entropy` are left
+       out; exp(H) is the number of effective languages of a unit.
+    3. Rank within a language: by H(u), ascending, or by P(l, u), descending. Ties break by (layer, unit).
 
     Parameters
     ----------
@@ -48,6 +50,7 @@ def sae_lape(
     example_rate, token_rate: shares of texts and of tokens, 0 to 1. Paper: 0.98 and 0.1.
     ratio: share of the highest probability, above 0, at most 1. Paper: 0.5.
     members, same_language, order: see above. Paper: 1, False, entropy.
+    max_entropy: nats, at least 0, rounded to 12 decimals like H(u); None: no limit.
     top: units to keep per language (or per language and layer); None keeps all.
     per_layer: rank and cut within each layer.
 
@@ -61,7 +64,7 @@ def sae_lape(
     UserError: an argument is out of range, a column is missing, a language has no total, or a unit has two rows for
         one language.
     """
-    _check(example_rate, token_rate, ratio, members, order, top)
+    _check(example_rate, token_rate, ratio, members, max_entropy, order, top)
     rates.require(counts, ["layer", "unit", "language", "tokens"], "counts")
     texts = ["texts"] if "texts" in rates.columns(counts) else []
     totals = rates.check_totals(totals, *texts)
@@ -71,7 +74,7 @@ def sae_lape(
     for rows in rates.by_layer(counts, [*key, "language", "tokens", *texts]):
         rows = _candidates(rows, limits, key, same_language)
         rates.check_once(rows, key)
-        parts.append(_belonging(rates.probabilities(rows, totals), key, ratio, members))
+        parts.append(_belonging(rates.probabilities(rows, totals), key, ratio, members, max_entropy))
     return _ranked(pl.concat(parts), totals, key, order, top, per_layer)
 
 
@@ -95,13 +98,16 @@ def summary(features: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
 
 
 def _check(
-    example_rate: float, token_rate: float, ratio: float, members: int | None, order: str, top: int | None
-) -> None:
+    example_rate: float, token_rate: float, ratio: float, members: int | None, max_entropy: float | None, order: str,
+    top: int | None,
+) -> None:  # fmt: skip
     rates.check_shares(example_rate=example_rate, token_rate=token_rate)
     if not 0 < ratio <= 1:  # at 0 every language would be a member of every unit
         raise UserError(f"ratio: {ratio} is not above 0 and at most 1")
     if members is not None and members < 1:
         raise UserError(f"members: {members} is not at least 1")
+    if max_entropy is not None and not max_entropy >= 0:
+        raise UserError(f"max_entropy: {max_entropy} is not at least 0 nats (none: no limit)")
     if order not in ("entropy", "probability"):
         raise UserError(f"order: {order!r}; allowed: entropy, probability")
     if top is not None and top < 1:
@@ -131,10 +137,18 @@ def _candidates(rows: pl.DataFrame, limits: pl.DataFrame, key: list[str], same_l
     return rows.drop("_tokens", "_texts", strict=False)
 
 
-def _belonging(rows: pl.DataFrame, key: list[str], ratio: float, members: int | None) -> pl.DataFrame:
-    """The rows (unit, member language) of the units with exactly `members` member languages; None: with any number."""
+def _belonging(
+    rows: pl.DataFrame, key: list[str], ratio: float, members: int | None, max_entropy: float | None
+) -> pl.DataFrame:
+    """The rows (unit, member language) of the units with exactly `members` member languages; None: with any number.
+
+    Without the units above `max_entropy`.
+    """
+    units = rates.entropies(rows, key)
+    if max_entropy is not None:
+        units = units.filter(pl.col("entropy") <= round(max_entropy, rates.DECIMALS))
     return (
-        rows.join(rates.entropies(rows, key), on=key)
+        rows.join(units, on=key)
         .filter(pl.col("probability") >= ratio * pl.col("peak"))
         .with_columns(members=pl.len().over(key).cast(pl.Int64))
         .filter(True if members is None else pl.col("members") == members)

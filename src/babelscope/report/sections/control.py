@@ -26,9 +26,13 @@ language’s own features.</p>"""
     result = prose(
         """<p>A language’s own features cost it more than random latents in {above} languages. Their effect is more
 selective than that of random latents in {selective}. For the other languages, the ΔNLL above shows no more than that
-latents which fire often were removed.</p>""",
+latents which fire often were removed.</p>
+<p>One of many intervals can lie above 0 by chance. After Holm’s correction, which holds the probability of one or more
+such errors among all languages at 5&nbsp;%, the two numbers are {above_holm} and {selective_holm}.</p>""",
         above=of_languages(inputs, "languages_above_control"),
         selective=of_languages(inputs, "languages_selective"),
+        above_holm=of_languages(inputs, "languages_above_control_holm"),
+        selective_holm=of_languages(inputs, "languages_selective_holm"),
     )
     text = [caption] if inputs.figure("ablate", "languages_above_control") is None else [caption, result]
     picture = Picture("control", "Own features compared with random latents", chart(frame), text)
