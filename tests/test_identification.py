@@ -159,7 +159,7 @@ def test_fasttext_is_restricted_to_the_languages_that_it_can_tell_apart() -> Non
     assert lid.predict(texts)["predicted"].to_list()[:2] == ["de", "pt"]
     assert lid.predict(texts, known)["predicted"].to_list()[1] == "pt-BR"
     assert set(lid.predict(texts, known)["predicted"]) <= {"pt-BR", "nb"}
-    with pytest.raises(UserError, match="none of the languages"):
+    with pytest.raises(UserError, match="fastText knows none of them"):
         lid.predict(texts, {})
 
 
