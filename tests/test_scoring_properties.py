@@ -57,7 +57,8 @@ def naive_sae_lape(totals: Totals, cells: Cells, **kw: Any) -> dict[str, list[tu
         if not any(c.values()):
             continue
         many = {name for name, (t, _) in totals.items() if c[name] > int(kw["token_rate"] * t)}
-        wide = {name for name, (_, n) in totals.items() if e[name] >= int(kw["example_rate"] * n)}
+        rate = kw["example_rate"]
+        wide = {name for name, (_, n) in totals.items() if e[name] >= (max(1, int(rate * n)) if rate else 0)}
         if not (many & wide if kw["same_language"] else many and wide):
             continue
         p = {name: c[name] / totals[name][0] for name in totals}
