@@ -22,7 +22,7 @@ from babelscope.sae.kernels import triton_kernels as kernels  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _used_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("step", "topk", "learner"):
+    for module in ("training.step", "kernels.topk", "training.learner"):
         monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: kernels)
     monkeypatch.setattr("babelscope.sae.kernels.topk._suits_groups", lambda *_: False)
 
@@ -130,7 +130,7 @@ def test_other_steps_are_as_without_the_kernels(
         return [step.loss.detach(), *(getattr(sae, name).grad for name in WEIGHTS)]
 
     found = gradients()
-    for module in ("step", "topk"):
+    for module in ("training.step", "kernels.topk"):
         monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: None)
     for a, b in zip(found, gradients(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
