@@ -79,7 +79,7 @@ def test_every_number_that_is_shown_twice(caplog: pytest.LogCaptureFixture) -> N
     agree(
         [headline[1], told[4], figures["ΔNLL of the language itself, nats/token"], in_line[0], str(logged["own"])], own
     )
-    signed = next(key for key in figures if key.startswith("mean size of the ΔNLL of other languages"))
+    signed = next(key for key in figures if key.startswith("mean absolute ΔNLL of other languages"))
     agree([headline[2], told[5], figures[signed], in_line[1], str(logged["others_abs"])], others)
     agree([signed.rpartition(" ")[2], in_line[2], str(logged["others"])], ablate["others"])
     assert others > abs(ablate["others"])  # the example tells them apart

@@ -39,7 +39,7 @@ def repo(tmp_path, monkeypatch):
 
 def train(pause=0.0, between=None):
     """What the stage does: ten steps, logged, and the end; `between` happens after half of them."""
-    with training.training_run("x", stage=STAGE, fingerprint="f" * 32, params=PARAMS) as run:
+    with training.TrainingRun("x", stage=STAGE, fingerprint="f" * 32, params=PARAMS) as run:
         for step in range(1, 11):
             run.log(step, {"loss": 1 / step})
             time.sleep(pause)

@@ -13,7 +13,7 @@ from babelscope import config
 from babelscope.core import stage
 from babelscope.core.files import write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
-from babelscope.tracking.training import training_run
+from babelscope.tracking.training import TrainingRun
 
 STEPS = range(0, 100, 10)
 TEXTS = Path("data/corpus/texts.parquet")
@@ -88,7 +88,7 @@ def train(params: config.Config, hookpoint: str) -> None:
     key = fingerprint(name, knobs, {str(TEXTS): dvc_md5(TEXTS)})
     die = os.environ.get("TOY_DIE", "") == hookpoint
     rows = []
-    with training_run(params.track.experiment, stage=name, fingerprint=key, params=knobs) as run:
+    with TrainingRun(params.track.experiment, stage=name, fingerprint=key, params=knobs) as run:
         for step in STEPS:
             time.sleep(float(os.environ.get("TOY_SECONDS", "0")) / len(STEPS))
             if die and step == 50:

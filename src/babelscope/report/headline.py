@@ -53,7 +53,7 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
          plain(inputs.figure("score", "effective_languages"), 2)),
         ("mean FVU (fraction of variance unexplained)", plain(mean_fvu(inputs), 3)),
         ("ΔNLL of the language itself, nats/token", own),
-        (f"mean size of the ΔNLL of other languages, nats/token; with its sign: {signed}", others),
+        (f"mean absolute ΔNLL of other languages, nats/token; with its sign: {signed}", others),
         (f"languages whose features affect no other language more; languages that no other language’s features affect "
          f"more: {of['columns']}", of["rows"]),
         ("languages whose own ΔNLL has a 95\u00a0% interval above 0", of["rows_above_zero"]),
@@ -69,6 +69,6 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
 
 
 def _effects(inputs: ReportInputs) -> tuple[str, str]:
-    """Own dNLL, and the mean size of the others'."""
+    """Own dNLL, and the mean absolute value of the others'."""
     own, others = (inputs.figure("ablate", key) for key in ("own", "others_abs"))
     return significant(own, sign=True), significant(others, digits=2)

@@ -165,7 +165,7 @@ def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
     if {"own", "others_abs"} <= set(ablate):
         sentences.append(
             f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
-            f" each other language's by {significant(ablate['others_abs'], digits=2)} in mean size."
+            f" each other language's by {significant(ablate['others_abs'], digits=2)} on average (absolute value)."
         )
     # Quoted as code: MLflow shows a note as Markdown, in which a name could load an image.
     model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())

@@ -140,9 +140,6 @@ class TrainingRun:
             opened.conclude(self._run_id, self._keys["dvc.stage"], output_md5)
 
 
-training_run = TrainingRun
-
-
 def training_name(stage: str, params: Mapping[str, Any]) -> str:
     """A name that tells trainings apart, e.g. `layers.6.mlp gemma-3-270m k=32 latents=4608`."""
     return f"{stage.partition('@')[2] or stage} {describe(params)}".strip()
