@@ -18,10 +18,11 @@ less reliably.</p>"""
     )
     terms = prose(
         """<p>L0 is the number of latents that are active per token; a dead latent never is. Recovered: how much of the
-model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros). Found again: the share of features that a second SAE, trained with another seed, has as well, by the direction
-of the decoder; in brackets the same share of latents that fire at least as often but are not selected for any single
-language. Matched: the stricter share of features whose partner in the second SAE, if each latent has at most one, has
-a similar decoder and a similar encoder direction.</p>"""
+model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros). Found
+again: the share of features that a second SAE, trained with another seed, has as well, by the direction of the decoder;
+in brackets the same share of latents that fire at least as often but are not selected for any single language.
+Matched: the stricter share of features whose partner in the second SAE, if each latent has at most one, has a similar
+decoder and a similar encoder direction.</p>"""
     )
     frame = fvu_by_language(inputs)
     text: list[Block | Picture] = [caption, table(inputs), terms]
