@@ -139,6 +139,18 @@ def similarity() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=["language", "other", "units", "jaccard"], orient="row")
 
 
+def sharing() -> pl.DataFrame:
+    """Translations share more than random pairs, less in later layers, and more in Spanish and Portuguese."""
+    rows = [
+        (at, layer, a, b, 40, 0.3 - 0.02 * place + (0.1 if {a, b} == {"es", "pt-BR"} else 0.0), 0.1, 0.25)
+        for place, (at, layer) in enumerate(zip(HOOKPOINTS, LAYERS, strict=True))
+        for i, a in enumerate(LANGUAGES)
+        for b in LANGUAGES[i + 1 :]
+    ]
+    names = ["hookpoint", "layer", "language", "other", "groups", "translations", "random", "typology"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
 def generations() -> pl.DataFrame:
     """Four texts a language and strength, and four without; German succeeds at 8."""
     rows: list[tuple[Any, ...]] = [(None, None, None, 1.8, 0.95, None)] * 4
@@ -165,6 +177,7 @@ def metrics() -> dict[str, dict[str, Any]]:
         "score": {"features": features().height} | {f"shared_by/{k}": 100 - k for k in range(1, 16)},
         "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5,
                       f"features_matched_share/{HOOKPOINTS[-1]}": 0.4375},
+        "sharing": {f"first_component/{at}": 0.9 - 0.1 * i for i, at in enumerate(HOOKPOINTS)},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
         "steer": {"success": 0.1, "success_unsteered": 0.0} | {f"success_unsteered/{name}": 0.0 for name in LANGUAGES},
@@ -189,6 +202,8 @@ def write(root: Path) -> None:
     control().write_parquet(root / "data/ablation/control.parquet")
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
+    (root / "data/sharing").mkdir()
+    sharing().write_parquet(root / "data/sharing/pairs.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
     for hookpoint in HOOKPOINTS:
         (root / "data/sae" / hookpoint).mkdir(parents=True)

@@ -33,6 +33,7 @@ from babelscope.report.sections import (
     layers,
     own,
     quality,
+    sharing,
     similarity,
     steering,
 )
@@ -47,6 +48,7 @@ def inputs(**changes: Any) -> ReportInputs:
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
         control=example.control(), confusion=example.confusion(), generations=example.generations(),
         similarity=example.similarity(),
+        sharing=example.sharing(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -241,6 +243,18 @@ def test_confusion_is_in_shares_of_a_languages_texts() -> None:
     assert identification.confusion(inputs(confusion=example.confusion().clear())).is_empty()
 
 
+def test_translations_share_latents_by_layer_and_relation() -> None:
+    frame = sharing.by_layer(inputs())
+    assert frame["layer"].to_list() == [str(layer) for layer in example.LAYERS]
+    assert frame["random"].to_list() == pytest.approx([0.1] * len(frame))
+    assert sharing.steered(frame) == (example.HOOKPOINTS[4], "0.50")
+    means = sharing.by_relation(inputs())
+    assert means["same branch"] > means["neither"] == pytest.approx(means["same script, other branch"])
+    assert sharing.pairs(inputs()).rows[0][:2] == ["pt-BR", "es"]
+    assert sharing.section(inputs(sharing=None)) is None
+    assert sharing.section(inputs(sharing=example.sharing().clear())) is None
+
+
 def test_languages_that_are_alike_stand_side_by_side() -> None:
     frame = similarity.similarity(inputs())
     order = frame["language"].unique(maintain_order=True).to_list()
@@ -347,7 +361,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert (
         charts_
         == set(specs)
-        == {"features", "ablation", "own", "control", "layers", "similarity", "confusion", "steering", "fvu"}
+        == {"features", "ablation", "own", "control", "layers", "similarity", "sharing", "confusion", "steering", "fvu"}
     )
     assert all(spec["description"] for spec in specs.values())
 
@@ -362,7 +376,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 18
+    assert len({table.caption for table in tables}) == len(tables) == 20
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -424,7 +438,7 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
 
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
-        inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None)
+        inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None, sharing=None)
     )
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert 'id="layers"' not in html and "<dt>ΔNLL of the language itself, nats/token</dt><dd>–</dd>" in html

@@ -26,6 +26,7 @@ class Paths:
         self.features = self.data / "scores/features.parquet"  # score: the selected features
         self.similarity = self.data / "scores/similarity.parquet"  # score: how many features languages share
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
+        self.sharing = self.data / "sharing/pairs.parquet"  # sharing: latents that texts share with translations
         self.identification = self.data / "identify"  # identify: the tables `predictions` and `confusion`
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
         self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts

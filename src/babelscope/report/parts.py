@@ -19,6 +19,7 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "language strength control nll distinct_2 success",
     "similarity": "language other units jaccard",
+    "sharing": "hookpoint layer language other groups translations random typology",
 }
 
 
@@ -47,6 +48,7 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    sharing: pl.DataFrame | None = None
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
