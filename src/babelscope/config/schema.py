@@ -118,6 +118,7 @@ class Train(Section):
     decay: Share
     encoder_scale: Factor
     aux_k_coefficient: Amount
+    weight_decay: Amount
     dead_after: Positive | None
     log_every: Positive
 
