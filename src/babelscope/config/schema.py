@@ -282,6 +282,7 @@ class Track(Section):
     """Where the runs go in MLflow."""
 
     experiment: Name
+    live_after: Amount
 
 
 class Hardware(Section):
