@@ -11,10 +11,11 @@ import stand_ins
 import torch
 
 from babelscope import cli, config
+from babelscope.core import terminal
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.models import hookpoints
-from babelscope.playground import listing, sentence, terminal
+from babelscope.playground import listing, sentence
 from babelscope.playground.reading import Reader
 
 TURKISH = stand_ins.text("tr", 5, 4, "playground")

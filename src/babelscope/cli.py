@@ -62,6 +62,13 @@ def serve(host: str, port: int) -> None:
     server.main(host, port)
 
 
+def compare(first: str, second: str, hookpoints: list[str], cosine: float, html: Path) -> None:
+    """Compare two SAEs or folders of SAEs (a table), or two git revisions or DVC experiments (a page)."""
+    from babelscope.compare import command
+
+    command.main(first, second, hookpoints, cosine, html)
+
+
 def completion(shell: str) -> None:
     """Print the script that lets a shell complete this command."""
     import sys
@@ -91,6 +98,17 @@ def parser() -> argparse.ArgumentParser:
     command = add("features", features, "tr --number 20")
     command.add_argument("language", help="one of params.yaml's languages")
     command.add_argument("--number", type=int, default=10, metavar="N", help="how many features (default: 10)")
+    command = add(
+        "compare", compare, "data/sae data/sae_again (two folders), or: compare HEAD~1 workspace (two states)"
+    )
+    command.add_argument("first", help="folder or hub id of SAEs; or a git revision, a DVC experiment, or 'workspace'")
+    command.add_argument("second", help="the same kind as the first")
+    command.add_argument("--hookpoint", action="append", default=[], dest="hookpoints", metavar="NAME",
+                         help="of SAEs: a hookpoint to compare; repeatable (default: all of both)")  # fmt: skip
+    command.add_argument("--cosine", type=float, default=0.7, metavar="C",
+                         help="of SAEs: latents are matched from this cosine on (default: 0.7)")  # fmt: skip
+    command.add_argument("--html", type=Path, default=Path("reports/compare.html"), metavar="FILE",
+                         help="of states: the page to write (default: reports/compare.html)")  # fmt: skip
     command = add("serve", serve, "--port 8001")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     command.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")

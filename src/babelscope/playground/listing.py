@@ -12,7 +12,7 @@ from babelscope.config import Config
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
-from babelscope.playground.terminal import aligned
+from babelscope.core.terminal import aligned
 from babelscope.report.numbers import plain
 from babelscope.report.parts import layer_labels
 

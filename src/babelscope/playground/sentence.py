@@ -7,9 +7,9 @@ from pathlib import Path
 from babelscope import config
 from babelscope.core.files import write_atomically
 from babelscope.core.paths import Paths
+from babelscope.core.terminal import aligned
 from babelscope.playground import page
 from babelscope.playground.reading import Reader, Reading
-from babelscope.playground.terminal import aligned
 
 # Features named on a token, and languages named with their scores.
 _FEATURES, _LANGUAGES = 4, 3
