@@ -29,8 +29,8 @@ def run(params: Config, paths: Paths) -> None:
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
-        "features_by_layer": counts.rename({"value": "features"}),
-        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest"),
+        "features_by_layer": counts.rename({"value": "features"}).drop("href"),
+        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest", "href"),
     }
     files = {
         "report.html": page.build(inputs).encode(),
