@@ -96,11 +96,7 @@ def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
     layers = []
     for row, (style, shape, _) in zip(rows, entries, strict=True):
         base = alt.Chart(alt.Data(values=[row])).encode(x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)])))
-        mark = (
-            base.mark_rect(style=style, width=16, height=9)
-            if shape == "bar"
-            else base.mark_point(style=style, shape=shape, filled=True, size=56, opacity=1)
-        )
+        mark = base.mark_point(style=style, shape=shape, filled=True, size=56, opacity=1)
         layers += [mark, base.mark_text(align="left", dx=14, fontSize=12, aria=False).encode(text="text:N")]
     return alt.layer(*layers).properties(width=sum(width), height=18)
 
@@ -130,7 +126,7 @@ def cells(base: alt.Chart, name: str, scale: alt.Scale, text: str = "text:N") ->
 
 def heat_map(
     frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, axis: str = "layer",
-    step: int = 56, zero: bool = True,
+    step: int | None = None, zero: bool = True,
 ) -> alt.LayerChart:  # fmt: skip
     """Languages x layers (or another column, `axis`) with the values written into the cells.
 
@@ -152,7 +148,12 @@ def heat_map(
     if "href" in frame.columns:
         base = base.encode(href="href:N")
     result = alt.layer(*cells(base, name, ramp(frame, zero)), name=name, description=description)
-    return result.properties(width=alt.Step(step), height=alt.Step(26))
+    return result.properties(width=alt.Step(step or column_width(len(columns))), height=alt.Step(26))
+
+
+def column_width(columns: int) -> int:
+    """The width of a column of a heat map in pixels: few columns are wide, so that the chart fills its place."""
+    return max(44, min(84, 500 // max(1, columns)))
 
 
 def beside(*charts: Any, description: Any = alt.Undefined) -> alt.HConcatChart:

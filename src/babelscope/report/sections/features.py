@@ -115,11 +115,11 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         x=charts.bands("layer", totals["layer"], title="layer"),
         y=alt.Y("value:Q", axis=alt.Axis(title="all languages", tickCount=3), scale=alt.Scale(zero=True, nice=True)),
         tooltip=charts.tips("hookpoint:N", ("value:Q", "features")),
-        href="href:N",
     )
     texts = [base.mark_text(style=style, dy=-11, aria=False).encode(text="value:Q") for style in ("halo", "value")]
-    lines = base.mark_line(style="own", strokeWidth=2), base.mark_point(style="own", size=36, filled=True, opacity=1)
-    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(width=alt.Step(56), height=110)
+    points = base.mark_point(style="own", size=36, filled=True, opacity=1).encode(href="href:N")
+    lines = base.mark_line(style="own", strokeWidth=2), points
+    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(width=alt.Step(charts.column_width(len(totals))), height=110)
     return charts.below(cells, below, description=text)
 
 

@@ -106,7 +106,7 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         base.mark_point(style="random", shape="cross", filled=True, size=36, **below).encode(x="random:Q"),
     ]
     has_random, has_bits = bool(frame["random"].count()), bool(frame["bits"].count())
-    marks = [("own", "bar", "itself, with 95 % interval"), ("others", "diamond", "others, mean and range")]
+    marks = [("own", "square", "itself, with 95 % interval"), ("others", "diamond", "others, mean and range")]
     marks += [("random", "cross", "itself, random latents removed")] if has_random else []
     nats = alt.layer(
         base.mark_bar(style="own", height=9, **above).encode(x=alt.X("own:Q", axis=axis)),
