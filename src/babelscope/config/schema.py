@@ -256,6 +256,8 @@ class Browse(Section):
     tokens: Size
     ablated: Annotated[int, Field(ge=0, le=2**26)]
     ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
+    train_tokens: Size | None
+    selected: Size | None
     shared: Annotated[int, Field(ge=0, le=2**26)] | None
 
 
