@@ -16,20 +16,22 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = means(inputs)
     if frame.is_empty():
         return None
+    result = prose(
+        """<p>Five features or fewer reach half of the effect of all in {five} languages, ten or fewer in {ten}.</p>""",
+        five=of_languages(inputs, "languages_half_by/5"),
+        ten=of_languages(inputs, "languages_half_by/10"),
+    )
     caption = prose(
         """<p>The features of each language are ranked by their own effect: how much more the language loses than the
 others if the feature alone is removed, estimated on texts from which the features were selected. Here the first few of
 them are removed together from held-out texts. Line: the mean ΔNLL of the languages themselves, with its 95&nbsp;%
 interval; diamonds: that of other languages; crosses: the languages themselves without random latents that fire at least
-as often as these few features.</p>
-<p>Five features or fewer reach half of the effect of all in {five} languages, ten or fewer in {ten}. All numbers of
-features are compared on the same texts, a part of those of the matrix, so “all” may differ from the figures
-above.</p>""",
-        five=of_languages(inputs, "languages_half_by/5"),
-        ten=of_languages(inputs, "languages_half_by/10"),
+as often as these few features. All numbers of features are compared on the same texts, a part of those of the matrix,
+so “all” may differ from the figures above.</p>"""
     )
-    picture = Picture("curve", "ΔNLL over the number of features removed", chart(frame), [caption])
-    return Section("curve", "How few", "How few features carry a language", [picture, table(inputs)])
+    picture = Picture("curve", "ΔNLL over the number of features removed", chart(frame), [result, caption])
+    title = f"Five features or fewer have half of the effect in {of_languages(inputs, 'languages_half_by/5')} languages"
+    return Section("curve", "How few", title, [picture, table(inputs)])
 
 
 def rows(inputs: ReportInputs) -> pl.DataFrame:
@@ -53,7 +55,7 @@ def means(inputs: ReportInputs) -> pl.DataFrame:
     return mean.with_columns(pl.Series(end, values, pl.Float64) for end, values in ends.items())
 
 
-def chart(frame: pl.DataFrame) -> alt.LayerChart:
+def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """`means` over the number of features."""
     titles = {"own": "itself", "low": "95 % from", "high": "95 % to", "others": "others", "control": "random latents"}
     base = alt.Chart(charts.data(frame)).encode(
@@ -65,13 +67,16 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
     axis = alt.Axis(title="ΔNLL, nats/token", grid=True, tickCount=5)
     # A layer without data would leave the axis without an extent.
     random = [base.mark_point(style="random", shape="cross", filled=True, size=44).encode(y="control:Q")]
-    return alt.layer(
+    has_random = frame["control"].count() > 0
+    plot = alt.layer(
         base.mark_area(style="area").encode(y=alt.Y("low:Q", axis=axis), y2="high:Q"),
         base.mark_line(style="own", point=True).encode(y="own:Q"),
-        *(random if frame["control"].count() else []),
+        *(random if has_random else []),
         base.mark_point(style="others", shape="diamond", filled=True, size=44).encode(y="others:Q"),
-        description="Change of NLL over the number of features removed; the table below holds the figures.",
-    ).properties(width=300, height=240)
+    ).properties(width=480, height=260)
+    entries = [("own", "circle", "itself"), ("others", "diamond", "others"), ("random", "cross", "random latents")]
+    text = "Change of NLL over the number of features removed; the table below holds the figures."
+    return charts.below(plot, charts.legend(*entries[: 2 + has_random]), description=text)
 
 
 def table(inputs: ReportInputs) -> Table:

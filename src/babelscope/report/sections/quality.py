@@ -6,12 +6,12 @@ import polars as pl
 
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, percent
-from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 
 
 def section(inputs: ReportInputs) -> Section:
     """FVU by language and layer, and the figures of every SAE."""
-    caption = prose(
+    caption = how_to_read(
         """<p>FVU is the fraction of the activations’ variance that the SAE leaves unexplained: 0 is perfect, 1 is no
 better than the mean. The activations of a language with a high FVU are described less well, so its features are found
 less reliably.</p>"""
@@ -30,8 +30,19 @@ latent has at most one, has a similar decoder and a similar encoder direction.</
         description = "Fraction of variance that the SAEs leave unexplained; the table holds the same figures."
         chart = charts.heat_map(frame, name="fvu", title="FVU", decimals=2, zero=False, description=description)
         by_language = Table.grid("FVU per language and hookpoint", frame, 3, "FVU per language and layer")
-        text = [Picture("fvu", "FVU per language and layer", chart, [caption, table(inputs), terms]), by_language]
-    return Section("quality", "SAE quality", "How well the autoencoders describe the activations", text)
+        text = [Picture("fvu", "FVU per language and layer", chart, [table(inputs), terms, caption]), by_language]
+    return Section("quality", "SAE quality", finding(inputs), text)
+
+
+def finding(inputs: ReportInputs) -> str:
+    """How much variance the SAEs leave unexplained."""
+    mean = mean_fvu(inputs)
+    if mean is None:
+        return "How well the autoencoders describe the activations"
+    recovered = [inputs.figure("quality", f"loss_recovered/{hookpoint}") for hookpoint in inputs.hookpoints]
+    worst = min((value for value in recovered if value is not None), default=None)
+    end = "" if worst is None else f" and recover at least {percent(worst, 0)} of the model’s loss"
+    return f"The autoencoders leave {percent(mean)} of the activations’ variance unexplained{end}"
 
 
 def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
