@@ -33,9 +33,10 @@ def assert_alike(
 ) -> None:
     """Loaded from the same files by us, it encodes and decodes to what the peer found, to 1e-5 of the largest value."""
     sae = load(folder / whose / (place or name))
-    values, indices = sae.encode(load_file(folder / "x.safetensors")[str(sae.d_in)])
+    x = load_file(folder / "x.safetensors")[str(sae.d_in)]
+    values, indices = sae.encode(x)
     z, y = (results[f"{whose}.{name}.{what}"] for what in ("z", "y"))
     assert int((z > 0).sum()) > 50
-    ours = torch.zeros_like(z).scatter_add(1, indices, values), sae.decode(values, indices)
+    ours = torch.zeros_like(z).scatter_add(1, indices, values), sae.reconstruct(x, values, indices)
     for mine, found in zip(ours, (z, y), strict=True):
         torch.testing.assert_close(mine, found, rtol=0.0, atol=1e-5 * float(found.abs().max()))

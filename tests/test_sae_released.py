@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,22 @@ from babelscope.core.errors import UserError
 from babelscope.sae.checkpoint import load
 
 D, N = 16, 64
-# SAELens' loader, and the repository for which it has one.
-LAYOUTS = {"gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res"), "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base")}
+# SAELens' loader, the repository, and the folder or file in it.
+LAYOUTS = {
+    "gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_9"),
+    "gemma-scope-transcoder": ("gemma_2_transcoder", "x/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_7"),
+    "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base", "Llama3_1-8B-Base-L3R-8x"),
+    "gemma-scope-2": ("gemma_3", "x/gemma-scope-2-270m-pt", "resid_post_all/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-attention": ("gemma_3", "x/gemma-scope-2-270m-pt", "attn_out/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-transcoder": ("gemma_3", "x/gemma-scope-2-270m-pt", "transcoder/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-skip": ("gemma_3", "x/gemma-scope-2-270m-pt", "transcoder_all/layer_3_width_16k_l0_small_affine"),
+    "qwen-scope": ("qwen_scope", "x/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5", "layer3.sae.pt"),
+    "goodfire": ("goodfire", "Goodfire/Llama-3.1-8B-Instruct-SAE-l19", "Llama-3.1-8B-Instruct-SAE-l19.pth"),
+    "qresearch": ("deepseek_r1", "x/DeepSeek-R1-Distill-Llama-8B-SAE-l19", "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt"),
+    "mwhanna": ("mwhanna_transcoder", "mwhanna/qwen3-4b-transcoders", "layer_3.safetensors"),
+}
+# circuit-tracer's loader, and the file's tensors besides the four of every transcoder.
+TRACED = {"relu": [], "skip": ["W_skip"], "jumprelu": ["activation_function.threshold"]}
 DICTIONARIES = {
     "relu": ("dictionary", "AutoEncoder", {}),
     "topk": ("trainers.top_k", "AutoEncoderTopK", {"k": 4}),
@@ -31,28 +46,54 @@ SAELENS_SIDE = """
 import json, sys
 from pathlib import Path
 import sae_lens, torch
+from huggingface_hub.utils import EntryNotFoundError
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from safetensors.torch import load_file, save_file
 
 folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
 def local(repo_id, filename, subfolder="", **_):
-    return str(folder / "theirs" / subfolder / filename)
+    path = folder / "theirs" / repo_id / subfolder / filename
+    if not path.exists():
+        raise EntryNotFoundError(str(path))
+    return str(path)
 loaders.hf_hub_download = local
-x, results = load_file(folder / "x.safetensors")["16"], {}
-for name, (loader, repo) in layouts.items():
-    place = {"gemma-scope": "gemma-scope/layer_3/width_16k/average_l0_9"}.get(name, name)
-    cfg, state, _ = getattr(loaders, loader + "_sae_huggingface_loader")(
-        repo, place, "cpu", cfg_overrides={"d_in": 16, "d_sae": 64, "dtype": "float32"})
+loaders.get_safetensors_tensor_shapes = lambda repo, name: {
+    key: list(value.shape) for key, value in load_file(local(repo, name)).items()}
+results = {}
+for name, (loader, repo, place) in layouts.items():
+    module, sizes = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader], {"d_in": 16, "d_sae": 64, "dtype": "float32"}
+    if "transcoder" in loader:
+        sizes["d_out"] = 16
+    cfg, state, _ = module(repo, place, "cpu", cfg_overrides={"dtype": "float32"} if loader == "gemma_3" else sizes)
     cfg = loaders.handle_config_defaulting(cfg)
     sae = sae_lens.SAE.from_dict(cfg)
     sae.process_state_dict_for_loading(state)
     sae.load_state_dict(state)
     if cfg["normalize_activations"] == "expected_average_only_in":
-        about = json.loads((folder / "theirs" / name / "hyperparams.json").read_text())
+        about = json.loads(Path(local(repo, "hyperparams.json", place)).read_text())
         sae.fold_activation_norm_scaling_factor(16**0.5 / about["dataset_average_activation_norm"]["in"])
+    x = load_file(folder / "x.safetensors")[str(sae.cfg.d_in)]
+    if sae.cfg.reshape_activations == "hook_z":  # it takes activations by head
+        sae.turn_off_forward_pass_hook_z_reshaping()
     with torch.no_grad():
-        z = sae.encode(x)
-        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = z, sae.decode(z)
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = sae.encode(x), sae(x)
+save_file(results, folder / "results.safetensors")
+"""
+
+TRACER_SIDE = """
+import json, sys
+from pathlib import Path
+import torch
+from circuit_tracer.transcoder import single_layer_transcoder as tracer
+from safetensors.torch import load_file, save_file
+
+folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
+x, results = load_file(folder / "x.safetensors")["16"], {}
+for name in names:
+    sae = tracer.load_relu_transcoder(str(folder / "theirs" / name / "layer_3.safetensors"), 3, torch.device("cpu"))
+    with torch.no_grad():
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = sae.encode(x), sae(x)
+    sae.to_safetensors(str(folder / "theirs" / name / "layer_3.safetensors"))  # as circuit-tracer itself writes them
 save_file(results, folder / "results.safetensors")
 """
 
@@ -93,14 +134,51 @@ def weights() -> dict[str, torch.Tensor]:
     return found
 
 
-def write_gemma_scope(folder: Path, **changes: Any) -> None:
+def by_saelens_names(d_in: int = D) -> dict[str, torch.Tensor]:
+    """The weights by SAELens' names, `W_enc` `[d_in, n]`, with another random encoder if d_in is not D."""
     w = weights()
-    arrays = {
-        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
-        "b_dec": w["decoder.bias"], "threshold": torch.linspace(-0.5, 3, N),
-    }  # fmt: skip
+    W_enc = w["encoder.weight"].T if d_in == D else torch.randn(d_in, N, generator=torch.Generator().manual_seed(4))
+    return {"W_enc": W_enc, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"], "b_dec": w["decoder.bias"]}
+
+
+def write_gemma_scope(folder: Path, **changes: Any) -> None:
+    arrays = by_saelens_names() | {"threshold": torch.linspace(-0.5, 3, N)}
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **({name: value.numpy() for name, value in arrays.items()} | changes))
+
+
+def write_gemma_scope_2(folder: Path, d: int = D, **settings: Any) -> None:
+    """With `config.json` if there are settings: the hub has it for some of the SAEs only."""
+    w = {name.lower(): value for name, value in by_saelens_names(d).items()} | {"threshold": torch.linspace(-0.5, 3, N)}
+    if d != D:
+        w |= {"w_dec": w["w_enc"].T, "b_dec": w["b_enc"][:d]}
+    if "affine" in folder.name:
+        w["affine_skip_connection"] = torch.randn(d, d, generator=torch.Generator().manual_seed(5))
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in w.items()}, folder / "params.safetensors")
+    if settings:
+        (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", **settings}))
+
+
+def write_qwen_scope(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    w = by_saelens_names()
+    torch.save(w | {"W_enc": w["W_enc"].T.clone(), "W_dec": w["W_dec"].T.clone()}, file)
+
+
+def write_linear(file: Path, suffix: str) -> None:
+    """As Goodfire (`encoder_linear`) and qresearch (`encoder`) publish them."""
+    file.parent.mkdir(parents=True)
+    torch.save({name.replace(".", f"{suffix}."): value for name, value in weights().items()}, file)
+
+
+def write_traced(file: Path, more: Sequence[str] = ()) -> None:
+    """As circuit-tracer writes transcoders: both weights are `[n, d]`."""
+    draw, w = torch.Generator().manual_seed(6), by_saelens_names()
+    w["W_enc"] = w["W_enc"].T
+    extra = {"W_skip": torch.randn(D, D, generator=draw), "activation_function.threshold": torch.rand(N, generator=draw)}
+    file.parent.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in (w | {key: extra[key] for key in more}).items()}, file)
 
 
 def write_llama_scope(folder: Path, **changes: Any) -> None:
@@ -118,9 +196,31 @@ def write_llama_scope(folder: Path, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("released")
-    write_gemma_scope(folder / "theirs/gemma-scope/layer_3/width_16k/average_l0_9")
-    write_llama_scope(folder / "theirs/llama-scope")
+    places = {name: folder / "theirs" / repo / place for name, (_, repo, place) in LAYOUTS.items()}
+    write_gemma_scope(places["gemma-scope"])
+    write_gemma_scope(places["gemma-scope-transcoder"])
+    write_llama_scope(places["llama-scope"])
+    write_gemma_scope_2(places["gemma-scope-2"])
+    write_gemma_scope_2(places["gemma-scope-2-attention"], 24)
+    about = {"model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output"}
+    write_gemma_scope_2(places["gemma-scope-2-transcoder"], **about, hf_hook_point_out="model.layers.3.x.output")
+    write_gemma_scope_2(places["gemma-scope-2-skip"])
+    write_qwen_scope(places["qwen-scope"])
+    write_linear(places["goodfire"], "_linear")
+    write_linear(places["qresearch"], "")
+    write_traced(places["mwhanna"])
+    sizes = {"d_model": {"value": D}, "d_feature": {"value": N}, "batch_size": {"value": 1}}
+    (places["mwhanna"].parent / "wandb-config.yaml").write_text(json.dumps(sizes))
+    (places["mwhanna"].parent / "config.yaml").write_text(json.dumps({"model_name": "Qwen/Qwen3-4B"}))
     return folder, in_its_environment("sae-lens", SAELENS_SIDE, folder, LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("traced")
+    for name, more in TRACED.items():
+        write_traced(folder / "theirs" / name / "layer_3.safetensors", more)
+    return folder, in_its_environment("circuit-tracer", TRACER_SIDE, folder, list(TRACED))
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +230,21 @@ def dictionaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_scopes_are_what_saelens_makes_of_them(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+def test_releases_are_what_saelens_makes_of_them(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
     folder, results = saelens
-    deeper = "gemma-scope/layer_3/width_16k/average_l0_9" if name == "gemma-scope" else name
-    assert_alike(folder, "theirs", name, results, deeper)
+    _, repo, place = LAYOUTS[name]
+    assert_alike(folder, "theirs", name, results, f"{repo}/{place}")
+    sae = load(folder / "theirs" / repo, place)
+    assert sae.is_transcoder == (name == "mwhanna" or name.endswith(("transcoder", "skip")))
+    assert (sae.W_skip is not None) == name.endswith("skip") and sae.k == (5 if name == "qwen-scope" else None)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_transcoders_are_what_circuit_tracer_makes_of_them(
+    traced: tuple[Path, dict[str, torch.Tensor]], name: str
+) -> None:
+    folder, results = traced
+    assert_alike(folder, "theirs", name, results, f"{name}/layer_3.safetensors")
 
 
 @pytest.mark.parametrize("name", DICTIONARIES)
@@ -225,13 +336,9 @@ def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) ->
 
 
 def write_saelens(folder: Path, **changes: Any) -> None:
-    w = weights()
-    tensors = {
-        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
-        "b_dec": w["decoder.bias"],
-    }  # fmt: skip
     folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "sae_weights.safetensors")
+    tensors = {name: value.contiguous() for name, value in by_saelens_names().items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": N, **changes}))
 
 
@@ -314,11 +421,11 @@ def test_settings_of_another_size_than_the_weights_are_refused(
         load(tmp_path / "sae")
 
 
-def test_a_skip_connection_is_refused_though_the_settings_do_not_say_so(tmp_path: Path) -> None:
+def test_a_skip_connection_that_only_the_weights_have_is_refused(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "sae")
     path = tmp_path / "sae/sae.safetensors"
     save_file(load_file(path) | {"W_skip": torch.zeros(D, D)}, path)
-    with pytest.raises(UserError, match="skip connection, W_skip"):
+    with pytest.raises(UserError, match="skip_connection is true without W_skip in the weights, or the other way round"):
         load(tmp_path / "sae")
 
 
