@@ -3,24 +3,32 @@
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import released_saes
 import torch
+from closure import ROOT
 from peers import assert_alike, in_its_environment
 from safetensors.torch import load_file, save_file
 
 from babelscope.core.errors import UserError
-from babelscope.sae.checkpoint import load
+from babelscope.sae import SAE, directory
+from babelscope.sae.checkpoint import load, save
 
 D, N = 16, 64
 # SAELens' loader, the repository, and the folder or file in it.
 LAYOUTS = {
     "gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_9"),
-    "gemma-scope-transcoder": ("gemma_2_transcoder", "x/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_7"),
+    "gemma-scope-transcoder": (
+        "gemma_2_transcoder",
+        "x/gemma-scope-2b-pt-transcoders",
+        "layer_3/width_16k/average_l0_7",
+    ),
     "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base", "Llama3_1-8B-Base-L3R-8x"),
     "gemma-scope-2": ("gemma_3", "x/gemma-scope-2-270m-pt", "resid_post_all/layer_3_width_16k_l0_small"),
     "gemma-scope-2-attention": ("gemma_3", "x/gemma-scope-2-270m-pt", "attn_out/layer_3_width_16k_l0_small"),
@@ -151,7 +159,7 @@ def write_gemma_scope_2(folder: Path, d: int = D, **settings: Any) -> None:
     """With `config.json` if there are settings: the hub has it for some of the SAEs only."""
     w = {name.lower(): value for name, value in by_saelens_names(d).items()} | {"threshold": torch.linspace(-0.5, 3, N)}
     if d != D:
-        w |= {"w_dec": w["w_enc"].T, "b_dec": w["b_enc"][:d]}
+        w |= {"w_dec": w["w_enc"].T.clone(), "b_dec": w["b_enc"][:d].clone()}
     if "affine" in folder.name:
         w["affine_skip_connection"] = torch.randn(d, d, generator=torch.Generator().manual_seed(5))
     folder.mkdir(parents=True)
@@ -176,7 +184,10 @@ def write_traced(file: Path, more: Sequence[str] = ()) -> None:
     """As circuit-tracer writes transcoders: both weights are `[n, d]`."""
     draw, w = torch.Generator().manual_seed(6), by_saelens_names()
     w["W_enc"] = w["W_enc"].T
-    extra = {"W_skip": torch.randn(D, D, generator=draw), "activation_function.threshold": torch.rand(N, generator=draw)}
+    extra = {
+        "W_skip": torch.randn(D, D, generator=draw),
+        "activation_function.threshold": torch.rand(N, generator=draw),
+    }
     file.parent.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in (w | {key: extra[key] for key in more}).items()}, file)
 
@@ -262,6 +273,136 @@ def test_gemma_scope_by_hand(tmp_path: Path) -> None:
     values, indices = sae.encode(x)
     torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values), z, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae(x), z @ w["decoder.weight"].T + w["decoder.bias"], rtol=0, atol=1e-5)
+
+
+def dense(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    values, indices = sae.encode(x)
+    return torch.zeros(len(x), sae.latents).scatter_add(1, indices, values)
+
+
+@pytest.mark.parametrize("kind", ["resid_post_all", "transcoder_all"])
+def test_gemma_scope_2_by_hand(tmp_path: Path, kind: str) -> None:
+    """`transcoder` in the folder's name, or an output in config.json, makes it a transcoder."""
+    place = f"{kind}/layer_3_width_16k_l0_small" + "_affine" * (kind == "transcoder_all")
+    write_gemma_scope_2(tmp_path / "gemma-scope-2-1b-pt" / place)
+    sae, w = load(tmp_path / "gemma-scope-2-1b-pt", place), by_saelens_names()
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score = x @ w["W_enc"] + w["b_enc"]
+    z = torch.where((score > torch.linspace(-0.5, 3, N)) & (score > 0), score, 0)
+    torch.testing.assert_close(dense(sae, x), z, rtol=0, atol=1e-5)
+    y = z @ w["W_dec"] + w["b_dec"]
+    if sae.is_transcoder:
+        y += x @ torch.randn(D, D, generator=torch.Generator().manual_seed(5))  # stored as [d_in, d]
+    torch.testing.assert_close(sae(x), y, rtol=0, atol=1e-4)
+    assert sae.is_transcoder == (kind == "transcoder_all")
+    write_gemma_scope_2(tmp_path / "told", hf_hook_point_out="model.layers.3.post_feedforward_layernorm.output")
+    assert load(tmp_path / "told").is_transcoder
+
+
+@pytest.mark.parametrize("kind", ["qwen-scope", "goodfire", "circuit-tracer"])
+def test_single_files_by_hand(tmp_path: Path, kind: str) -> None:
+    w, x = by_saelens_names(), torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score, skip = (x @ w["W_enc"] + w["b_enc"]).relu(), torch.zeros(D, D)
+    if kind == "qwen-scope":
+        file = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_4/layer3.sae.pt"
+        write_qwen_scope(file)
+        z = torch.zeros_like(score).scatter(1, *reversed(score.topk(4)))
+    elif kind == "goodfire":
+        file, z = tmp_path / "sae/Llama-3.1-8B-Instruct-SAE-l19.pth", score
+        write_linear(file, "_linear")
+    else:
+        file, z = tmp_path / "qwen3-4b/layer_3.safetensors", score
+        write_traced(file, ["W_skip"])
+        skip = torch.randn(D, D, generator=torch.Generator().manual_seed(6))
+    for sae in (load(file), load(file.parent, file.name)):
+        torch.testing.assert_close(dense(sae, x), z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sae(x), z @ w["W_dec"] + w["b_dec"] + x @ skip.T, rtol=0, atol=1e-4)
+        assert sae.is_transcoder == (kind == "circuit-tracer")
+    # Written in SAELens' layout, as stage `train` does, it computes the same.
+    save(sae, tmp_path / "saved", {"model_name": "m", "hook_name": "layers.3"})
+    torch.testing.assert_close(load(tmp_path / "saved")(x), sae(x), rtol=0, atol=1e-5)
+
+
+def test_a_name_that_does_not_tell_what_it_should_is_refused(tmp_path: Path) -> None:
+    write_qwen_scope(tmp_path / "mine/layer3.sae.pt")
+    with pytest.raises(UserError, match=r"layer3\.sae\.pt: the name of its folder does not tell k; keep"):
+        load(tmp_path / "mine", "layer3.sae.pt")
+    write_gemma_scope(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6")
+    with pytest.raises(UserError, match="an SAE of the token embeddings; allowed: SAEs of the blocks"):
+        load(tmp_path / "gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6")
+
+
+DIRECTORY = """
+gemma-scope-2-270m-pt-res: {conversion_func: gemma_3, repo_id: google/x, model: m, saes: [
+  {id: layer_3_l0_small, path: resid_post/layer_3_width_16k_l0_small}, {id: a/b, path: c/d}]}
+sweep_gated_ctx128: {conversion_func: dictionary_learning_1, repo_id: x/y, model: m, saes: [{id: a, path: a}]}
+mistral: {conversion_func: null, repo_id: x/z, model: m, saes: [{id: a, path: a}],
+  config_overrides: {normalize_activations: constant_norm_rescale}}
+clt: {conversion_func: mntss_clt_layer_transcoder, repo_id: x/clt, model: m, saes: [{id: layer_0, path: 0}]}
+new: {conversion_func: of_2027, repo_id: x/new, model: m, saes: [{id: a, path: a}]}
+"""
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package sae_lens with a small directory."""
+    package = tmp_path / "site/sae_lens"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it must not be imported')")
+    (package / "pretrained_saes.yaml").write_text(DIRECTORY)
+    monkeypatch.syspath_prepend(str(package.parent))
+    directory.read.cache_clear()
+    yield tmp_path
+    directory.read.cache_clear()
+
+
+def test_an_entry_of_saelens_directory_is_loaded_from_its_repository(
+    listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, "resid_post/layer_3_width_16k_l0_small/params.safetensors" in allow_patterns))
+        return str(listed / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    write_gemma_scope_2(listed / "hub/resid_post/layer_3_width_16k_l0_small")
+    release = "sae-lens:gemma-scope-2-270m-pt-res"
+    for sae in (load(release, "layer_3_l0_small", revision="abc"), load(f"{release}/layer_3_l0_small", "x")):
+        assert sae.latents == N and not sae.is_transcoder
+    assert asked == [("google/x", "abc", True), ("google/x", None, True)]
+    assert directory.resolve(f"{release}/a/b") == ("google/x", "c/d")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gemma-scope-2-270m-pt-rse/a", "has no release 'gemma-scope-2-270m-pt-rse'; allowed: .*did you mean"),
+        ("gemma-scope-2-270m-pt-res/layer_4", "the release has no SAE 'layer_4'; allowed: a/b, layer_3_l0_small"),
+        ("sweep_gated_ctx128/a", "'a' cannot be loaded: gated SAEs"),
+        ("mistral/a", "'a' cannot be loaded: the input is normalised by a factor"),
+        ("clt/layer_0", "'layer_0' cannot be loaded: one layer of a cross-layer transcoder"),
+        ("new/a", "'a' cannot be loaded: a format that is not known here, 'of_2027'"),
+    ],
+)
+def test_an_entry_that_cannot_be_loaded_is_named(listed: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"sae-lens:{name}: .*{message}"):
+        load(f"sae-lens:{name}")
+
+
+def test_the_directory_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "find_spec", lambda name: None)
+    directory.read.cache_clear()
+    with pytest.raises(UserError, match="the package sae-lens, which is not installed; pip install --no-deps sae-lens"):
+        directory.resolve("sae-lens:x/y")
+
+
+def test_the_documented_count_is_that_of_the_directory() -> None:
+    """Of the version that docs/pretrained.md names, where `make bench` has installed it."""
+    found = sorted((ROOT / ".bench/sae-lens").glob("lib/python3*/site-packages/sae_lens/pretrained_saes.yaml"))
+    if not found:
+        pytest.skip("no environment of sae-lens: `make bench` sets up .bench/sae-lens")
+    assert released_saes.table(found[0]) in (ROOT / "docs/pretrained.md").read_text()
 
 
 @pytest.mark.parametrize("is_of_output", [True, False])
@@ -368,6 +509,7 @@ FILES = {
     "sae.safetensors": write_sparsify,
     "params.npz": write_gemma_scope,
     "checkpoints/final.safetensors": write_llama_scope,
+    "params.safetensors": write_gemma_scope_2,
     "ae.pt": lambda folder: write_dictionary(folder, "BatchTopKSAE"),
 }
 
@@ -381,7 +523,7 @@ def test_tensors_that_are_missing_or_misshapen_are_refused_in_every_format(
     path = tmp_path / "sae" / file
     read = {".npz": lambda: {k: torch.from_numpy(v) for k, v in np.load(path).items()}, ".pt": lambda: torch.load(path)}
     tensors = read.get(path.suffix, lambda: load_file(path))()
-    decoder = "W_dec" if "W_dec" in tensors else "decoder.weight"
+    decoder = next(name for name in ("W_dec", "w_dec", "decoder.weight") if name in tensors)
     if fault.endswith("."):
         changed = {fault + name: value for name, value in tensors.items()}
     elif fault == "one lacks":
@@ -425,7 +567,7 @@ def test_a_skip_connection_that_only_the_weights_have_is_refused(tmp_path: Path)
     write_sparsify(tmp_path / "sae")
     path = tmp_path / "sae/sae.safetensors"
     save_file(load_file(path) | {"W_skip": torch.zeros(D, D)}, path)
-    with pytest.raises(UserError, match="skip_connection is true without W_skip in the weights, or the other way round"):
+    with pytest.raises(UserError, match="skip_connection is true without W_skip in the weights, or the other"):
         load(tmp_path / "sae")
 
 

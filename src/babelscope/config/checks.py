@@ -67,8 +67,8 @@ def _sources(params: Config) -> Iterator[str]:
     for name in params.hookpoints if params.train.transcode else ():
         if name.endswith(".input"):
             yield (
-                f"hookpoints: {name!r} is the input of a module, and a transcoder (train.transcode) writes to the output "
-                f"of one; allowed: {name.removesuffix('.input')!r}"
+                f"hookpoints: {name!r} is the input of a module, and a transcoder (train.transcode) writes to the "
+                f"output of one; allowed: {name.removesuffix('.input')!r}"
             )
     if params.train.transcode and "feature" in params.ablate.methods:
         yield (

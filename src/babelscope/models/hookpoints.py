@@ -1,8 +1,8 @@
 """Hookpoints: reading and changing activations by name with PyTorch's hooks.
 
 A hookpoint is the path of a module inside the model, without the model's own prefix: `layers.14.mlp` is the output of
-the MLP of block 14, `layers.14` the residual stream after the block, `layers.14.mlp.act_fn` the MLP's neurons. With the
-suffix `.input`, it is the input of the module: `layers.14.self_attn.o_proj.input` are the outputs of the attention heads.
+the MLP of block 14, `layers.14` the residual stream after the block, `layers.14.mlp.act_fn` the MLP's neurons. The
+suffix `.input` means the module's input: `layers.14.self_attn.o_proj.input` are the outputs of the attention heads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

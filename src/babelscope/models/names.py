@@ -2,7 +2,7 @@
 
 import re
 
-# The suffix of a hookpoint that means the input of the module instead of its output: `layers.14.self_attn.o_proj.input`.
+# The suffix of a hookpoint that means the input of the module instead of its output: `layers.14.self_attn.o_proj.input`
 INPUT = ".input"
 # The suffix that names what a transcoder at the hookpoint encodes: `layers.14.mlp/input`, see `module_of`.
 _ENCODED = "/input"

@@ -16,7 +16,7 @@ from babelscope.sae.autoencoder import SAE
 
 # SAELens treats a file without a version as older than its release 6, and drops the metadata.
 _LAYOUT = "6.0.0"
-# How many parts of a path can tell settings (`Format.by_name`): the repository and the folders of an SAE in Gemma Scope.
+# How many parts of a path tell settings (`Format.by_name`): in Gemma Scope, the repository and three folders.
 _NAMES = 4
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

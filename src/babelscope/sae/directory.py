@@ -13,7 +13,7 @@ import yaml
 from babelscope.core.errors import UserError, nearest
 
 PREFIX = "sae-lens:"
-# The name of the reader in the directory (`conversion_func`; None: SAELens' own format), and the format as docs name it.
+# SAELens' reader of a release (`conversion_func`; None: its own format), and the format's name in docs/pretrained.md.
 FORMATS = {
     None: "SAELens",
     "gemma_2": "Gemma Scope",
@@ -68,7 +68,9 @@ def obstacle(release: str, about: dict[str, Any], sae: dict[str, Any]) -> str | 
     reader = about.get("conversion_func")
     if reader not in FORMATS or reader in _UNREAD:
         return _UNREAD.get(reader, f"a format that is not known here, {reader!r}")
-    if reader is None and ("norm_scaling_factor" in sae or "normalize_activations" in (about.get("config_overrides") or {})):
+    if reader is None and (
+        "norm_scaling_factor" in sae or "normalize_activations" in (about.get("config_overrides") or {})
+    ):
         return "the input is normalised by a factor that its files do not hold"
     if reader == "gemma_2" and str(sae["path"]).startswith("embedding"):
         return "an SAE of the token embeddings, which lie outside the blocks"

@@ -303,5 +303,6 @@ GOODFIRE = Format("Goodfire", None, "*.pt*", _torch, _linear)
 CIRCUIT_TRACER = Format("circuit-tracer", None, "*.safetensors", _safetensors, _circuit_tracer)
 # The first that matches is taken.
 FORMATS = (
-    SAELENS, SPARSIFY, GEMMA_SCOPE, GEMMA_SCOPE_2, LLAMA_SCOPE, DICTIONARY_LEARNING, QWEN_SCOPE, GOODFIRE, CIRCUIT_TRACER,
+    SAELENS, SPARSIFY, GEMMA_SCOPE, GEMMA_SCOPE_2, LLAMA_SCOPE, DICTIONARY_LEARNING, QWEN_SCOPE, GOODFIRE,
+    CIRCUIT_TRACER,
 )  # fmt: skip
