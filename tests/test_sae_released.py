@@ -3,24 +3,34 @@
 import json
 import os
 import pickle
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
-import released_saes
 import torch
-from closure import ROOT
 from peers import assert_alike, in_its_environment
+from release_files import (
+    D,
+    N,
+    by_saelens_names,
+    weights,
+    write_dictionary,
+    write_gemma_scope,
+    write_gemma_scope_2,
+    write_linear,
+    write_llama_scope,
+    write_qwen_scope,
+    write_saelens,
+    write_sparsify,
+    write_traced,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 
 from babelscope.core.errors import UserError
-from babelscope.sae import SAE, directory
+from babelscope.sae import SAE
 from babelscope.sae.checkpoint import load, save
 
-D, N = 16, 64
 # SAELens' loader, the repository, and the folder or file in it.
 LAYOUTS = {
     "gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_9"),
@@ -132,76 +142,6 @@ for name, (module, kind, more) in theirs.items():
         results["theirs." + name + ".z"], results["theirs." + name + ".y"] = z, ae.decode(z)
 save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
 """
-
-
-def weights() -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    shapes = {"encoder.weight": (N, D), "decoder.weight": (D, N), "encoder.bias": (N,), "decoder.bias": (D,)}
-    found = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
-    found["decoder.weight"] /= found["decoder.weight"].norm(dim=0)  # as those released: of unit norm
-    return found
-
-
-def by_saelens_names(d_in: int = D) -> dict[str, torch.Tensor]:
-    """The weights by SAELens' names, `W_enc` `[d_in, n]`, with another random encoder if d_in is not D."""
-    w = weights()
-    W_enc = w["encoder.weight"].T if d_in == D else torch.randn(d_in, N, generator=torch.Generator().manual_seed(4))
-    return {"W_enc": W_enc, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"], "b_dec": w["decoder.bias"]}
-
-
-def write_gemma_scope(folder: Path, **changes: Any) -> None:
-    arrays = by_saelens_names() | {"threshold": torch.linspace(-0.5, 3, N)}
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **({name: value.numpy() for name, value in arrays.items()} | changes))
-
-
-def write_gemma_scope_2(folder: Path, d: int = D, **settings: Any) -> None:
-    """With `config.json` if there are settings: the hub has it for some of the SAEs only."""
-    w = {name.lower(): value for name, value in by_saelens_names(d).items()} | {"threshold": torch.linspace(-0.5, 3, N)}
-    if d != D:
-        w |= {"w_dec": w["w_enc"].T.clone(), "b_dec": w["b_enc"][:d].clone()}
-    if "affine" in folder.name:
-        w["affine_skip_connection"] = torch.randn(d, d, generator=torch.Generator().manual_seed(5))
-    folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in w.items()}, folder / "params.safetensors")
-    if settings:
-        (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", **settings}))
-
-
-def write_qwen_scope(file: Path) -> None:
-    file.parent.mkdir(parents=True)
-    w = by_saelens_names()
-    torch.save(w | {"W_enc": w["W_enc"].T.clone(), "W_dec": w["W_dec"].T.clone()}, file)
-
-
-def write_linear(file: Path, suffix: str) -> None:
-    """As Goodfire (`encoder_linear`) and qresearch (`encoder`) publish them."""
-    file.parent.mkdir(parents=True)
-    torch.save({name.replace(".", f"{suffix}."): value for name, value in weights().items()}, file)
-
-
-def write_traced(file: Path, more: Sequence[str] = ()) -> None:
-    """As circuit-tracer writes transcoders: both weights are `[n, d]`."""
-    draw, w = torch.Generator().manual_seed(6), by_saelens_names()
-    w["W_enc"] = w["W_enc"].T
-    extra = {
-        "W_skip": torch.randn(D, D, generator=draw),
-        "activation_function.threshold": torch.rand(N, generator=draw),
-    }
-    file.parent.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in (w | {key: extra[key] for key in more}).items()}, file)
-
-
-def write_llama_scope(folder: Path, **changes: Any) -> None:
-    settings = {
-        "act_fn": "jumprelu", "d_model": D, "d_sae": N, "jump_relu_threshold": 0.4, "norm_activation": "dataset-wise",
-        "dataset_average_activation_norm": {"in": 6.25, "out": 6.25}, "use_decoder_bias": True,
-        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True,
-        "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
-    }  # fmt: skip
-    (folder / "checkpoints").mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in weights().items()}, folder / "checkpoints/final.safetensors")
-    (folder / "hyperparams.json").write_text(json.dumps(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -332,79 +272,6 @@ def test_a_name_that_does_not_tell_what_it_should_is_refused(tmp_path: Path) -> 
         load(tmp_path / "gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6")
 
 
-DIRECTORY = """
-gemma-scope-2-270m-pt-res: {conversion_func: gemma_3, repo_id: google/x, model: m, saes: [
-  {id: layer_3_l0_small, path: resid_post/layer_3_width_16k_l0_small}, {id: a/b, path: c/d}]}
-sweep_gated_ctx128: {conversion_func: dictionary_learning_1, repo_id: x/y, model: m, saes: [{id: a, path: a}]}
-mistral: {conversion_func: null, repo_id: x/z, model: m, saes: [{id: a, path: a}],
-  config_overrides: {normalize_activations: constant_norm_rescale}}
-clt: {conversion_func: mntss_clt_layer_transcoder, repo_id: x/clt, model: m, saes: [{id: layer_0, path: 0}]}
-new: {conversion_func: of_2027, repo_id: x/new, model: m, saes: [{id: a, path: a}]}
-"""
-
-
-@pytest.fixture
-def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package sae_lens with a small directory."""
-    package = tmp_path / "site/sae_lens"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('it must not be imported')")
-    (package / "pretrained_saes.yaml").write_text(DIRECTORY)
-    monkeypatch.syspath_prepend(str(package.parent))
-    directory.read.cache_clear()
-    yield tmp_path
-    directory.read.cache_clear()
-
-
-def test_an_entry_of_saelens_directory_is_loaded_from_its_repository(
-    listed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision, "resid_post/layer_3_width_16k_l0_small/params.safetensors" in allow_patterns))
-        return str(listed / "hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    write_gemma_scope_2(listed / "hub/resid_post/layer_3_width_16k_l0_small")
-    release = "sae-lens:gemma-scope-2-270m-pt-res"
-    for sae in (load(release, "layer_3_l0_small", revision="abc"), load(f"{release}/layer_3_l0_small", "x")):
-        assert sae.latents == N and not sae.is_transcoder
-    assert asked == [("google/x", "abc", True), ("google/x", None, True)]
-    assert directory.resolve(f"{release}/a/b") == ("google/x", "c/d")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gemma-scope-2-270m-pt-rse/a", "has no release 'gemma-scope-2-270m-pt-rse'; allowed: .*did you mean"),
-        ("gemma-scope-2-270m-pt-res/layer_4", "the release has no SAE 'layer_4'; allowed: a/b, layer_3_l0_small"),
-        ("sweep_gated_ctx128/a", "'a' cannot be loaded: gated SAEs"),
-        ("mistral/a", "'a' cannot be loaded: the input is normalised by a factor"),
-        ("clt/layer_0", "'layer_0' cannot be loaded: one layer of a cross-layer transcoder"),
-        ("new/a", "'a' cannot be loaded: a format that is not known here, 'of_2027'"),
-    ],
-)
-def test_an_entry_that_cannot_be_loaded_is_named(listed: Path, name: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"sae-lens:{name}: .*{message}"):
-        load(f"sae-lens:{name}")
-
-
-def test_the_directory_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "find_spec", lambda name: None)
-    directory.read.cache_clear()
-    with pytest.raises(UserError, match="the package sae-lens, which is not installed; pip install --no-deps sae-lens"):
-        directory.resolve("sae-lens:x/y")
-
-
-def test_the_documented_count_is_that_of_the_directory() -> None:
-    """Of the version that docs/pretrained.md names, where `make bench` has installed it."""
-    found = sorted((ROOT / ".bench/sae-lens").glob("lib/python3*/site-packages/sae_lens/pretrained_saes.yaml"))
-    if not found:
-        pytest.skip("no environment of sae-lens: `make bench` sets up .bench/sae-lens")
-    assert released_saes.table(found[0]) in (ROOT / "docs/pretrained.md").read_text()
-
-
 @pytest.mark.parametrize("is_of_output", [True, False])
 def test_a_llama_scope_transcoder_has_a_norm_at_each_end(tmp_path: Path, is_of_output: bool) -> None:
     """The threshold is one of raw activations: of what a latent adds to the output (rows of norm 1), or of scores."""
@@ -455,16 +322,6 @@ def test_a_llama_scope_latent_fires_by_what_it_adds_to_the_output(tmp_path: Path
     torch.testing.assert_close(load(tmp_path)(x), y, rtol=0, atol=1e-4)
 
 
-def write_dictionary(folder: Path, kind: str, **changes: Any) -> None:
-    w, trainer = weights(), {"dict_class": kind, "activation_dim": D, "dict_size": N}
-    tensors = {"b_dec": w.pop("decoder.bias"), **w, "k": torch.tensor(4), "threshold": torch.tensor(1.5)}
-    if kind == "MatryoshkaBatchTopKSAE":
-        tensors |= {"W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"]}
-    folder.mkdir(parents=True)
-    torch.save(tensors | changes, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
-
-
 @pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
 def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) -> None:
     write_dictionary(tmp_path / "set", kind)
@@ -476,13 +333,6 @@ def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) ->
     assert load(tmp_path / "topk").k == 4  # which does not use it
 
 
-def write_saelens(folder: Path, **changes: Any) -> None:
-    folder.mkdir(parents=True)
-    tensors = {name: value.contiguous() for name, value in by_saelens_names().items()}
-    save_file(tensors, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": N, **changes}))
-
-
 @pytest.mark.parametrize("architecture", ["topk", "standard", None])
 @pytest.mark.parametrize("key", ["activation_fn", "activation_fn_str"])
 def test_topk_of_saelens_before_release_6(tmp_path: Path, architecture: str | None, key: str) -> None:
@@ -492,16 +342,6 @@ def test_topk_of_saelens_before_release_6(tmp_path: Path, architecture: str | No
     x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
     old, new = load(tmp_path / "old"), load(tmp_path / "new")
     assert old.k == 4 and torch.equal(old(x), new(x))
-
-
-def write_sparsify(folder: Path, **changes: Any) -> None:
-    w = weights()
-    tensors = {"encoder.weight": w["encoder.weight"], "encoder.bias": w["encoder.bias"], "b_dec": w["decoder.bias"],
-               "W_dec": w["decoder.weight"].T.contiguous()}  # fmt: skip
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "sae.safetensors")
-    settings = {"d_in": D, "k": 4, "num_latents": 0, "expansion_factor": N // D}
-    (folder / "cfg.json").write_text(json.dumps(settings | changes))
 
 
 FILES = {

@@ -67,7 +67,7 @@ def obstacle(release: str, about: dict[str, Any], sae: dict[str, Any]) -> str | 
     """Why an SAE of a release cannot be loaded, as far as its entry in the directory tells; None if it can."""
     reader = about.get("conversion_func")
     if reader not in FORMATS or reader in _UNREAD:
-        return _UNREAD.get(reader, f"a format that is not known here, {reader!r}")
+        return _UNREAD.get(str(reader), f"a format that is not known here, {reader!r}")
     if reader is None and (
         "norm_scaling_factor" in sae or "normalize_activations" in (about.get("config_overrides") or {})
     ):
