@@ -10,7 +10,7 @@ export DO_NOT_TRACK := 1
 
 # Triton has wheels for Linux only; elsewhere its tests are skipped.
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
-PEERS := $(patsubst %,.bench/%/.ready,sae-lens eai-sparsify dictionary-learning)
+PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
 .PHONY: setup dev repro experiment test check format docs ui verify audit bench sweeps clean
 

@@ -16,7 +16,7 @@ from babelscope.sae.checkpoint import load
 def in_its_environment(peer: str, code: str, folder: Path, theirs: Any) -> dict[str, torch.Tensor]:
     python = Path(__file__).parents[1] / ".bench" / peer / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"no environment of {peer}: `make bench` sets up .bench/{peer}")
+        pytest.skip(f"no environment of {peer}: `make .bench/{peer}/.ready` sets it up")
     draw = torch.Generator().manual_seed(1)
     save_file({str(d): torch.randn(50, d, generator=draw) for d in (16, 24)}, folder / "x.safetensors")
     # Our own package is not to be seen there, and nothing is to be looked up on the net or kept at home.

@@ -83,5 +83,5 @@ def test_the_documented_count_is_that_of_the_directory() -> None:
     """Of the version that docs/pretrained.md names, where `make bench` has installed it."""
     found = sorted((ROOT / ".bench/sae-lens").glob("lib/python3*/site-packages/sae_lens/pretrained_saes.yaml"))
     if not found:
-        pytest.skip("no environment of sae-lens: `make bench` sets up .bench/sae-lens")
+        pytest.skip("no environment of sae-lens: `make .bench/sae-lens/.ready` sets it up")
     assert released_saes.table(found[0]) in (ROOT / "docs/pretrained.md").read_text()
