@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup dev repro experiment test check format ui verify audit bench sweeps clean
+.PHONY: setup dev repro experiment test check format docs ui verify audit bench sweeps clean
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -46,24 +46,15 @@ repro: setup
 	$(no_scm)
 	$(BIN)/dvc repro
 
-# `make experiment NAME=llama-3.2-1b`: copy experiments/NAME.yaml to params.yaml, then run all stages.
+# `make experiment NAME=llama-3.2-1b`: put the values of experiments/NAME.yaml into params.yaml, then run all stages.
 experiment: setup
-	@test -f "experiments/$(NAME).yaml" || { \
-	  echo "NAME=$(NAME): no such experiment; allowed: $(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml))" >&2; \
-	  exit 1; }
-	@$(IN_GIT) || { \
-	  echo "params.yaml: its changes would be lost, because this is no git repository; git init and commit first" >&2; \
-	  exit 1; }
-	@cmp -s "experiments/$(NAME).yaml" params.yaml || git diff --quiet HEAD -- params.yaml || { \
-	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
-	  exit 1; }
-	cp "experiments/$(NAME).yaml" params.yaml
+	@$(BIN)/babelscope params apply "$(NAME)"
 	@$(BIN)/babelscope params check
 	$(BIN)/dvc repro
 
 # Two processes run one test file at a time each, the longest first (tests/conftest.py). xdist's own order starts the
 # end-to-end tests late, which take half as long as all others together. A waiting thread must not occupy a core.
-test: dev check $(TRITON) .bench/s3/.ready
+test: dev check docs $(TRITON) .bench/s3/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: dev
@@ -74,6 +65,16 @@ check: dev
 format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The documentation as a site, in site/; a warning is an error.
+docs: .bench/docs/.ready
+	NO_MKDOCS_2_WARNING=1 .bench/docs/bin/mkdocs build --quiet --strict
+
+.bench/docs/.ready: export PYTHONPATH :=
+.bench/docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 ui: setup
 	$(BIN)/babelscope ui

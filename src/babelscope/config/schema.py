@@ -118,6 +118,7 @@ class Train(Section):
     decay: Share
     encoder_scale: Factor
     aux_k_coefficient: Amount
+    weight_decay: Amount
     dead_after: Positive | None
     log_every: Positive
 
@@ -142,19 +143,22 @@ class Pretrained(Section):
     revision: Name | None
     folder: Inside | dict[str, Inside]
 
-    @field_validator("folder")
+    @field_validator("name", "folder")
     @classmethod
-    def _a_template(cls, folder: str | dict[str, str]) -> str | dict[str, str]:
-        fields = re.findall(r"{([^}]*)}", folder) if isinstance(folder, str) else []
+    def _a_template(cls, template: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        fields = re.findall(r"{([^}]*)}", template) if isinstance(template, str) else []
         if unknown := sorted(set(fields) - {"hookpoint", "layer"}):
             raise ValueError(f"{{{unknown[0]}}} is unknown; allowed: {{hookpoint}}, {{layer}}")
-        return folder
+        return template
 
-    def folder_of(self, hookpoint: str, layer: int) -> str:
-        """The folder of a hookpoint's SAE below `name`."""
-        if isinstance(self.folder, dict):
-            return self.folder[hookpoint]
-        return self.folder.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
+    def place_of(self, hookpoint: str, layer: int) -> tuple[str, str]:
+        """The repository or folder of a hookpoint's SAE, and the folder or file in it."""
+        folder = self.folder[hookpoint] if isinstance(self.folder, dict) else self.folder
+        name, folder = (
+            template.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
+            for template in (self.name or "", folder)
+        )
+        return name, folder
 
 
 class Encode(Section):
@@ -208,7 +212,9 @@ class Sharing(Section):
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
-    methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
+    methods: Annotated[
+        list[Literal["feature", "mean", "swap", "directional", "additive", "neuron"]], Field(min_length=1)
+    ]
     additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
     control_draws: Annotated[int, Field(ge=0, le=10_000)]
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -216,6 +222,7 @@ class Ablate(Section):
     by_layer: bool
     tokens: Positive | None
     others_tokens: Positive | None
+    rank_tokens: Annotated[int, Field(ge=0, le=2**40)]
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
     @field_validator("methods")
@@ -261,6 +268,8 @@ class Browse(Section):
     tokens: Size
     ablated: Annotated[int, Field(ge=0, le=2**26)]
     ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
+    train_tokens: Size | None
+    selected: Size | None
     shared: Annotated[int, Field(ge=0, le=2**26)] | None
 
 
@@ -287,6 +296,7 @@ class Track(Section):
     """Where the runs go in MLflow."""
 
     experiment: Name
+    live_after: Amount
 
 
 class Hardware(Section):

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.sharing` and the stage's metrics; without rows if `sharing.groups` is 0."""
-    parts, numbers = [pl.DataFrame(schema=SCHEMA)], {}
+    parts = [pl.DataFrame(schema=SCHEMA)]
+    numbers: dict[str, float] = {}
     if params.sharing.groups:
         texts = sharing.parallel_texts(read_table(paths.texts), params.languages, params.sharing.groups)
         if texts.is_empty():

@@ -12,9 +12,9 @@ from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_table, write_atomically
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.report import browser, charts, page
+from babelscope.report import browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
 
@@ -24,20 +24,20 @@ PACKAGES = (
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
+    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`, and the summary."""
     inputs = read(params, paths)
+    write_json(paths.summary, summary.headline(inputs))
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
-        "features_by_layer": counts.rename({"value": "features"}),
-        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest"),
+        "features_by_layer": counts.rename({"value": "features"}).drop("href"),
+        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest", "href"),
     }
     files = {
         "report.html": page.build(inputs).encode(),
         "features.html": browser.build(read_features(params, paths)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
-        "plots/page.html": page.for_dvc().encode(),
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
     }
     for name, content in files.items():
@@ -59,6 +59,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
     optional = {
         "by_layer": paths.ablation / "by_layer.parquet", "control": paths.ablation / "control.parquet",
+        "curve": paths.ablation / "curve.parquet",
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations, "sharing": paths.sharing,
     }  # fmt: skip
@@ -72,8 +73,17 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         metrics={name: read_json(path) for name, path in metrics.items()},
         files={path.relative_to(paths.root).as_posix(): _md5(path) for path in files},
         versions={package: version(package) for package in PACKAGES},
+        bytes_per_token=bytes_per_token(paths, params.corpus.max_tokens),
         **tables,  # type: ignore[arg-type]
     )
+
+
+def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
+    """UTF-8 bytes per token of each language's held-out texts; without those that `max_tokens` cut."""
+    sizes = read_table(paths.tokens, columns=["text_id"]).group_by("text_id").len("tokens")
+    texts = read_table(paths.texts).filter(split="eval").join(sizes, on="text_id").filter(pl.col("tokens") < max_tokens)
+    size = pl.col("text").str.len_bytes().sum() / pl.col("tokens").sum()
+    return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
 def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:

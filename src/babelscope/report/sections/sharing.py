@@ -4,7 +4,7 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, plain
+from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, layer_labels, prose
 from babelscope.report.relatives import relation
 
@@ -28,11 +28,13 @@ large share and separable in one with a small share, and the layer to steer is t
     )
     parts = [caption, rule] if frame["first_component"].count() else [caption]
     if likeness := by_relation(inputs):
-        means = "; ".join(f"{kind} {plain(value, 3, sign=True)}" for kind, value in likeness.items())
-        parts.append(prose("<p>Translations minus random pairs, mean over the layers: {means}.</p>", means=means))
+        kinds = "; ".join(f"{kind} {plain(value, 3, sign=True)}" for kind, value in likeness.items())
+        parts.append(prose("<p>Translations minus random pairs, mean over the layers: {kinds}.</p>", kinds=kinds))
     label = "Share of latents that fire on both of two texts, for translations and for random pairs"
     picture = Picture("sharing", label, chart(frame), parts)
-    return Section("sharing", "Translations", "What translations share", [picture, layers(frame), pairs(inputs)])
+    means = (percent(frame[name].mean(), 0) for name in ("translations", "random"))
+    title = "Translations have {} of their active latents in common, other texts {}".format(*means)
+    return Section("sharing", "Translations", title, [picture, layers(frame), pairs(inputs)])
 
 
 def by_layer(inputs: ReportInputs) -> pl.DataFrame:
