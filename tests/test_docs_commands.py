@@ -44,6 +44,14 @@ TESTED = {
     "dvc checkout": (f"{END_TO_END}::test_verify_finds_a_flipped_byte_in_every_file_of_every_output", '"checkout"'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
     "babelscope params check": ("test_cli.py::test_params_are_checked_by_one_message", '"params", "check"'),
+    "babelscope params apply": (
+        "test_experiments.py::test_make_experiment_puts_it_in_place_and_runs_it",
+        'make(checkout, "llama-3.2-1b")',
+    ),
+    "babelscope params apply llama-3.2-1b": (
+        "test_experiments.py::test_make_experiment_puts_it_in_place_and_runs_it",
+        'make(checkout, "llama-3.2-1b")',
+    ),
     "babelscope export exported": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(Path("out"), [])',
