@@ -134,6 +134,8 @@ UNTESTED = {
     "dvc gc --workspace": "what the page says not to run",
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
+    "uv ": "wants uv; another way to the environment of `make repro`",
+    "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
     "dvc repro --allow-missing": "a command of DVC's own",
     "dvc exp show": "README's block, which test_tracking.py runs, has it",
