@@ -10,8 +10,22 @@ from babelscope.core.paths import Paths
 def params_check() -> None:
     """Check params.yaml; unlike DVC's, the error messages name the key."""
     from babelscope import config
+    from babelscope.models.names import layer_of
 
-    config.check_folders(config.load())
+    params = config.load()
+    config.check_folders(params)
+    if params.train.source == "pretrained" and (params.pretrained.name or "").startswith("sae-lens:"):
+        from babelscope.sae import directory
+
+        for hookpoint in params.hookpoints:
+            directory.resolve(*params.pretrained.place_of(hookpoint, layer_of(hookpoint)))
+
+
+def params_apply(name: str) -> None:
+    """Put the values of experiments/NAME.yaml into params.yaml; all other lines and their comments stay."""
+    from babelscope.config import overlay
+
+    overlay.apply(name)
 
 
 def verify() -> None:
@@ -144,6 +158,9 @@ def parser() -> argparse.ArgumentParser:
     )
     check = params.add_parser("check", help=params_check.__doc__, description=params_check.__doc__)
     check.set_defaults(function=params_check)
+    apply = params.add_parser("apply", help=params_apply.__doc__, description=params_apply.__doc__)
+    apply.add_argument("name", help="name of an experiment, e.g. llama-3.2-1b")
+    apply.set_defaults(function=params_apply)
     command = add("completion", completion, "bash > ~/.local/share/bash-completion/completions/babelscope")
     command.add_argument("shell", choices=SHELLS, help="the shell")
     return top
