@@ -65,6 +65,10 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
         fasttext = identification.accuracy(inputs, "fasttext/none")
         label = f"held-out texts whose language the features identify (fastText: {fasttext})"
         result.append((label, identification.accuracy(inputs)))
+    if inputs.figure("script", "tested"):
+        free = inputs.figure("script", "tested") - inputs.figure("script", "script_bound")
+        label = f"of {inputs.figure('script', 'tested')} features of other scripts still fire in Latin letters"
+        result.append((label, plain(free)))
     return result
 
 

@@ -9,8 +9,8 @@ from babelscope.report.parts import Picture, ReportInputs
 
 # Each is a module of `babelscope.report.sections` with a function `section(inputs)`, which returns a Section or None.
 NAMES = (
-    "features", "ablation", "own", "control", "layers", "similarity", "identification", "steering", "quality",
-    "corpus", "confounds", "reproduce",
+    "features", "ablation", "own", "control", "layers", "similarity", "identification", "baselines", "script",
+    "steering", "quality", "corpus", "confounds", "reproduce",
 )  # fmt: skip
 SECTIONS = [import_module(f"babelscope.report.sections.{name}") for name in NAMES]
 

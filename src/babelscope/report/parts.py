@@ -19,6 +19,8 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "language strength control nll distinct_2 success",
     "similarity": "language other units jaccard",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference",
+    "script": "hookpoint unit language script_bound",
 }
 
 
@@ -47,6 +49,8 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    baselines: pl.DataFrame | None = None
+    script: pl.DataFrame | None = None
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
