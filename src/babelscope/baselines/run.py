@@ -196,8 +196,9 @@ def identification(
                 codes = tokens.codes(truth, among).numpy()
                 for name, classifier in classifiers.items():
                     right[name] = classifier.scores(x["eval"][mask.to_numpy()]).argmax(axis=1) == codes
-                if set(among) <= set(known):
-                    answers = lid.predict(raw.filter(mask)["text"].to_list(), {n: known[n] for n in among})["predicted"]
+                labels = {label: name for label, name in known.items() if name in among}
+                if len(labels) == len(among):
+                    answers = lid.predict(raw.filter(mask)["text"].to_list(), labels)["predicted"]
                     right["fasttext"] = (answers == truth).fill_null(False).to_numpy()
                 found = intervals.accuracies(right, params.ablate.bootstrap, params.seed)
                 parts.append(found.select(
