@@ -5,7 +5,7 @@ import polars as pl
 
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, percent, plain, significant
-from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, prose
+from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, how_to_read
 
 ALL = "all"
 NAMES = {
@@ -21,21 +21,32 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = inputs.baselines
     if frame is None or frame.is_empty():
         return None
-    caption = prose(
+    reading = how_to_read(
         """<p>All methods read the activations at {hookpoint}, except for fastText, which reads the text, and neurons,
 which are those of the same block. They identify the language of the same held-out texts. A difference of means, a
 principal component and a linear probe need no dictionary; an SAE whose decoder or encoder stays as it was initialised
 shows what training these weights adds. Lines are 95&nbsp;% intervals over the texts. If the interval of the difference
-to the SAE features includes 0, the texts do not show that the features are better or worse.</p>
-<p>The features were selected, and the directions fitted, on the training texts. All hookpoints together identify
-languages better than this one: see the section on identification.</p>""",
+to the SAE features includes 0, the texts do not show that the features are better or worse. The features of all
+hookpoints together are in the section on identification.</p>""",
         hookpoint=next(iter(inputs.params.get("stability", {}).get("hookpoints", [])), None),
     )
     rows = everywhere(frame)
-    picture = Picture("baselines", "Held-out texts whose language is identified", chart(rows), [caption])
+    picture = Picture("baselines", "Held-out texts whose language is identified", chart(rows), [reading])
     tables: list[Block | Picture] = [picture, table(inputs, rows)]
     tables += [domains_table(frame), transfer_table(inputs)] if frame["trained_on"].n_unique() > 1 else []
-    return Section("baselines", "Baselines", "What training the dictionary buys", tables)
+    return Section("baselines", "Simpler methods", finding(rows), tables)
+
+
+def finding(rows: pl.DataFrame) -> str:
+    """How many of the other methods are shown to be better than the features, and to be worse."""
+    others = rows.filter(pl.col("method") != "features")
+    worse, better = (
+        int(condition.sum()) for condition in (others["difference_high"] < 0, others["difference_low"] > 0)
+    )
+    return (
+        f"What training the dictionary buys: of {len(others)} other methods, {worse} identify languages worse than the "
+        f"features of the same hookpoint, {better} better"
+    )
 
 
 def everywhere(frame: pl.DataFrame) -> pl.DataFrame:
@@ -56,7 +67,7 @@ def chart(rows: pl.DataFrame) -> alt.LayerChart:
         base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", axis=axis, scale=alt.Scale(zero=False)), x2="high:Q"),
         base.mark_point(style="own", filled=True, size=50, opacity=1).encode(x="accuracy:Q"),
         description="Accuracy of every method with its interval; the table below holds the same figures.",
-    ).properties(width=280, height=alt.Step(24))
+    ).properties(width=480, height=alt.Step(28))
 
 
 def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
