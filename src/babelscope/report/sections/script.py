@@ -15,9 +15,9 @@ def section(inputs: ReportInputs) -> Section | None:
         return None
     tested, bound = (inputs.figure("script", key) for key in ("tested", "script_bound"))
     result = prose(
-        """<p>{bound} of the {tested} features of languages in another script than the Latin one are <em>script-bound</em>:
-they do not still fire if the same texts are romanised. There is a verdict only for languages in which romanising replaces
-at least half of the letters.</p>""",
+        """<p>{bound} of the {tested} features of languages in another script than the Latin one are
+<em>script-bound</em>: they do not still fire if the same texts are romanised. There is a verdict only for languages in
+which romanising replaces at least half of the letters.</p>""",
         bound=plain(bound),
         tested=plain(tested),
     )
@@ -25,8 +25,9 @@ at least half of the letters.</p>""",
         """<p>The same held-out texts are shown to the model as they are, in Latin letters (romanised), and with their
 words in random order. A feature still fires if it fires at half its usual rate or more, as a share of tokens. Bar: the
 share of a language’s features that still fire on the romanised texts. Diamond: on the shuffled ones. The rules were
-fixed before the results were known. Romanised text is rare in what models read, so a feature may also fall silent because
-the model does not recognise its language any more; a feature that still fires does not depend on the script.</p>"""
+fixed before the results were known. Romanised text is rare in what models read, so a feature may also fall silent
+because the model does not recognise its language any more;
+a feature that still fires does not depend on the script.</p>"""
     )
     title = "Language or script"
     if tested:
