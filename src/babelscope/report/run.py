@@ -12,9 +12,9 @@ from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_table, write_atomically
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.report import browser, charts, page
+from babelscope.report import browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
 
@@ -24,8 +24,9 @@ PACKAGES = (
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
+    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`, and the summary."""
     inputs = read(params, paths)
+    write_json(paths.summary, summary.headline(inputs))
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
@@ -37,7 +38,6 @@ def run(params: Config, paths: Paths) -> None:
         "features.html": browser.build(read_features(params, paths)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
-        "plots/page.html": page.for_dvc().encode(),
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
     }
     for name, content in files.items():
