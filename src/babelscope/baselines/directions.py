@@ -34,7 +34,8 @@ class Classifier(NamedTuple):
 
     def scores(self, x: Floats) -> Floats:
         """The scores of texts `[texts, d]`: `[texts, languages]`."""
-        return x @ self.weight.T + self.bias
+        found: Floats = x @ self.weight.T + self.bias
+        return found
 
     @property
     def directions(self) -> Floats:

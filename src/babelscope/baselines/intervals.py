@@ -69,7 +69,8 @@ def effects(
     for code in np.unique(codes):
         texts = np.flatnonzero(codes == code)
         weight[1:, texts] = random.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), size=resamples)
-    own, others = [], []
+    own: list[Floats] = []
+    others: list[Floats] = []
     for row in range(len(languages)):
         for code in np.unique(codes):
             texts = np.flatnonzero((codes == code) & known[row])
@@ -78,7 +79,7 @@ def effects(
                 (own if code == row else others).append(weight[:, texts] @ change[row, texts] / total)
     parts = {"own": np.mean(own, axis=0), "others": np.mean(others, axis=0) if others else np.zeros(resamples + 1)}
     parts["contrast"] = parts["own"] - parts["others"]
-    result = {}
+    result: dict[str, float] = {}
     for name, values in parts.items():
         low, high = np.quantile(values[1:], [0.025, 0.975])
         result |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}

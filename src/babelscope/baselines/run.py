@@ -28,10 +28,11 @@ from babelscope.sae.autoencoder import SAE
 ALL = "all"
 # Pairs that are hard to tell apart, or share a script: by the language's code without region.
 PAIRS = (("es", "pt"), ("ru", "bg"), ("zh", "ja"), ("de", "en"))
-_INTERVAL = dict.fromkeys(["difference", "difference_low", "difference_high"], pl.Float64)
-IDENTIFICATION = dict.fromkeys(["method", "trained_on", "evaluated_on", "languages"], pl.String)
+Schema = dict[str, type[pl.DataType]]
+_INTERVAL: Schema = dict.fromkeys(["difference", "difference_low", "difference_high"], pl.Float64)
+IDENTIFICATION: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on", "languages"], pl.String)
 IDENTIFICATION |= {"texts": pl.Int64} | dict.fromkeys(["accuracy", "low", "high"], pl.Float64) | _INTERVAL
-REMOVAL = dict.fromkeys(["method", "trained_on", "evaluated_on"], pl.String)
+REMOVAL: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on"], pl.String)
 REMOVAL |= dict.fromkeys([f"{k}{e}" for k in ("own", "others", "contrast") for e in ("", "_low", "_high")], pl.Float64)
 REPEATS = {"method": pl.String, "language": pl.String, "cosine": pl.Float64}
 FEATURES = {"unit": pl.Int32, "language": pl.String, "selected_on": pl.String, "domain": pl.String}
@@ -233,12 +234,12 @@ def repeats(every: Sequence[Dictionary], x: Floats, texts: pl.DataFrame, params:
     for one in every:
         if one.again is None or one.sae is None:
             continue
-        second, counted = one.again
-        both = (one.sae, one.counted, one.units[ALL]), (second, counted, choose(one, counted, ALL, 0, params))
+        again, counted = one.again
+        both = (one.sae, one.counted, one.units[ALL]), (again, counted, choose(one, counted, ALL, 0, params))
         for language in params.languages:
             written = [write(dictionary, table, units, language) for dictionary, table, units in both]
             if all(vector.any() for vector in written):
-                cosine = torch.nn.functional.cosine_similarity(*written, dim=0)
+                cosine = torch.nn.functional.cosine_similarity(written[0], written[1], dim=0)
                 rows.append((one.name, language, float(cosine)))
     return pl.DataFrame(rows, schema=REPEATS, orient="row")
 
@@ -303,12 +304,12 @@ def removals(
     rows = []
     for name, domain, at, intervention in jobs:
         nll = removal.measure(model, at, intervention, texts, language, languages, params.ablate.batch_tokens, limit)
-        change, count = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
+        deltas, count = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
         for evaluated in (ALL, *domains):
             kept = [i for i, text in enumerate(texts) if evaluated in (ALL, domain_of.get(text.text_id))]
             names = [language[i] for i in kept]
             found = intervals.effects(
-                change[:, kept], count[kept], names, languages, params.ablate.bootstrap, params.seed
+                deltas[:, kept], count[kept], names, languages, params.ablate.bootstrap, params.seed
             )
             rows.append({"method": name, "trained_on": domain, "evaluated_on": evaluated} | found)
     return pl.DataFrame(rows, schema=REMOVAL)
@@ -367,5 +368,5 @@ def report(identification: pl.DataFrame, removal: pl.DataFrame, repeats: pl.Data
             ["removed", "own dNLL", "others' dNLL"],
             [[r["method"], f"{r['own']:+.4f}", f"{r['others']:+.4f}"] for r in rows],
         )
-    stage.table(["repeated", "mean cosine"], [[name, f"{rows['cosine'].mean():.3f}"] for (name,), rows in
-                                              repeats.group_by("method", maintain_order=True)])  # fmt: skip
+    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine").mean())
+    stage.table(["repeated", "mean cosine"], [[name, f"{mean:.3f}"] for name, mean in means.iter_rows()])

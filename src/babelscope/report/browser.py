@@ -90,8 +90,7 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
     if "script" in frames:
-        columns = (*_KEY, "script_bound", "kept_romanised")
-        for hookpoint, unit, bound, kept in frames["script"].select(columns).iter_rows():
+        for hookpoint, unit, bound, kept in frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
     shown = [

@@ -139,9 +139,8 @@ def removed(
     with resume.kept("script", depends, [paths.texts, paths.features, paths.saes]) as folder:
         for version in ("original", "romanised"):
             rows = versions[version]
-            texts = tokens.by_length(
-                tokens.tokenize(tokenizer, *rows.select("text_id", "text").to_dict(as_series=False).values(), 2**31)
-            )
+            ready = tokens.tokenize(tokenizer, rows["text_id"].to_list(), rows["text"].to_list(), 2**31)
+            texts = tokens.by_length(ready)
             of = dict(rows.select("text_id", "language").iter_rows())
             language = [of[text.text_id] for text in texts]
             asked = torch.tensor([[name == one for one in language] for name in languages])

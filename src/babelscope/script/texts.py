@@ -17,7 +17,7 @@ def romanise(text: str) -> str:
     Diacritics are dropped. Vowels that a script does not write are missing, and Han characters are read as Mandarin,
     in Japanese texts, too.
     """
-    return anyascii(text)
+    return str(anyascii(text))
 
 
 def shuffle_words(text: str, text_id: str, seed: int) -> str:
