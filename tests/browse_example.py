@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import report_example as example
 
-from babelscope.features.examples import BINS
+from babelscope.browse.firings import BINS
 
 SCRIPT = "<script>window.hacked = 1</script>"
 TEXTS = {

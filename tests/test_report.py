@@ -22,11 +22,12 @@ from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
 from babelscope.report import charts, page
-from babelscope.report.numbers import p_value, percent, plain, significant
+from babelscope.report.numbers import NONE, p_value, percent, plain, significant
 from babelscope.report.parts import Picture, ReportInputs, Table, layer_labels
 from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,
+    baselines,
     control,
     curve,
     features,
@@ -34,6 +35,7 @@ from babelscope.report.sections import (
     layers,
     own,
     quality,
+    script,
     similarity,
     steering,
 )
@@ -48,6 +50,7 @@ def inputs(**changes: Any) -> ReportInputs:
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
         control=example.control(), curve=example.curve(), confusion=example.confusion(),
         generations=example.generations(), similarity=example.similarity(),
+        baselines=example.baselines(), script=example.script(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -373,7 +376,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 19
+    assert len({table.caption for table in tables}) == len(tables) == 23
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -433,10 +436,51 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
     assert YAML(typ="safe", pure=True).load(text.group(1)) == example.params()
 
 
+def test_features_of_a_language_and_of_its_script() -> None:
+    frame = script.by_language(inputs())
+    assert frame["language"].to_list() == ["en", "ja", "he"]  # in the order of params.yaml
+    of = frame.rows_by_key("language", named=True, unique=True)
+    assert of["en"]["bound"] is None and of["he"]["bound"] == 0
+    assert of["ja"]["bound"] == (of["ja"]["features"] + 1) // 2
+    rows = {row[0]: row for row in script.table(frame).rows}
+    assert rows["en"][5] == NONE and rows["he"][5] == "0" and rows["ja"][-2:] == ["+0.700", "+0.200"]
+    assert (
+        script.section(inputs(script=None)) is None and script.section(inputs(script=example.script().clear())) is None
+    )
+    table = features.top_features(inputs())
+    column = table.head.index("script-bound")
+    assert {row[column] for row in table.rows if row[0] == "he"} == {"no"}
+    assert {row[column] for row in table.rows if row[0] in ("en", "fr")} == {NONE}
+    assert {row[column] for row in table.rows if row[0] == "ja"} == {"yes", "no"}
+
+
+def test_what_training_the_dictionary_buys() -> None:
+    whole = inputs()
+    assert whole.baselines is not None
+    rows = baselines.everywhere(whole.baselines)
+    assert rows["name"].to_list() == ["SAE features", "linear probe"]
+    table = baselines.table(whole, rows)
+    first, probe = table.rows
+    assert first[3] == NONE and probe[3] == "+2.0 (+1.0 to +3.0)"
+    assert table.head[4] == "ru/bg" and probe[4] == percent(0.97)
+    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800"]
+    domains = baselines.domains_table(whole.baselines)
+    assert domains.head[1:] == [
+        "all, tested on one", "all, tested on two", "one, tested on one", "one, tested on two", "two, tested on one",
+        "two, tested on two",
+    ]  # fmt: skip
+    assert baselines.transfer_table(whole).rows == [["one", "two", "40", percent(0.75), percent(0.9)]]
+    alone = whole.baselines.filter(trained_on="all", evaluated_on="all")  # a corpus of one domain
+    section = baselines.section(inputs(baselines=alone))
+    assert section is not None and len(section.blocks) == 2
+    assert baselines.section(inputs(baselines=None)) is None
+
+
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
-        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None)
-    )
+        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None,
+               baselines=None, script=None)
+    )  # fmt: skip
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert 'id="layers"' not in html and "<dt>ΔNLL of the language itself, nats/token</dt><dd>–</dd>" in html
 

@@ -14,6 +14,7 @@
   for (const one of data.features) {
     one.id = `${data.hookpoints[one.at]}/${one.unit}`;
     one.rate = Math.max(0, ...one.of.map((code) => one.rates[code]));
+    one.latin = one.script ? one.script[1] : null;
     one.names = one.of.map((code) => data.languages[code]);
   }
   const byId = new Map(data.features.map((one) => [one.id, one]));
@@ -111,7 +112,8 @@
       make("td", { class: "label", title: one.names.join(" ") }, languages),
       make("td", {}, number(one.entropy, 2)),
       make("td", {}, percent(one.rate)),
-      make("td", {}, number(one.delta, 3, true)));
+      make("td", {}, number(one.delta, 3, true)),
+      make("td", {}, one.latin === null ? "–" : percent(one.latin)));
     if (one === current) line.setAttribute("aria-current", "true");
     return line;
   }
@@ -159,7 +161,9 @@
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
         ? "change in loss without it (ΔNLL): not measured"
-        : `change in loss without it (ΔNLL), nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`));
+        : `change in loss without it (ΔNLL), nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`),
+      ...(one.latin === null ? [] : [figure(percent(one.latin), "of its usual rate on romanised texts"
+        + (one.script[0] === null ? "" : one.script[0] ? ": script-bound" : ": not script-bound"))]));
   }
 
   function rates(one) {

@@ -26,7 +26,8 @@ COLUMNS = {
 class BrowserInputs:
     """Everything that the page shows; the languages and hookpoints are in the order of params.yaml.
 
-    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`.
+    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations` and
+    `script` (data/script/features.parquet).
     """
 
     languages: Sequence[str]
@@ -51,7 +52,8 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
     piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
     (nats/token, or None), `on` (how many texts and tokens it was measured on), and, if it was explained, `said` (the
-    explanation, its detection and fuzzing scores).
+    explanation, its detection and fuzzing scores); if it was tried on romanised texts, `script`: whether it is
+    script-bound (or None), and its rate there relative to that on the texts as they are.
     """
     frames = inputs.frames
     texts = frames["texts"].select("text_id", "language", "pieces").rows()
@@ -87,6 +89,10 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
+    if "script" in frames:
+        for hookpoint, unit, bound, kept in frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows():
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
     shown = [
         {"language": code[language], "pieces": pieces, "rtl": is_right_to_left("".join(pieces))}
         for _, language, pieces in texts

@@ -22,6 +22,8 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "language strength control nll distinct_2 success",
     "similarity": "language other units jaccard",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "script": "hookpoint unit language script_bound",
 }
 
 
@@ -52,6 +54,8 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    baselines: pl.DataFrame | None = None
+    script: pl.DataFrame | None = None
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "steer")
+    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "baselines", "script", "steer")
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -61,7 +61,8 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         "by_layer": paths.ablation / "by_layer.parquet", "control": paths.ablation / "control.parquet",
         "curve": paths.ablation / "curve.parquet",
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
-        "generations": paths.generations,
+        "generations": paths.generations, "baselines": paths.baselines / "identification.parquet",
+        "script": paths.script / "features.parquet",
     }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}
@@ -92,6 +93,8 @@ def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:
     _check(files.values(), "stage `browse` writes it")
     if paths.explanations.is_file():
         files["explanations"] = paths.explanations
+    if (paths.script / "features.parquet").is_file():
+        files["script"] = paths.script / "features.parquet"
     frames = {name: read_table(path) for name, path in files.items()}
     return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
 

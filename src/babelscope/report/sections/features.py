@@ -123,6 +123,16 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     return charts.below(cells, below, description=text)
 
 
+def script_column(inputs: ReportInputs, frame: pl.DataFrame) -> dict[str, list[str]]:
+    """Whether each feature of `frame` is script-bound, as a column; none if stage `script` measured nothing."""
+    if inputs.script is None or inputs.script.is_empty():
+        return {}
+    verdict = dict(zip(inputs.script.select("hookpoint", "unit", "language").rows(), inputs.script["script_bound"],
+                       strict=True))  # fmt: skip
+    words = {True: "yes", False: "no", None: NONE}
+    return {"script-bound": [words[verdict.get(key)] for key in frame.select("hookpoint", "unit", "language").rows()]}
+
+
 def counts_table(inputs: ReportInputs) -> Table:
     """`counts` with sums, and the effective number of languages in which the features fire."""
     ends = [*(f"/{name}" for name in inputs.languages), ""]
@@ -143,6 +153,7 @@ def top_features(inputs: ReportInputs) -> Table:
         "language": frame["language"], "hookpoint": frame["hookpoint"].fill_null("no feature"),
         "latent": frame["unit"].cast(pl.String).fill_null(NONE), "rank": figures(frame["rank"]),
         "fires on (tokens)": map(percent, frame["probability"]), "entropy (nats)": figures(frame["entropy"], 3),
+        **script_column(inputs, frame),
         "monolinguality": map(significant, frame.get_column("monolinguality", default=[None] * len(frame))),
     }  # fmt: skip
     caption = f"The first {SHOWN_PER_LANGUAGE} features of each language by rank"
