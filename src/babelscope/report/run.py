@@ -14,9 +14,10 @@ from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically
 from babelscope.core.paths import Paths
-from babelscope.report import browser, charts, page
+from babelscope.report import about, browser, charts, page
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
+from babelscope.report.sections.features import found
 
 PACKAGES = (
     "babelscope", "torch", "transformers", "lightning", "polars", "mlflow", "dvc", "altair", "vl-convert-python",
@@ -34,7 +35,7 @@ def run(params: Config, paths: Paths) -> None:
     }
     files = {
         "report.html": page.build(inputs).encode(),
-        "features.html": browser.build(read_features(params, paths)).encode(),
+        "features.html": browser.build(read_features(params, paths, inputs)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
         "plots/page.html": page.for_dvc().encode(),
@@ -85,14 +86,18 @@ def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
     return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
-def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:
-    """What the feature browser shows."""
+def read_features(params: Config, paths: Paths, inputs: ReportInputs) -> browser.BrowserInputs:
+    """What the feature browser shows; `inputs` are those of the report."""
     files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
     _check(files.values(), "stage `browse` writes it")
-    if paths.explanations.is_file():
-        files["explanations"] = paths.explanations
+    optional = {"explanations": paths.explanations, "stability": paths.stability}
+    files |= {name: path for name, path in optional.items() if path.is_file()}
     frames = {name: read_table(path) for name, path in files.items()}
-    return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
+    return browser.BrowserInputs(
+        params.languages, params.hookpoints, local_name(params.model.name), frames,
+        selected=found(inputs) if params.score.members == 1 else 0, about=about.about(inputs),
+        cells=about.cells(inputs),
+    )  # fmt: skip
 
 
 def training_curves(params: Config, paths: Paths) -> pl.DataFrame:
