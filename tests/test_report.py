@@ -30,6 +30,7 @@ from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,
     control,
+    curve,
     features,
     identification,
     layers,
@@ -47,8 +48,8 @@ def inputs(**changes: Any) -> ReportInputs:
     given_ = ReportInputs(
         params=example.params(), features=example.features(), nll=example.nll(), by_layer=example.by_layer(),
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
-        control=example.control(), confusion=example.confusion(), generations=example.generations(),
-        similarity=example.similarity(),
+        control=example.control(), curve=example.curve(), confusion=example.confusion(),
+        generations=example.generations(), similarity=example.similarity(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -218,6 +219,16 @@ def test_selectivity_of_each_hookpoint_alone_by_hand() -> None:
     assert drawn == [4, 2]
 
 
+def test_the_curve_is_the_mean_of_the_languages_by_the_number_of_features() -> None:
+    frame = curve.means(inputs(curve=example.curve().with_columns(control=pl.lit(None, pl.Float64))))
+    assert frame["top"].to_list() == ["1", "2", "5", "10", "all"] and frame["control"].null_count() == 5
+    assert frame["own"].to_list() == pytest.approx([0.02, 0.04, 0.1, 0.2, 0.25])
+    assert frame["low"][:4].to_list() == pytest.approx([0.01, 0.03, 0.09, 0.19])
+    first = curve.table(inputs()).rows[0]
+    assert first[1:] == ["84", "+0.0200", "+0.0400", "+0.1000", "+0.2000", "+0.2500", "10"]
+    assert curve.section(inputs(curve=None)) is None
+
+
 def test_against_control_has_both_questions_of_every_language() -> None:
     frame = control.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
     assert frame.select("language", "question").rows() == [
@@ -311,7 +322,7 @@ def test_bits_per_byte_are_nats_per_token_over_the_bytes() -> None:
 def test_headings_state_what_the_figures_are(html: str) -> None:
     titles = re.findall(r'<h3 id="(\w+)-title">(.*?)</h3>', html)
     found = dict(titles)
-    assert found["features"] == "14 of 15 languages have features of their own, most of them (257 of 908) in layer 26"
+    assert found["features"] == "14 of 15 languages have features of their own; layer 26 has most, 257 of 908"
     assert found["ablation"] == "Removing a language’s features hurts that language most in 14 of 15 cases"
     assert "Turkish loses most" in found["own"] and found["layers"].startswith(
         "Alone, the features of layer 26 matter most"
@@ -369,7 +380,7 @@ def test_headline_figures(html: str) -> None:
     assert figures["ΔNLL of the language itself, nats/token"] == significant(
         example.metrics()["ablate"]["own"], sign=True
     )
-    assert figures["mean absolute ΔNLL of other languages, nats/token; with its sign: +0.00053"] == "0.0017"
+    assert figures["mean absolute ΔNLL of other languages, nats/token; with its sign: +0.00054"] == "0.0017"
 
 
 def test_same_inputs_same_page(html: str) -> None:
@@ -404,19 +415,9 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert (
         charts_
         == set(specs)
-        == {
-            "features",
-            "ablation",
-            "own",
-            "control",
-            "layers",
-            "similarity",
-            "confusion",
-            "steering",
-            "fvu",
-            "stability",
-        }
-    )
+        == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu",
+            "stability"}
+    )  # fmt: skip
     assert all(spec["description"] for spec in specs.values())
 
 
@@ -430,7 +431,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 19
+    assert len({table.caption for table in tables}) == len(tables) == 20
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -492,7 +493,7 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
 
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
-        inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None)
+        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None)
     )
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert html.count('<span class="status">not measured</span>') == 5

@@ -70,7 +70,7 @@ def finding(inputs: ReportInputs) -> str:
     owners = features(inputs)["language"].n_unique()
     most = layers.sort("value", descending=True, maintain_order=True).row(0, named=True)
     label = layer_labels(inputs.hookpoints)[most["hookpoint"]]
-    where = f", most of them ({plain(most['value'])} of {plain(total)}) in layer {label}" if len(layers) > 1 else ""
+    where = f"; layer {label} has most, {plain(most['value'])} of {plain(total)}" if len(layers) > 1 else ""
     return f"{owners} of {n} languages have features of their own{where}"
 
 

@@ -20,7 +20,7 @@ def section(inputs: ReportInputs) -> Section | None:
 language to which the features belong. The layers do not add up to the matrix above, because later layers can make up
 for what an earlier one lost. Many features with little effect suggest that they are redundant.</p>
 <p>Below the cells, a circle is the mean of these ΔNLLs over the languages. A diamond is the mean ΔNLL of the other
-languages, measured on some texts of every second other language. A layer is selective if its
+languages, measured on some texts of every fourth other language. A layer is selective if its
 circle lies far above its diamond.</p>"""
     )
     means = selectivity(frame).drop_nulls("own")

@@ -18,11 +18,11 @@ less reliably.</p>"""
     )
     terms = prose(
         """<p>L0 is the number of latents that are active per token; a dead latent never is. Recovered: how much of the
-model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros). Found
-again: the share of features that a second SAE, trained with another seed, has as well, by the direction of the decoder;
-in brackets the same share of latents that fire at least as often but are not selected for any single language.
-Matched: the stricter share of features whose partner in the second SAE, if each latent has at most one, has a similar
-decoder and a similar encoder direction.</p>"""
+model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros), with its
+95&nbsp;% interval over texts. Found again: the share of features that a second SAE, trained with another seed, has as
+well, by the direction of the decoder; in brackets the same share of latents that fire at least as often but are not
+selected for any single language. Matched: the stricter share of features whose partner in the second SAE, if each
+latent has at most one, has a similar decoder and a similar encoder direction.</p>"""
     )
     frame = fvu_by_language(inputs)
     text: list[Block | Picture] = [caption, table(inputs), terms]
@@ -72,10 +72,12 @@ def table(inputs: ReportInputs) -> Table:
         return [percent(inputs.figure(stage, f"{key}/{name}")) for name in inputs.hookpoints]
 
     again = zip(shares("stability", "stability_share"), shares("stability", "stability_share_others"), strict=True)
+    ends = zip(*(shares("quality", f"loss_recovered_{end}") for end in ("low", "high")), strict=True)
     columns = {
         "hookpoint": inputs.hookpoints, "FVU": figures(of_training(inputs, "fvu"), 3),
         "L0": figures(of_training(inputs, "l0"), 1), "dead": map(percent, of_training(inputs, "dead_share")),
         "recovered": shares("quality", "loss_recovered"),
+        "95 %": [NONE if low == NONE else f"{low} to {high}" for low, high in ends],
         "found again": [NONE if own == NONE else f"{own} ({others})" for own, others in again],
         "matched": shares("stability", "features_matched_share"),
     }  # fmt: skip
