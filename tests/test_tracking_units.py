@@ -1,6 +1,7 @@
 """The parts of tracking that need neither DVC nor MLflow, on hand-made figures."""
 
 import base64
+import copy
 import json
 import runpy
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from closure import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from params_texts import CONTENTS
 
 from babelscope import config
 from babelscope.core.errors import UserError
@@ -204,14 +206,12 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
         state.read(tmp_path, params)
 
 
-@pytest.mark.parametrize(
-    "file", ["params.yaml", *sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml"))]
-)
+@pytest.mark.parametrize("name", CONTENTS)
 def test_a_lock_of_the_present_params_is_not_outdated(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A data set in dvc.lock has the keys that params.yaml gives it, and no others."""
-    params = config.read_yaml(ROOT / file)
+    params = copy.deepcopy(CONTENTS[name])
     params["corpus"] |= {"source": "huggingface", "datasets": [{"name": "xnli"}, {"name": "paws-x", "rows": 9}]}
     params["identify"]["also"] = {"name": "wili-2018"}
     (tmp_path / "params.yaml").write_text(json.dumps(params))

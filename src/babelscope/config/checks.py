@@ -64,6 +64,12 @@ def _neurons(params: Config) -> Iterator[str]:
 
 
 def _sources(params: Config) -> Iterator[str]:
+    for name in params.hookpoints if params.train.transcode else ():
+        if name.endswith(".input"):
+            yield (
+                f"hookpoints: {name!r} is the input of a module, and a transcoder (train.transcode) writes to the "
+                f"output of one; allowed: {name.removesuffix('.input')!r}"
+            )
     if params.train.transcode and (wrong := [m for m in ("feature", "mean", "swap") if m in params.ablate.methods]):
         yield (
             f"ablate.methods: {wrong[0]!r} needs SAEs that read the hookpoint itself, but transcoders "

@@ -30,6 +30,7 @@ class Paths:
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
         self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts
         self.browse = self.data / "browse"  # browse: the tables behind the feature browser
+        self.summary = root / "metrics/summary.json"  # report: the headline figures, DVC's only metrics
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 
     def counts(self, hookpoint: str) -> Path:

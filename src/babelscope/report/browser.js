@@ -233,6 +233,8 @@
     const all = one.rates.reduce((a, b) => a + b, 0), mine = one.of.reduce((sum, code) => sum + one.rates[code], 0);
     const figure = (value, ...text) => make("div", {}, make("dt", {}, ...text), make("dd", {}, value));
     const seed = one.matched === undefined ? [] : [figure(one.matched ? "yes" : "no", "found one to one in the SAE of another seed")];
+    const causal = one.causal ? [figure(number(one.causal[0], 4, true), `estimated change in loss without it on training text, nats/token (others ${
+      number(one.causal[1], 5, true)}); rank ${one.causal[2]} in its language by this effect`)] : [];
     return make("dl", { class: "figures" },
       figure(number(Math.exp(one.entropy), 2), `effective languages, of ${data.languages.length} (entropy of the firing rates: ${number(one.entropy, 3)} nats)`),
       figure(all ? percent(mine / all) : "–", one.of.length === 1 ? "of its firing is on its own language, if all had as much text" : "of its firing is on these languages, if all had as much text"),
@@ -240,7 +242,7 @@
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
         ? "change in loss without it (ΔNLL): not measured"
-        : `change in loss without it (ΔNLL), nats/token, ${measured(one)}`), ...seed);
+        : `change in loss without it (ΔNLL), nats/token, ${measured(one)}`), ...causal, ...seed);
   }
 
   function rates(one) {

@@ -29,9 +29,9 @@ COLUMNS = {
 class BrowserInputs:
     """Everything that the page shows; the languages and hookpoints are in the order of params.yaml.
 
-    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`, and
-    `stability` (data/stability/features.parquet). `selected`: how many features were selected, of which the browser may
-    show a part (0: not known). `about`, `cells`: see `babelscope.report.about`.
+    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`,
+    `stability` (data/stability/features.parquet) and `ranking` (data/ablation/ranking.parquet). `selected`: how many
+    features were selected, of which the browser may show a part (0: not known). `about`, `cells`: see `babelscope.report.about`.
     """
 
     languages: Sequence[str]
@@ -59,7 +59,8 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     per language), `largest` (activation), `histogram` (own languages, others), `own`, `other`, `sample` (texts: number,
     then piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `near`
     (neighbour's unit, cosine), `delta` (nats/token, or None), `range` (its 95 % interval, or None), `on` (how many
-    texts and tokens it was measured on), and, if known, `matched` (whether another seed has it) and `said` (the
+    texts and tokens it was measured on), and, if known, `matched` (whether another seed has it), `causal`
+    (estimated dNLL of its language and of the others without it, rank) and `said` (the
     explanation, its detection and fuzzing scores). `names`: of the languages. `about`, `cells`: as in the inputs.
     """
     frames = inputs.frames
@@ -98,6 +99,11 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         for hookpoint, unit, matched in frames["stability"].select(*_KEY, "matched").iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["matched"] = matched
+    if "ranking" in frames:
+        columns = (*_KEY, "own", "others", "causal_rank")
+        for hookpoint, unit, *effect in frames["ranking"].select(columns).iter_rows():
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["causal"] = [*map(_digits, effect[:2]), effect[2]]
     if "explanations" in frames:
         columns = (*_KEY, "explanation", "detection", "fuzzing")
         for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():

@@ -51,5 +51,5 @@ def build(inputs: ReportInputs) -> str:
 
 
 def for_dvc() -> str:
-    """The page that `dvc plots` fills (`.dvc/config`); DVC's own fetches Vega from a network each time it is opened."""
+    """The page that `dvc plots` fills: `.dvc/plots/page.html`. DVC's own fetches Vega whenever it is opened."""
     return asset("plots.html.j2").replace("JAVASCRIPT", charts.javascript())

@@ -12,9 +12,9 @@ from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_table, write_atomically
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.report import about, browser, charts, page
+from babelscope.report import about, browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
 from babelscope.report.sections.features import found
@@ -25,8 +25,9 @@ PACKAGES = (
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
+    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`, and the summary."""
     inputs = read(params, paths)
+    write_json(paths.summary, summary.headline(inputs))
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
@@ -38,7 +39,6 @@ def run(params: Config, paths: Paths) -> None:
         "features.html": browser.build(read_features(params, paths, inputs)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
-        "plots/page.html": page.for_dvc().encode(),
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
     }
     for name, content in files.items():
@@ -87,18 +87,18 @@ def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
     return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
-def read_features(params: Config, paths: Paths, inputs: ReportInputs) -> browser.BrowserInputs:
-    """What the feature browser shows; `inputs` are those of the report."""
+def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = None) -> browser.BrowserInputs:
+    """What the feature browser shows; `inputs`: of the report, for the facts about languages and layers."""
     files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
     _check(files.values(), "stage `browse` writes it")
-    optional = {"explanations": paths.explanations, "stability": paths.stability}
+    ranking = paths.ablation / "ranking.parquet"
+    optional = {"explanations": paths.explanations, "stability": paths.stability, "ranking": ranking}
     files |= {name: path for name, path in optional.items() if path.is_file()}
     frames = {name: read_table(path) for name, path in files.items()}
-    return browser.BrowserInputs(
-        params.languages, params.hookpoints, local_name(params.model.name), frames,
-        selected=found(inputs) if params.score.members == 1 else 0, about=about.about(inputs),
-        cells=about.cells(inputs),
-    )  # fmt: skip
+    facts = {} if inputs is None else {"about": about.about(inputs), "cells": about.cells(inputs)}
+    selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
+    model = local_name(params.model.name)
+    return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, **facts)
 
 
 def training_curves(params: Config, paths: Paths) -> pl.DataFrame:
