@@ -31,7 +31,8 @@ class BrowserInputs:
 
     `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`,
     `stability` (data/stability/features.parquet) and `ranking` (data/ablation/ranking.parquet). `selected`: how many
-    features were selected, of which the browser may show a part (0: not known). `about`, `cells`: see `babelscope.report.about`.
+    features were selected, of which the browser may show a part (0: not known). `about`, `cells`: see
+    `babelscope.report.about`.
     """
 
     languages: Sequence[str]

@@ -95,10 +95,10 @@ def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = No
     optional = {"explanations": paths.explanations, "stability": paths.stability, "ranking": ranking}
     files |= {name: path for name, path in optional.items() if path.is_file()}
     frames = {name: read_table(path) for name, path in files.items()}
-    facts = {} if inputs is None else {"about": about.about(inputs), "cells": about.cells(inputs)}
+    facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
     selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
     model = local_name(params.model.name)
-    return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, **facts)
+    return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, facts, cells)
 
 
 def training_curves(params: Config, paths: Paths) -> pl.DataFrame:
