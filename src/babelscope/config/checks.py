@@ -27,6 +27,8 @@ class Config(schema.Section):
     stability: schema.Stability
     identify: schema.Identify
     ablate: schema.Ablate
+    baselines: schema.Baselines
+    script: schema.Script
     steer: schema.Steer
     browse: schema.Browse
     explain: schema.Explain
@@ -42,7 +44,7 @@ class Config(schema.Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        checks = (_neurons, _sources, _stability, _hardware, _languages)
+        checks = (_neurons, _sources, _stability, _baselines, _hardware, _languages)
         if problem := next((problem for check in checks for problem in check(self)), None):
             raise ValueError(problem)
         return self
@@ -107,6 +109,13 @@ def _stability(params: Config) -> Iterator[str]:
             yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
     if chosen and params.stability.seed == params.seed:
         yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
+
+
+def _baselines(params: Config) -> Iterator[str]:
+    if params.baselines.dictionaries and not params.stability.hookpoints:
+        yield "baselines.dictionaries: they need a hookpoint, and stability.hookpoints is empty; allowed with it: []"
+    if params.baselines.dictionaries and params.train.transcode:
+        yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
 
 
 def _hardware(params: Config) -> Iterator[str]:

@@ -120,6 +120,7 @@ class Train(Section):
     aux_k_coefficient: Amount
     weight_decay: Amount
     dead_after: Positive | None
+    frozen: Literal["decoder", "encoder"] | None = None
     log_every: Positive
 
     @model_validator(mode="after")
@@ -237,6 +238,27 @@ class Identify(Section):
 
     also: Name | Dataset | None
     also_texts: Size
+
+
+class Baselines(Section):
+    """Directions, frozen dictionaries and neurons, next to the language features of one hookpoint."""
+
+    dictionaries: list[Literal["frozen_decoder", "frozen_encoder", "random_model", "neurons"]]
+    ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
+
+    @field_validator("dictionaries")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a dictionary is listed twice")
+        return names
+
+
+class Script(Section):
+    """Romanised and shuffled texts, which tell features of a language from those of its script."""
+
+    tokens: Annotated[int, Field(ge=0, le=2**26)]
+    ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
 
 
 class Steer(Section):
