@@ -244,20 +244,8 @@ def metrics() -> dict[str, dict[str, Any]]:
 
 def write(root: Path) -> None:
     """The example as the files that the stage reads (params.yaml is not among them)."""
-<<<<<<< HEAD
-    for folder in ("data/scores", "data/ablation", "data/identify", "data/steer", "data/script", "data/baselines",
-                   "metrics"):  # fmt: skip
-=======
-    for folder in (
-        "data/corpus",
-        "data/activations",
-        "data/scores",
-        "data/ablation",
-        "data/identify",
-        "data/steer",
-        "metrics",
-    ):
->>>>>>> pages
+    for folder in ("data/corpus", "data/activations", "data/scores", "data/ablation", "data/identify", "data/steer",
+                   "data/script", "data/baselines", "metrics"):  # fmt: skip
         (root / folder).mkdir(parents=True, exist_ok=True)
     texts = {"text_id": [f"text-{n}" for n in LANGUAGES], "language": LANGUAGES, "split": "eval", "text": "eight by"}
     pl.DataFrame(texts).write_parquet(root / "data/corpus/texts.parquet")

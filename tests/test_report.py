@@ -23,15 +23,9 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
-<<<<<<< HEAD
-from babelscope.report import charts, page
-from babelscope.report.numbers import NONE, p_value, percent, plain, significant
-from babelscope.report.parts import Picture, ReportInputs, Table, layer_labels
-=======
 from babelscope.report import about, charts, page, run
-from babelscope.report.numbers import p_value, percent, plain, significant
+from babelscope.report.numbers import NONE, p_value, percent, plain, significant
 from babelscope.report.parts import Picture, ReportInputs, Table, browser_link, layer_labels
->>>>>>> pages
 from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,
@@ -440,11 +434,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-<<<<<<< HEAD
     assert len({table.caption for table in tables}) == len(tables) == 23
-=======
-    assert len({table.caption for table in tables}) == len(tables) == 20
->>>>>>> pages
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 

@@ -125,12 +125,8 @@
       make("td", { class: "label top", title: one.top }, make("bdi", { dir: "auto" }, visible(one.top.trim() || one.top))),
       make("td", { title: `entropy ${number(one.entropy, 3)} nats` }, number(Math.exp(one.entropy), 2)),
       make("td", {}, percent(one.rate)),
-<<<<<<< HEAD
-      make("td", {}, number(one.delta, 3, true)),
+      delta,
       make("td", {}, one.latin === null ? "–" : percent(one.latin)));
-=======
-      delta);
->>>>>>> pages
     if (one === current) line.setAttribute("aria-current", "true");
     return line;
   }
@@ -248,13 +244,9 @@
       figure(number(one.largest, 2), "largest activation"),
       figure(number(one.delta, 4, true), one.delta === null
         ? "change in loss without it (ΔNLL): not measured"
-<<<<<<< HEAD
-        : `change in loss without it (ΔNLL), nats/token, on ${plural(count, "held-out text")} (${plural(size, "token")})`),
+        : `change in loss without it (ΔNLL), nats/token, ${measured(one)}`), ...causal, ...seed,
       ...(one.latin === null ? [] : [figure(percent(one.latin), "of its usual rate on romanised texts"
         + (one.script[0] === null ? "" : one.script[0] ? ": script-bound" : ": not script-bound"))]));
-=======
-        : `change in loss without it (ΔNLL), nats/token, ${measured(one)}`), ...causal, ...seed);
->>>>>>> pages
   }
 
   function rates(one) {

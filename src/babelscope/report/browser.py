@@ -29,15 +29,10 @@ COLUMNS = {
 class BrowserInputs:
     """Everything that the page shows; the languages and hookpoints are in the order of params.yaml.
 
-<<<<<<< HEAD
-    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations` and
-    `script` (data/script/features.parquet).
-=======
     `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`,
-    `stability` (data/stability/features.parquet) and `ranking` (data/ablation/ranking.parquet). `selected`: how many
-    features were selected, of which the browser may show a part (0: not known). `about`, `cells`: see
-    `babelscope.report.about`.
->>>>>>> pages
+    `stability` (data/stability/features.parquet), `ranking` (data/ablation/ranking.parquet) and `script`
+    (data/script/features.parquet). `selected`: how many features were selected, of which the browser may show a part
+    (0: not known). `about`, `cells`: see `babelscope.report.about`.
     """
 
     languages: Sequence[str]
@@ -62,20 +57,13 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     -------
     `languages`, `hookpoints`, `tokens`: names, to which numbers below refer. `texts`: `language`, `pieces`, `rtl`.
     `features`, by hookpoint and unit: `at` (hookpoint), `unit`, `of` (its languages), `entropy` (nats), `rates` (one
-<<<<<<< HEAD
-    per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
-    piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
-    (nats/token, or None), `on` (how many texts and tokens it was measured on), and, if it was explained, `said` (the
-    explanation, its detection and fuzzing scores); if it was tried on romanised texts, `script`: whether it is
-    script-bound (or None), and its rate there relative to that on the texts as they are.
-=======
     per language), `largest` (activation), `histogram` (own languages, others), `own`, `other`, `sample` (texts: number,
     then piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `near`
     (neighbour's unit, cosine), `delta` (nats/token, or None), `range` (its 95 % interval, or None), `on` (how many
     texts and tokens it was measured on), and, if known, `matched` (whether another seed has it), `causal`
-    (estimated dNLL of its language and of the others without it, rank) and `said` (the
-    explanation, its detection and fuzzing scores). `names`: of the languages. `about`, `cells`: as in the inputs.
->>>>>>> pages
+    (estimated dNLL of its language and of the others without it, rank), `script` (whether it is script-bound, or None,
+    and its rate on romanised texts relative to that on the texts as they are) and `said` (the explanation, its
+    detection and fuzzing scores). `names`: of the languages. `about`, `cells`: as in the inputs.
     """
     frames = inputs.frames
     texts = frames["texts"].select("text_id", "language", "pieces").rows()
@@ -124,7 +112,9 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
     if "script" in frames:
-        for hookpoint, unit, bound, kept in frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows():
+        for hookpoint, unit, bound, kept in (
+            frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows()
+        ):
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
     shown = [

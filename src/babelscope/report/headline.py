@@ -50,13 +50,9 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
         ("mean FVU (fraction of variance unexplained)", plain(mean_fvu(inputs), 3)),
         ("ΔNLL of the language itself, nats/token", own),
         (f"mean absolute ΔNLL of other languages, nats/token; with its sign: {signed}", others),
-<<<<<<< HEAD
-        ("ΔNLL of a language without random latents that fire as often, nats/token", significant(inputs.figure("ablate", "control"), sign=True)),
-        *([(label, plain(tested - bound))] if tested else []),
-=======
         ("ΔNLL of a language without random latents that fire as often, nats/token",
          significant(inputs.figure("ablate", "control"), sign=True)),
->>>>>>> pages
+        *([(label, plain(tested - bound))] if tested else []),
     ]  # fmt: skip
 
 

@@ -92,16 +92,11 @@ def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = No
     """What the feature browser shows; `inputs`: of the report, for the facts about languages and layers."""
     files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
     _check(files.values(), "stage `browse` writes it")
-<<<<<<< HEAD
-    if paths.explanations.is_file():
-        files["explanations"] = paths.explanations
-    if (paths.script / "features.parquet").is_file():
-        files["script"] = paths.script / "features.parquet"
-=======
-    ranking = paths.ablation / "ranking.parquet"
-    optional = {"explanations": paths.explanations, "stability": paths.stability, "ranking": ranking}
+    ranking, script = paths.ablation / "ranking.parquet", paths.script / "features.parquet"
+    optional = {
+        "explanations": paths.explanations, "stability": paths.stability, "ranking": ranking, "script": script,
+    }  # fmt: skip
     files |= {name: path for name, path in optional.items() if path.is_file()}
->>>>>>> pages
     frames = {name: read_table(path) for name, path in files.items()}
     facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
     selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
