@@ -36,7 +36,7 @@ CLOSING = {
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
     "identify": "texts method accuracy macro F1 McNemar p",
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
-    "steer": "language strength success called NLL (nats/token) distinct-2",
+    "steer": "method harmonic mean from to forcing relevance NLL (nats/token) distinct-2",
     "browse": "hookpoint of one language of several removed alone",
     "explain": "explain: none to explain (params.yaml: explain.endpoint)",
     "report": "page or picture MB",

@@ -20,7 +20,7 @@ def test_an_experiment_is_a_valid_params_file(path):
     params = config.parse(config.read_yaml(path), path.name)
     names = [*params.hookpoints, *params.neurons.hookpoints]
     assert max(layer_of(name) for name in names) == BLOCKS[path.stem] - 1
-    assert params.steer.prompt_language in params.languages
+    assert set(params.steer.prompt_languages) <= set(params.languages)
     if params.train.source == "pretrained":
         folders = [params.pretrained.folder_of(name, layer_of(name)) for name in params.hookpoints]
         assert len(set(folders)) == len(params.hookpoints) == BLOCKS[path.stem]

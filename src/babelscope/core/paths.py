@@ -28,7 +28,9 @@ class Paths:
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
         self.identification = self.data / "identify"  # identify: the tables `predictions` and `confusion`
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
-        self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts
+        self.steering = self.data / "steer"  # steer: the tables `development` and `generations`
+        self.generations = self.steering / "generations.parquet"  # steer: the generated texts
+        self.vectors = self.data / "vectors"  # steer: one file per method, and the settings that were chosen
         self.browse = self.data / "browse"  # browse: the tables behind the feature browser
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 

@@ -17,7 +17,7 @@ COLUMNS = {
     "by_layer": "method kind ablated control evaluated nll tokens delta low high hookpoint",
     "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
     "confusion": "method normalize language predicted texts",
-    "generations": "language strength control nll distinct_2 success",
+    "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
 }
 
