@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup dev repro experiment test check format ui verify audit bench sweeps clean
+.PHONY: setup dev repro experiment test check format docs ui verify audit bench sweeps clean
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -63,7 +63,7 @@ experiment: setup
 
 # Two processes run one test file at a time each, the longest first (tests/conftest.py). xdist's own order starts the
 # end-to-end tests late, which take half as long as all others together. A waiting thread must not occupy a core.
-test: dev check $(TRITON) .bench/s3/.ready
+test: dev check docs $(TRITON) .bench/s3/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: dev
@@ -74,6 +74,16 @@ check: dev
 format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The documentation as a site, in site/; a warning is an error.
+docs: .bench/docs/.ready
+	NO_MKDOCS_2_WARNING=1 .bench/docs/bin/mkdocs build --quiet --strict
+
+.bench/docs/.ready: export PYTHONPATH :=
+.bench/docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 ui: setup
 	$(BIN)/babelscope ui

@@ -40,7 +40,7 @@ COLUMNS = {
                          "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high", "above",
                          "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm"],
     "quality/loss_recovered": ["hookpoint", "layer", "language", "tokens", "nll_clean", "nll_sae", "nll_zero",
-                               "loss_recovered"],
+                               "loss_recovered", "low", "high"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
                            "others_cosine", "others_overlap", "matched", "encoder_cosine"],
     "identify/predictions": PREDICTIONS,

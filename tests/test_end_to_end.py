@@ -129,8 +129,8 @@ def test_the_figures_make_sense(repo):
     assert 3 < metrics("ablate")["nll_clean/en"] < 8
 
 
-def test_the_library_runs_as_the_readme_has_it(repo):
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_library_runs_as_the_page_has_it(repo):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
     hookpoint = "layers.14.post_feedforward_layernorm"  # of the default
     assert code.count(hookpoint) == 1

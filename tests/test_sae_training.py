@@ -37,7 +37,7 @@ HARDWARE = Hardware(
 SETTINGS = Train(
     source="stored", activation="topk", matryoshka=None, transcode=False,
     latents=128, k=4, tokens=64 * 120, batch=64, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=640, log_every=7,
+    aux_k_coefficient=0.03125, weight_decay=0.0, dead_after=640, log_every=7,
 )  # fmt: skip
 
 
@@ -446,3 +446,17 @@ def test_a_transcoder_learns_the_map_from_input_to_output(tmp_path: Path) -> Non
     result = quality(sae, target, rows, nothing, 1, source)  # type: ignore[arg-type]
     assert result.fvu < 0.5
     assert abs(history[-1]["fvu"] - result.fvu) < 0.15
+
+
+def test_weight_decay_shortens_encoder_rows_alone() -> None:
+    settings = SETTINGS.model_copy(update={"weight_decay": 2.0, "warmup": 0.0, "decay": 0.0})
+    training = SAETraining(settings, steps=10, seed=1)
+    training.build([(moments([FakeStore().data]).normalisation(), None)])
+    optimizer = training.configure_optimizers()["optimizer"]
+    before = {name: weight.detach().clone() for name, weight in training.named_parameters()}
+    for weight in training.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for name, weight in training.named_parameters():
+        factor = 1 - 2.0 * 0.004 if name.endswith("encoder") else 1.0
+        torch.testing.assert_close(weight, before[name] * factor, rtol=1e-6, atol=0)

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints, tokens
 from babelscope.models.nll import target_count
+from babelscope.quality import loss_recovered as quality
 from babelscope.quality import run
 from babelscope.quality.loss_recovered import SCHEMA, loss_recovered, splice, zero
 from babelscope.sae.autoencoder import SAE
@@ -158,6 +159,24 @@ def test_where_zeros_cost_nothing_there_is_nothing_to_recover():
     assert found["loss_recovered"].null_count() == 3
 
 
+def test_the_interval_is_over_resamples_of_each_languages_texts():
+    """Texts of one language that recover a half and all: the ends are those of a resample with one text only."""
+    rows = {
+        "clean": [[1.0, 1.0, 0.0]],
+        "sae": [[2.0, 1.0, 0.0]],
+        "zero": [[3.0, 3.0, 1.0]],
+        "tokens": [[1.0, 1.0, 1.0]],
+    }
+    sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in rows.items()}
+    sums |= {key: sums[key][0] for key in ("clean", "tokens")}
+    found = quality._frame(sums, ["layers.0"], ["en", "en", "fi"], ["en", "fi"])
+    every, en, fi = found.rows(named=True)
+    assert (en["loss_recovered"], en["low"], en["high"]) == (0.75, 0.5, 1.0)
+    assert (fi["loss_recovered"], fi["low"], fi["high"]) == (1.0, 1.0, 1.0)
+    # fi is in every resample, once: 4 of 5 nats, or 3 or 5.
+    assert (every["loss_recovered"], every["low"], every["high"]) == pytest.approx((0.8, 0.6, 1.0))
+
+
 def test_an_interrupted_run_goes_on_from_the_batches_that_it_kept(tmp_path):
     model, texts = make(), make_texts()
     saes = {name: random_sae(seed) for seed, name in enumerate(names(model))}
@@ -195,16 +214,18 @@ def test_an_unknown_hookpoint_is_refused_before_any_work():
 
 def test_the_figures_of_the_stage():
     rows = [
-        ("layers.1", 1, None, 30, 2.0, 2.5, 4.0, 0.75),
-        ("layers.1", 1, "en", 10, 1.0, 1.0, 2.0, 1.0),
-        ("layers.1", 1, "fi", 20, 2.5, 2.6, 2.5, None),
-        ("layers.2.mlp", 2, None, 30, 2.0, 5.0, 4.0, -0.5),
+        ("layers.1", 1, None, 30, 2.0, 2.5, 4.0, 0.75, 0.7, 0.8),
+        ("layers.1", 1, "en", 10, 1.0, 1.0, 2.0, 1.0, 0.9, 1.1),
+        ("layers.1", 1, "fi", 20, 2.5, 2.6, 2.5, None, None, None),
+        ("layers.2.mlp", 2, None, 30, 2.0, 5.0, 4.0, -0.5, None, None),
     ]
     found = pl.DataFrame(rows, schema=SCHEMA, orient="row")
     assert run.figures(found) == {
         "loss_recovered/layers.1": 0.75,
         "loss_recovered/layers.1/en": 1.0,
         "loss_recovered/layers.2.mlp": -0.5,
+        "loss_recovered_low/layers.1": 0.7,
+        "loss_recovered_high/layers.1": 0.8,
         "nll_clean": 2.0,
     }
     run.report(found)

@@ -36,7 +36,7 @@ NAMES = ["layers.0.mlp", "layers.2"]
 SETTINGS = Train(
     source="stream", activation="topk", matryoshka=None, transcode=False,
     latents=64, k=4, tokens=32 * 40, batch=32, learning_rate=0.004, warmup=0.05, decay=0.2, encoder_scale=0.5,
-    aux_k_coefficient=0.03125, dead_after=10**6, log_every=5,
+    aux_k_coefficient=0.03125, weight_decay=0.0, dead_after=10**6, log_every=5,
 )  # fmt: skip
 
 

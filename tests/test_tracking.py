@@ -120,7 +120,8 @@ def toy(folder: Path) -> Repo:
     """A new toy repository in `folder`, with nothing run."""
     folder.mkdir()
     params = YAML_.load((ROOT / "params.yaml").read_text())
-    params["languages"], params["hookpoints"], params["track"]["experiment"] = LANGUAGES, HOOKPOINTS, "toy"
+    params["languages"], params["hookpoints"] = LANGUAGES, HOOKPOINTS
+    params["track"]["experiment"], params["track"]["live_after"] = "toy", 0
     params["train"]["k"] = 4
     params["stability"]["hookpoints"] = []
     with (folder / "params.yaml").open("w") as handle:

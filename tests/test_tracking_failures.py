@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cluster import free_port, serving
+from test_cluster import ROOT, free_port, serving
 
+from babelscope import config
 from babelscope.core.fingerprint import dvc_md5
 from babelscope.core.paths import Paths
 from babelscope.tracking import state, store, sync, training
 
-PARAMS = {"seed": 0, "train": {"k": 4}}
+USED = {"seed": 0, "train": {"k": 4}}
 STAGE, OUT = "train@layers.0", "data/sae/layers.0"
 
 
@@ -37,21 +38,22 @@ def repo(tmp_path, monkeypatch):
     return tmp_path
 
 
-def train(pause=0.0, between=None):
+def train(pause=0.0, between=None, live_after=0.0, first=1):
     """What the stage does: ten steps, logged, and the end; `between` happens after half of them."""
-    with training.TrainingRun("x", stage=STAGE, fingerprint="f" * 32, params=PARAMS) as run:
-        for step in range(1, 11):
+    content = config.read_yaml(ROOT / "params.yaml") | {"track": {"experiment": "x", "live_after": live_after}}
+    with training.TrainingRun(config.parse(content), stage=STAGE, fingerprint="f" * 32, used=USED) as run:
+        for step in range(first, 11):
             run.log(step, {"loss": 1 / step})
             time.sleep(pause)
             if step == 5 and between is not None:
                 between(run)
-        run.finish(dvc_md5(Path(OUT)))
+        run.finish(dvc_md5(Path(OUT)), [{"step": step, "loss": 1 / step} for step in range(1, 11)])
 
 
 def mend():
     """What `track` does for a training."""
     opened = store.open_store("x")
-    entry = state.Training(STAGE, store.flatten(PARAMS), OUT, dvc_md5(Path(OUT)))
+    entry = state.Training(STAGE, store.flatten(USED), OUT, dvc_md5(Path(OUT)))
     sync._training(opened, Path(), entry)
     [run] = opened.search(dvc__stage=STAGE)
     assert run.info.status == "FINISHED"
@@ -107,6 +109,30 @@ def test_a_server_that_never_answers_holds_nothing_up(repo, port, monkeypatch, c
         assert time.monotonic() - start < 20 and connections
     assert "`dvc repro` completes it" in caplog.text
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    mend()
+
+
+def test_a_short_training_leaves_its_run_to_track(repo, caplog):
+    start = time.monotonic()
+    train(live_after=60.0)
+    assert time.monotonic() - start < 10 and not (repo / "mlflow.db").exists() and not caplog.text
+    mend()
+
+
+def test_a_training_is_live_after_a_while_with_what_it_logged_before(repo):
+    def look(run):
+        while len(run._known) < 5:
+            time.sleep(0.1)
+        [live] = store.open_store("x").search(dvc__stage=STAGE)
+        assert live.info.run_name == "layers.0 gemma-3-270m k=4"
+        assert live.info.status == "RUNNING" and len(store.open_store("x").points(live)) == 5
+
+    train(live_after=0.5, between=look)
+    mend()
+
+
+def test_a_training_that_was_killed_before_it_was_live_gets_all_points(repo):
+    train(first=7)  # resumed at a checkpoint of step 6
     mend()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_sae_step import WEIGHTS, dense, example
 
+from babelscope.sae.screening import ExactTopK
 from babelscope.sae.training.step import Selection, sparse_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +47,30 @@ def test_what_top_k_leaves_to_pytorch() -> None:
     assert not kernels.suits_top_k(random(4, 40), 40)  # fewer groups than k
     assert not kernels.suits_top_k(random(4, 512).half(), 8)
     assert not kernels.suits_top_k(random(512, 4).T, 1)
+
+
+@pytest.mark.parametrize("d", [20, 256, 700])
+def test_the_bits_of_a_dot_product_depend_on_its_rows_only(d: int) -> None:
+    a, b = random(7, d), random(30, d, seed=1)
+    i, j = (torch.arange(210, device=DEVICE).div(n, rounding_mode="floor") % m for n, m in ((30, 7), (1, 30)))
+    found = kernels.dots(a, b, i, j)
+    torch.testing.assert_close(found, (a[i].double() * b[j]).sum(1).float(), rtol=1e-5, atol=1e-5)
+    some = torch.tensor([200, 3, 77, 3], device=DEVICE)
+    assert torch.equal(kernels.dots(a, b, i[some], j[some]), found[some])
+    assert kernels.dots(a, b, i[:0], j[:0]).shape == (0,)
+
+
+def test_screening_finds_the_same_as_all_float32_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("babelscope.sae.kernels.dots.fused", lambda _: kernels)
+    x, encoder, b_enc = random(20, 48), random(512, 48, seed=1), 0.1 * random(512, seed=2)
+    encoder[256:] = encoder[:256] + 1e-6 * random(256, 48, seed=3)  # near ties
+    results = [ExactTopK(encoder, b_enc, 6, dtype)(x) for dtype in (torch.bfloat16, torch.float32)]
+    scores = kernels.dots(x, encoder, torch.arange(20, device=DEVICE).repeat_interleave(512),
+                          torch.arange(512, device=DEVICE).repeat(20)).view(20, 512) + b_enc  # fmt: skip
+    for values, indices in results:
+        assert torch.equal(values, scores.topk(6).values)
+        assert torch.equal(scores.gather(1, indices), values)
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize(("d", "q", "k"), [(20, 5, 5), (300, 40, 32)])

@@ -88,7 +88,7 @@ def train(params: config.Config, hookpoint: str) -> None:
     key = fingerprint(name, knobs, {str(TEXTS): dvc_md5(TEXTS)})
     die = os.environ.get("TOY_DIE", "") == hookpoint
     rows = []
-    with TrainingRun(params.track.experiment, stage=name, fingerprint=key, params=knobs) as run:
+    with TrainingRun(params, stage=name, fingerprint=key, used=knobs) as run:
         for step in STEPS:
             time.sleep(float(os.environ.get("TOY_SECONDS", "0")) / len(STEPS))
             if die and step == 50:
@@ -107,7 +107,7 @@ def train(params: config.Config, hookpoint: str) -> None:
         )
         fvu = loss(params.train.k, 100)
         write_json(Path(f"metrics/train.{hookpoint}.json"), {"fvu": fvu, "fvu/en": fvu + 0.01, "tokens": 5})
-        run.finish(dvc_md5(folder))
+        run.finish(dvc_md5(folder), [{key: value for key, value in row.items() if value is not None} for row in rows])
 
 
 def score(params: config.Config) -> None:

@@ -41,19 +41,88 @@ def ui() -> None:
     ui.main()
 
 
+def try_sentence(text: str, html: Path | None) -> None:
+    """Print the tokens of a sentence with the language-specific features that fire on them, and its language."""
+    from babelscope.playground import sentence
+
+    sentence.main(text, html)
+
+
+def features(language: str, number: int) -> None:
+    """List the first features of a language, with what they fire on, what they promote, and their effect."""
+    from babelscope.playground import listing
+
+    listing.main(language, number)
+
+
+def serve(host: str, port: int) -> None:
+    """Serve a local page: type a sentence, see its features token by token, amplify one and see the continuation."""
+    from babelscope.playground import server
+
+    server.main(host, port)
+
+
+def compare(first: str, second: str, hookpoints: list[str], cosine: float, html: Path) -> None:
+    """Compare two SAEs or folders of SAEs (a table), or two git revisions or DVC experiments (a page)."""
+    from babelscope.compare import command
+
+    command.main(first, second, hookpoints, cosine, html)
+
+
+def completion(shell: str) -> None:
+    """Print the script that lets a shell complete this command."""
+    import sys
+
+    import shtab
+
+    sys.stdout.write(shtab.complete(parser(), shell) + "\n")
+
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; each command sets `function`, whose parameters are the other arguments."""
-    top = argparse.ArgumentParser(prog="babelscope", description=__doc__)
+    top = argparse.ArgumentParser(prog="babelscope", description=__doc__, epilog="docs/cli.md has examples.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for function in (verify, export, delphi, ui):
-        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+
+    def add(name: str, function: object, example: str = "") -> argparse.ArgumentParser:
+        epilog = f"example: babelscope {name} {example}" if example else None
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__, epilog=epilog)
         command.set_defaults(function=function)
-        if function in (export, delphi):
-            command.add_argument("target", type=Path, help="folder to write to; it is made if missing")
-            command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp")
+        return command
+
+    command = add("try", try_sentence, '"Bugün hava çok güzel" --html sentence.html')
+    command.add_argument("text", help="the sentence; longer ones are cut at corpus.max_tokens")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page")
+    command = add("features", features, "tr --number 20")
+    command.add_argument("language", help="one of params.yaml's languages")
+    command.add_argument("--number", type=int, default=10, metavar="N", help="how many features (default: 10)")
+    command = add(
+        "compare", compare, "data/sae data/sae_again (two folders), or: compare HEAD~1 workspace (two states)"
+    )
+    command.add_argument("first", help="folder or hub id of SAEs; or a git revision, a DVC experiment, or 'workspace'")
+    command.add_argument("second", help="the same kind as the first")
+    command.add_argument("--hookpoint", action="append", default=[], dest="hookpoints", metavar="NAME",
+                         help="of SAEs: a hookpoint to compare; repeatable (default: all of both)")  # fmt: skip
+    command.add_argument("--cosine", type=float, default=0.7, metavar="C",
+                         help="of SAEs: latents are matched from this cosine on (default: 0.7)")  # fmt: skip
+    command.add_argument("--html", type=Path, default=Path("reports/compare.html"), metavar="FILE",
+                         help="of states: the page to write (default: reports/compare.html)")  # fmt: skip
+    command = add("serve", serve, "--port 8001")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    command.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    for name, function in (("export", export), ("delphi", delphi)):
+        command = add(name, function, "exported layers.14.mlp")
+        command.add_argument("target", type=Path, help="folder to write to; it is made if missing")
+        command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")
+    add("ui", ui)
+    add("verify", verify)
     params = commands.add_parser("params", help="Commands on params.yaml.").add_subparsers(required=True)
     check = params.add_parser("check", help=params_check.__doc__, description=params_check.__doc__)
     check.set_defaults(function=params_check)
+    command = add("completion", completion, "bash > ~/.local/share/bash-completion/completions/babelscope")
+    command.add_argument("shell", choices=SHELLS)
     return top
 
 

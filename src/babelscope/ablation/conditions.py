@@ -39,7 +39,8 @@ class Conditions(NamedTuple):
         All hookpoints together: all texts of the ablated language, and a sample of about `others_tokens` tokens of each
         other language. A control: all texts of the ablated language, and in each half of the texts (`first_half`) a
         sample of every second other language; all samples together have half as many tokens as the language. One
-        hookpoint alone: a quarter of the ablated language's texts, and the samples of a control in the first half.
+        hookpoint alone: an eighth of the ablated language's texts, and in the first half a control's samples of every
+        fourth other language.
         A sample has at least one text in each half, and a larger sample contains every smaller one.
 
         Parameters
@@ -62,10 +63,10 @@ class Conditions(NamedTuple):
         number = {name: code for code, name in enumerate(names)}
         ablated = np.array([number.get(name, -1) for name in self.keys["ablated"]])[:, None]
         is_alone, is_control = (self.keys[name].is_not_null().to_numpy()[:, None] for name in ("hookpoint", "control"))
-        is_turn = ((ablated - codes) % 2 == 1) == is_first
+        distance = ablated - codes
+        is_turn = np.where(is_alone, is_first & (distance % 4 == 1), (distance % 2 == 1) == is_first)
         others = np.where(is_alone | is_control, (in_half <= less[codes]) & is_turn, in_half <= share[codes])
-        others &= ~is_alone | is_first
-        own = ~is_alone | (place <= np.maximum(0.25, 0.5 / count)[codes])
+        own = ~is_alone | (place <= np.maximum(0.125, 0.5 / count)[codes])
         wanted: NDArray[np.bool_] = np.where(ablated == codes, own, others)
         return wanted
 

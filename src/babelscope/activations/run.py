@@ -58,6 +58,7 @@ def run(params: Config, paths: Paths) -> None:
         "texts": len(texts),
         "padding_share": round(extraction.padding_share(texts, shards), 4),
         "hookpoints": len(params.hookpoints),
+        "layers": len(hookpoints.blocks(model)),
     }
     write_json(paths.metrics("extract"), numbers | {f"d/{name}": widths[name] for name in params.hookpoints})
     log.info("extract: %s tokens of %s texts, %.1f %% padding",

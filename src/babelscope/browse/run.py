@@ -1,5 +1,7 @@
 """Stage `browse`: the tables behind the feature browser, of selected features and of those that languages share.
 
+To be fast, it reads a part of the texts: the firing rates come from `encode`, which counted all.
+
 The firings come from the stored activations, or from a forward pass if `train.source` is `stream`.
 """
 
@@ -14,6 +16,7 @@ from babelscope import sae
 from babelscope.activations.store import ActivationStore, place
 from babelscope.browse import tables
 from babelscope.browse.effects import effects
+from babelscope.browse.firings import Firings
 from babelscope.browse.lens import extremes, readable, tokens_of
 from babelscope.browse.units import KEY, probabilities, units
 from babelscope.config import Config
@@ -24,7 +27,7 @@ from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features import sae_lape
 from babelscope.features.counter import whole_texts
-from babelscope.features.examples import Features, Firings, read_texts
+from babelscope.features.examples import Features, read_texts
 from babelscope.features.pieces import cut
 from babelscope.models import forward, hardware, loading, logit_lens, matmul, tokens
 from babelscope.models.nll import target_count
@@ -37,28 +40,29 @@ def run(params: Config, paths: Paths) -> None:
     device = hardware.prepare(params.hardware)
     features, rates = choose(params, paths)
     saes = sae.SAECache(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
-    texts, tokenizer = read_texts(paths), loading.load_tokenizer(params.model)
+    corpus, tokenizer = read_texts(paths), loading.load_tokenizer(params.model)
+    texts = part_of(corpus, paths, params.browse.train_tokens)
     firings = collectors(features, saes, params)
     if params.train.source != "stream":
-        read_stored(firings, params, paths)
+        read_stored(firings, texts, params, paths)
     elif firings:
         read_passes(firings, texts, tokenizer, params, device)
     ids = texts["text_id"].to_list()
-    chosen = {one.text for each in firings.values() for side in ("own", "other") for one in each.examples(side)}
+    chosen = {one.text for each in firings.values() for side in tables.SIDES for one in each.examples(side)}
     shown = texts[sorted(chosen)]
     in_pieces = cut(shown, tokens.spelled(tokenizer, shown["text"].to_list(), params.corpus.max_tokens))
 
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
-    held_out = [[ids[number] for number in numbers] for each in firings.values() for numbers in each.texts("held_out")]
-    removed = removed_alone(features, held_out, params, paths)
-    deltas = measure(model, tokenizer, saes, features, removed, texts, params, paths)
+    removed = removed_alone(features, held_out_texts(corpus, params.browse.ablation_texts), params, paths)
+    deltas = measure(model, tokenizer, saes, features, removed, corpus, params, paths)
     found = {
         "features": features.hstack(deltas),
         "probabilities": rates,
         "histograms": tables.histograms(features, firings),
         "texts": in_pieces.drop("piece"),
         "examples": tables.examples(features, firings, ids, in_pieces),
+        "neighbours": tables.neighbours(features, saes),
         "tokens": lens(model, tokenizer, saes, features, params.browse.tokens),
     }
     for name, frame in found.items():
@@ -78,11 +82,12 @@ def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
     every = {"members": None, "max_entropy": None, "top": None}
     candidates = sae_lape(counts, totals, **params.score.model_dump() | every)
-    features = units(selected, candidates, params.languages, params.hookpoints, params.browse.shared)
-    if selected.join(features, on=KEY, how="anti").height:
+    if selected.join(candidates, on=KEY, how="anti").height:
         raise UserError(
             f"{paths.features}: other features than {paths.all_counts} and params.yaml give; run `dvc repro score`"
         )
+    limits = params.browse.shared, params.browse.selected
+    features = units(selected, candidates, params.languages, params.hookpoints, *limits)
     own_counts = counts.join(features.lazy(), on=KEY, how="semi").collect(engine="in-memory")
     largest = own_counts.group_by(KEY).agg(largest=pl.col("max").max())
     features = features.join(largest, on=KEY, how="left", maintain_order="left")
@@ -97,22 +102,47 @@ def collectors(features: pl.DataFrame, saes: Mapping[str, Any], params: Config) 
         owns = torch.tensor([[code in own for code in params.languages] for own in rows["languages"].to_list()])
         result[name] = Firings(
             Features(dictionary, rows["unit"].cast(pl.Int64).to_torch()), owns, rows["largest"].to_torch(),
-            texts=params.browse.texts, held_out=params.browse.ablation_texts, longest=params.corpus.max_tokens,
+            texts=params.browse.texts, longest=params.corpus.max_tokens,
         )  # fmt: skip
     return result
 
 
-def read_stored(firings: Mapping[str, Firings], params: Config, paths: Paths) -> None:
-    """Read the activations that `extract` stored."""
-    table = read_table(paths.tokens, columns=["row", "text_id", "language", "split"])
-    row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
-    language, is_held_out = tokens.codes(table["language"], params.languages), (table["split"] == "eval").to_torch()
+def part_of(corpus: pl.DataFrame, paths: Paths, train_tokens: int | None) -> pl.DataFrame:
+    """The training texts to read, in the order of `corpus`: of each language the first ones by text id.
+
+    A text id is a hash of the text, so this is a random sample. A language's last text is the one with which it reaches
+    `train_tokens`; None: all texts.
+    """
+    train = corpus.filter(split="train")
+    if train_tokens is None:
+        return train
+    sizes = read_table(paths.tokens, columns=["text_id"]).group_by("text_id").len("tokens")
+    sized = train.join(sizes, on="text_id", how="left", maintain_order="left").sort("text_id")
+    before = (pl.col("tokens").cum_sum() - pl.col("tokens")).over("language")
+    chosen = sized.filter(before < train_tokens)
+    return train.join(chosen.select("text_id"), on="text_id", how="semi", maintain_order="left")
+
+
+def held_out_texts(corpus: pl.DataFrame, count: int) -> dict[str, list[str]]:
+    """Ids of `count` held-out texts of each language, the first ones, for `removed_alone`."""
+    first = corpus.filter(split="eval").sort("text_id").group_by("language", maintain_order=True).head(count)
+    return dict(first.group_by("language", maintain_order=True).agg("text_id").iter_rows())
+
+
+def read_stored(firings: Mapping[str, Firings], texts: pl.DataFrame, params: Config, paths: Paths) -> None:
+    """Read the activations of `texts` that `extract` stored."""
+    table = read_table(paths.tokens, columns=["row", "text_id"])
+    table = table.join(
+        texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left"
+    )
+    row, text = table["row"].to_torch(), table["text"].cast(pl.Int64).to_torch()
+    language = tokens.codes(table["language"], params.languages)
     with Progress("browse", len(row) * len(firings), "tokens") as progress:
         for hookpoint, collector in firings.items():
             store = ActivationStore(place(paths.activations, collector.features.reads(hookpoint)))
             for start, end in whole_texts(text, params.encode.chunk_tokens):
                 part = slice(start, end)
-                collector.add(store.gather(row[part]), text[part], language[part], is_held_out[part])
+                collector.add(store.gather(row[part]), text[part], language[part])
                 progress.update(end - start)
 
 
@@ -121,14 +151,14 @@ def read_passes(
 ) -> None:
     """Compute the activations in one forward pass, rounded as `extract` would store them."""
     texts = tokens.tokenize_corpus(tokenizer, corpus, params.corpus.max_tokens)
-    language, is_held_out = texts.codes(params.languages), (texts.frame["split"] == "eval").to_torch()
+    language = texts.codes(params.languages)
     model = loading.load_model(params.model, params.extract.dtype).to(device)
     by_input = {collector.features.reads(name): collector for name, collector in firings.items()}
     batches, dtype = texts.batches(params.extract.batch_tokens), loading.DTYPES[params.extract.store_dtype]
     with Progress("browse", int(texts.lengths.sum()), "tokens") as progress:
         for activations, text in forward.read_batches(model, texts, batches, list(by_input), dtype):
             for name, x in activations.items():
-                by_input[name].add(x, text, language[text], is_held_out[text])
+                by_input[name].add(x, text, language[text])
             progress.update(len(text))
 
 
@@ -152,11 +182,20 @@ def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataF
     return tables.tokens(features, found, readable(tokenizer, ids))
 
 
-def removed_alone(features: pl.DataFrame, held_out: list[list[str]], params: Config, paths: Paths) -> list[list[str]]:
-    """The `held_out` texts on which each feature is removed; none if it is not among a language's top-ranked."""
+def removed_alone(
+    features: pl.DataFrame, held_out: Mapping[str, Sequence[str]], params: Config, paths: Paths
+) -> list[list[str]]:
+    """The ids of the texts on which each feature is removed alone.
+
+    They are the `held_out` texts of its languages, whether it fires in them or not, so that the effects of a language's
+    features can be compared; none if the feature is not among a language's top-ranked.
+    """
     selected = read_table(paths.features).filter(kind="sae").sort("rank", maintain_order=True)
-    first = selected.group_by("language", maintain_order=True).head(params.browse.ablated).select(KEY).rows()
-    return [ids if key in set(first) else [] for key, ids in zip(features.select(KEY).rows(), held_out, strict=True)]
+    first = set(selected.group_by("language", maintain_order=True).head(params.browse.ablated).select(KEY).rows())
+    return [
+        [text_id for language in row[-1] for text_id in held_out.get(language, [])] if row[:-1] in first else []
+        for row in features.select(*KEY, "languages").iter_rows()
+    ]
 
 
 def measure(

@@ -9,13 +9,14 @@ KEY = ["hookpoint", "layer", "unit"]
 
 def units(
     selected: pl.DataFrame, candidates: pl.DataFrame, languages: Sequence[str], hookpoints: Sequence[str],
-    shared: int | None,
+    shared: int | None, limit: int | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """The selected features, and others that several languages share.
 
     `selected`: the rows of kind `sae` of `data/scores/features.parquet`. `candidates`: from `sae_lape` with the same
     thresholds, `members=None` and `top=None`. `languages`, `hookpoints`: their orders. `shared`: number of shared
-    features to add to the selected ones, those of lowest entropy; None adds all.
+    features to add to the selected ones, those of lowest entropy; None adds all. `limit`: maximum number of selected
+    features, those of lowest rank in their language; None: all.
 
     Returns
     -------
@@ -28,7 +29,13 @@ def units(
         .agg(pl.col("language").alias("languages"), pl.col("members").first(), pl.col("entropy").first())
         .sort("entropy", "layer", "unit", "hookpoint")
     )
-    chosen = found.join(selected, on=KEY, how="semi", maintain_order="left")
+    first = selected
+    if limit is not None:
+        first = selected.sort("rank", pl.col("language").cast(pl.Enum(languages)), *KEY).unique(
+            KEY, maintain_order=True
+        )
+        first = first.head(limit)
+    chosen = found.join(first, on=KEY, how="semi", maintain_order="left")
     others = found.join(selected, on=KEY, how="anti", maintain_order="left").filter(pl.col("members") > 1)
     return (
         pl.concat([chosen, others if shared is None else others.head(shared)])

@@ -119,6 +119,7 @@ class Train(Section):
     decay: Share
     encoder_scale: Factor
     aux_k_coefficient: Amount
+    weight_decay: Amount
     dead_after: Positive | None
     log_every: Positive
 
@@ -280,6 +281,8 @@ class Browse(Section):
     tokens: Size
     ablated: Annotated[int, Field(ge=0, le=2**26)]
     ablation_texts: Annotated[int, Field(ge=0, le=2**26)]
+    train_tokens: Size | None
+    selected: Size | None
     shared: Annotated[int, Field(ge=0, le=2**26)] | None
 
 
@@ -306,6 +309,7 @@ class Track(Section):
     """Where the runs go in MLflow."""
 
     experiment: Name
+    live_after: Amount
 
 
 class Hardware(Section):

@@ -61,7 +61,7 @@ def count(
     UserError: the model has no such hookpoint, or an activation is not finite in `dtype`.
     """
     names = names_to_read(list(saes), any(sae.is_transcoder for sae in saes.values()))
-    counters = {name: Counter(languages, sae.latents) for name, sae in saes.items()}
+    counters = {name: Counter(languages, sae.latents, sae.b_dec.device) for name, sae in saes.items()}
     sums = {name: QualitySums(sae, len(languages)) for name, sae in saes.items()}
     language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_torch()
 
@@ -72,7 +72,7 @@ def count(
                 sums[name].add(x, y, language[text])
             else:
                 values, indices = sae.encode(x)
-                counters[name].add(values.cpu(), indices.cpu(), language[text], text)
+                counters[name].add(values, indices, language[text].to(x.device), text.to(x.device))
         advance(len(text))
 
     # By split: the texts after the last full chunk.

@@ -42,7 +42,10 @@ class Counter:
         value = values[fires].float()
         # bincount would go through all languages x units for every chunk.
         self._tokens.index_add_(0, cell, torch.ones_like(cell))
-        self._sum.index_add_(0, cell, value.double())
+        if value.is_cuda:  # there, index_add_ adds float64 in a varying order
+            self._sum.index_put_((cell,), value.double(), accumulate=True)
+        else:
+            self._sum.index_add_(0, cell, value.double())
         self._max.scatter_reduce_(0, cell, value, "amax")
         self._min.scatter_reduce_(0, cell, value, "amin")
         first = int(text.min()) if len(text) else 0

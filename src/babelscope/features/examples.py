@@ -1,4 +1,4 @@
-"""Histograms of the activations of an SAE's features, and texts in which the features fire."""
+"""The activations of some features of an SAE, and texts in which the features fire."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from babelscope.features.counter import whole_texts
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE
 
-BINS = 24
 # Tokens that `choose` encodes at once, which bounds the memory.
 CHUNK = 8192
 
@@ -55,113 +54,6 @@ class Features:
         dense = torch.zeros((len(x), self.count), device=self.device)
         dense[row, feature[row, column]] = values[row, column].float()
         return dense
-
-
-class Example(NamedTuple):
-    """A text in which a feature fires."""
-
-    feature: int
-    place: int  # 0 is the text with the largest activation
-    text: int
-    activations: Tensor  # float32 [longest], one per token of the text, padded with zeros
-
-
-class _Best:
-    """The most active texts: `value` and `text` `[kept, features]`, `tokens` `[kept, features, longest]`."""
-
-    def __init__(self, kept: int, features: int, longest: int, device: torch.device) -> None:
-        self.value = torch.zeros((kept, features), device=device)
-        self.text = torch.full((kept, features), -1, device=device)
-        self.tokens = torch.zeros((kept, features, longest), device=device)
-
-    def merge(self, peak: Tensor, text: Tensor, dense: Tensor, start: Tensor, length: Tensor) -> None:
-        """Add texts whose numbers are larger than all before.
-
-        `peak`: largest activation of each feature in each text, `[texts, features]`. `text`, `start`, `length`: each
-        text's number, first row in `dense` and rows, int64 `[texts]`. `dense`: every activation, `[rows, features]`.
-        """
-        kept, longest = len(self.value), self.tokens.shape[-1]
-        # Stable: of texts with the same activation (they may begin alike), those with smaller numbers are kept.
-        value, order = torch.cat([self.value, peak]).sort(dim=0, descending=True, stable=True)
-        self.value, order = value[:kept], order[:kept]
-        numbers = torch.cat([self.text, text.unsqueeze(1).expand_as(peak)])
-        self.text = numbers.gather(0, order).where(self.value > 0, -1)
-        if not longest:
-            return
-        old = order.clamp(max=kept - 1).unsqueeze(-1).expand_as(self.tokens)
-        self.tokens = self.tokens.gather(0, old)
-        place, feature = ((order >= kept) & (self.value > 0)).nonzero(as_tuple=True)
-        new = order[place, feature] - kept
-        offset = torch.arange(longest, device=dense.device)
-        row = (start[new].unsqueeze(1) + offset).clamp(max=len(dense) - 1)
-        within = offset < length[new].unsqueeze(1)
-        self.tokens[place, feature] = dense[row, feature.unsqueeze(1)].where(within, 0.0)
-
-
-class Firings:
-    """Collects histograms and the most active texts of features, in one pass.
-
-    Memory: `texts * longest` numbers per feature and side, and the activations of all features on one chunk.
-
-    Parameters
-    ----------
-    owns: bool `[features, languages]`, the own languages of every feature.
-    largest: the upper end of each feature's histogram, float32 `[features]`, > 0.
-    texts: number of texts to keep for a feature, in its own languages and in the others each.
-    held_out: number of held-out texts to keep for a feature, in its own languages.
-    longest: tokens to keep of a text.
-
-    Attributes
-    ----------
-    histogram: tokens of the training split by activation, int64 `[2, features, BINS]`: own languages, others. The bins
-        are equally wide, from 0 to `largest`.
-    """
-
-    def __init__(
-        self, features: Features, owns: Tensor, largest: Tensor, *, texts: int, held_out: int, longest: int
-    ) -> None:
-        self.features, device = features, features.device
-        self.owns, self.largest = owns.to(device), largest.to(device)
-        self.histogram = torch.zeros((2, features.count, BINS), dtype=torch.int64, device=device)
-        sizes = {"own": (texts, longest), "other": (texts, longest), "held_out": (held_out, 0)}
-        self._best = {side: _Best(kept, features.count, size, device) for side, (kept, size) in sizes.items()}
-
-    def add(self, x: Tensor, text: Tensor, language: Tensor, held_out: Tensor) -> None:
-        """Add a chunk of whole texts, whose numbers are larger than those of all chunks before.
-
-        `x`: activations of the hookpoint, `[tokens, d]`. For each token, `[tokens]`: `text`, the number of its text
-        (int64, ascending); `language`, the code of its language (int64); `held_out` (bool).
-        """
-        if not len(x):
-            return
-        text, language, held_out = (part.to(self.features.device) for part in (text, language, held_out))
-        dense = self.features.activations(x)
-        self._count(dense, language, held_out)
-        numbers, owner, length = torch.unique_consecutive(text, return_inverse=True, return_counts=True)
-        start = length.cumsum(0) - length
-        peak = dense.new_zeros((len(numbers), dense.shape[1]))
-        peak.scatter_reduce_(0, owner.unsqueeze(1).expand_as(dense), dense, "amax")
-        own, out = self.owns[:, language[start]].T, held_out[start].unsqueeze(1)
-        for side, mask in (("own", own & ~out), ("other", ~own & ~out), ("held_out", own & out)):
-            self._best[side].merge(peak.where(mask, 0.0), numbers, dense, start, length)
-
-    def _count(self, dense: Tensor, language: Tensor, held_out: Tensor) -> None:
-        row, feature = (dense * ~held_out.unsqueeze(1)).nonzero(as_tuple=True)
-        bins = (dense[row, feature] / self.largest[feature] * BINS).long().clamp(0, BINS - 1)
-        side = (~self.owns[feature, language[row]]).long()
-        index = (side * self.features.count + feature) * BINS + bins
-        self.histogram += torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram)
-
-    def texts(self, side: str) -> list[list[int]]:
-        """By feature, numbers of its `own`, `other` or `held_out` (own, held-out) texts, the most active first."""
-        return [[number for number in numbers if number >= 0] for numbers in self._best[side].text.T.tolist()]
-
-    def examples(self, side: str) -> Iterator[Example]:
-        """Training texts by feature and place, in the feature's languages (`own`) or in others (`other`)."""
-        tokens = self._best[side].tokens.cpu()
-        for feature, numbers in enumerate(self.texts(side)):
-            for place, number in enumerate(numbers):
-                yield Example(feature, place, number, tokens[place, feature])
 
 
 class Shown(NamedTuple):

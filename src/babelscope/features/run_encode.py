@@ -42,14 +42,15 @@ def encode(
     dictionary = sae.load(saes, hookpoint).to(device)
     activations = store.ActivationStore(store.place(paths.activations, dictionary.input_name(hookpoint)))
     table = read_table(paths.tokens).filter(split=split)
-    language, text = codes(table["language"], params.languages), table["text_id"].rle_id().cast(pl.Int64).to_torch()
+    text = table["text_id"].rle_id().cast(pl.Int64).to_torch()
+    language, numbers = codes(table["language"], params.languages).to(device), text.to(device)
     rows = table["row"].to_torch()
 
-    counter = Counter(params.languages, dictionary.latents)
+    counter = Counter(params.languages, dictionary.latents, device)
     with Progress(f"encode {hookpoint}", len(rows), "tokens") as progress:
         for start, end in whole_texts(text, params.encode.chunk_tokens):
             values, indices = dictionary.encode(activations.gather(rows[start:end]).to(device))
-            counter.add(values.cpu(), indices.cpu(), language[start:end], text[start:end])
+            counter.add(values, indices, language[start:end], numbers[start:end])
             progress.update(end - start)
     texts = table.group_by("text_id", "language").len("tokens")
     return counter.frame(layer_of(hookpoint)), totals(texts, params.languages)

@@ -22,7 +22,9 @@ from babelscope.models.tokens import TokenizedText
 # Tokens and entries of the vocabulary in one product: 512 x 2,048 float32 logits are 4 MiB.
 ROWS, COLUMNS = 512, 2048
 # Rows are padded to a multiple of this, so that products have few shapes.
-_MULTIPLE = 128
+_MULTIPLE = 64
+# If a logit in the first chunk is larger, each row's largest logit there is subtracted from all logits of the row.
+_LARGE = 32.0
 # Sums of exponentials below this are computed again with the largest logit subtracted.
 _SMALL = 1e-20
 
@@ -60,34 +62,63 @@ class Head:
     def _nll(self, x: Tensor, wanted: Tensor) -> Tensor:
         tokens, x = len(x), pad_rows(x, _MULTIPLE)
         total, target = torch.zeros(len(x), device=x.device), torch.zeros(tokens, device=x.device)
-        for logits in self._chunks(x, wanted, target):
-            total += logits.exp_().sum(1)
+        shift: Tensor | None = None
+        for part, logits in self._chunks(x, wanted, target):
+            if part.start == 0 and bool((largest := logits.amax(1, keepdim=True)).abs().max() > _LARGE):
+                shift = largest
+            total += (logits if shift is None else logits.sub_(shift)).exp_().sum(1)
         total = total[:tokens]
-        found = total.log() - target
+        found = total.log() - target if shift is None else total.log() - (target - shift[:tokens, 0])
         # Recompute tokens whose exponentials overflow float32 or vanish.
         extreme = (~((total > _SMALL) & total.isfinite())).nonzero().squeeze(1)
         if len(extreme):
             found[extreme] = self._shifted(x[extreme], wanted[extreme])
         return found
 
-    def _chunks(self, x: Tensor, wanted: Tensor, target: Tensor) -> Iterator[Tensor]:
-        """Yield the logits in chunks of the vocabulary, and copy the logits of `wanted` to `target`."""
+    def _chunks(self, x: Tensor, wanted: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield parts of the vocabulary with their logits, and copy the logits of `wanted` to `target`."""
         for first in range(0, self.unembedding.out_features, COLUMNS):
             last = min(first + COLUMNS, self.unembedding.out_features)
             logits = self.logits(x, first, last)
             inside = ((wanted >= first) & (wanted < last)).nonzero().squeeze(1)
             target[inside] = logits[inside, wanted[inside] - first]
-            yield logits
+            yield slice(first, last), logits
 
     def _shifted(self, x: Tensor, wanted: Tensor) -> Tensor:
         """The NLL for logits of any size: subtracts the largest logit so far from all."""
         largest = torch.full((len(x),), -torch.inf, device=x.device)
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-        for logits in self._chunks(x, wanted, target):
+        for _, logits in self._chunks(x, wanted, target):
             higher = torch.maximum(largest, logits.amax(1))
             total = total * (largest - higher).exp() + logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
             largest = higher
         return total.log() + (largest - target)
+
+    def gradient(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """The gradient of `nll(x, wanted)` with respect to `x`, `[tokens, d]`, in the dtype of `x`.
+
+        Without a cap: `scale * (sum_y p_y W_y - W_wanted)`, p being the probabilities; the sum is taken over the same
+        chunks, relative to the largest logit so far. With a cap, each logit l adds a factor `1 - (l / cap)^2`.
+        """
+        return _in_parts(self._gradient, ROWS, x, wanted)
+
+    def _gradient(self, x: Tensor, wanted: Tensor) -> Tensor:
+        largest = torch.full((len(x), 1), -torch.inf, device=x.device)
+        total, target = torch.zeros_like(largest), torch.zeros(len(x), device=x.device)
+        mean = torch.zeros(x.shape, device=x.device)
+        for part, logits in self._chunks(x, wanted, target):
+            higher = torch.maximum(largest, logits.amax(1, keepdim=True))
+            before, now = (largest - higher).exp(), (logits - higher).exp()
+            total = total * before + now.sum(1, keepdim=True)
+            weight = self.unembedding.weight[part]
+            mean = mean * before + linear((now * self._slope(logits)).to(weight.dtype), weight.T.contiguous()).float()
+            largest = higher
+        own = self._slope(target).unsqueeze(1) * self.unembedding.weight[wanted].float()
+        return (self.scale * (mean / total - own)).to(x.dtype)
+
+    def _slope(self, logits: Tensor) -> Tensor:
+        """The derivative of a logit with respect to itself before the cap."""
+        return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap).square()
 
 
 _heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
@@ -196,6 +227,24 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         model(**inputs)
     nll[target] = head.nll(entered[0][:, :-1][target], wanted)
     return nll
+
+
+def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
+    """Add the gradient of the summed NLL of the tokens in `target` to every leaf of a whole pass.
+
+    `model`, `ids`, `mask`, `target`: as in `token_nll`. The leaves are made by edits: those whose results require a
+    gradient.
+    """
+    head, wanted = head_of(model), ids[:, 1:][target]
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.enable_grad():
+        if head is None:
+            _logits_nll(model(**inputs).logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
+            return
+        with _entering_unembedding(model, stop=True) as entered:
+            model(**inputs)
+        last = entered[0][:, :-1][target]
+    last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
 
 
 def stream_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ class TopTokens:
     ----------
     model: a causal language model. Without a known head (`nll.head_of`), or with another device than a CPU, its logits
         are computed in full.
+    screen: whether to screen the vocabulary, which pays for many tokens only.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, screen: bool = True) -> None:
         self.model, self.head = model, head_of(model)
         self.codes: Tensor | None = None
-        if self.head is None or hooks.device_of(model).type != "cpu" or self.head.unembedding.bias is not None:
+        if not screen or self.head is None or hooks.device_of(model).type != "cpu":
+            return
+        if self.head.unembedding.bias is not None:
             return
         weight = self.head.unembedding.weight
         if len(weight) % _COLUMNS or len(weight) < 2 * _COLUMNS or weight.shape[1] % 8:

@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from babelscope.core import resume
 from babelscope.models import hookpoints as hooks
@@ -27,13 +28,16 @@ from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
 
+# Bootstrap resamples of the texts for the 95 % intervals.
+RESAMPLES = 1000
+
 # With few texts, few have similar lengths. Padding costs less than more passes: it takes time in the blocks only, since
 # the NLL is computed for real tokens only, but every pass reads all weights.
 _MOST_PADDING = 1.0
 
 SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "language": pl.String, "tokens": pl.Int64, "nll_clean": pl.Float64,
-    "nll_sae": pl.Float64, "nll_zero": pl.Float64, "loss_recovered": pl.Float64,
+    "nll_sae": pl.Float64, "nll_zero": pl.Float64, "loss_recovered": pl.Float64, "low": pl.Float64, "high": pl.Float64,
 }  # fmt: skip
 
 
@@ -62,7 +66,9 @@ def loss_recovered(
     Returns
     -------
     `SCHEMA`, for every hookpoint a row of all texts (`language` null), then one per language. `tokens` are target
-    tokens, NLLs are in nats per token; `loss_recovered` is null if zeros do not raise the NLL.
+    tokens, NLLs are in nats per token; `loss_recovered` is null if zeros do not raise the NLL. `low`, `high`: its 95 %
+    interval over resamples of each language's texts (Efron 1979, percentile method), null if zeros do not raise the NLL
+    in one of them.
 
     Raises
     ------
@@ -137,14 +143,34 @@ def _sums(
 def _frame(
     sums: Mapping[str, Tensor], names: Sequence[str], language: Sequence[str], languages: Sequence[str]
 ) -> pl.DataFrame:
+    weights = _weights(language)
     rows = []
     for number, name in enumerate(names):
-        nlls = (sums["clean"], sums["sae"][number], sums["zero"][number])
+        nlls = torch.stack([sums["clean"], sums["sae"][number], sums["zero"][number]])
         for group in (None, *languages):
             chosen = torch.tensor([group in (None, code) for code in language])
             tokens = int(sums["tokens"][chosen].sum())
             if tokens:
-                clean, spliced, zeroed = (float(nll[chosen].sum()) / tokens for nll in nlls)
-                share = (zeroed - spliced) / (zeroed - clean) if zeroed > clean else None
-                rows.append((name, hooks.layer_of(name), group, tokens, clean, spliced, zeroed, share))
-    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+                weight = weights[:, chosen]
+                # The denominator is 0 only in resamples of texts without any target.
+                count = (weight @ sums["tokens"][chosen].double()).clamp(min=1.0)
+                clean, spliced, zeroed = nlls[:, chosen] @ weight.T / count
+                share = torch.where(zeroed > clean, (zeroed - spliced) / (zeroed - clean), torch.nan)
+                low, high = share[1:].quantile(torch.tensor([0.025, 0.975], dtype=share.dtype)).tolist()
+                figures = (float(clean[0]), float(spliced[0]), float(zeroed[0]), float(share[0]), low, high)
+                rows.append((name, hooks.layer_of(name), group, tokens, *figures))
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row").fill_nan(None)
+
+
+def _weights(language: Sequence[str]) -> Tensor:
+    """How often each text counts, float64 `[1 + RESAMPLES, texts]`: once, then as often as a resample has it.
+
+    A resample draws as many texts of each language as there are.
+    """
+    weights = torch.ones((1 + RESAMPLES, len(language)), dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    for code in sorted(set(language)):
+        columns = torch.tensor([i for i, other in enumerate(language) if other == code])
+        drawn = torch.randint(len(columns), (RESAMPLES, len(columns)), generator=random)
+        weights[1:, columns] = functional.one_hot(drawn, len(columns)).sum(1).double()
+    return weights

@@ -38,10 +38,16 @@ def run(params: Config, paths: Paths) -> None:
 
 
 def figures(found: pl.DataFrame) -> dict[str, float]:
-    """`loss_recovered/<hookpoint>`, `loss_recovered/<hookpoint>/<language>` where defined, and `nll_clean`."""
+    """`loss_recovered/<hookpoint>` and `loss_recovered/<hookpoint>/<language>` where defined, and `nll_clean`.
+
+    `loss_recovered_low/<hookpoint>`, `loss_recovered_high/<hookpoint>`: the ends of the 95 % interval.
+    """
     defined = found.drop_nulls("loss_recovered").select("hookpoint", "language", "loss_recovered")
     shares = {"/".join(filter(None, ("loss_recovered", *key))): share for *key, share in defined.iter_rows()}
-    return shares | {"nll_clean": found.filter(pl.col("language").is_null())["nll_clean"][0]}
+    whole = found.filter(pl.col("language").is_null())
+    for name, low, high in whole.drop_nulls("low").select("hookpoint", "low", "high").iter_rows():
+        shares |= {f"loss_recovered_low/{name}": low, f"loss_recovered_high/{name}": high}
+    return shares | {"nll_clean": whole["nll_clean"][0]}
 
 
 def report(found: pl.DataFrame) -> None:
@@ -51,6 +57,9 @@ def report(found: pl.DataFrame) -> None:
         whole, *each = table.rows(named=True)
         shares = [(row["loss_recovered"], row["language"]) for row in each if row["loss_recovered"] is not None]
         least = [f"{100 * share:.2f} % {language}" for share, language in sorted(shares)[:1]] or ["-"]
-        share = "-" if whole["loss_recovered"] is None else f"{100 * whole['loss_recovered']:.2f} %"
-        rows.append([name, *(f"{whole[f'nll_{key}']:.4f}" for key in ("clean", "sae", "zero")), share, *least])
-    stage.table(["hookpoint", "NLL", "with the SAE", "with zeros", "recovered", "least of a language"], rows)
+        share, *ends = (
+            "-" if whole[key] is None else f"{100 * whole[key]:.1f}" for key in ("loss_recovered", "low", "high")
+        )
+        nlls = (f"{whole[f'nll_{key}']:.4f}" for key in ("clean", "sae", "zero"))
+        rows.append([name, *nlls, f"{share} %", " to ".join(ends), *least])
+    stage.table(["hookpoint", "NLL", "with the SAE", "with zeros", "recovered", "95 %", "least of a language"], rows)

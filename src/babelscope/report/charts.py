@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import polars as pl
 import polars.selectors as cs
 import vl_convert
 
+from babelscope.report.names import labels
 from babelscope.report.numbers import plain
 
 # Both ramps run from the page's background to a saturated end, and differ in lightness all along: they read
@@ -29,7 +31,7 @@ _DARK = {
 def _theme(colours: dict[str, Any], font: str) -> dict[str, Any]:
     text, muted = colours["text"], colours["muted"]
     labels = {"labelColor": text, "titleColor": muted, "titleFontSize": 12, "titleFontWeight": "normal"}
-    figure = {"fontSize": 11.5}
+    figure = {"fontSize": 12}
     return {
         "background": "transparent", "font": font, "view": {"stroke": None},
         "range": {"ramp": colours["ramp"], "heatmap": colours["ramp"], "diverging": colours["diverging"]},
@@ -51,6 +53,8 @@ def _theme(colours: dict[str, Any], font: str) -> dict[str, Any]:
 
 
 THEMES = {"light": _theme(_LIGHT, "system-ui, sans-serif"), "dark": _theme(_DARK, "system-ui, sans-serif")}
+# What a downloaded picture looks like: the light theme on white.
+PRINT = _theme(_LIGHT, "system-ui, sans-serif") | {"background": "#ffffff", "padding": 12}
 SIGNED = "+.5f"
 
 
@@ -74,6 +78,29 @@ def tips(*fields: str | tuple[str, ...]) -> list[alt.Tooltip]:
 def ends(form: str = SIGNED) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The ends of a 95 % interval for `tips`."""
     return ("low:Q", "95 % from", form), ("high:Q", "95 % to", form)
+
+
+def languages_axis(languages: Iterable[str], **axis: Any) -> alt.Axis:
+    """An axis of languages, with their names beside their codes."""
+    return alt.Axis(labelExpr=labels(languages), labelLimit=220, **axis)
+
+
+def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
+    """A legend as a chart of its own, one row: (style, shape, text) of each mark, as the marks are drawn.
+
+    Vega-Lite's own legends need one scale for all marks, whereas the charts here take colours from the theme's styles.
+    """
+    width = [34 + 7 * len(text) for _, _, text in entries]
+    starts = [sum(width[:place]) for place in range(len(entries))]
+    rows = [{"x": 8 + start, "text": text} for start, (_, _, text) in zip(starts, entries, strict=True)]
+    layers = []
+    for row, (style, shape, _) in zip(rows, entries, strict=True):
+        base = alt.Chart(alt.Data(values=[row])).encode(
+            x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)]))
+        )
+        mark = base.mark_point(style=style, shape=shape, filled=True, size=56, opacity=1)
+        layers += [mark, base.mark_text(align="left", dx=14, fontSize=12, aria=False).encode(text="text:N")]
+    return alt.layer(*layers).properties(width=sum(width), height=18)
 
 
 def bands(name: str, order: pl.Series, **axis: Any) -> alt.X:
@@ -101,12 +128,12 @@ def cells(base: alt.Chart, name: str, scale: alt.Scale, text: str = "text:N") ->
 
 def heat_map(
     frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, axis: str = "layer",
-    step: int = 42, zero: bool = True,
+    step: int | None = None, zero: bool = True,
 ) -> alt.LayerChart:  # fmt: skip
     """Languages x layers (or another column, `axis`) with the values written into the cells.
 
     `frame` has `language`, `layer` (a label; or `axis`), `value` (null leaves a cell empty) and perhaps `hookpoint`,
-    `low`, `high` and `others`. `name` is unique within a picture, `title` says what the value is, with its unit, and
+    `low`, `high`, `others` and `href` (what a click on the cell opens). `name` is unique within a picture, `title` says what the value is, with its unit, and
     `description` is the text alternative. The colours start at `zero`, or at the smallest value.
     """
     form = f",.{decimals + 2}f" if decimals else ","
@@ -117,11 +144,18 @@ def heat_map(
     columns, languages = (frame[key].unique(maintain_order=True).to_list() for key in (axis, "language"))
     base = alt.Chart(data(written(frame, decimals))).encode(
         x=alt.X(f"{axis}:O", sort=columns, axis=alt.Axis(title=axis, orient="top", labelAngle=0)),
-        y=alt.Y("language:N", sort=languages, title=None),
+        y=alt.Y("language:N", sort=languages, title=None, axis=languages_axis(languages)),
         tooltip=tips(*shown),
     )
+    if "href" in frame.columns:
+        base = base.encode(href="href:N")
     result = alt.layer(*cells(base, name, ramp(frame, zero)), name=name, description=description)
-    return result.properties(width=alt.Step(step), height=alt.Step(24))
+    return result.properties(width=alt.Step(step or column_width(len(columns))), height=alt.Step(26))
+
+
+def column_width(columns: int) -> int:
+    """The width of a column of a heat map in pixels: few columns are wide, so that the chart fills its place."""
+    return max(44, min(84, 500 // max(1, columns)))
 
 
 def beside(*charts: Any, description: Any = alt.Undefined) -> alt.HConcatChart:

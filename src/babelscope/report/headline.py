@@ -1,11 +1,10 @@
-"""The top of the page: what was found, in a sentence and in the most important figures."""
+"""The top of the page: what was found, in a sentence and in the most important figures; the verdict is between them."""
 
 from markupsafe import Markup
 
 from babelscope.report.numbers import plain, significant
 from babelscope.report.parts import ReportInputs, prose
-from babelscope.report.sections import corpus, identification
-from babelscope.report.sections.ablation import of_languages
+from babelscope.report.sections import corpus
 from babelscope.report.sections.features import features, found, kind
 from babelscope.report.sections.quality import mean_fvu
 
@@ -14,8 +13,8 @@ def title(inputs: ReportInputs) -> str:
     """The result in one sentence."""
     own, others = _effects(inputs)
     return (
-        f"{plain(found(inputs))} {kind(inputs)}: removing those of one language changes its own loss by {own} nats per "
-        f"token, and that of other languages by {others}"
+        f"{plain(found(inputs))} {kind(inputs)}: without its own, a language’s loss changes by {own} nats/token, and that "
+        f"of other languages by {others}"
     )
 
 
@@ -40,32 +39,17 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
     """The most important figures: what each is, and the figure."""
     own, others = _effects(inputs)
     signed = significant(inputs.figure("ablate", "others"), sign=True, digits=2)
-    of = {
-        key: of_languages(inputs, key)
-        for key in ("rows", "columns", "rows_above_zero", "languages_above_control", "languages_selective")
-    }
-    result = [
+    return [
         (f"languages, {features(inputs)['language'].n_unique()} with features", str(len(inputs.languages))),
         ("hookpoints, with one SAE each", str(len(inputs.hookpoints))),
         (f"tokens in {corpus.size(inputs, 'texts')} texts", corpus.size(inputs, "tokens")),
-        (kind(inputs), plain(found(inputs))),
         ("effective number of languages on which a feature fires (exp of the mean entropy of its firing rates)",
          plain(inputs.figure("score", "effective_languages"), 2)),
         ("mean FVU (fraction of variance unexplained)", plain(mean_fvu(inputs), 3)),
         ("ΔNLL of the language itself, nats/token", own),
         (f"mean absolute ΔNLL of other languages, nats/token; with its sign: {signed}", others),
-        (f"languages whose features affect no other language more; languages that no other language’s features affect "
-         f"more: {of['columns']}", of["rows"]),
-        ("languages whose own ΔNLL has a 95\u00a0% interval above 0", of["rows_above_zero"]),
+        ("ΔNLL of a language without random latents that fire as often, nats/token", significant(inputs.figure("ablate", "control"), sign=True)),
     ]  # fmt: skip
-    if inputs.figure("ablate", "languages_above_control") is not None:
-        label = f"languages that lose more than with random latents; more selectively: {of['languages_selective']}"
-        result.append((label, of["languages_above_control"]))
-    if not identification.confusion(inputs).is_empty():
-        fasttext = identification.accuracy(inputs, "fasttext/none")
-        label = f"held-out texts whose language the features identify (fastText: {fasttext})"
-        result.append((label, identification.accuracy(inputs)))
-    return result
 
 
 def _effects(inputs: ReportInputs) -> tuple[str, str]:

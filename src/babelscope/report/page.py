@@ -3,15 +3,19 @@
 from importlib import import_module
 
 from babelscope.config.values import local_name
-from babelscope.report import charts, headline
+from babelscope.report import charts, headline, verdict
 from babelscope.report.assets import asset, environment, source_hash
 from babelscope.report.parts import Picture, ReportInputs
 
-# Each is a module of `babelscope.report.sections` with a function `section(inputs)`, which returns a Section or None.
-NAMES = (
-    "features", "ablation", "own", "control", "layers", "similarity", "identification", "steering", "quality",
-    "corpus", "confounds", "reproduce",
-)  # fmt: skip
+# The argument of the page, part by part. Each name is a module of `babelscope.report.sections` with a function
+# `section(inputs)`, which returns a Section or None; a part without a section is left out.
+PARTS = {
+    "The question: which features belong to a language?": ("features", "layers"),
+    "The evidence: what they do": ("ablation", "own", "control", "identification", "steering"),
+    "The doubt: what else could explain it?": ("stability", "similarity", "quality", "corpus", "confounds"),
+    "For reference": ("reproduce",),
+}
+NAMES = tuple(name for names in PARTS.values() for name in names)
 SECTIONS = [import_module(f"babelscope.report.sections.{name}") for name in NAMES]
 
 
@@ -21,8 +25,10 @@ def build(inputs: ReportInputs) -> str:
     Scripts, styles, charts and data are inside; nothing is fetched, and a Content-Security-Policy forbids it. Every
     text from the inputs is escaped.
     """
-    sections = [section for module in SECTIONS if (section := module.section(inputs))]
-    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
+    made = {name: module.section(inputs) for name, module in zip(NAMES, SECTIONS, strict=True)}
+    parts = {title: [section for name in names if (section := made[name])] for title, names in PARTS.items()}
+    blocks = [block for section in made.values() if section for block in section.blocks]
+    pictures = [block for block in blocks if isinstance(block, Picture)]
     specs = {picture.name: picture.chart.to_dict() for picture in pictures}  # checked against Vega-Lite's schema
     scripts = [charts.javascript(), asset("page.js")]
     model = local_name(inputs.params.get("model", {}).get("name", "the model"))
@@ -33,10 +39,11 @@ def build(inputs: ReportInputs) -> str:
             policy=" ".join(source_hash(script) for script in scripts),
             scripts=scripts,
             style=asset("page.css"),
-            charts={"specs": specs, "themes": charts.THEMES},
-            sections=sections,
+            charts={"specs": specs, "themes": charts.THEMES, "print": charts.PRINT},
+            parts={title: sections for title, sections in parts.items() if sections},
             model=model,
             title=headline.title(inputs),
+            sentences=verdict.sentences(inputs.metrics, inputs.languages),
             claim=headline.claim(inputs, model),
             tiles=headline.tiles(inputs),
         )

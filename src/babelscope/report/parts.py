@@ -1,8 +1,10 @@
 """What every section of the page is given, and what it is made of: prose, charts and tables."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import polars as pl
 from markupsafe import Markup
@@ -28,7 +30,8 @@ class ReportInputs:
 
     `params` are the sections of params.yaml that decide the results; their `languages` and `hookpoints` set the order
     of rows and columns. `metrics` is metrics/<name>.json by name (any key may be missing), `files` the MD5 of the input
-    files by path, `versions` the version by package. The frames are the pipeline's tables of the same names, as
+    files by path, `versions` the version by package, `bytes_per_token` the UTF-8 bytes per token of a language's
+    held-out text (a language may be missing). The frames are the pipeline's tables of the same names, as
     docs/contracts.md describes them; a language without features has no row, or one whose unit is null.
 
     Raises
@@ -47,6 +50,7 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
@@ -80,10 +84,12 @@ class ReportInputs:
         return self.metrics.get(name, {}).get(key)
 
     def grid(self) -> pl.DataFrame:
-        """Every pair of `language` and `hookpoint` in the order of params.yaml, with the axis label `layer`."""
+        """Every pair of `language` and `hookpoint` in the order of params.yaml, with `layer` (label) and `href` (link)."""
         labels = layer_labels(self.hookpoints)
         columns = pl.DataFrame({"hookpoint": self.hookpoints, "layer": list(labels.values())})
-        return pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")
+        grid = pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")
+        links = [browser_link(*pair) for pair in grid.select("language", "hookpoint").rows()]
+        return grid.with_columns(href=pl.Series(links, dtype=pl.String))
 
 
 def layer_labels(hookpoints: list[str]) -> dict[str, str]:
@@ -145,6 +151,25 @@ class Section:
 def prose(text: str, **values: object) -> Markup:
     """HTML written here, in which the `{name}`s are replaced by `values`: those are escaped."""
     return Markup(text).format(**values)  # noqa: S704
+
+
+def how_to_read(text: str, **values: object) -> Markup:
+    """`prose` that explains a figure, folded, so that what the figure shows comes first."""
+    return Markup('<details class="how"><summary>How to read this figure</summary>{}</details>').format(
+        prose(text, **values)
+    )
+
+
+def browser_link(language: str | None = None, hookpoint: str | None = None, **others: str) -> str:
+    """The address of the feature browser's page on a language, a hookpoint, or both."""
+    state = {"language": language, "hookpoint": hookpoint, **others}
+    return "features.html#" + "&".join(f"{key}={quote(value, safe='')}" for key, value in state.items() if value)
+
+
+def bits_per_byte(inputs: "ReportInputs", language: str, nats_per_token: float | None) -> float | None:
+    """nats/token in bits/byte, which can be compared between languages whose tokens differ in length."""
+    size = inputs.bytes_per_token.get(language)
+    return None if size is None or nats_per_token is None else nats_per_token / math.log(2) / size
 
 
 def figures(values: Iterable[Any], decimals: int = 0, *, sign: bool = False) -> list[str]:

@@ -29,8 +29,8 @@ def run(params: Config, paths: Paths) -> None:
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
-        "features_by_layer": counts.rename({"value": "features"}),
-        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest"),
+        "features_by_layer": counts.rename({"value": "features"}).drop("href"),
+        "ablation": matrix.rename({"value": "delta"}).drop("own", "largest", "href"),
     }
     files = {
         "report.html": page.build(inputs).encode(),
@@ -72,8 +72,17 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         metrics={name: read_json(path) for name, path in metrics.items()},
         files={path.relative_to(paths.root).as_posix(): _md5(path) for path in files},
         versions={package: version(package) for package in PACKAGES},
+        bytes_per_token=bytes_per_token(paths, params.corpus.max_tokens),
         **tables,  # type: ignore[arg-type]
     )
+
+
+def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
+    """UTF-8 bytes per token of each language's held-out texts; without those that `max_tokens` cut."""
+    sizes = read_table(paths.tokens, columns=["text_id"]).group_by("text_id").len("tokens")
+    texts = read_table(paths.texts).filter(split="eval").join(sizes, on="text_id").filter(pl.col("tokens") < max_tokens)
+    size = pl.col("text").str.len_bytes().sum() / pl.col("tokens").sum()
+    return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
 def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:

@@ -7,6 +7,7 @@ from torch.nn import functional
 from babelscope.models.matmul import linear
 from babelscope.models.names import input_name
 from babelscope.sae.kernels.topk import top_k
+from babelscope.sae.screening import MIN_ROWS, ExactTopK, screening_dtype, suits
 
 # Scores in one chunk of `encode`, of 4 bytes each, which bound its memory. On a CPU, the chunk must stay in the
 # last-level cache between the product and the top-k.
@@ -81,6 +82,8 @@ class SAE(nn.Module):
         self.k = k
         self.register_buffer("threshold", None if threshold is None else threshold.float().contiguous())
         self.register_buffer("b_in", None if b_in is None else b_in.float().contiguous())
+        self._screens: dict[torch.dtype, ExactTopK] = {}
+        self._screens_key: list[object] = []
 
     @property
     def is_transcoder(self) -> bool:
@@ -121,7 +124,9 @@ class SAE(nn.Module):
 
         Parameters
         ----------
-        x: [..., d_in], any floating dtype; it is encoded in float32, in chunks of rows to bound the memory.
+        x: [..., d_in], any floating dtype; it is encoded in float32, in chunks of rows to bound the memory. A wide TopK
+            SAE screens the latents by a product in bfloat16, with the same result (`sae.screening`), and keeps a copy
+            of its encoder in bfloat16.
 
         Returns
         -------
@@ -131,15 +136,34 @@ class SAE(nn.Module):
         """
         rows = x.reshape(-1, self.d_in)
         size = chunk_rows(self.latents, x.device)
-        parts = [self._encode(rows[first : first + size]) for first in range(0, max(1, len(rows)), size)]
+        encode = self._screen(len(rows)) if self.is_screened and len(rows) else self._encode
+        parts = [encode(self.centre(rows[first : first + size])) for first in range(0, max(1, len(rows)), size)]
         most = max(part[0].shape[1] for part in parts)
         values, indices = (
             torch.cat([functional.pad(part[i], (0, most - part[i].shape[1])) for part in parts]) for i in (0, 1)
         )
         return values.view(*x.shape[:-1], most), indices.view(*x.shape[:-1], most)
 
-    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        scores = linear(self.centre(rows), self.encoder, self.b_enc)
+    @property
+    def is_screened(self) -> bool:
+        """Whether `encode` screens the latents by a product in bfloat16, see `sae.screening`."""
+        return self.k is not None and suits(self.encoder, self.k)
+
+    def _screen(self, rows: int) -> ExactTopK:
+        """A top k made for the present weights; few rows use one in bfloat16 only if it is already there."""
+        assert self.k is not None
+        weights = (self.encoder, self.b_enc)
+        key = [self.k, *((w.data_ptr(), w._version) for w in weights if not w.is_inference())]
+        if key != self._screens_key or any(w.is_inference() for w in weights):  # those do not count their changes
+            self._screens, self._screens_key = {}, key
+        wide, fast = torch.float32, screening_dtype(self.encoder.device)
+        dtype = fast if rows >= MIN_ROWS or fast in self._screens else wide
+        if dtype not in self._screens:
+            self._screens[dtype] = ExactTopK(self.encoder, self.b_enc, self.k, dtype)
+        return self._screens[dtype]
+
+    def _encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        scores = linear(centred, self.encoder, self.b_enc)
         if self.threshold is not None:
             return _above(scores, self.threshold)
         assert self.k is not None

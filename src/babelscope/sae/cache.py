@@ -90,7 +90,8 @@ class SAECache(Mapping[str, CachedSAE]):
             while self._held and sum(self._bytes[held] for held in self._held) + expected > self.max_bytes:
                 self._held.popitem()
             sae = checkpoint.load(self.folder, name).to(self.device)
-            self._bytes[name] = sum(t.nbytes for t in (*sae.parameters(), *sae.buffers()))
+            copy = sae.encoder.nbytes // 2 if sae.is_screened else 0  # in bfloat16, which `encode` keeps
+            self._bytes[name] = sum(t.nbytes for t in (*sae.parameters(), *sae.buffers())) + copy
             self._held[name] = sae
         return self._held[name]
 

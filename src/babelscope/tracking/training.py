@@ -5,11 +5,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.tracking import store
 
@@ -22,20 +23,26 @@ _EVERY, _RETRY, _LAST = 2.0, 30.0, 60.0
 class TrainingRun:
     """The MLflow run of one training; the constructor returns at once, and a thread imports MLflow and writes.
 
+    A training that ends within `track.live_after` seconds gets no run here, since MLflow's import would take seconds of
+    its time; stage `track` logs it from its history. After that time, the thread also writes what was logged before.
+
     The run of a killed training of the same stage and fingerprint is resumed, and no point is logged twice. The context
     manager marks a run that did not `finish` as failed, or as killed if the user stopped it.
 
     Parameters
     ----------
-    experiment: MLflow experiment (`track.experiment`).
+    params: of the pipeline; `track` names the experiment, and `model` is in the name of the run.
     stage: the stage as DVC calls it, e.g. `train@layers.6.mlp`.
     fingerprint: see `babelscope.core.fingerprint.fingerprint`.
-    params: what the stage depends on, as in params.yaml, e.g. `{"seed": 0, "train": {...}}`, and `model`, which is in
-        the name of the run; logged flat, as `train.k`.
+    used: what the stage depends on, as in params.yaml, e.g. `{"seed": 0, "train": {...}}`; logged flat, as `train.k`.
+    resumes: whether the training resumes. It may then have a run, which it continues at once.
     """
 
-    def __init__(self, experiment: str, *, stage: str, fingerprint: str, params: Mapping[str, Any]) -> None:
-        self._experiment, self._params = experiment, params
+    def __init__(
+        self, params: Config, *, stage: str, fingerprint: str, used: Mapping[str, Any], resumes: bool = False
+    ) -> None:
+        self._experiment, self._live_after = params.track.experiment, 0.0 if resumes else params.track.live_after
+        self._params = {**used, "model": params.model.model_dump()}
         self._keys = {"dvc.stage": stage, "babelscope.fingerprint": fingerprint}
         self._store: store.Store | None = None
         self._run_id, self._known = "", store.Points()
@@ -54,8 +61,17 @@ class TrainingRun:
         with self._lock:
             self._pending += points
 
-    def finish(self, output_md5: str) -> None:
-        """Write what is left and end the run. `output_md5`: the `dvc_md5` of the training's output folder."""
+    def finish(self, output_md5: str, history: Iterable[Mapping[str, float]]) -> None:
+        """Write what is left and end the run.
+
+        Parameters
+        ----------
+        output_md5: the `dvc_md5` of the training's output folder.
+        history: one row per logged step, with `step`. A training that was killed before it was live has logged only the
+            steps after its checkpoint; the history has all.
+        """
+        for row in history:
+            self.log(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         self._close("FINISHED", output_md5)
 
     def __enter__(self) -> "TrainingRun":
@@ -74,6 +90,8 @@ class TrainingRun:
 
     def _write(self) -> None:
         """The thread: connect, then write every few seconds, and connect again after a failure."""
+        if self._wake.wait(self._live_after):
+            self._done = self._live_after > 0
         pause = 0.0
         while not self._done:
             ending = self._wake.wait(pause) and self._end is not None
@@ -115,13 +133,13 @@ class TrainingRun:
     def _flush(self, opened: store.Store) -> None:
         with self._lock:
             pending = list(self._pending)
-        new = {}
+        new: dict[tuple[str, int], tuple[str, float, int, int]] = {}
         for name, value, moment, step in pending:
             # MLflow would draw a step that is logged twice as two points.
             if (name, step) in self._known:
                 self._contradicted |= not math.isclose(self._known[name, step], value, rel_tol=1e-6)
             else:
-                new[name, step] = (name, value, moment, step)
+                new.setdefault((name, step), (name, value, moment, step))
         opened.log(self._run_id, new.values())
         self._known |= {key: point[1] for key, point in new.items()}
         with self._lock:

@@ -8,27 +8,37 @@ import polars as pl
 from babelscope.config.schema import primary_method
 from babelscope.report import charts
 from babelscope.report.numbers import plain
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, prose
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, browser_link, how_to_read, prose
 
 
 def section(inputs: ReportInputs) -> Section:
     """The matrix dNLL[ablated, evaluated]."""
-    caption = prose(
+    caption = how_to_read(
         """<p>Each row removes the features of one language; each column evaluates held-out text of one language. The
 number in a cell is the change in negative log-likelihood (ΔNLL) in nats per token: how much worse the model predicts
 that text (0.1 is about 10&nbsp;% more perplexity). If the features of a language matter to that language alone, the
 outlined diagonal cell is large and the rest of the row is close to 0.</p>
-<p>The largest number of each row is bold. It is on the diagonal in {rows} rows. The diagonal cell is the largest of its
-column in {columns} columns, and its 95&nbsp;% interval lies above 0 in {rows_above_zero} rows. An empty row was not
-measured. Point at a cell, or tap it, to see the exact number, its 95&nbsp;% bootstrap interval over texts, and the
-number of tokens.</p>
+<p>The largest number of each row is bold. An empty row was not measured. Point at a cell, or tap it, to see the exact number, its 95&nbsp;% bootstrap interval over texts, and the
+number of tokens. A click opens the features of the language in the feature browser.</p>
 <p>The features of all hookpoints are removed together, by the method <code>{method}</code>. The reconstruction error of
 the SAE is kept, so that removing no feature changes nothing.</p>""",
-        **{key: of_languages(inputs, key) for key in ("rows", "columns", "rows_above_zero")},
         method=method(inputs),
     )
-    picture = Picture("ablation", "Ablation matrix", chart(matrix(inputs), inputs.languages), [caption])
-    return Section("ablation", "Ablation", "What removing a language’s features does", [picture, table(inputs)])
+    result = prose(
+        """<p>The language whose features are removed is the one whose loss changes most in {rows} cases, and no other
+language’s features change its loss more in {columns}. The 95&nbsp;% interval of its own change is above 0 in
+{rows_above_zero}.</p>""",
+        **{key: of_languages(inputs, key) for key in ("rows", "columns", "rows_above_zero")},
+    )
+    picture = Picture("ablation", "Ablation matrix", chart(matrix(inputs), inputs.languages), [result, caption])
+    return Section("ablation", "Ablation", finding(inputs), [picture, table(inputs)])
+
+
+def finding(inputs: ReportInputs) -> str:
+    """In how many rows the diagonal is largest."""
+    if inputs.figure("ablate", "rows") is None:
+        return "What the removal of a language’s features does"
+    return f"Removing a language’s features hurts that language most in {of_languages(inputs, 'rows')} cases"
 
 
 def of_languages(inputs: ReportInputs, key: str) -> str:
@@ -51,12 +61,14 @@ def of_method(inputs: ReportInputs, frame: pl.DataFrame) -> pl.DataFrame:
 def matrix(inputs: ReportInputs) -> pl.DataFrame:
     """The cells of dNLL[ablated, evaluated], in nats/token; a language that was not ablated has none.
 
-    The columns are `ablated`, `evaluated`, `tokens`, `low`, `high` (95 %), `value` (dNLL), `own` (on the diagonal) and
-    `largest` (of its row).
+    The columns are `ablated`, `evaluated`, `tokens`, `low`, `high` (95 %), `value` (dNLL), `href` (link), `own` (on the
+    diagonal) and `largest` (of its row).
     """
     cells = of_method(inputs, inputs.nll).filter(pl.col("control").is_null())
     cells = cells.sort(inputs.order("ablated"), inputs.order("evaluated"))
+    links = {name: browser_link(name) for name in inputs.languages}
     return cells.select("ablated", "evaluated", "tokens", "low", "high", value="delta").with_columns(
+        href=pl.col("ablated").replace_strict(links, return_dtype=pl.String),
         own=pl.col("ablated") == pl.col("evaluated"),
         # A row of zeros (nothing was ablated) has no largest cell.
         largest=(pl.col("value") == pl.col("value").max().over("ablated")) & (pl.col("value") > 0),
@@ -70,7 +82,8 @@ def chart(frame: pl.DataFrame, languages: list[str]) -> alt.LayerChart:
     base = alt.Chart(charts.data(charts.written(frame, 2 if largest >= 0.1 else 3))).encode(
         x=alt.X("evaluated:N", scale=domain,
                 axis=alt.Axis(title="evaluated on", orient="top", labelAngle=0, titleAnchor="start")),
-        y=alt.Y("ablated:N", scale=domain, title="features removed"),
+        y=alt.Y("ablated:N", scale=domain, axis=charts.languages_axis(languages, title="features removed")),
+        href="href:N",
         tooltip=charts.tips(("ablated:N", "removed"), ("evaluated:N", "evaluated"), ("value:Q", title, charts.SIGNED),
                             *charts.ends(), ("tokens:Q", "tokens", ",")),
     )  # fmt: skip
@@ -88,7 +101,7 @@ def chart(frame: pl.DataFrame, languages: list[str]) -> alt.LayerChart:
         name="ablation",
         description="Change of each language's NLL when one language's features are removed; "
         "the table below holds the same figures.",
-    ).properties(width=alt.Step(40), height=alt.Step(26))
+    ).properties(width=alt.Step(43), height=alt.Step(28))
 
 
 def table(inputs: ReportInputs) -> Table:

@@ -6,7 +6,7 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, intervals, prose
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, intervals, prose
 from babelscope.report.sections.ablation import method, of_languages
 
 
@@ -15,7 +15,7 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = against_control(inputs)
     if frame.is_empty():
         return None
-    caption = prose(
+    caption = how_to_read(
         """<p>Removing latents that fire often can hurt a language even if they have nothing to do with it. This
 comparison takes that into account. Circle: the ΔNLL of a language without its own features, minus its ΔNLL without
 random latents that fire at least as often on it. Diamond: the same comparison for the difference between the language
@@ -34,9 +34,18 @@ such errors among all languages at 5&nbsp;%, the two numbers are {above_holm} an
         above_holm=of_languages(inputs, "languages_above_control_holm"),
         selective_holm=of_languages(inputs, "languages_selective_holm"),
     )
-    text = [caption] if inputs.figure("ablate", "languages_above_control") is None else [caption, result]
+    text = [caption] if inputs.figure("ablate", "languages_above_control") is None else [result, caption]
     picture = Picture("control", "Own features compared with random latents", chart(frame), text)
-    return Section("control", "Random latents", "Comparison with random latents", [picture, table(frame)])
+    return Section("control", "Random latents", finding(inputs), [picture, table(frame)])
+
+
+def finding(inputs: ReportInputs) -> str:
+    """In how many languages own features do more, after the correction if there is one."""
+    for key, end in (("languages_above_control_holm", " (Holm)"), ("languages_above_control", "")):
+        if inputs.figure("ablate", key) is not None:
+            count = of_languages(inputs, key)
+            return f"In {count} languages, own features matter more than random latents that fire as often{end}"
+    return "Comparison with random latents"
 
 
 def against_control(inputs: ReportInputs) -> pl.DataFrame:
@@ -57,10 +66,11 @@ def against_control(inputs: ReportInputs) -> pl.DataFrame:
     return grid.join(pl.concat(parts), on=["language", "question"], how="left", maintain_order="left")
 
 
-def chart(frame: pl.DataFrame) -> alt.LayerChart:
+def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """Two intervals per language about a line at 0: own - control, and the same beyond what it costs others."""
+    languages = frame["language"].unique(maintain_order=True).to_list()
     base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=frame["language"].unique(maintain_order=True).to_list(), title=None),
+        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
         tooltip=charts.tips("language:N", ("value:Q", "difference", charts.SIGNED), *charts.ends()),
     )
     axis = alt.Axis(title="difference to random latents, nats/token", grid=True, tickCount=5)
@@ -72,7 +82,9 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         point = rows.mark_point(style=style, shape=shape, filled=True, size=48, opacity=1, yOffset=offset)
         layers += [line.encode(x=alt.X("low:Q", axis=axis), x2="high:Q"), point.encode(x="value:Q")]
     text = "Own features compared with random latents that fire as often; the table below holds the figures."
-    return alt.layer(*layers, description=text).properties(width=320, height=alt.Step(30))
+    entries = [("own", "circle", "loses more itself"), ("others", "diamond", "and more than the others do")]
+    plot = alt.layer(*layers).properties(width=480, height=alt.Step(32))
+    return charts.below(plot, charts.legend(*entries), description=text)
 
 
 def table(frame: pl.DataFrame) -> Table:

@@ -5,10 +5,22 @@ from dataclasses import replace
 
 import altair as alt
 import polars as pl
+from markupsafe import Markup
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, percent, significant
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.names import name
+from babelscope.report.numbers import NONE, percent, plain, significant
+from babelscope.report.parts import (
+    Picture,
+    ReportInputs,
+    Section,
+    Table,
+    browser_link,
+    figures,
+    how_to_read,
+    layer_labels,
+    prose,
+)
 
 SHOWN_PER_LANGUAGE = 10
 
@@ -16,7 +28,7 @@ SHOWN_PER_LANGUAGE = 10
 def section(inputs: ReportInputs) -> Section:
     """Features by language and layer, and the first ones of each language."""
     limit = inputs.params.get("score", {}).get("max_entropy")
-    caption = prose(
+    caption = how_to_read(
         """<p>Each cell is the number of latents of one layer’s SAE that are features of the language in that row. A 0
 means that no latent passed the thresholds; it does not mean that the model lacks the language. The line below the cells
 is the sum over all languages.</p>
@@ -24,14 +36,42 @@ is the sum over all languages.</p>
 (<code>score.example_rate</code>, <code>score.token_rate</code>). It belongs to each language in which its firing rate
 is at least <code>score.ratio</code> times its highest firing rate. Only latents that belong to exactly {members}{limit}
 are counted. Such a latent may also fire in other languages, but at a lower rate. A few features that fire often can
-matter more than many that fire rarely: the next section measures their effect.</p>""",
+matter more than many that fire rarely: the ablation below measures their effect. A click on a cell opens its features in
+the feature browser.</p>""",
         members="one language" if inputs.members == 1 else f"{inputs.members} languages",
         limit="" if limit is None else f" and have at most {math.exp(limit):.2f} effective languages",
     )
-    link = prose("""<p>The <a href="features.html">feature browser</a> shows every feature and where it fires.</p>""")
-    picture = Picture("features", "Features per language and layer", chart(counts(inputs)), [caption])
-    title = "How many features each language has in each layer"
-    return Section("features", "Features", title, [picture, link, counts_table(inputs), top_features(inputs)])
+    link = prose(
+        """<p>The <a href="features.html">feature browser</a> shows every feature and where it fires, and has a page for
+every language and layer: {links}.</p>""",
+        links=Markup(", ").join(
+            Markup('<a href="{}">{}</a>').format(browser_link(language), name(language))
+            for language in inputs.languages
+        ),
+    )
+    effective = inputs.figure("score", "effective_languages")
+    specific = prose(
+        """<p>A feature of one language may still fire on others. Seen as a distribution over languages, its firing rates
+are as spread as over {mean} languages on average (exp of the mean entropy; 1 would be perfectly specific, {count} not at
+all) and {median} in the median.</p>""",
+        mean=plain(effective, 2), count=len(inputs.languages),
+        median=plain(inputs.figure("score", "effective_languages_median"), 2),
+    )  # fmt: skip
+    text = [link, caption] if effective is None else [specific, link, caption]
+    picture = Picture("features", "Features per language and layer", chart(counts(inputs)), text)
+    return Section("features", "Features", finding(inputs), [picture, counts_table(inputs), top_features(inputs)])
+
+
+def finding(inputs: ReportInputs) -> str:
+    """How many languages have features, and where most of them are."""
+    layers, total, n = sums(inputs, "hookpoint"), found(inputs), len(inputs.languages)
+    if not total:
+        return "No language has features that pass the thresholds"
+    owners = features(inputs)["language"].n_unique()
+    most = layers.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    label = layer_labels(inputs.hookpoints)[most["hookpoint"]]
+    where = f", most of them ({plain(most['value'])} of {plain(total)}) in layer {label}" if len(layers) > 1 else ""
+    return f"{owners} of {n} languages have features of their own{where}"
 
 
 def kind(inputs: ReportInputs) -> str:
@@ -54,7 +94,7 @@ def found(inputs: ReportInputs) -> int:
 
 
 def counts(inputs: ReportInputs) -> pl.DataFrame:
-    """`language`, `hookpoint`, `layer` (label), `value` (features): the whole grid, 0 where there is no feature."""
+    """`ReportInputs.grid` with `value`, the number of features."""
     owned = features(inputs).group_by("language", "hookpoint").agg(value=pl.len().cast(pl.Int64))
     grid = inputs.grid().join(owned, on=["language", "hookpoint"], how="left", maintain_order="left")
     return grid.with_columns(pl.col("value").fill_null(0))
@@ -68,6 +108,8 @@ def sums(inputs: ReportInputs, key: str) -> pl.DataFrame:
 def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """`counts` as a heat map; below it the sums over all languages."""
     totals = frame.group_by("layer", "hookpoint", maintain_order=True).agg(pl.col("value").sum())
+    links = [browser_link(hookpoint=hookpoint) for hookpoint in totals["hookpoint"]]
+    totals = totals.with_columns(href=pl.Series(links, dtype=pl.String))
     text = "Features of each language in each layer; the table below holds the same figures."
     cells = charts.heat_map(frame, name="features", title="features", decimals=0, description=text)
     base = alt.Chart(charts.data(totals)).encode(
@@ -76,8 +118,11 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         tooltip=charts.tips("hookpoint:N", ("value:Q", "features")),
     )
     texts = [base.mark_text(style=style, dy=-11, aria=False).encode(text="value:Q") for style in ("halo", "value")]
-    lines = base.mark_line(style="own", strokeWidth=2), base.mark_point(style="own", size=36, filled=True, opacity=1)
-    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(width=alt.Step(42), height=90)
+    points = base.mark_point(style="own", size=36, filled=True, opacity=1).encode(href="href:N")
+    lines = base.mark_line(style="own", strokeWidth=2), points
+    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(
+        width=alt.Step(charts.column_width(len(totals))), height=110
+    )
     return charts.below(cells, below, description=text)
 
 

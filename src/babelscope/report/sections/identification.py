@@ -5,7 +5,7 @@ import polars as pl
 
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, p_value, percent, plain
-from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 
 # The first of each that there is: the firings, divided by the features owned, of SAE features or else of neurons.
 _SHOWN = {"features": [("sae-count", "units"), ("neuron-count", "units")], "fastText": [("fasttext", "none")]}
@@ -16,7 +16,7 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = confusion(inputs)
     if inputs.confusion is None or frame.is_empty():
         return None
-    caption = prose(
+    caption = how_to_read(
         """<p>Each of {texts} held-out texts is identified as the language whose features fire most often on it,
 relative to how many features that language has. This is right for {accuracy} of the texts; fastText, which chooses
 among the same languages, is right for {fasttext}. A row is the language of the texts, a column is the language as which
@@ -37,10 +37,20 @@ table also shows how the features do on all texts, among all languages.</p>""",
 activations, scaled to between 0 and 1. The p is that of McNemar’s test against fastText: if it is small, chance does
 not explain that one of the two is right more often.</p>"""
     )
-    text: list[Block] = [caption, *([missing] if names else []), methods_table(inputs), test]
+    text: list[Block] = [methods_table(inputs), *([missing] if names else []), caption, test]
     label = "Language of held-out texts, and language as identified"
     picture = Picture("confusion", label, chart(frame), text, wide=True)
-    return Section("identification", "Identification", "Identifying the language of a text", [picture, table(frame)])
+    return Section("identification", "Identification", finding(inputs), [picture, table(frame)])
+
+
+def finding(inputs: ReportInputs) -> str:
+    """How many texts the features identify, and how many fastText does."""
+    if inputs.figure("identify", "accuracy/sae-count/units") is None:
+        return "Identifying the language of a text"
+    return (
+        f"The features tell the language of {accuracy(inputs)} of held-out texts, fastText of "
+        f"{accuracy(inputs, 'fasttext/none')}"
+    )
 
 
 def accuracy(inputs: ReportInputs, method: str = "sae-count/units") -> str:
@@ -76,17 +86,18 @@ def chart(frame: pl.DataFrame) -> alt.HConcatChart:
     panels = []
     for number, method in enumerate(frame["method"].unique(maintain_order=True)):
         rows, name = frame.filter(pl.col("method") == method), f"confusion{number}"
-        scale = alt.Scale(domain=rows["language"].unique(maintain_order=True).to_list())
+        languages, title = rows["language"].unique(maintain_order=True).to_list(), "language of the text"
+        scale, first = alt.Scale(domain=languages), charts.languages_axis(languages, title=title)
         axis = alt.Axis(title=f"identified as, by {method}", orient="top", labelAngle=-90, titleAnchor="start")
         base = alt.Chart(charts.data(rows)).encode(
             x=alt.X("predicted:N", scale=scale, axis=axis),
-            y=alt.Y("language:N", scale=scale, title="language of the text"),
+            y=alt.Y("language:N", scale=scale, axis=alt.Axis(title=None) if panels else first),
             tooltip=charts.tips(("language:N", "language of the text"), ("predicted:N", "identified as"), "texts:Q",
                                 ("value:Q", "share", ".1%")),
         )  # fmt: skip
         cells, texts = charts.cells(base, name, alt.Scale(range="ramp", domain=[0, 1]), "texts:Q")
         panel = alt.layer(cells, texts.transform_filter("datum.texts > 0"), name=name)
-        panels.append(panel.properties(width=alt.Step(24), height=alt.Step(22)))
+        panels.append(panel.properties(width=alt.Step(28), height=alt.Step(24)))
     text = "As which language held-out texts were identified; the tables hold the errors."
     return charts.beside(*panels, description=text)
 

@@ -4,8 +4,8 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.numbers import NONE, significant
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 from babelscope.report.sections.ablation import of_method
 from babelscope.report.sections.features import sums
 
@@ -15,19 +15,35 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = own_by_layer(inputs)
     if frame.is_empty():
         return None
-    caption = prose(
+    caption = how_to_read(
         """<p>Here the features of one layer at a time are removed. A cell is the ΔNLL, in nats per token, of the
 language to which the features belong. The layers do not add up to the matrix above, because later layers can make up
 for what an earlier one lost. Many features with little effect suggest that they are redundant.</p>
 <p>Below the cells, a circle is the mean of these ΔNLLs over the languages. A diamond is the mean ΔNLL of the other
-languages, measured on some texts of every second other language. A layer is selective if its
+languages, measured on some texts of every fourth other language. A layer is selective if its
 circle lies far above its diamond.</p>"""
     )
+    means = selectivity(frame).drop_nulls("own")
+    result = prose(
+        """<p>The table below has the mean over the languages for each hookpoint, and in how many languages the language
+itself loses most. {small} of the {count} hookpoints cost a language less than 0.1 nats/token on average.</p>""",
+        small=means.filter(pl.col("own") < 0.1).height,
+        count=len(means),
+    )
     label = "ΔNLL with the features of one layer removed, by language and on average"
-    picture = Picture("layers", label, chart(frame), [caption, selective_table(inputs)])
+    picture = Picture("layers", label, chart(frame), [result, caption])
     text = "ΔNLL of the language itself with the features of one hookpoint removed, nats/token"
     table = Table.grid(text, frame, 4, "ΔNLL per layer and language")
-    return Section("layers", "Layers", "Which layers matter", [picture, table])
+    return Section("layers", "Layers", finding(frame), [picture, selective_table(inputs), table])
+
+
+def finding(frame: pl.DataFrame) -> str:
+    """The layer whose features alone matter most to their languages."""
+    means = selectivity(frame).drop_nulls("own").sort("own", descending=True, maintain_order=True)
+    if means.is_empty():
+        return "Which layers matter"
+    best = means.row(0, named=True)
+    return f"Alone, the features of layer {best['layer']} matter most: {significant(best['own'], sign=True)} nats/token"
 
 
 def own_by_layer(inputs: ReportInputs) -> pl.DataFrame:
@@ -77,8 +93,16 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
             marks = base.encode(y=alt.Y(f"{key}:Q", axis=axis, scale=alt.Scale(zero=True, nice=True)))
             point = marks.mark_point(style=key, shape=shape, size=44, filled=True, opacity=1)
             layers += [marks.mark_line(style=key, strokeWidth=2), point]
-    below = [alt.layer(*layers).properties(width=alt.Step(42), height=110)] if layers else []
-    return charts.below(cells, *below, description=text)
+    entries = [("own", "circle", "the language itself"), ("others", "diamond", "other languages")]
+    curves = (
+        [
+            alt.layer(*layers).properties(width=alt.Step(charts.column_width(len(means))), height=120),
+            charts.legend(*entries),
+        ]
+        if layers
+        else []
+    )
+    return charts.below(cells, *curves, description=text)
 
 
 def selective_table(inputs: ReportInputs) -> Table:

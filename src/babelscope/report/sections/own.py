@@ -4,8 +4,19 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
+from babelscope.report.names import name
 from babelscope.report.numbers import significant
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, intervals, prose
+from babelscope.report.parts import (
+    Picture,
+    ReportInputs,
+    Section,
+    Table,
+    bits_per_byte,
+    figures,
+    how_to_read,
+    intervals,
+    prose,
+)
 from babelscope.report.sections import ablation
 from babelscope.report.sections.features import features
 
@@ -13,30 +24,48 @@ from babelscope.report.sections.features import features
 def section(inputs: ReportInputs) -> Section:
     """Own against others."""
     own, ratio = (inputs.figure("ablate", key) for key in ("own", "ratio"))
-    caption = prose(
+    reading = how_to_read(
         """<p>Bar: the ΔNLL of a language when its own features are removed; the thin line is the 95&nbsp;% interval.
 Diamond: the mean ΔNLL of the other languages when the same features are removed; the line through it runs from the
 smallest to the largest of them (a range, not a confidence interval). A long bar with a diamond near 0 means that the
 features affect their own language selectively. Cross, if there is one: the mean ΔNLL of the language when random
-latents are removed that fire at least as often on it, but are specific to no language.</p>
-<p>On average over the languages, the ΔNLL is {own} nats/token for the language itself. For the other languages it is
-{size} in absolute size ({signed} with its sign). Relative to the others, this multiplies the perplexity of the language
-itself by {ratio}. Languages with few features tend to have short bars, even if the model knows them well.</p>""",
+latents are removed that fire at least as often on it, but are specific to no language; its line runs from the smallest to
+the largest draw.</p>
+<p>Tokens of different languages hold different amounts of text, so nats per token cannot be compared between languages.
+Bits per byte can: the same change divided by the bytes of a token, on the right if it is known.</p>"""
+    )
+    caption = prose(
+        """<p>On average over the languages, the ΔNLL is {own} nats/token for the language itself. For the other languages it is
+{size} in absolute size ({signed} with its sign). The perplexity of the language itself is multiplied by {ratio}
+relative to that of the others. Languages with few features tend to have short bars, even if the model knows them well.</p>""",
         own=significant(own, sign=True),
         size=significant(inputs.figure("ablate", "others_abs"), digits=2),
         signed=significant(inputs.figure("ablate", "others"), sign=True, digits=2),
         ratio=significant(ratio),
     )
     label = "ΔNLL of each language itself and of the other languages"
-    picture = Picture("own", label, chart(own_and_others(inputs)), [caption])
-    return Section("own", "Own and others", "Effect on the language itself and on the others", [picture, table(inputs)])
+    picture = Picture("own", label, chart(own_and_others(inputs)), [caption, reading])
+    return Section("own", "Own and others", finding(inputs), [picture, table(inputs)])
+
+
+def finding(inputs: ReportInputs) -> str:
+    """The mean effects, and which language loses most."""
+    own, others = (inputs.figure("ablate", key) for key in ("own", "others_abs"))
+    most = own_and_others(inputs).drop_nulls("own").sort("own", descending=True).head(1)
+    if own is None or others is None or most.is_empty():
+        return "Effect on the language itself and on the others"
+    return (
+        f"A language loses {significant(own)} nats/token without its features, the others change by "
+        f"{significant(others, digits=2)}; {name(most['language'].item())} loses most"
+    )
 
 
 def own_and_others(inputs: ReportInputs) -> pl.DataFrame:
     """The dNLL of each language without its own features, of the other languages, and of it without random features.
 
     One row per language, in nats/token, null without a run: `language`, `own`, `low`, `high` (its diagonal cell with
-    its 95 % interval), `others`, `others_low`, `others_high` (mean and range of the others), `random` (mean of draws).
+    its 95 % interval), `others`, `others_low`, `others_high` (mean and range of the others), `random`, `random_low`,
+    `random_high` (mean and range of the draws), `bits` (`own` in bits/byte).
     """
     cells, delta = ablation.matrix(inputs), pl.col("value")
     own = cells.filter("own").select("low", "high", language="ablated", own="value")
@@ -47,34 +76,52 @@ def own_and_others(inputs: ReportInputs) -> pl.DataFrame:
     for part in (
         own,
         others.agg(others=delta.mean(), others_low=delta.min(), others_high=delta.max()),
-        random.agg(random=pl.col("delta").mean()),
+        random.agg(random=pl.col("delta").mean(), random_low=pl.col("delta").min(), random_high=pl.col("delta").max()),
     ):
         result = result.join(part, on="language", how="left", maintain_order="left")
-    return result
+    bits = [bits_per_byte(inputs, *row) for row in result.select("language", "own").rows()]
+    return result.with_columns(bits=pl.Series(bits, dtype=pl.Float64))
 
 
-def chart(frame: pl.DataFrame) -> alt.LayerChart:
-    """Bars: each language's own dNLL with its 95 % interval; diamonds and lines: the others' mean and range."""
+def chart(frame: pl.DataFrame) -> alt.VConcatChart:
+    """Bars: each language's own dNLL with its 95 % interval; diamonds and lines: the others' mean and range.
+
+    Beside it, if known, bars of the own dNLL in bits/byte; below it, what the marks mean.
+    """
     titles = {
         "own": "itself", "low": "95 % from", "high": "95 % to", "others": "others, mean",
         "others_low": "others, smallest", "others_high": "others, largest", "random": "random latents",
+        "bits": "itself, bits/byte",
     }  # fmt: skip
+    languages = frame["language"].to_list()
     base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=frame["language"].to_list(), title=None),
+        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
         tooltip=charts.tips("language:N", *((f"{key}:Q", title, charts.SIGNED) for key, title in titles.items())),
     )
     axis = alt.Axis(title="ΔNLL, nats/token", grid=True, tickCount=5)
     above, below = {"yOffset": -5}, {"yOffset": 6}
     # A layer without data would leave the axis without an extent.
-    random = [base.mark_point(style="random", shape="cross", filled=True, size=36, **below).encode(x="random:Q")]
-    return alt.layer(
+    random = [
+        base.mark_rule(style="random", strokeWidth=1, **below).encode(x="random_low:Q", x2="random_high:Q"),
+        base.mark_point(style="random", shape="cross", filled=True, size=36, **below).encode(x="random:Q"),
+    ]
+    has_random, has_bits = bool(frame["random"].count()), bool(frame["bits"].count())
+    marks = [("own", "square", "itself, with 95 % interval"), ("others", "diamond", "others, mean and range")]
+    marks += [("random", "cross", "itself, random latents removed")] if has_random else []
+    nats = alt.layer(
         base.mark_bar(style="own", height=9, **above).encode(x=alt.X("own:Q", axis=axis)),
         base.mark_rule(strokeWidth=1.5, **above).encode(x="low:Q", x2="high:Q"),
         base.mark_rule(style="others", strokeWidth=1.5, **below).encode(x="others_low:Q", x2="others_high:Q"),
         base.mark_point(style="others", shape="diamond", filled=True, size=44, **below).encode(x="others:Q"),
-        *(random if frame["random"].count() else []),
-        description="Own and others' change of NLL per language; the table below holds the same figures.",
-    ).properties(width=280, height=alt.Step(30))
+        *(random if has_random else []),
+    ).properties(width=380 if has_bits else 480, height=alt.Step(32))
+    bits = base.mark_bar(style="own", height=9).encode(
+        x=alt.X("bits:Q", axis=alt.Axis(title="the same in bits/byte", grid=True, tickCount=4)),
+        y=alt.Y("language:N", sort=languages, title=None, axis=alt.Axis(labels=False)),
+    )
+    panels = charts.beside(nats, bits.properties(width=150, height=alt.Step(32))) if has_bits else nats
+    text = "Own and others' change of NLL per language; the table below holds the same figures."
+    return charts.below(panels, charts.legend(*marks), description=text)
 
 
 def table(inputs: ReportInputs) -> Table:
@@ -88,7 +135,9 @@ def table(inputs: ReportInputs) -> Table:
     columns = {
         "language": frame["language"], "features": figures(frame["features"].fill_null(0)),
         "evaluated tokens": figures(frame["tokens"]), "NLL, nothing removed": figures(frame["nll"], 3),
+        "NLL in bits/byte": figures((bits_per_byte(inputs, *row) for row in frame.select("language", "nll").rows()), 3),
         "ΔNLL of itself": figures(frame["own"], 4, sign=True), "95 %": intervals(frame["low"], frame["high"]),
+        "ΔNLL in bits/byte": figures(frame["bits"], 4, sign=True),
         "ΔNLL of others, mean": figures(frame["others"], 5, sign=True),
         "others, smallest to largest": intervals(frame["others_low"], frame["others_high"]),
         "ΔNLL with random latents": figures(frame["random"], 4, sign=True),

@@ -6,23 +6,23 @@ import polars as pl
 
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, percent
-from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 
 
 def section(inputs: ReportInputs) -> Section:
     """FVU by language and layer, and the figures of every SAE."""
-    caption = prose(
+    caption = how_to_read(
         """<p>FVU is the fraction of the activations’ variance that the SAE leaves unexplained: 0 is perfect, 1 is no
 better than the mean. The activations of a language with a high FVU are described less well, so its features are found
 less reliably.</p>"""
     )
     terms = prose(
         """<p>L0 is the number of latents that are active per token; a dead latent never is. Recovered: how much of the
-model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros). Found
-again: the share of features that a second SAE, trained with another seed, has as well, by the direction of the decoder;
-in brackets the same share of latents that fire at least as often but are not selected for any single language.
-Matched: the stricter share of features whose partner in the second SAE, if each latent has at most one, has a similar
-decoder and a similar encoder direction.</p>"""
+model’s loss returns with the SAE’s reconstruction (100&nbsp;%: as with the activations; 0: as with zeros), with its
+95&nbsp;% interval over texts. Found again: the share of features that a second SAE, trained with another seed, has as
+well, by the direction of the decoder; in brackets the same share of latents that fire at least as often but are not
+selected for any single language. Matched: the stricter share of features whose partner in the second SAE, if each
+latent has at most one, has a similar decoder and a similar encoder direction.</p>"""
     )
     frame = fvu_by_language(inputs)
     text: list[Block | Picture] = [caption, table(inputs), terms]
@@ -30,8 +30,19 @@ decoder and a similar encoder direction.</p>"""
         description = "Fraction of variance that the SAEs leave unexplained; the table holds the same figures."
         chart = charts.heat_map(frame, name="fvu", title="FVU", decimals=2, zero=False, description=description)
         by_language = Table.grid("FVU per language and hookpoint", frame, 3, "FVU per language and layer")
-        text = [Picture("fvu", "FVU per language and layer", chart, [caption, table(inputs), terms]), by_language]
-    return Section("quality", "SAE quality", "How well the autoencoders describe the activations", text)
+        text = [Picture("fvu", "FVU per language and layer", chart, [table(inputs), terms, caption]), by_language]
+    return Section("quality", "SAE quality", finding(inputs), text)
+
+
+def finding(inputs: ReportInputs) -> str:
+    """How much variance the SAEs leave unexplained."""
+    mean = mean_fvu(inputs)
+    if mean is None:
+        return "How well the autoencoders describe the activations"
+    recovered = [inputs.figure("quality", f"loss_recovered/{hookpoint}") for hookpoint in inputs.hookpoints]
+    worst = min((value for value in recovered if value is not None), default=None)
+    end = "" if worst is None else f" and recover at least {percent(worst, 0)} of the model’s loss"
+    return f"The autoencoders leave {percent(mean)} of the activations’ variance unexplained{end}"
 
 
 def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
@@ -61,10 +72,12 @@ def table(inputs: ReportInputs) -> Table:
         return [percent(inputs.figure(stage, f"{key}/{name}")) for name in inputs.hookpoints]
 
     again = zip(shares("stability", "stability_share"), shares("stability", "stability_share_others"), strict=True)
+    ends = zip(*(shares("quality", f"loss_recovered_{end}") for end in ("low", "high")), strict=True)
     columns = {
         "hookpoint": inputs.hookpoints, "FVU": figures(of_training(inputs, "fvu"), 3),
         "L0": figures(of_training(inputs, "l0"), 1), "dead": map(percent, of_training(inputs, "dead_share")),
         "recovered": shares("quality", "loss_recovered"),
+        "95 %": [NONE if low == NONE else f"{low} to {high}" for low, high in ends],
         "found again": [NONE if own == NONE else f"{own} ({others})" for own, others in again],
         "matched": shares("stability", "features_matched_share"),
     }  # fmt: skip

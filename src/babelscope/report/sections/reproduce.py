@@ -17,7 +17,7 @@ dvc params diff    # which parameters changed since the last commit
 dvc metrics diff   # which figures changed since the last commit
 make ui            # show the runs in MLflow</pre>
 <p>The same parameters, input files and package versions give exactly this file.</p>
-<h3 id="params-title">Parameters</h3>
+<h4 id="params-title">Parameters</h4>
 <pre id="params" class="columns" tabindex="0" aria-labelledby="params-title">{params}</pre>""",
         params=yaml.safe_dump(dict(inputs.params), sort_keys=False, allow_unicode=True, width=1000),
     )

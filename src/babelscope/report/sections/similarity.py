@@ -4,8 +4,9 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, plain
-from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
+from babelscope.report.names import called, name
+from babelscope.report.numbers import NONE, percent, plain
+from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 from babelscope.report.relatives import relatives
 
 
@@ -14,7 +15,7 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = similarity(inputs)
     if frame.is_empty():
         return None
-    caption = prose(
+    caption = how_to_read(
         """<p>Of the features that at least one of two languages has, a cell shows the percentage that both have (the
 Jaccard index). A feature counts for every language that it belongs to. Similar languages are next to each other; the
 branch and the script of a language come from reference data and did not influence the order.</p>"""
@@ -25,13 +26,23 @@ neither, so a language with a close relative in the set tends to have few featur
         means="; ".join(f"{kind} {plain(value, 2)}" for kind, value in likeness(frame).items()),
     )
     label = "Percentage of features that two languages have in common"
-    picture = Picture("similarity", label, chart(frame), [caption, means] if likeness(frame) else [caption])
+    picture = Picture("similarity", label, chart(frame), [means, caption] if likeness(frame) else [caption])
     counts = range(1, len(inputs.languages) + 1)
     features = figures(inputs.figure("score", f"shared_by/{count}") for count in counts)
     text = "features by the number of languages that share them"
     shared = Table.of(text.capitalize(), {"languages": map(str, counts), "features": features}, folded=text)
-    title = "Which languages share features"
-    return Section("similarity", "Shared features", title, [picture, shared, table(frame, inputs)])
+    return Section("similarity", "Shared features", finding(frame), [picture, shared, table(frame, inputs)])
+
+
+def finding(frame: pl.DataFrame) -> str:
+    """The pair with most in common, and how much related and unrelated languages share."""
+    pairs = frame.drop_nulls("value")
+    if pairs.is_empty():
+        return "Which languages share features"
+    best = pairs.sort("value", descending=True, maintain_order=True).row(0, named=True)
+    return (
+        f"{name(best['language'])} and {name(best['other'])} share most features: {percent(best['value'], 0)} of theirs"
+    )
 
 
 def similarity(inputs: ReportInputs) -> pl.DataFrame:
@@ -45,8 +56,8 @@ def similarity(inputs: ReportInputs) -> pl.DataFrame:
     if inputs.similarity is None or len(languages) < 3:
         return pl.DataFrame()
     pairs = inputs.similarity.filter(pl.col("language").is_in(languages), pl.col("other").is_in(languages))
-    known = {name: relatives(name) for name in languages}
-    label = {name: f"{name} ({', '.join(kin)})" if (kin := known[name]) else name for name in languages}
+    known = {one: relatives(one) for one in languages}
+    label = {one: f"{called(one)}, {', '.join(kin)}" if (kin := known[one]) else called(one) for one in languages}
 
     def expected(first: str, second: str) -> str | None:
         one, two = known[first], known[second]

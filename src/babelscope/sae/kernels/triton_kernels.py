@@ -165,6 +165,34 @@ def _rerank(
     tl.store(indices + row * k + rank, latent, mask=inside & (rank < k))
 
 
+def dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """For every pair, `(a[i] * b[j]).sum()`: float32 [pairs]; its bits depend on the two rows only (as `dots.dots`).
+
+    Parameters
+    ----------
+    a, b: float32 [rows, d], [n, d].
+    i, j: int64 [pairs].
+    """
+    out = torch.empty(len(i), device=a.device)
+    if len(i):
+        _dots[(triton.cdiv(len(i), 8),)](a, b, i, j, out, len(i), D=a.shape[1], PAIRS=8, BLOCK=256, num_warps=4)
+    return out
+
+
+@triton.jit
+def _dots(a, b, i, j, out, pairs, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < pairs
+    left = tl.load(i + pair, mask=inside, other=0)[:, None] * D
+    right = tl.load(j + pair, mask=inside, other=0)[:, None] * D
+    total = tl.zeros([PAIRS, BLOCK], dtype=tl.float32)
+    for start in range(0, D, BLOCK):
+        d = (start + tl.arange(0, BLOCK))[None, :]
+        mask = inside[:, None] & (d < D)
+        total += tl.load(a + left + d, mask=mask, other=0.0) * tl.load(b + right + d, mask=mask, other=0.0)
+    tl.store(out + pair, tl.sum(total, 1), mask=inside)
+
+
 def decode(W_dec: Tensor, latent: Tensor, value: Tensor, first: Tensor) -> Tensor:
     """For every bag, the sum of its hits' `value * W_dec[latent]`: float32 [bags, d] (as `embedding_bag`).
 

@@ -111,8 +111,15 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
                 sharding.shard(learner, "loss", self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Fused Adam over all weights, and its learning rate schedule."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.rate, betas=BETAS, fused=True)
+        """Fused AdamW, and its learning rate schedule.
+
+        Only encoder rows decay. Adam moves a weight without a gradient signal, too, so that an encoder row collects
+        random components in directions in which the activations hardly vary; decay removes these (arXiv 2603.04198).
+        """
+        weights = dict(self.named_parameters())
+        encoders = [weights.pop(name) for name in list(weights) if name.endswith("sae.encoder")]
+        groups = [{"params": encoders, "weight_decay": self.settings.weight_decay}, {"params": list(weights.values())}]
+        optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=BETAS, weight_decay=0.0, fused=True)
         warmup, decay = self.settings.warmup, self.settings.decay
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_multiplier(step, self.steps, warmup, decay)

@@ -82,14 +82,15 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     with ExitStack() as stack:
         write: Write | None = None
         if is_first_process():
-            run = TrainingRun(params.track.experiment, stage=name, fingerprint=work, params=used)
+            resumes = (folder / "last.ckpt").exists()
+            run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
             write = stack.enter_context(run).log
         result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
         if result is None:
             return None
         [(sae, history)] = result
         data.save(sae, history, out)
-        run.finish(dvc_md5(out))
+        run.finish(dvc_md5(out), history)
     figures = data.figures(sae)
     shutil.rmtree(folder, ignore_errors=True)
     return figures

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from babelscope.models import compat
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import SAE, chunk_rows
 from babelscope.sae.kernels import fused
+from babelscope.sae.kernels.dots import dots
 from babelscope.sae.kernels.topk import top_k
+from babelscope.sae.screening import screening_dtype
 
 # Candidates beyond k that screening in bfloat16 passes to the exact re-ranking: with 8, the overlap with the exact top
 # k is 1.000, with none 0.991.
@@ -80,15 +81,6 @@ def sparse_step(
     ends = torch.tensor([*widths, sae.latents], device=x.device) if widths else None
     weights = sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec
     return Step(*apply(x, y, *weights, sae.b_in, sae.k, select, ends, dtype))
-
-
-def screening_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device multiplies it in hardware, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and compat.multiplies_bfloat16():
-        return torch.bfloat16
-    return torch.float32
 
 
 class _Sparse(torch.autograd.Function):
@@ -175,7 +167,7 @@ def _rerank(centred: Tensor, encoder: Tensor, b_enc: Tensor, candidates: Tensor,
         return best
     rows = torch.arange(len(centred), device=centred.device).repeat_interleave(candidates.shape[1])
     latents = candidates.view(-1)
-    scores = _dots(centred, encoder, rows, latents).add_(b_enc[latents]).view(candidates.shape)
+    scores = dots(centred, encoder, rows, latents).add_(b_enc[latents]).view(candidates.shape)
     values, order = scores.topk(k, dim=-1, sorted=False)
     return values.relu_(), candidates.gather(1, order)
 
@@ -264,7 +256,7 @@ class _Hits:
                 W_dec, g, centred, self.latent, self.value, self.row, self.bag
             )
             return found
-        g_value = _dots(W_dec, g, self.latent, self.bag).mul_(self.value > 0)
+        g_value = dots(W_dec, g, self.latent, self.bag).mul_(self.value > 0)
         counts = torch.bincount(self.latent, minlength=len(W_dec))
         first = counts.cumsum(0).sub_(counts)
         sums = [
@@ -279,11 +271,3 @@ class _Hits:
             one, zeros = weight.new_ones(1, 1), torch.zeros_like(self.row)
             return functional.embedding_bag(zeros, one, first, mode="sum", per_sample_weights=weight).squeeze(1)
         return torch.bincount(self.latent, weights=weight, minlength=len(first)).float()
-
-
-def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """`(a[i] * b[j]).sum(1)` without the gathered copies; fastest if `i` ascends, since `a` is then read once."""
-    if a.device.type == "cpu" and (dots := compat.gathered_dots()) is not None:
-        return dots(a, b, i, j)
-    size = 2**18
-    return torch.cat([(a[i[s : s + size]] * b[j[s : s + size]]).sum(1) for s in range(0, len(i), size)])

@@ -1,0 +1,29 @@
+"""`babelscope compare A B`: decides whether SAEs or states of the repository are compared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from babelscope.compare import states
+from babelscope.config.values import expanded
+from babelscope.core.errors import UserError
+
+
+def main(first: str, second: str, hookpoints: Sequence[str], cosine: float, html: Path) -> None:
+    """Compare two SAEs if one of the names is a folder or no revision; else two states.
+
+    Raises
+    ------
+    UserError: one of the two is an SAE and the other a revision.
+    """
+    commits = [None if expanded(name).is_dir() else states.resolve(name, Path()) for name in (first, second)]
+    if None not in commits:
+        from babelscope.compare import page
+
+        page.main(first, second, html)
+    elif commits == [None, None]:
+        from babelscope.compare import saes
+
+        saes.main(first, second, hookpoints, cosine)
+    else:
+        kinds = ["SAEs" if commit is None else "a git revision" for commit in commits]
+        raise UserError(f"{first} names {kinds[0]}, but {second} names {kinds[1]}; allowed: two of a kind")

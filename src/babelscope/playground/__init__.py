@@ -1,0 +1,1 @@
+"""Commands for single sentences and features: `try`, `features` and `serve`."""
