@@ -241,7 +241,7 @@ def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
         if head is None:
             _logits_nll(model(**inputs).logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
             return
-        with _entering_unembedding(model, stop=True) as entered:
+        with entering_unembedding(model, stop=True) as entered:
             model(**inputs)
         last = entered[0][:, :-1][target]
     last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
