@@ -132,9 +132,7 @@ def held_out_texts(corpus: pl.DataFrame, count: int) -> dict[str, list[str]]:
 def read_stored(firings: Mapping[str, Firings], texts: pl.DataFrame, params: Config, paths: Paths) -> None:
     """Read the activations of `texts` that `extract` stored."""
     table = read_table(paths.tokens, columns=["row", "text_id"])
-    table = table.join(
-        texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left"
-    )
+    table = table.join(texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left")
     row, text = table["row"].to_torch(), table["text"].cast(pl.Int64).to_torch()
     language = tokens.codes(table["language"], params.languages)
     with Progress("browse", len(row) * len(firings), "tokens") as progress:

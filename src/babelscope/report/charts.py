@@ -95,9 +95,7 @@ def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
     rows = [{"x": 8 + start, "text": text} for start, (_, _, text) in zip(starts, entries, strict=True)]
     layers = []
     for row, (style, shape, _) in zip(rows, entries, strict=True):
-        base = alt.Chart(alt.Data(values=[row])).encode(
-            x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)]))
-        )
+        base = alt.Chart(alt.Data(values=[row])).encode(x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)])))
         mark = base.mark_point(style=style, shape=shape, filled=True, size=56, opacity=1)
         layers += [mark, base.mark_text(align="left", dx=14, fontSize=12, aria=False).encode(text="text:N")]
     return alt.layer(*layers).properties(width=sum(width), height=18)

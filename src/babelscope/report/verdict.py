@@ -159,9 +159,7 @@ def _stability(metrics: Metrics, languages: Sequence[str]) -> tuple[str, str] | 
         f"**{percent(share)}** of {plain(count)} features (95 % interval {_shares(wilson(share * count, count))}) have a "
         f"one-to-one partner in an SAE from another seed"
     )
-    together = (
-        f"; as sets, the directions agree beyond random latents in **{above} of {n}** languages" if overlap else ""
-    )
+    together = f"; as sets, the directions agree beyond random latents in **{above} of {n}** languages" if overlap else ""
     return status, f"{singly}{together}."
 
 

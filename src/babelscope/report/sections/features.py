@@ -45,8 +45,7 @@ the feature browser.</p>""",
         """<p>The <a href="features.html">feature browser</a> shows every feature and where it fires, and has a page for
 every language and layer: {links}.</p>""",
         links=Markup(", ").join(
-            Markup('<a href="{}">{}</a>').format(browser_link(language), name(language))
-            for language in inputs.languages
+            Markup('<a href="{}">{}</a>').format(browser_link(language), name(language)) for language in inputs.languages
         ),
     )
     effective = inputs.figure("score", "effective_languages")
@@ -120,9 +119,7 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     texts = [base.mark_text(style=style, dy=-11, aria=False).encode(text="value:Q") for style in ("halo", "value")]
     points = base.mark_point(style="own", size=36, filled=True, opacity=1).encode(href="href:N")
     lines = base.mark_line(style="own", strokeWidth=2), points
-    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(
-        width=alt.Step(charts.column_width(len(totals))), height=110
-    )
+    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(width=alt.Step(charts.column_width(len(totals))), height=110)
     return charts.below(cells, below, description=text)
 
 

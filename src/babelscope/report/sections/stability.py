@@ -76,11 +76,7 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         if frame[key].count()
     ]
     lines = [base.mark_rule(style="random", strokeWidth=1).encode(x="random:Q", x2="random_high:Q")]
-    entries = [
-        ("own", "circle", "overlap"),
-        ("random", "cross", "of random latents"),
-        ("others", "diamond", "write cosine"),
-    ]
+    entries = [("own", "circle", "overlap"), ("random", "cross", "of random latents"), ("others", "diamond", "write cosine")]
     plot = alt.layer(*(lines if frame["random"].count() else []), *points).properties(width=480, height=alt.Step(28))
     text = "Agreement of a language's features with those of an SAE from another seed; the table holds the figures."
     return charts.below(plot, charts.legend(*entries), description=text)
