@@ -2,8 +2,9 @@
 
 Every candidate is trained from two seeds on the default's activations of one hookpoint, without regard to ablation and
 identification. The rule: a candidate has at most 1.2e9 training tokens x latents (six hookpoints and one repetition
-then take about a quarter of ten minutes on 2 cores), features for every language, and a held-out FVU at most 5 % above
-the lowest of the candidates with its k and width. Of these, those within 0.05 of the largest share of language-specific
+then take about a quarter of ten minutes on 2 cores), features for every language, at most 1 % of dead latents (none of
+whose firings are among the held-out rows), and a held-out FVU at most 5 % above the lowest of the candidates with its k
+and width. Of these, those within 0.05 of the largest share of language-specific
 features that come again are kept: in the one-to-one matching of the decoder rows with those of the other seed, both the
 decoder and the encoder cosine are at least 0.7. The one whose features have the lowest median of effective languages is
 chosen.
@@ -38,7 +39,7 @@ CANDIDATES = [
     (8, 1152, 750_000, 1024, 0.01, 3.0),
     (12, 1152, 1_000_000, 1024, 0.01, 2.0), (8, 2304, 500_000, 1024, 0.01, 2.0),
 ]  # fmt: skip
-COSINE, NEAR, WORSE, COST = 0.7, 0.05, 1.05, 1.2e9
+COSINE, NEAR, WORSE, DEAD, COST = 0.7, 0.05, 1.05, 0.01, 1.2e9
 
 
 class Activations:
@@ -71,12 +72,12 @@ class Activations:
             counter.add(values, indices, language[start:end], text[start:end])
         return sae_lape(counter.frame(0), self.totals, **self.params.score.model_dump())
 
-    def fvu(self, sae: SAE) -> float:
-        """On the held-out rows."""
+    def quality(self, sae: SAE) -> tuple[float, float]:
+        """FVU and share of dead latents, on the held-out rows."""
         languages = self.params.languages
         code = self.eval["language"].cast(pl.Enum(languages)).to_physical().cast(pl.Int64).to_torch()
         found = quality(sae, self.store, self.eval["row"].to_torch(), code, len(languages)).figures(languages)
-        return found["fvu"]
+        return found["fvu"], found["dead_share"]
 
 
 def main() -> None:
@@ -90,7 +91,10 @@ def main() -> None:
         first, second = (activations.fit(changes, seed) for seed in (params.seed, params.stability.seed))
         seconds = (time.perf_counter() - start) / 2
         features = activations.features(first)
-        found, fvu = torch.stack(match(*((sae.W_dec, sae.encoder) for sae in (first, second)))), activations.fvu(first)
+        found, (fvu, dead) = (
+            torch.stack(match(*((sae.W_dec, sae.encoder) for sae in (first, second)))),
+            activations.quality(first),
+        )
         units = torch.as_tensor(features["unit"].to_numpy())
         decoder, both = found[0] >= COSINE, (found >= COSINE).all(0)
         again = float(both[units].double().mean())
@@ -101,16 +105,16 @@ def main() -> None:
             "effective languages": (effective, "languages"), "features found again": (again, "share"),
             "features found again by the decoder": (float(decoder[units].double().mean()), "share"),
             "latents found again": (float(both.double().mean()), "share"),
-            "FVU": (fvu, "share"), "a training": (seconds, "s"),
+            "FVU": (fvu, "share"), "dead latents": (dead, "share"), "a training": (seconds, "s"),
         }  # fmt: skip
         case = "k {}, {} latents, {} tokens in batches of {}, learning rate {}, weight decay {}".format(*candidate)
         print(f"{case}: " + ", ".join(f"{name} {value:.3g}" for name, (value, _) in values.items()), flush=True)
         records += [race.record(case, name, round(value, 4), unit) for name, (value, unit) in values.items()]
-        shown.append((candidate, fewest, fvu, again, effective, case))
+        shown.append((candidate, fewest and dead <= DEAD, fvu, again, effective, case))
     lowest = {key: min(fvu for row, _, fvu, *_ in shown if row[:2] == key) for key in {row[:2] for row, *_ in shown}}
     allowed = [
-        (again, effective, case) for row, fewest, fvu, again, effective, case in shown
-        if fewest and row[1] * row[2] <= COST and fvu <= WORSE * lowest[row[:2]]
+        (again, effective, case) for row, fits, fvu, again, effective, case in shown
+        if fits and row[1] * row[2] <= COST and fvu <= WORSE * lowest[row[:2]]
     ]  # fmt: skip
     best = max(again for again, _, _ in allowed)
     chosen = min((effective, case) for again, effective, case in allowed if again >= best - NEAR)

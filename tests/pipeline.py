@@ -27,6 +27,7 @@ RESULTS = ("data", "metrics", "reports", ".scratch", "dvc.lock")
 COUNTS = ["layer", "unit", "language", "tokens", "texts", "sum", "max", "min_positive"]
 NLL = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high"]
 PREDICTIONS = ["text_id", "language", "method", "normalize", "predicted", "score"]
+RANKED = ("ablation/ranking", "ablation/curve")
 COLUMNS = {
     "corpus/texts": ["text_id", "language", "split", "group", "source", "text"],
     "activations/tokens": ["row", "text_id", "language", "split", "position", "token_id"],
@@ -38,7 +39,10 @@ COLUMNS = {
     "ablation/by_layer": ["hookpoint", "layer", *NLL],
     "ablation/control": ["method", "language", "own", "control", "control_high", "others", "control_others", "excess",
                          "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high", "above",
-                         "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm"],
+                         "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm", "detectable"],
+    "ablation/ranking": ["hookpoint", "layer", "unit", "language", "entropy", "rank", "own", "others", "effect",
+                         "causal_rank"],
+    "ablation/curve": ["method", "language", "top", "features", "tokens", "own", "low", "high", "others", "control"],
     "quality/loss_recovered": ["hookpoint", "layer", "language", "tokens", "nll_clean", "nll_sae", "nll_zero",
                                "loss_recovered", "low", "high"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
@@ -141,8 +145,11 @@ class Pipeline:
 
     def check_outputs(self, params: dict[str, Any]) -> None:
         """What docs/contracts.md says of every output."""
+        section = params["ablate"]
+        absent = set() if section["rank_tokens"] and "feature" in section["methods"] else set(RANKED)
+        assert not any((self.folder / f"data/{name}.parquet").exists() for name in absent)
         for name, columns in COLUMNS.items():
-            assert self.table(name).columns == columns, name
+            assert name in absent or self.table(name).columns == columns, name
         texts, languages = self.table("corpus/texts"), params["languages"]
         assert set(texts.select("language", "split").unique().rows()) == {
             (language, split) for language in languages for split in ("train", "eval")

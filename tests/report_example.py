@@ -114,6 +114,19 @@ def control() -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def curve() -> pl.DataFrame:
+    """Every language loses 0.02 nats/token by each of its first 10 features, and 0.25 by all 84."""
+    rows = []
+    for name in LANGUAGES:
+        for top in (1, 2, 5, 10, None):
+            own = 0.25 if top is None else 0.02 * top
+            rows.append({
+                "method": "feature", "language": name, "top": top, "features": top or 84, "tokens": 40, "own": own,
+                "low": own - 0.01, "high": own + 0.01, "others": 0.001, "control": own / 10,
+            })  # fmt: skip
+    return pl.DataFrame(rows, schema_overrides={"top": pl.Int32})
+
+
 def confusion() -> pl.DataFrame:
     """30 texts a language; sae-count takes two Russian ones for Bulgarian, fastText one."""
     rows = []
@@ -176,7 +189,10 @@ def metrics() -> dict[str, dict[str, Any]]:
                   "harmonic_high/features": 0.4, "diffmean/harmonic/de": 0.8, "diffmean/forcing/de": 0.9,
                   "diffmean/relevance/de": 0.7},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
-                   "rows": 14, "columns": 13},
+                   "rows": 14, "columns": 13, "languages_half_by/5": 0, "languages_half_by/10": 15}
+                  | {f"features_for_half/{name}": 10 for name in LANGUAGES}
+                  | {f"curve_own_{end}/{top}": 0.02 * top + by for end, by in (("low", -0.01), ("high", 0.01))
+                     for top in (1, 2, 5, 10)},
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):
         fvu = {f"fvu/{name}": 0.2 + 0.015 * place + 0.006 * i for i, name in enumerate(LANGUAGES)}
@@ -194,6 +210,7 @@ def write(root: Path) -> None:
     nll().write_parquet(root / "data/ablation/nll.parquet")
     by_layer().write_parquet(root / "data/ablation/by_layer.parquet")
     control().write_parquet(root / "data/ablation/control.parquet")
+    curve().write_parquet(root / "data/ablation/curve.parquet")
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")

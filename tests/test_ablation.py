@@ -228,7 +228,7 @@ def test_passes_over_parts_of_texts_come_in_few_sizes(model, saes, monkeypatch):
     few = {1, 2, 4, 8, 16, 32}
     assert {size % 64 for size in sizes["blocks"] + sizes["sae"] if size not in few} == {0}
     assert max(sizes["blocks"]) > 128 and few & {*sizes["blocks"]}
-    assert {*sizes["head"]} <= few | {64, 128, 256, 384, 512} and 128 in sizes["head"]
+    assert {*sizes["head"]} <= few | {*range(64, 513, 64)} and 128 in sizes["head"]
 
 
 def test_what_fills_a_pass_up_widens_no_threshold_sae():
@@ -440,13 +440,14 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
             "ablated": ["a", "b", "b"],
             "hookpoint": [None, "h", None],
             "control": [None, None, 0],
+            "top": [None] * 3,
         },
         schema_overrides={"control": pl.Int32},
     )
     language = ["a", "b", "c"] * 8
     tokens = np.array([10] * 24)
     what = conditions.Conditions(keys, {})
-    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 1 + 2, 8 + 2 + 2]
+    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 1 + 2 + 2, 8 + 2 + 2]
     is_first = conditions.first_half(language)
     assert is_first.reshape(8, 3).sum(0).tolist() == [4, 4, 4]
     for others, each in ((80, 8), (40, 4), (20, 2), (1, 2)):  # one text in each half at least
@@ -454,8 +455,7 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
         by_language = asked.reshape(3, 8, 3).sum(1)  # conditions x languages
         assert by_language[0].tolist() == [8, each, each]
         less = min(each // 2, 2)
-        # A hookpoint alone is evaluated on every fourth other language.
-        assert by_language[1:].tolist() == [[less, 1, 0], [less, 8, less]]
+        assert by_language[1:].tolist() == [[less, own, less] for own in (1, 8)]
         assert not (asked[1] & ~is_first).any()  # a hookpoint alone is evaluated in the first half only
         if others == 40:  # a smaller sample is in a larger one, and has all lengths
             assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 3, 4, 7]
@@ -468,12 +468,18 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
     assert (first, second) == ([4, 2, 0], [4, 0, 2])
 
 
+def test_a_hookpoint_alone_is_evaluated_on_every_fourth_of_many_other_languages():
+    keys = pl.DataFrame({"condition": [0], "ablated": ["c"], "hookpoint": ["h"], "control": [None], "top": [None]})
+    asked = conditions.Conditions(keys, {}).asked([*"abcdefgh"] * 16, np.full(128, 10), None)[0]
+    assert asked.reshape(16, 8).sum(0).tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
+
+
 def by_language_in(what, language, tokens, half):
     return (what.asked(language, tokens, None)[0] & half).reshape(8, 3).sum(0).tolist()
 
 
 def test_a_sample_is_as_long_as_asked_for_and_leans_to_no_length():
-    keys = pl.DataFrame({"condition": [0], "ablated": ["own"], "hookpoint": [None], "control": [None]})
+    keys = pl.DataFrame({"condition": [0], "ablated": ["own"], "hookpoint": [None], "control": [None], "top": [None]})
     lengths = np.sort(np.random.default_rng(0).integers(3, 60, 41))
     language, tokens = ["other"] * 41, lengths.astype(np.int64)
     for wanted in (60, 130, 400, 900):
@@ -572,7 +578,7 @@ def test_a_language_below_its_control_is_not_counted_as_above():
         change, np.ones(16, dtype=np.int64), ["a"] * 8 + ["b"] * 8, keys, ["a", "b"], 1000, seed=0
     )
     assert found["p_holm"].to_list() == pytest.approx([4 / 1001] * 2) and not found["above"].any()
-    assert found.columns[-4:] == ["p", "p_holm", "contrast_p", "contrast_p_holm"]
+    assert found.columns[-5:] == ["p", "p_holm", "contrast_p", "contrast_p_holm", "detectable"]
 
 
 def test_the_interval_against_the_control_pairs_the_texts():
@@ -596,9 +602,9 @@ def tokens_of(texts):
 def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     texts = [tokens.TokenizedText(f"t{i}", (1, 2, 3), 1) for i in range(60)]
     language = ["en", "fi", "sv"] * 20
-    keys = [(name, None, None) for name in ("en", "fi", "sv")]
-    keys += [(name, None, draw) for name in ("en", "fi", "sv") for draw in range(4)]
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
+    keys = [(name, None, None, None) for name in ("en", "fi", "sv")]
+    keys += [(name, None, draw, None) for name in ("en", "fi", "sv") for draw in range(4)]
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
     frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
     frame = frame.with_columns(pl.col("condition").cast(pl.Int64))
     what = conditions.Conditions(frame, {"h": [[row] for row in range(len(keys))]})
@@ -612,7 +618,7 @@ def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
         steps.append((some.keys["ablated"].to_list(), some.keys["control"].to_list(), keep.name))
         ablated = torch.full(pairs.shape, torch.nan, dtype=torch.float64)
         for row, [number] in enumerate(some.units["h"]):
-            name, _, draw = keys[number]
+            name, _, draw, _ = keys[number]
             for column, text in enumerate(chosen):
                 at = int(text.text_id[1:])
                 size = (own[name] if language[at] == name else others[name]) if draw is None else 1.0

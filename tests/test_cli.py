@@ -1,5 +1,6 @@
 """The command `babelscope`, and the names that `import babelscope` offers."""
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -12,6 +13,8 @@ from closure import ROOT
 
 import babelscope
 from babelscope import cli
+
+COMMANDS = ("try", "features", "serve", "compare", "push", "export", "delphi", "ui", "verify", "params", "completion")
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +31,17 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["export", "out", "layers.1.mlp", "layers.2"], "sae.export", (Path("out"), ["layers.1.mlp", "layers.2"])),
         (["delphi", "out", "layers.2"], "explain.delphi", (Path("out"), ["layers.2"])),
         (["ui"], "tracking.ui", ()),
+        (["try", "Bir cümle"], "playground.sentence", ("Bir cümle", None)),
+        (["try", "Bir", "--html", "a.html"], "playground.sentence", ("Bir", Path("a.html"))),
+        (["features", "tr", "--number", "3"], "playground.listing", ("tr", 3)),
+        (["compare", "a", "b"], "compare.command", ("a", "b", [], 0.7, Path("reports/compare.html"))),
+        (
+            ["compare", "a", "b", "--hookpoint", "x", "--hookpoint", "y", "--cosine", "0.9", "--html", "c.html"],
+            "compare.command",
+            ("a", "b", ["x", "y"], 0.9, Path("c.html")),
+        ),
+        (["push", "me/x"], "release.push", ("me/x", [], False, None, None)),
+        (["serve"], "playground.server", ("127.0.0.1", 8000)),
     ],
 )
 def test_a_command_calls_its_package(
@@ -54,8 +68,51 @@ def test_params_are_checked_by_one_message(tmp_path: Path) -> None:
 def test_a_wrong_command_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     done = call(tmp_path, "exprot")
     assert done.returncode == 2 and "verify" in done.stderr
-    for command in ("verify", "export", "delphi", "ui", "params"):
-        assert command in call(tmp_path, "--help").stdout
+    shown = call(tmp_path, "--help").stdout
+    for command in COMMANDS:
+        assert command in shown
+
+
+def test_every_command_has_a_description_and_stands_on_its_page() -> None:
+    [commands] = [one for one in cli.parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    assert set(commands.choices) == set(COMMANDS)
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    for name, command in commands.choices.items():
+        assert f"`{name}" in page or f"babelscope {name}" in page, name
+        for action in command._actions:
+            assert action.help, f"{name}: {action.dest}"
+
+
+def test_a_page_is_served_where_the_options_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import uvicorn
+
+    from babelscope.playground import server
+
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "Reader", lambda *_: "reader")
+    monkeypatch.setattr(server, "application", lambda reader, _paths, host: (reader, host))
+    monkeypatch.setattr(server.config, "load", lambda: None)
+    monkeypatch.setattr(uvicorn, "run", lambda app, host, port, **_: asked.append((app, host, port)))
+    cli.main(["serve"])
+    cli.main(["serve", "--port", "8001"])
+    assert asked == [(("reader", "127.0.0.1"), "127.0.0.1", port) for port in (8000, 8001)]
+    assert capsys.readouterr().out.splitlines()[1] == "http://127.0.0.1:8001/ (Ctrl-C ends it)"
+
+
+def test_the_shells_complete_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh", "tcsh"):
+        cli.main(["completion", shell])
+        script = capsys.readouterr().out
+        assert all(command in script for command in COMMANDS)
+        if shell == "bash":
+            (tmp_path / "completion").write_text(script)
+    asked = "source completion; COMP_WORDS=(babelscope com); COMP_CWORD=1; COMP_LINE='babelscope com'; COMP_POINT=14; "
+    asked += "_shtab_babelscope babelscope com babelscope; printf '%s\\n' \"${COMPREPLY[@]}\""
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["compare", "completion"]
 
 
 def test_the_command_is_installed_with_the_package() -> None:

@@ -27,6 +27,12 @@ ARRAY, S3 = (
     "test_cluster.py::test_array_jobs_side_by_side_and_a_server",
     "test_cluster.py::test_a_remote_in_s3_gives_the_bytes_back",
 )
+SENTENCE = "test_playground.py::test_the_command_prints_the_tokens_and_writes_the_page"
+LISTED = "test_playground.py::test_the_first_features_of_a_language_are_listed"
+SAES = "test_compare.py::test_folders_are_compared_at_the_hookpoints_that_both_have"
+STATES = "test_compare.py::test_the_page_shows_both_and_needs_nothing_else"
+SERVED = "test_cli.py::test_a_page_is_served_where_the_options_say"
+COMPLETED = "test_cli.py::test_the_shells_complete_every_command"
 TOY = "test_tracking.py::test_the_commands_of_the_readme"
 # Command: the test or fixture that runs it, and what its source says of it.
 TESTED = {
@@ -54,6 +60,29 @@ TESTED = {
         "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
         "delphi.main(tmp_path, [SAE_AT])",
     ),
+    'babelscope try "Bugün hava çok güzel, but I stay home"': (SENTENCE, '"try", TURKISH'),
+    'babelscope try "Bugün hava çok güzel, but I stay home" --html sentence.html': (
+        SENTENCE,
+        '"--html", "sentence.html"',
+    ),
+    "babelscope features tr": (LISTED, '["features", "tr"]'),
+    "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
+    "babelscope serve": (SERVED, '["serve"]'),
+    "babelscope serve --port 8001": (SERVED, '"serve", "--port", "8001"'),
+    "babelscope compare data/sae data/sae_again": (SAES, '"compare", "data/sae", "other"'),
+    "babelscope compare data/sae other --hookpoint layers.10.mlp": (SAES, '"--hookpoint", "layers.10.mlp"'),
+    "babelscope compare HEAD workspace": (STATES, '"compare", "HEAD", "workspace"'),
+    "babelscope compare main my-experiment --html out/compare.html": (STATES, '"--html", "out/compare.html"'),
+    "babelscope push me/gemma-3-270m-saes --folder pushed": (
+        "test_push.py::test_one_hookpoint_is_written_to_a_folder_to_look_at",
+        '"--folder", "out"',
+    ),
+    "babelscope push me/gemma-3-270m-saes --private --license apache-2.0": (
+        "test_push.py::test_the_saes_are_uploaded_with_a_card_and_load_to_the_same",
+        '"--private", "--license", "apache-2.0"',
+    ),
+    "babelscope completion bash > ~/.local/share/bash-completion/completions/babelscope": (COMPLETED, '"bash"'),
+    "babelscope completion zsh": (COMPLETED, '"zsh"'),
     "dvc repro --single-item train@layers.14.mlp": (ARRAY, 'side_by_side(repo, "train"'),
     "dvc repro --single-item train@layers.18.mlp": (ARRAY, 'side_by_side(repo, "train"'),
     "dvc remote add -d lab s3://bucket/babelscope": (S3, '"remote", "add", "-d", "lab"'),

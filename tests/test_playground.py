@@ -164,6 +164,8 @@ def test_the_first_features_of_a_language_are_listed(folder: Path, capsys: pytes
     ).join(pl.read_parquet("data/browse/texts.parquet"), on="text_id").row(0, named=True)  # fmt: skip
     strongest = max(zip(examples["activations"], examples["pieces"], strict=True))[1]
     assert strongest.strip() in lines[3]
+    cli.main(["features", "tr"])
+    assert f"tr: {min(10, len(selected))} of {len(selected)} features" in capsys.readouterr().out
 
 
 def test_an_unknown_language_and_missing_outputs_are_named(folder: Path, tmp_path: Path) -> None:

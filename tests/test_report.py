@@ -28,6 +28,7 @@ from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,
     control,
+    curve,
     features,
     identification,
     layers,
@@ -45,8 +46,8 @@ def inputs(**changes: Any) -> ReportInputs:
     given_ = ReportInputs(
         params=example.params(), features=example.features(), nll=example.nll(), by_layer=example.by_layer(),
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
-        control=example.control(), confusion=example.confusion(), generations=example.generations(),
-        similarity=example.similarity(),
+        control=example.control(), curve=example.curve(), confusion=example.confusion(),
+        generations=example.generations(), similarity=example.similarity(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -216,6 +217,16 @@ def test_selectivity_of_each_hookpoint_alone_by_hand() -> None:
     assert drawn == [4, 2]
 
 
+def test_the_curve_is_the_mean_of_the_languages_by_the_number_of_features() -> None:
+    frame = curve.means(inputs(curve=example.curve().with_columns(control=pl.lit(None, pl.Float64))))
+    assert frame["top"].to_list() == ["1", "2", "5", "10", "all"] and frame["control"].null_count() == 5
+    assert frame["own"].to_list() == pytest.approx([0.02, 0.04, 0.1, 0.2, 0.25])
+    assert frame["low"][:4].to_list() == pytest.approx([0.01, 0.03, 0.09, 0.19])
+    first = curve.table(inputs()).rows[0]
+    assert first[1:] == ["84", "+0.0200", "+0.0400", "+0.1000", "+0.2000", "+0.2500", "10"]
+    assert curve.section(inputs(curve=None)) is None
+
+
 def test_against_control_has_both_questions_of_every_language() -> None:
     frame = control.against_control(inputs(control=example.control().filter(pl.col("language") != "ja")))
     assert frame.select("language", "question").rows() == [
@@ -351,7 +362,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert (
         charts_
         == set(specs)
-        == {"features", "ablation", "own", "control", "layers", "similarity", "confusion", "steering", "fvu"}
+        == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu"}
     )
     assert all(spec["description"] for spec in specs.values())
 
@@ -366,7 +377,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 18
+    assert len({table.caption for table in tables}) == len(tables) == 19
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -428,7 +439,7 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
 
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
-        inputs(metrics={}, by_layer=None, control=None, confusion=None, generations=None, similarity=None)
+        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None)
     )
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert 'id="layers"' not in html and "<dt>ΔNLL of the language itself, nats/token</dt><dd>–</dd>" in html

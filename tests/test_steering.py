@@ -152,9 +152,10 @@ def test_vectors_of_latents_by_hand():
 
 
 def test_features_are_taken_by_causal_rank_if_there_is_one():
-    features = pl.DataFrame({"unit": [5, 6, 7], "rank": [1, 2, 3]})
-    assert vectors.rank(features)["unit"].to_list() == [5, 6, 7]
-    assert vectors.rank(features.with_columns(causal_rank=pl.Series([2, 3, 1])))["unit"].to_list() == [7, 5, 6]
+    features = pl.DataFrame({"hookpoint": "h", "unit": [5, 6, 7], "language": "de", "rank": [1, 2, 3]})
+    assert vectors.ranked(features, None)["unit"].to_list() == [5, 6, 7]
+    effects = features.head(2).with_columns(causal_rank=pl.Series([2, 1]))
+    assert vectors.ranked(features, effects)["unit"].to_list() == [6, 5, 7]
 
 
 def test_vectors_are_read_as_they_were_written(tmp_path):

@@ -69,6 +69,13 @@ def compare(first: str, second: str, hookpoints: list[str], cosine: float, html:
     command.main(first, second, hookpoints, cosine, html)
 
 
+def push(repo: str, hookpoints: list[str], private: bool, licence: str | None, folder: Path | None) -> None:
+    """Upload the SAEs to the Hugging Face hub, all or those named, with a model card."""
+    from babelscope.release import push
+
+    push.main(repo, hookpoints, private, licence, folder)
+
+
 def completion(shell: str) -> None:
     """Print the script that lets a shell complete this command."""
     import sys
@@ -116,6 +123,12 @@ def parser() -> argparse.ArgumentParser:
         command = add(name, function, "exported layers.14.mlp")
         command.add_argument("target", type=Path, help="folder to write to; it is made if missing")
         command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")
+    command = add("push", push, "me/gemma-3-270m-saes layers.14.mlp --license apache-2.0")
+    command.add_argument("repo", help="OWNER/NAME on the hub; it is made if missing")
+    command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--license", dest="licence", metavar="ID", help="of the SAEs, e.g. apache-2.0, for the card")
+    command.add_argument("--folder", type=Path, help="upload nothing: write the files to this folder to look at them")
     add("ui", ui)
     add("verify", verify)
     params = commands.add_parser("params", help="Commands on params.yaml.").add_subparsers(required=True)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 # Units from which a control unit is drawn: those whose firing rates are nearest to that of the unit it replaces.
 NEAR = 20
+# How many of a language's units are removed for the curve of the effect over their number.
+TOP = (1, 2, 5, 10)
 
 
 class Conditions(NamedTuple):
@@ -21,7 +23,8 @@ class Conditions(NamedTuple):
     Attributes
     ----------
     keys: one row per condition: `condition` (its number), `ablated` (language), `hookpoint` (null: all together),
-        `control` (draw number; null: the language's own units).
+        `control` (draw number; null: the language's own units), `top` (how many of the language's units, those of the
+        largest effect first; null: all).
     units: by hookpoint, the unit numbers of every condition.
     """
 
@@ -39,8 +42,8 @@ class Conditions(NamedTuple):
         All hookpoints together: all texts of the ablated language, and a sample of about `others_tokens` tokens of each
         other language. A control: all texts of the ablated language, and in each half of the texts (`first_half`) a
         sample of every second other language; all samples together have half as many tokens as the language. One
-        hookpoint alone: an eighth of the ablated language's texts, and in the first half a control's samples of every
-        fourth other language.
+        hookpoint alone, or the `top` units: an eighth of the ablated language's texts, and in the first half a
+        control's samples of every fourth other language, or every second of few (a control of the `top` units: none).
         A sample has at least one text in each half, and a larger sample contains every smaller one.
 
         Parameters
@@ -62,11 +65,15 @@ class Conditions(NamedTuple):
         less = np.minimum(share, np.maximum(1 / max(1, len(names) - 1), one))
         number = {name: code for code, name in enumerate(names)}
         ablated = np.array([number.get(name, -1) for name in self.keys["ablated"]])[:, None]
-        is_alone, is_control = (self.keys[name].is_not_null().to_numpy()[:, None] for name in ("hookpoint", "control"))
-        distance = ablated - codes
-        is_turn = np.where(is_alone, is_first & (distance % 4 == 1), (distance % 2 == 1) == is_first)
-        others = np.where(is_alone | is_control, (in_half <= less[codes]) & is_turn, in_half <= share[codes])
-        own = ~is_alone | (place <= np.maximum(0.125, 0.5 / count)[codes])
+        alone, control, top = (
+            self.keys[name].is_not_null().to_numpy()[:, None] for name in ("hookpoint", "control", "top")
+        )
+        is_small = alone | top
+        distance, step = ablated - codes, 4 if len(names) > 4 else 2  # so that each has another language
+        is_turn = np.where(is_small, is_first & (distance % step == 1), (distance % 2 == 1) == is_first)
+        others = np.where(is_small | control, (in_half <= less[codes]) & is_turn, in_half <= share[codes])
+        others &= ~(top & control)
+        own = ~is_small | (place <= np.maximum(0.125, 0.5 / count)[codes])
         wanted: NDArray[np.bool_] = np.where(ablated == codes, own, others)
         return wanted
 
@@ -108,6 +115,7 @@ def conditions(
     by_layer: bool,
     draws: int,
     seed: int,
+    ranking: pl.DataFrame | None = None,
 ) -> Conditions:
     """Every condition of a run.
 
@@ -121,6 +129,8 @@ def conditions(
     by_layer: also each hookpoint alone (without controls).
     draws: controls per language; 0 for none.
     seed: of the controls.
+    ranking: `hookpoint`, `unit`, `language`, `causal_rank`: also the units of the `TOP` first ranks of each language,
+        with one control each if there are draws.
     """
     own: dict[tuple[str, str], list[int]] = {}
     random: dict[tuple[str, str], list[list[int]]] = {}
@@ -131,16 +141,25 @@ def conditions(
             random[hookpoint, name] = matched(
                 table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed
             )
-    rows: list[tuple[str, str | None, int | None]] = [(name, None, None) for name in languages]
-    rows += [(name, None, draw) for name in languages for draw in range(draws)]
-    rows += [(name, alone, None) for alone in counts if by_layer for name in languages]
+    rows: list[tuple[str, str | None, int | None, int | None]] = [(name, None, None, None) for name in languages]
+    rows += [(name, None, draw, None) for name in languages for draw in range(draws)]
+    rows += [(name, alone, None, None) for alone in counts if by_layer for name in languages]
+    tops = () if ranking is None else TOP
+    rows += [(name, None, draw, top) for top in tops for draw in (None, 0)[: 1 + min(draws, 1)] for name in languages]
 
-    def units(hookpoint: str, ablated: str, alone: str | None, draw: int | None) -> list[int]:
+    def units(hookpoint: str, ablated: str, alone: str | None, draw: int | None, top: int | None) -> list[int]:
+        if ranking is not None and top is not None:
+            first = ranking.filter(pl.col("causal_rank") <= top, hookpoint=hookpoint, language=ablated)["unit"]
+            if draw is None:
+                return first.sort().to_list()
+            return matched(
+                counts[hookpoint], totals, features, hookpoint, ablated, ratio=ratio, draws=1, seed=seed, own=first
+            )[0]
         if draw is not None:
             return random[hookpoint, ablated][draw]
         return own[hookpoint, ablated] if alone in (None, hookpoint) else []
 
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
     keys = pl.DataFrame(rows, schema=schema, orient="row").with_row_index("condition")
     return Conditions(
         keys.with_columns(pl.col("condition").cast(pl.Int64)),
@@ -158,6 +177,7 @@ def matched(
     ratio: float,
     draws: int,
     seed: int,
+    own: pl.Series | None = None,
 ) -> list[list[int]]:
     """Random units of `hookpoint` that fire as often on `language` as its own units there.
 
@@ -179,6 +199,7 @@ def matched(
     ratio: `score.ratio`, above 0, at most 1.
     draws: number of draws.
     seed: of the draws; draws of one hookpoint and language do not depend on others.
+    own: the units to match; None: all those of the selection.
 
     Returns
     -------
@@ -188,7 +209,8 @@ def matched(
     rates = counts.filter((pl.col("language") == language) & (pl.col("tokens") > 0)).select("unit", "tokens")
     excluded = [*here["unit"].unique(), *_of_one(counts, totals, language, ratio)]
     pool = rates.filter(~pl.col("unit").is_in(excluded)).sort("tokens", "unit")
-    own_rows = here.filter(pl.col("language") == language).select("unit").join(rates, on="unit", how="left")
+    matching = here.filter(pl.col("language") == language)["unit"] if own is None else own
+    own_rows = matching.to_frame("unit").join(rates, on="unit", how="left")
     wanted = own_rows.sort("tokens", "unit", descending=True)["tokens"].fill_null(1).to_numpy()
     rate, units = pool["tokens"].to_numpy(), pool["unit"].to_list()
     names = [zlib.crc32(name.encode()) for name in (hookpoint, language)]

@@ -93,6 +93,33 @@ class FeatureAblation:
         return values[: len(x)], indices[: len(x)]
 
 
+class Replacement(FeatureAblation):
+    """`x + sum_{u in S} (m_u - z_u(x)) W_dec[u]`: at every token, the units have constant activations m_u.
+
+    With m_u the mean over all languages, this is mean ablation; with the mean on another language, swap ablation.
+    (Zhang and Nanda 2024, arXiv 2309.16042, compare zero, mean and resampling ablation.)
+
+    Parameters
+    ----------
+    sae, units: as in `FeatureAblation`.
+    values: float32 `[conditions, latents]`, m of every condition.
+    """
+
+    def __init__(self, sae: SAE | CachedSAE, units: Units, values: Tensor) -> None:
+        super().__init__(sae, units)
+        sets = [torch.tensor(list(removed), dtype=torch.int64) for removed in units]
+        rows = [row[removed] @ sae.W_dec.detach()[removed].cpu() for row, removed in zip(values, sets, strict=True)]
+        self.shift = torch.stack(rows).to(sae.b_dec.device)
+
+    def affected_tokens(self, x: Tensor) -> Tensor:
+        """Everywhere, unless all constants are 0; then, where one of the condition's units fires."""
+        return super().affected_tokens(x) | (self.shift != 0).any(1, keepdim=True)
+
+    def change(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Subtract the units' part of the reconstruction, and add their part at the constants."""
+        return (super().change(x, condition).float() + self.shift[condition]).to(x.dtype)
+
+
 class Directional:
     """`x - Q Q^T x`, Q an orthonormal basis (QR) of the span of the decoder rows: the whole component in it is removed.
 
@@ -180,17 +207,32 @@ class NeuronAblation:
 
 
 def interventions(
-    method: str, units: Mapping[str, Units], saes: Mapping[str, SAE] | SAECache, largest: Mapping[str, Tensor], m: float
+    method: str,
+    units: Mapping[str, Units],
+    saes: Mapping[str, SAE] | SAECache,
+    largest: Mapping[str, Tensor],
+    m: float,
+    means: Mapping[str, Tensor],
+    ablated: Sequence[int],
 ) -> dict[str, Intervention]:
     """One intervention on SAE features for every hookpoint; for neurons see `neurons`.
 
     Parameters
     ----------
-    method: "feature", "directional" or "additive".
+    method: "feature", "directional", "additive", "mean" or "swap".
     units: by hookpoint, of every condition.
     saes: by hookpoint.
     largest, m: for "additive", see `Additive`; `largest` by hookpoint.
+    means: for "mean" and "swap" the mean activations on every language, `[languages, latents]` by hookpoint: "mean"
+        puts their mean over the languages in place of a unit's activation, "swap" the mean on the next language.
+    ablated: the language of every condition, as a row of `means`.
     """
+    if method in ("mean", "swap"):
+        values = {
+            name: (table.roll(-1, 0) if method == "swap" else table.mean(0, keepdim=True).expand_as(table))[ablated]
+            for name, table in means.items()
+        }
+        return {name: Replacement(saes[name], removed, values[name]) for name, removed in units.items()}
     if method == "additive":
         return {name: Additive(saes[name], removed, largest[name], m) for name, removed in units.items()}
     if method == "directional":

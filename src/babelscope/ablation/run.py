@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from babelscope import sae
-from babelscope.ablation import statistics
+from babelscope.ablation import ranking, statistics
 from babelscope.ablation.ablate import TextNLL, ablate
+from babelscope.ablation.attribution import attribute
 from babelscope.ablation.conditions import Conditions, first_half
 from babelscope.ablation.conditions import conditions as all_conditions
-from babelscope.ablation.interventions import Intervention, Units, interventions, neurons
+from babelscope.ablation.interventions import Intervention, interventions, neurons
 from babelscope.ablation.statistics import against_control
 from babelscope.config import Config, schema
 from babelscope.core import stage
@@ -45,12 +46,9 @@ def run(params: Config, paths: Paths) -> None:
     """Ablate by every method of params.yaml; write the tables in `paths.ablation` and the stage's metrics."""
     section, languages = params.ablate, params.languages
     device = hardware.prepare(params.hardware)
-    features, corpus = read_table(paths.features), read_table(paths.texts).filter(split="eval")
+    features, corpus = read_table(paths.features), read_table(paths.texts)
     tokenizer = loading.load_tokenizer(params.model)
-    language_by_text = dict(zip(corpus["text_id"], corpus["language"], strict=True))
-    ready = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), params.corpus.max_tokens)
-    texts = tokens.by_length(tokens.within(ready, language_by_text, section.tokens))
-    language = [language_by_text[text.text_id] for text in texts]
+    texts, language = _texts(corpus.filter(split="eval"), tokenizer, section.tokens, params.corpus.max_tokens)
     names_by_method = {method: hookpoints_of(method, features, params, paths) for method in section.methods}
     counts = {name: _counts(paths, method, name) for method, names in names_by_method.items() for name in names}
     saes = sae.SAECache(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
@@ -63,6 +61,10 @@ def run(params: Config, paths: Paths) -> None:
     numbers: dict[str, float | str] = {"primary_method": primary}
     tables: list[pl.DataFrame] = []
     controls: list[pl.DataFrame] = []
+    ranks = None
+    if "feature" in section.methods and section.rank_tokens:
+        chosen = _texts(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
+        ranks = _rank(model, saes, features.filter(kind="sae"), *chosen, languages, section.batch_tokens)
     for method, names in names_by_method.items():
         every = all_conditions(
             features.filter(kind="neuron" if method == "neuron" else "sae"),
@@ -70,20 +72,32 @@ def run(params: Config, paths: Paths) -> None:
             _totals(paths, method, names[0]),
             languages,
             ratio=params.score.ratio, by_layer=section.by_layer, draws=section.control_draws, seed=params.seed,
+            ranking=ranks if method == "feature" else None,
         )  # fmt: skip
         if method == "neuron":
             width = {name: hookpoints.width(model, name) for name in names}
             intervene = partial(neurons, width=width, device=device)
         else:
             largest = {name: _largest_activation(counts[name], saes[name].latents) for name in names}
-            intervene = partial(interventions, method, saes=saes, largest=largest, m=section.additive_factor)
+            means = {
+                name: _mean_activation(counts[name], _totals(paths, method, name), saes[name].latents, languages)
+                for name in names if method in ("mean", "swap")
+            }  # fmt: skip
+            intervene = partial(
+                interventions, method, saes=saes, largest=largest, m=section.additive_factor, means=means
+            )
         nll, measured = measure_until_decided(
             every, texts, language, every.asked(language, np.array([*map(target_count, texts)]), section.others_tokens),
-            partial(_measure, model, intervene, method, section.batch_tokens), keep / method,
+            partial(_measure, model, intervene, method, section.batch_tokens, languages), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
         found, control = statistics.tables(nll, measured, method, language, languages, section.bootstrap, params.seed)
         figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
+        if ranks is not None and method == "feature":
+            curve, more = ranking.curve(nll, measured, method, language, languages, section.bootstrap, params.seed)
+            figures |= more
+            write_atomically(paths.ablation / "ranking.parquet", ranks.write_parquet)
+            write_atomically(paths.ablation / "curve.parquet", curve.write_parquet)
         numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)
         controls.append(control)
@@ -95,6 +109,34 @@ def run(params: Config, paths: Paths) -> None:
     write_atomically(paths.ablation / "control.parquet", pl.concat(controls).write_parquet)
     write_json(paths.metrics("ablate"), numbers)
     shutil.rmtree(keep, ignore_errors=True)
+
+
+def _texts(
+    corpus: pl.DataFrame, tokenizer: Any, limit: int | None, max_tokens: int
+) -> tuple[list[TokenizedText], list[str]]:
+    """Texts of about `limit` tokens per language, in `by_length` order, and the language of each."""
+    if limit is not None:  # every text has a token
+        corpus = corpus.sort("text_id").group_by("language", maintain_order=True).head(limit)
+    language = dict(corpus.select("text_id", "language").iter_rows())
+    ready = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), max_tokens)
+    texts = tokens.by_length(tokens.within(ready, language, limit))
+    return texts, [language[text.text_id] for text in texts]
+
+
+def _rank(
+    model: Any,
+    saes: sae.SAECache,
+    features: pl.DataFrame,
+    texts: list[TokenizedText],
+    language: list[str],
+    languages: list[str],
+    batch_tokens: int,
+) -> pl.DataFrame:
+    """`ranking.ranking` by the effects on `texts`."""
+    group = [languages.index(name) for name in language]
+    with Progress("rank", sum(map(target_count, texts)), "tokens") as progress:
+        effects = attribute(model, saes, texts, group, len(languages), batch_tokens, advance=progress.update)
+    return ranking.ranking(features, {name: effect.numpy() for name, effect in effects.items()}, languages)
 
 
 def measure_until_decided(
@@ -129,7 +171,8 @@ def measure_until_decided(
     """
     keys, is_first = conditions.keys, first_half(language)
     every_text = np.ones(len(texts), dtype=bool)
-    is_control, is_later = keys["control"].is_not_null().to_numpy(), (keys["control"].fill_null(0) >= FIRST).to_numpy()
+    is_control = (keys["control"].is_not_null() & keys["top"].is_null()).to_numpy()
+    is_later = (keys["control"].fill_null(0) >= FIRST).to_numpy()
     names = keys["ablated"].unique(maintain_order=True).to_list()
     every = torch.full(asked.shape, torch.nan, dtype=torch.float64)
     nll = TextNLL(every[0].clone(), every, torch.zeros(len(texts), dtype=torch.int64), 0, 0, 0)
@@ -144,7 +187,9 @@ def measure_until_decided(
             part = measure(conditions.only(row), [texts[number] for number in column], pairs, keep / f"step-{step}")
             nll.add(part, torch.from_numpy(row), torch.from_numpy(column))
         change = (every - nll.clean).numpy()
-        together = keys.filter(pl.col("hookpoint").is_null(), pl.Series(np.isfinite(change).any(1)))
+        together = keys.filter(
+            pl.col("hookpoint").is_null(), pl.col("top").is_null(), pl.Series(np.isfinite(change).any(1))
+        )
         found = against_control(change, nll.tokens.numpy(), language, together, names, resamples, seed)
         undecided = ~keys["ablated"].is_in(found.filter("decided")["language"].to_list()).to_numpy()
     measured = (~is_later | np.isfinite(every.numpy()).any(1)).nonzero()[0]
@@ -154,9 +199,10 @@ def measure_until_decided(
 
 def _measure(
     model: Any,
-    intervene: Callable[[Mapping[str, Units]], Mapping[str, Intervention]],
+    intervene: Callable[..., Mapping[str, Intervention]],
     method: str,
     batch_tokens: int,
+    languages: Sequence[str],
     conditions: Conditions,
     texts: list[TokenizedText],
     asked: Tensor,
@@ -164,7 +210,10 @@ def _measure(
 ) -> TextNLL:
     """The NLL of texts under conditions, which `intervene` turns into interventions."""
     with Progress(f"ablate {method}", sum(map(target_count, texts)), "tokens") as progress:
-        made = intervene(conditions.units)
+        options = (
+            {"ablated": [languages.index(name) for name in conditions.keys["ablated"]]} if method != "neuron" else {}
+        )
+        made = intervene(conditions.units, **options)
         return ablate(model, made, texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
 
 
@@ -184,7 +233,7 @@ def hookpoints_of(method: str, features: pl.DataFrame, params: Config, paths: Pa
 
 def _counts(paths: Paths, method: str, hookpoint: str) -> pl.DataFrame:
     path = paths.neurons / f"{hookpoint}.parquet" if method == "neuron" else paths.counts(hookpoint)
-    return read_table(path).select("unit", "language", "tokens", "max")
+    return read_table(path).select("unit", "language", "tokens", "sum", "max")
 
 
 def _totals(paths: Paths, method: str, hookpoint: str) -> pl.DataFrame:
@@ -197,6 +246,16 @@ def _largest_activation(counts: pl.DataFrame, latents: int) -> Tensor:
     top = counts.group_by("unit").agg(pl.col("max").max())
     largest[top["unit"].cast(pl.Int64).to_torch()] = top["max"].cast(pl.Float32).to_torch()
     return largest
+
+
+def _mean_activation(counts: pl.DataFrame, totals: pl.DataFrame, latents: int, languages: Sequence[str]) -> Tensor:
+    """The mean activation of every latent over a language's tokens, float32 `[languages, latents]`."""
+    means = torch.zeros((len(languages), latents))
+    tokens = dict(totals.select("language", "tokens").iter_rows())
+    for code, name in enumerate(languages):
+        here = counts.filter(pl.col("language") == name)
+        means[code, here["unit"].cast(pl.Int64).to_torch()] = here["sum"].cast(pl.Float32).to_torch() / tokens[name]
+    return means
 
 
 def _scratch(params: Config, paths: Paths) -> Path:

@@ -25,10 +25,15 @@ _CONTROL = (
     | dict.fromkeys(["contrast", "contrast_low", "contrast_high"], pl.Float64)
     | dict.fromkeys(["above", "selective", "decided"], pl.Boolean)
     | {"draws": pl.Int32}
-    | dict.fromkeys(["p", "p_holm", "contrast_p", "contrast_p_holm"], pl.Float64)
+    | dict.fromkeys(["p", "p_holm", "contrast_p", "contrast_p_holm", "detectable"], pl.Float64)
 )
+# A true difference of this many standard errors is found at the two-sided level of 5 % in 80 % of all experiments:
+# the 97.5 % and the 80 % quantile of the normal distribution.
+DETECTABLE = 1.95996 + 0.84162
 # A comparison counts after Holm's correction if its corrected p is below this.
 LEVEL = 0.05
+# Columns that are also figures per language.
+_OF_CONTROL = ("control", "control_high", "detectable")
 
 
 def tables(
@@ -63,12 +68,12 @@ def tables(
             kind=pl.lit("neuron" if method == "neuron" else "sae"),
             layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
         )
-        # Controls are evaluated on few texts of other languages, which make no cells.
-        .filter(pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
+        # Controls are evaluated on few texts of other languages, which make no cells; for top units see `curve`.
+        .filter(pl.col("top").is_null(), pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
         .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
         .select(*COLUMNS, "hookpoint", "layer")
     )
-    keys = conditions.keys.filter(pl.col("hookpoint").is_null())
+    keys = conditions.keys.filter(pl.col("hookpoint").is_null(), pl.col("top").is_null())
     control = against_control(ablated - clean, tokens, language, keys, languages, resamples, seed)
     return found, control.select(pl.lit(method).alias("method"), pl.all())
 
@@ -78,7 +83,8 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
 
     Those of `selectivity`; `rows_above_zero`: number of rows in which the 95 % interval of the diagonal is above 0;
     `languages_above_control`, `languages_selective`: number of languages that are `above` and `selective`; with
-    `_holm`: number of these whose `p_holm` or `contrast_p_holm` is below `LEVEL`;
+    `_holm`: number of these whose `p_holm` or `contrast_p_holm` is below `LEVEL`; `control/<language>`,
+    `control_high/<language>`, `detectable/<language>`: as in `against_control`;
     `nll_clean/<language>`; `own_alone/<hookpoint>`, `others_alone/<hookpoint>`: means over the cells of each hookpoint
     alone.
     """
@@ -97,8 +103,8 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
         for key, verdict, p in (("above_control", "above", "p_holm"), ("selective", "selective", "contrast_p_holm")):
             numbers[f"languages_{key}_holm"] = controls.filter(pl.col(verdict), pl.col(p) < LEVEL).height
         numbers["control"] = float(controls["control"].mean())  # type: ignore[arg-type]
-        for name, mean, upper in controls.select("language", "control", "control_high").iter_rows():
-            numbers |= {f"control/{name}": mean, f"control_high/{name}": upper}
+        for name, *values in controls.select("language", *_OF_CONTROL).iter_rows():
+            numbers |= {f"{key}/{name}": value for key, value in zip(_OF_CONTROL, values, strict=True)}
     alone = found.filter(pl.col("hookpoint").is_not_null())
     is_own = pl.col("ablated") == pl.col("evaluated")
     for key, cells_alone in (("own_alone", alone.filter(is_own)), ("others_alone", alone.filter(~is_own))):
@@ -146,7 +152,7 @@ def cells(
                 continue
             members = np.flatnonzero((~np.isnan(change) == known).all(axis=1))
             count, random = tokens[own][known], np.random.default_rng([seed, code])
-            deltas, resampled = _means(change[members][:, known], count, resamples, random)
+            deltas, resampled = means(change[members][:, known], count, resamples, random)
             low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
             for row, condition in enumerate(members):
                 rows.append({
@@ -219,8 +225,9 @@ def against_control(
     (own - control), `contrast`, `contrast_low`, `contrast_high` (own - others, less the control's); `above`,
     `selective`; `decided`: with `ENOUGH` texts both differences are more than `EARLY` standard deviations of their
     resamples from 0, so that more texts or draws would hardly change the verdict; `draws`; `p` (of `excess`) and
-    `contrast_p`, see `p_value`; `p_holm`, `contrast_p_holm`: the same after `holm` over all rows. NaN: no text to
-    compare. A language without draws has no row.
+    `contrast_p`, see `p_value`; `p_holm`, `contrast_p_holm`: the same after `holm` over all rows;
+    `detectable`: the `excess` that this experiment would find with 80 % power, `DETECTABLE` times the standard
+    deviation of its resamples. NaN: no text to compare. A language without draws has no row.
     """
     is_in = np.array(language, dtype=object) == np.array(languages, dtype=object)[:, None]
     rows: list[dict[str, object]] = []
@@ -234,8 +241,8 @@ def against_control(
         random = np.random.default_rng([seed, code])
         known = ~np.isnan(change[order]).any(axis=0)
         is_own, is_other = known & is_in[code], known & ~is_in[code]
-        own, own_resampled = _means(change[order][:, is_own], tokens[is_own], resamples, random)
-        other, other_resampled = _means(change[order][:, is_other], tokens[is_other], resamples, random)
+        own, own_resampled = means(change[order][:, is_own], tokens[is_own], resamples, random)
+        other, other_resampled = means(change[order][:, is_other], tokens[is_other], resamples, random)
         # In every resample, the draw whose turn it is.
         own_control, other_control = (x[1:][turn, np.arange(resamples)] for x in (own_resampled, other_resampled))
         excess = own_resampled[0] - own_control
@@ -262,6 +269,7 @@ def against_control(
             "draws": len(draws),
             "p": p_value(excess),
             "contrast_p": p_value(contrast),
+            "detectable": DETECTABLE * excess.std(),
         })  # fmt: skip
     found = pl.DataFrame(rows, schema=_CONTROL)
     return found.with_columns(pl.Series(f"{name}_holm", holm(found[name].to_numpy())) for name in ("p", "contrast_p"))
@@ -294,7 +302,7 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def _means(
+def means(
     change: Floats, tokens: NDArray[np.int64], resamples: int, random: np.random.Generator
 ) -> tuple[Floats, Floats]:
     """`sum change / sum tokens` of the texts, `[conditions]`, and of resamples of them, `[conditions, resamples]`."""

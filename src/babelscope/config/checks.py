@@ -59,14 +59,14 @@ def _neurons(params: Config) -> Iterator[str]:
     if "neuron" in params.ablate.methods and not names:
         yield (
             "ablate.methods: 'neuron' sets neurons to 0, but neurons.hookpoints is empty; "
-            "allowed without neurons: feature, directional, additive"
+            "allowed without neurons: feature, mean, swap, directional, additive"
         )
 
 
 def _sources(params: Config) -> Iterator[str]:
-    if params.train.transcode and "feature" in params.ablate.methods:
+    if params.train.transcode and (wrong := [m for m in ("feature", "mean", "swap") if m in params.ablate.methods]):
         yield (
-            "ablate.methods: 'feature' needs SAEs that read the hookpoint itself, but transcoders "
+            f"ablate.methods: {wrong[0]!r} needs SAEs that read the hookpoint itself, but transcoders "
             "(train.transcode) read the input of its module; allowed with them: directional, additive, neuron"
         )
     if params.train.source == "pretrained":

@@ -204,7 +204,9 @@ class Stability(Section):
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 
-    methods: Annotated[list[Literal["feature", "directional", "additive", "neuron"]], Field(min_length=1)]
+    methods: Annotated[
+        list[Literal["feature", "mean", "swap", "directional", "additive", "neuron"]], Field(min_length=1)
+    ]
     additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
     control_draws: Annotated[int, Field(ge=0, le=10_000)]
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -212,6 +214,7 @@ class Ablate(Section):
     by_layer: bool
     tokens: Positive | None
     others_tokens: Positive | None
+    rank_tokens: Annotated[int, Field(ge=0, le=2**40)]
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
     @field_validator("methods")

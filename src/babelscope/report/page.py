@@ -11,7 +11,7 @@ from babelscope.report.parts import Picture, ReportInputs
 # `section(inputs)`, which returns a Section or None; a part without a section is left out.
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
-    "The evidence: what they do": ("ablation", "own", "control", "identification", "steering"),
+    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "steering"),
     "The doubt: what else could explain it?": ("stability", "similarity", "quality", "corpus", "confounds"),
     "For reference": ("reproduce",),
 }

@@ -18,6 +18,7 @@ COLUMNS = {
     "nll": "method kind ablated control evaluated nll tokens delta low high",
     "by_layer": "method kind ablated control evaluated nll tokens delta low high hookpoint",
     "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
+    "curve": "language top features own others control",
     "confusion": "method normalize language predicted texts",
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
@@ -47,6 +48,7 @@ class ReportInputs:
     files: Mapping[str, str]
     versions: Mapping[str, str]
     control: pl.DataFrame | None = None
+    curve: pl.DataFrame | None = None
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None

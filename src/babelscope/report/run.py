@@ -59,6 +59,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
     optional = {
         "by_layer": paths.ablation / "by_layer.parquet", "control": paths.ablation / "control.parquet",
+        "curve": paths.ablation / "curve.parquet",
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations,
     }  # fmt: skip

@@ -78,7 +78,7 @@ class ExactTopK:
         self._weights, self._norm, self._error = self.encoder, 0.0, 0.0
         if self.dtype != torch.float32:
             self._weights = torch.empty_like(self.encoder, dtype=self.dtype)
-        for wide, low in zip(self.encoder.split(1024), self._weights.split(1024), strict=True):
+        for wide, low in zip(torch.split(self.encoder, 1024), torch.split(self._weights, 1024), strict=True):
             self._norm = max(self._norm, float(_norms(wide).max()))
             if low.dtype != torch.float32:
                 low.copy_(wide)

@@ -64,7 +64,7 @@ def run(params: Config, paths: Paths) -> None:
     depends = params.model_dump(include={"hookpoints", "languages", "model", "seed", "steer"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
     depends["batch_tokens"] = params.extract.batch_tokens
-    inputs = [paths.texts, paths.features, paths.all_counts, paths.saes, paths.neurons]
+    inputs = [paths.texts, paths.features, paths.all_counts, paths.saes, paths.neurons, paths.ablation]
     with resume.kept("steer", depends, inputs) as folder:
         places = {name: vectors.place_of(name) for name in section.hookpoints or params.hookpoints}
         encoder = judge.encoder_place(model, next(iter(places.values())))
@@ -118,6 +118,8 @@ def compute(
     """The vectors of every method, at every place, of every language that has one."""
     section, languages = params.steer, params.languages
     features, found = read_table(paths.features), vectors.Vectors()
+    ranking = paths.ablation / "ranking.parquet"
+    effects = read_table(ranking) if ranking.is_file() else None
     for hookpoint, place in places.items():
         length = vectors.directions("diffmean", rows[place], codes, len(languages))
         for method in section.methods:
@@ -129,7 +131,7 @@ def compute(
             log.warning("%s: its features do not write to the residual stream, so they do not steer", hookpoint)
             continue
         activations = vectors.mean_activations(read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint)))
-        selected = vectors.rank(features.filter(kind="sae", hookpoint=hookpoint))
+        selected = vectors.ranked(features.filter(kind="sae", hookpoint=hookpoint), effects)
         for method in section.methods:
             if method == "sae-diffmean":
                 table = vectors.sae_diffmean(dictionary, activations, languages)

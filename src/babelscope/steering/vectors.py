@@ -105,10 +105,16 @@ def of_features(dictionary: SAE, units: Sequence[int], activations: Sequence[flo
     return (weight @ dictionary.W_dec.detach()[index]).cpu()
 
 
-def rank(features: pl.DataFrame) -> pl.DataFrame:
-    """Features in the order in which the first ones are taken: by their causal effect if it is known, else by rank."""
-    column = "causal_rank" if "causal_rank" in features.columns else "rank"
-    return features.sort(column, "rank")
+def ranked(features: pl.DataFrame, effects: pl.DataFrame | None) -> pl.DataFrame:
+    """SAE features in the order in which the first ones are taken: by their causal effect if it is known, else by rank.
+
+    `features`: `hookpoint`, `unit`, `language`, `rank`; `effects`: the same and `causal_rank` instead of `rank`.
+    """
+    if effects is None:
+        return features.sort("rank")
+    keys = ["hookpoint", "unit", "language"]
+    known = features.join(effects.select(*keys, "causal_rank"), on=keys, how="left")
+    return known.sort("causal_rank", "rank", nulls_last=True)
 
 
 def mean_activations(counts: pl.DataFrame, totals: pl.DataFrame) -> pl.DataFrame:
