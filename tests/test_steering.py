@@ -39,7 +39,7 @@ PROMPTS = [(3, 4, 5, 9), (6, 7, 8), (3, 4, 5, 9)]
 
 def generate(model, prompts, edits, new_tokens=6, temperature=0.0, seed=0):
     return generation.generate(
-        TopTokens(model), prompts, edits, new_tokens=new_tokens, temperature=[temperature] * len(prompts),
+        TopTokens(model), prompts, edits, special=1, new_tokens=new_tokens, temperature=[temperature] * len(prompts),
         seeds=[[seed, row] for row in range(len(prompts))],
     )  # fmt: skip
 
@@ -48,10 +48,10 @@ def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model)
     added = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 3
     added[0] = 0
     removed = torch.nn.functional.normalize(torch.tensor([[1.0, 2.0] + [0.0] * 14] * 3), dim=1)
-    found = generate(model, PROMPTS, {"layers.1": generation.changes(added, removed)})
+    found = generate(model, PROMPTS, {"layers.1": generation.Change(added, removed)})
     for row in range(3):
         ids = list(PROMPTS[row])
-        first = len(ids) - 1  # the vector is added from the last token of the prompt on
+        first = 1  # the special token stays as it is
         for _ in range(6):
 
             def change(_module, _inputs, output, row=row, first=first):
@@ -243,7 +243,7 @@ def test_the_lines_of_the_page_steer_as_the_stage_does(model, tmp_path, monkeypa
     ids = torch.tensor([PROMPTS[0]])
     names = {"model": model, "prompt": "p", "tokenizer": lambda *_, **__: {"input_ids": ids}}
     exec(block, names)  # noqa: S102
-    edits = {"layers.1": generation.changes(1.5 * vector.unsqueeze(0), None)}
+    edits = {"layers.1": generation.Change(1.5 * vector.unsqueeze(0))}
     wanted = generate(model, PROMPTS[:1], edits, 10)[0].tolist()
     found = names["answer"][0, len(PROMPTS[0]) :].tolist()
     assert found == wanted[: len(found)] and found != generate(model, PROMPTS[:1], {}, 10)[0].tolist()[: len(found)]

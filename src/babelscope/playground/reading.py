@@ -228,15 +228,16 @@ class Reader:
         return of_features(self.saes[hookpoint], units, means).unsqueeze(0)  # type: ignore[arg-type]
 
     def continuation(self, text: str, target: str, strength: float) -> str:
-        """The model's continuation of `text` with `strength` times `vectors(target)` added from its last token on.
+        """The model's continuation of `text` with `strength` times `vectors(target)` added at every token.
 
         The length, the temperature and the seed are those of stage `steer`: only the steering changes the text.
         """
         tokenized, section = self.tokenize(text), self.params.steer
         added = {name: strength * vector for name, vector in self.vectors(target).items()} if strength else {}
         generated = generation.generate(
-            self._top, [tokenized.ids], {name: generation.changes(vector, None) for name, vector in added.items()},
-            new_tokens=section.new_tokens, temperature=[section.temperature], seeds=[[self.params.seed]],
+            self._top, [tokenized.ids], {name: generation.Change(vector) for name, vector in added.items()},
+            special=tokenized.special, new_tokens=section.new_tokens, temperature=[section.temperature],
+            seeds=[[self.params.seed]],
         )  # fmt: skip
         whole, before = (
             str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -101,7 +101,7 @@ class Answers:
         """
         given = list(ids) or [self.prompts[number].ids for number in rows["prompt"]]
         wanted = list(with_nll) or [False] * len(rows)
-        # Equal prompts share a pass, and prompts of one length need no padding.
+        # Prompts of one length need no padding.
         order = sorted(range(len(rows)), key=lambda number: (len(given[number]), given[number], number))
         starts = range(0, len(rows), self.batch_rows)
         batches = [order[first : first + self.batch_rows] for first in starts]
@@ -121,11 +121,13 @@ class Answers:
         return self.judge(found, whole["embedding"])
 
     def _batch(self, rows: pl.DataFrame, given: list[Sequence[int]], wanted: list[bool]) -> dict[str, Tensor]:
-        edits = {place: generation.changes(added, None) for place, added in self._added(rows).items()}
+        changes = {place: generation.Change(added) for place, added in self._added(rows).items()}
+        special = self.prompts[0].special
         names = rows.select("method", "language", "place").rows()
         codes = [zlib.crc32("/".join(name or "" for name in row).encode()) for row in names]
         generated = generation.generate(
-            self.top, given, edits, new_tokens=self.new_tokens, temperature=rows["temperature"].to_list(),
+            self.top, given, changes, special=len(special), new_tokens=self.new_tokens,
+            temperature=rows["temperature"].to_list(),
             seeds=[[self.seed, code, prompt] for code, prompt in zip(codes, rows["prompt"], strict=True)],
         )  # fmt: skip
         nll = torch.full((len(rows),), torch.nan, dtype=torch.float64)
@@ -134,7 +136,6 @@ class Answers:
             nll[chosen] = generation.continuation_nll(
                 self.top.model, [given[number] for number in chosen], generated[chosen]
             )
-        special = self.prompts[0].special
         embedding = judge.embed(self.top.model, self.judge.place, generated.tolist(), special, self.batch_tokens)
         return {"generated": generated.contiguous(), "nll": nll, "embedding": embedding}
 

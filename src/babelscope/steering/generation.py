@@ -1,12 +1,12 @@
-"""Greedy or sampled continuations of many prompts at once, each with its own vector added to the residual stream.
+"""Greedy or sampled continuations of many prompts at once, each with its own change of the states.
 
-A vector is added at the last token of the prompt and at every generated token, so the earlier tokens of a prompt are
-the unsteered model's, and rows with the same prompt share one pass over it.
+A change is made at every position of the prompt but the special tokens in front, and at every generated token.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,38 +22,39 @@ from babelscope.models.top_tokens import TopTokens
 TOP_K = 64
 
 
-def changes(added: Tensor | None, removed: Tensor | None, special: int = 0) -> hooks.Edit:
-    """The edit that adds `added[row]` at every position and first takes the component along `removed[row]` out.
+class Change(NamedTuple):
+    """A change of the states at one place: first a component is taken out, then a vector is added.
 
-    Parameters
+    Attributes
     ----------
-    added, removed: float32 `[rows, d]` (or `[1, d]`, for all rows) or None; rows of `removed` are unit vectors.
-    special: positions at the beginning that stay as they are (BOS).
+    added: float32 `[rows, d]` (or `[1, d]`, for all rows), or None.
+    removed: unit vectors in the same form, or None.
     """
 
-    def edit(x: Tensor) -> Tensor:
-        found = x[:, special:].float()
-        if removed is not None:
-            along = (found * removed.unsqueeze(1)).sum(2, keepdim=True)
-            found = found - along * removed.unsqueeze(1)
-        if added is not None:
-            found = found + added.unsqueeze(1)
-        return torch.cat([x[:, :special], found.to(x.dtype)], dim=1)
+    added: Tensor | None = None
+    removed: Tensor | None = None
 
-    return edit
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[rows, positions, d]`, changed at every position; same dtype."""
+        found = x.float()
+        if self.removed is not None:
+            along = (found * self.removed.unsqueeze(1)).sum(2, keepdim=True)
+            found = found - along * self.removed.unsqueeze(1)
+        return (found if self.added is None else found + self.added.unsqueeze(1)).to(x.dtype)
 
 
 @torch.inference_mode()
 def generate(
     top: TopTokens,
     prompts: Sequence[Sequence[int]],
-    edits: Mapping[str, hooks.Edit],
+    changes: Mapping[str, Change],
     *,
+    special: int,
     new_tokens: int,
     temperature: Sequence[float],
     seeds: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Continue every prompt while the edits are in place.
+    """Continue every prompt while the states are changed.
 
     The model's own `generation_config` (repetition_penalty, top_p, ...) has no effect. End-of-text tokens are never
     generated.
@@ -61,8 +62,10 @@ def generate(
     Parameters
     ----------
     top: of the model.
-    prompts: token ids of each row, at least two; rows with equal prompts share their pass over it.
-    edits: by hookpoint; they get `[rows, 1, d]`.
+    prompts: token ids of each row, at least two.
+    changes: by hookpoint.
+    special: number of special tokens (BOS) in front of every prompt, which are not changed. The first token never is:
+        it is an attention sink.
     new_tokens: number of tokens to generate.
     temperature: of each row; 0 takes the most probable token, else one of the `TOP_K` most probable is drawn.
     seeds: of each row's draws, which do not depend on other rows.
@@ -75,21 +78,28 @@ def generate(
     ------
     UserError: the model has no cache of keys and values.
     """
-    model = top.model
-    device, numbers = hooks.device_of(model), {tuple(ids): 0 for ids in prompts}
-    numbers = {ids: number for number, ids in enumerate(numbers)}
-    row = torch.tensor([numbers[tuple(ids)] for ids in prompts], device=device)
-    cache, ids, mask = _prefill(model, list(numbers), device)
-    cache.batch_select_indices(row)
-    token, mask = ids[row, -1:], mask[row]
+    from transformers import DynamicCache
+
+    model, longest = top.model, max(map(len, prompts))
+    device, cache = hooks.device_of(model), DynamicCache(config=top.model.config)
+    # Padded on the left, so that the last position of every row is a token.
+    token = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    stays = (mask.cumsum(1) <= max(special, 1)).unsqueeze(2)
+
+    def edit(x: Tensor, change: Change) -> Tensor:
+        return change(x) if x.shape[1] == 1 else torch.where(stays, x, change(x))
+
     uniform = np.stack([np.random.default_rng(list(seed)).random(new_tokens, np.float32) for seed in seeds])
     drawn = [value > 0 for value in temperature]
     ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=torch.int64).flatten().tolist()
-    found = []
-    with hooks.editing(model, edits):
+    found: list[Tensor] = []
+    with hooks.editing(model, {name: partial(edit, change=change) for name, change in changes.items()}):
         for step in range(new_tokens):
-            position = mask.sum(1, keepdim=True) - 1
+            position = (mask.cumsum(1) - 1).clamp_min(0)[:, -token.shape[1] :]
             logits, tokens = top(TOP_K, input_ids=token, **_inputs(model, mask, position, cache))
+            if not step:
+                _check(model, cache, longest)
             for end in ends:
                 logits[tokens == end] = -torch.inf
             place = logits.argmax(1)
@@ -102,23 +112,13 @@ def generate(
     return torch.cat(found, dim=1)
 
 
-def _prefill(model: Any, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """The cache over all tokens of each prompt but the last; ids and mask, `[prompts, longest]`, padded on the left."""
-    from transformers import DynamicCache
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
-    hooks.body_of(model)(input_ids=ids[:, :-1], **_inputs(model, mask[:, :-1], position[:, :-1], cache))
+def _check(model: Any, cache: Any, wanted: int) -> None:
     try:
         kept = int(cache.get_seq_length())
     except ValueError:  # a recurrent model's cache
         kept = 0
-    if kept != longest - 1:
+    if kept != wanted:
         raise UserError(f"params.yaml: model.name: {type(model).__name__} keeps no keys and values, which steer needs")
-    return cache, ids, mask
 
 
 def _inputs(model: Any, mask: Tensor, position: Tensor, cache: Any) -> dict[str, Any]:

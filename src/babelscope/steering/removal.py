@@ -4,6 +4,7 @@ Measured as in the Language Confusion Benchmark (Marchisio et al. 2024, arXiv 24
 other language that follow a line in the removed one, which provokes answers in it.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import polars as pl
@@ -111,17 +112,17 @@ def _answers(
 ) -> list[str]:
     ids = [lines.after(prompt, before[number : number + 1]) for number, prompt in enumerate(asked)]
     generated = generation.generate(
-        top, ids, _edits(top, direction, 0), new_tokens=new_tokens, temperature=[0.0] * len(ids),
-        seeds=[[0]] * len(ids),
+        top, ids, _changes(top, direction), special=len(asked[0].special), new_tokens=new_tokens,
+        temperature=[0.0] * len(ids), seeds=[[0]] * len(ids),
     )  # fmt: skip
     return [str(text) for text in lines.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
 
-def _edits(top: TopTokens, direction: Direction | None, special: int) -> dict[str, hooks.Edit]:
+def _changes(top: TopTokens, direction: Direction | None) -> dict[str, generation.Change]:
     if direction is None:
         return {}
     unit = direction.unit.unsqueeze(0).to(hooks.device_of(top.model))
-    return {direction.place: generation.changes(None, unit, special)}
+    return {direction.place: generation.Change(removed=unit)}
 
 
 def _passes(identifier: lid.FastText, answer: str, label: str) -> bool:
@@ -145,7 +146,12 @@ def _latin(corpus: pl.DataFrame) -> dict[str, float]:
 def _nll(top: TopTokens, texts: list[TokenizedText], direction: Direction | None, batch_tokens: int) -> float:
     total = 0.0
     device, special = hooks.device_of(top.model), max((text.special for text in texts), default=0)
-    with hooks.editing(top.model, _edits(top, direction, special)):
+
+    def edit(x: Tensor, change: generation.Change) -> Tensor:
+        return torch.cat([x[:, :special], change(x[:, special:])], dim=1)
+
+    edits = {place: partial(edit, change=change) for place, change in _changes(top, direction).items()}
+    with hooks.editing(top.model, edits):
         for batch in batches(by_length(texts), batch_tokens):
             ids, mask = (part.to(device) for part in pad(batch))
             skipped = torch.tensor([text.special for text in batch], device=device)
