@@ -37,6 +37,8 @@ SMALL = {
     "stability.hookpoints": ["layers.26.mlp"],
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,
+    "script.tokens": 60,
+    "script.ablation_tokens": 40,
     "steer.hookpoints": ["layers.20.mlp"],
     "steer.methods": ["diffmean", "features", "prompt"],
     "steer.strengths": [2.0],

@@ -95,7 +95,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("corpus.packages", ["gramps", "gramps"], "corpus.packages: a package is listed twice"),
         ("corpus.path", "x", "corpus.packages: the source 'gettext' needs either"),
         ("seed", -1, "seed: input should be greater than or equal to 0"),
-        ("traim", {}, "traim: unknown key; allowed: .*did you mean 'train'"),
+        ("traim", {}, r"traim: unknown key; nearest: train\b"),
         ("steer.prompt_languages", ["nl"], "steer.prompt_languages: 'nl' is not one of languages; allowed: en, de"),
         ("hardware.devices", 3, "train.batch: 1024 does not divide among 3 devices .* a multiple of 3"),
         ("hardware.num_nodes", 5, "train.batch: 1024 does not divide among 5 devices"),

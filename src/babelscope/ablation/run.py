@@ -48,7 +48,7 @@ def run(params: Config, paths: Paths) -> None:
     device = hardware.prepare(params.hardware)
     features, corpus = read_table(paths.features), read_table(paths.texts)
     tokenizer = loading.load_tokenizer(params.model)
-    texts, language = _texts(corpus.filter(split="eval"), tokenizer, section.tokens, params.corpus.max_tokens)
+    texts, language = texts_of(corpus.filter(split="eval"), tokenizer, section.tokens, params.corpus.max_tokens)
     names_by_method = {method: hookpoints_of(method, features, params, paths) for method in section.methods}
     counts = {name: _counts(paths, method, name) for method, names in names_by_method.items() for name in names}
     saes = sae.SAECache(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
@@ -63,7 +63,7 @@ def run(params: Config, paths: Paths) -> None:
     controls: list[pl.DataFrame] = []
     ranks = None
     if "feature" in section.methods and section.rank_tokens:
-        chosen = _texts(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
+        chosen = texts_of(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
         ranks = _rank(model, saes, features.filter(kind="sae"), *chosen, languages, section.batch_tokens)
     for method, names in names_by_method.items():
         every = all_conditions(
@@ -111,7 +111,7 @@ def run(params: Config, paths: Paths) -> None:
     shutil.rmtree(keep, ignore_errors=True)
 
 
-def _texts(
+def texts_of(
     corpus: pl.DataFrame, tokenizer: Any, limit: int | None, max_tokens: int
 ) -> tuple[list[TokenizedText], list[str]]:
     """Texts of about `limit` tokens per language, in `by_length` order, and the language of each."""

@@ -27,6 +27,8 @@ class Config(schema.Section):
     stability: schema.Stability
     identify: schema.Identify
     ablate: schema.Ablate
+    baselines: schema.Baselines
+    script: schema.Script
     steer: schema.Steer
     browse: schema.Browse
     explain: schema.Explain
@@ -42,7 +44,7 @@ class Config(schema.Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        checks = (_neurons, _sources, _stability, _steer, _hardware, _languages)
+        checks = (_neurons, _sources, _stability, _baselines, _steer, _hardware, _languages)
         if problem := next((problem for check in checks for problem in check(self)), None):
             raise ValueError(problem)
         return self
@@ -64,6 +66,12 @@ def _neurons(params: Config) -> Iterator[str]:
 
 
 def _sources(params: Config) -> Iterator[str]:
+    for name in params.hookpoints if params.train.transcode else ():
+        if name.endswith(".input"):
+            yield (
+                f"hookpoints: {name!r} is the input of a module, and a transcoder (train.transcode) writes to the "
+                f"output of one; allowed: {name.removesuffix('.input')!r}"
+            )
     if params.train.transcode and (wrong := [m for m in ("feature", "mean", "swap") if m in params.ablate.methods]):
         yield (
             f"ablate.methods: {wrong[0]!r} needs SAEs that read the hookpoint itself, but transcoders "
@@ -101,6 +109,13 @@ def _stability(params: Config) -> Iterator[str]:
             yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
     if chosen and params.stability.seed == params.seed:
         yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
+
+
+def _baselines(params: Config) -> Iterator[str]:
+    if params.baselines.dictionaries and not params.stability.hookpoints:
+        yield "baselines.dictionaries: they need a hookpoint, and stability.hookpoints is empty; allowed with it: []"
+    if params.baselines.dictionaries and params.train.transcode:
+        yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
 
 
 def _hardware(params: Config) -> Iterator[str]:

@@ -22,6 +22,8 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "script": "hookpoint unit language script_bound",
 }
 
 
@@ -52,6 +54,8 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    baselines: pl.DataFrame | None = None
+    script: pl.DataFrame | None = None
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class ReportInputs:
         return self.metrics.get(name, {}).get(key)
 
     def grid(self) -> pl.DataFrame:
-        """Every pair of `language` and `hookpoint` in the order of params.yaml, with `layer` (label) and `href` (link)."""
+        """Every pair of `language` and `hookpoint` in the order of params.yaml, `layer` (label) and `href` (link)."""
         labels = layer_labels(self.hookpoints)
         columns = pl.DataFrame({"hookpoint": self.hookpoints, "layer": list(labels.values())})
         grid = pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")
