@@ -73,6 +73,8 @@ TESTED = {
         SENTENCE,
         '"--html", "sentence.html"',
     ),
+    'babelscope try "Bir cümle"': (SENTENCE, '"try", TURKISH'),
+    'babelscope try "Bir cümle ve bir soru."': (SENTENCE, '"try", TURKISH'),
     "babelscope features tr": (LISTED, '["features", "tr"]'),
     "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
     "babelscope serve": (SERVED, '["serve"]'),
@@ -129,6 +131,7 @@ UNTESTED = {
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
+    "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc config --local": "a setting of DVC's own; test_experiments.py runs the target that makes it",
     "git init": "a command of git's own",
@@ -136,6 +139,8 @@ UNTESTED = {
     "dvc gc --workspace": "what the page says not to run",
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
+    "uv ": "wants uv; another way to the environment of `make repro`",
+    "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
     "dvc repro --allow-missing": "a command of DVC's own",
     "dvc exp show": "README's block, which test_tracking.py runs, has it",
@@ -190,9 +195,11 @@ def source_of(name: str) -> str:
 def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
     assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
         "library.md",
+        "steering.md",
         "training.md",
     ]
     assert "docs/library.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_page_has_it")
+    assert "docs/steering.md" in source_of("test_steering.py::test_the_lines_of_the_page_steer_as_the_stage_does")
     assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")
 
 

@@ -37,13 +37,16 @@ CLOSING = {
     "sharing": "sharing: nothing to compare (params.yaml: sharing.groups is 0)",
     "identify": "texts method accuracy macro F1 McNemar p",
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
-    "steer": "language strength success called NLL (nats/token) distinct-2",
+    "baselines": "method trained on evaluated on languages texts accuracy 95 %",
+    "script": "language features letters replaced still fire romanised shuffled script-bound own dNLL romanised",
+    "steer": "method harmonic mean from to forcing relevance NLL (nats/token) distinct-2",
     "browse": "hookpoint of one language of several removed alone",
     "explain": "explain: none to explain (params.yaml: explain.endpoint)",
     "report": "page or picture MB",
     "track": "track: state",
 }
-AFTER_SCORE = ["stability", "identify", "ablate", "steer", "browse", "explain", "report", "track"]
+AFTER_SCORE = ["stability", "identify", "ablate", "baselines", "script", "steer", "browse", "explain", "report"]
+AFTER_SCORE += ["track"]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ LISTS = {
     "stability.hookpoints": "[layers.1.mlp]",
     "identify.also": "{name: wili-2018}",
     "ablate.methods": "[feature,directional]",
+    "baselines.dictionaries": "[frozen_decoder,neurons]",
     "steer.strengths": "[1.5,2.5]",
 }
 

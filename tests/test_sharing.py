@@ -83,6 +83,7 @@ def lay_out(folder: Path, groups: int) -> tuple[config.Config, Paths]:
     checkpoint.save(sae, folder / "data/sae" / HOOKPOINT, {"model_name": "m", "hook_name": HOOKPOINT})
     content = config.read_yaml(ROOT / "params.yaml") | {"languages": LANGUAGES, "hookpoints": [HOOKPOINT]}
     content["stability"] |= {"hookpoints": []}
+    content["steer"] |= {"hookpoints": []}
     content["sharing"] = {"groups": groups}
     return config.parse(content), Paths(folder)
 

@@ -11,8 +11,9 @@ from babelscope.report.parts import Picture, ReportInputs
 # `section(inputs)`, which returns a Section or None; a part without a section is left out.
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
-    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "steering"),
-    "The doubt: what else could explain it?": ("stability", "similarity", "sharing", "quality", "corpus", "confounds"),
+    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "baselines", "steering"),
+    "The doubt: what else could explain it?": ("script", "stability", "similarity", "sharing", "quality", "corpus",
+                                                "confounds"),
     "For reference": ("reproduce",),
 }
 NAMES = tuple(name for names in PARTS.values() for name in names)
