@@ -436,7 +436,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
         charts_
         == set(specs)
         == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu",
-            "stability", "sharing"}
+            "stability", "sharing", "script", "baselines"}
     )  # fmt: skip
     assert all(spec["description"] for spec in specs.values())
 
@@ -451,7 +451,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 25
+    assert len({table.caption for table in tables}) == len(tables) == 27
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
