@@ -90,7 +90,8 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
     if "script" in frames:
-        for hookpoint, unit, bound, kept in frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows():
+        verdicts = frames["script"].select(*_KEY, "script_bound", "kept_romanised")
+        for hookpoint, unit, bound, kept in verdicts.iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
     shown = [
