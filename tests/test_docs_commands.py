@@ -73,6 +73,8 @@ TESTED = {
         SENTENCE,
         '"--html", "sentence.html"',
     ),
+    'babelscope try "Bir cümle"': (SENTENCE, '"try", TURKISH'),
+    'babelscope try "Bir cümle ve bir soru."': (SENTENCE, '"try", TURKISH'),
     "babelscope features tr": (LISTED, '["features", "tr"]'),
     "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
     "babelscope serve": (SERVED, '["serve"]'),

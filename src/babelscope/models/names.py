@@ -17,7 +17,7 @@ def parts_of(hookpoint: str) -> tuple[int, str] | None:
     The number is the first part of the path that is a number: `h2o.layers.3.mlp` is in block 3. If no part is, the
     result is None. `hookpoints.resolve` refuses names that do not match the model.
     """
-    found = _BLOCK.search(hookpoint)
+    found = _BLOCK.search(hookpoint.removesuffix(_ENCODED))
     return (int(found[1]), found[2] or "") if found else None
 
 

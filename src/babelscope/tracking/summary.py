@@ -39,6 +39,9 @@ def numbers(paths: Paths, params: Mapping[str, Any], metrics: Metrics) -> tuple[
     single, series = figures(stages, hookpoints, params.get("neurons", {}).get("hookpoints", []))
     single |= metrics.get("summary", {})
     series |= {(view.X_AXIS, layer): layer for layer, _ in layers(hookpoints).values()}
+    if count := metrics.get("extract", {}).get("layers"):
+        # The share of the model's layers: models of other depths can be compared over it.
+        series |= {("depth", layer): layer / count for layer, _ in layers(hookpoints).values()}
     if paths.features.is_file():
         of_features = feature_figures(read_table(paths.features), languages, hookpoints)
         single, series = single | of_features[0], series | of_features[1]
