@@ -209,7 +209,13 @@ def metrics() -> dict[str, dict[str, Any]]:
         "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
         "score": {"features": features().height} | {f"shared_by/{k}": 100 - k for k in range(1, 16)},
         "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5,
-                      f"features_matched_share/{HOOKPOINTS[-1]}": 0.4375},
+                      f"features_matched_share/{HOOKPOINTS[-1]}": 0.4375, "features_matched_share": 0.4375,
+                      "latents_matched_share": 0.3, "stability_features": 157}
+                     | {f"features_matched_share/{name}": 0.5 for name in LANGUAGES}
+                     | {f"subspace_overlap/{name}": 0.1 if name == "es" else 0.6 for name in LANGUAGES}
+                     | {f"subspace_overlap_random/{name}": 0.1 for name in LANGUAGES}
+                     | {f"subspace_overlap_random_high/{name}": 0.2 for name in LANGUAGES}
+                     | {f"write_cosine/{name}": 0.9 for name in LANGUAGES},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
         "steer": {"success": 0.1, "success_unsteered": 0.0} | {f"success_unsteered/{name}": 0.0 for name in LANGUAGES},
@@ -239,9 +245,12 @@ def metrics() -> dict[str, dict[str, Any]]:
 
 def write(root: Path) -> None:
     """The example as the files that the stage reads (params.yaml is not among them)."""
-    for folder in ("data/scores", "data/ablation", "data/identify", "data/steer", "data/script", "data/baselines",
-                   "metrics"):  # fmt: skip
+    for folder in ("data/corpus", "data/activations", "data/scores", "data/ablation", "data/identify", "data/steer",
+                   "data/script", "data/baselines", "metrics"):  # fmt: skip
         (root / folder).mkdir(parents=True, exist_ok=True)
+    texts = {"text_id": [f"text-{n}" for n in LANGUAGES], "language": LANGUAGES, "split": "eval", "text": "eight by"}
+    pl.DataFrame(texts).write_parquet(root / "data/corpus/texts.parquet")
+    pl.DataFrame({"text_id": texts["text_id"] * 2}).write_parquet(root / "data/activations/tokens.parquet")
     features().write_parquet(root / "data/scores/features.parquet")
     nll().write_parquet(root / "data/ablation/nll.parquet")
     by_layer().write_parquet(root / "data/ablation/by_layer.parquet")

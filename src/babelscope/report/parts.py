@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import quote
 from typing import Any
+from urllib.parse import quote
 
 import polars as pl
 from markupsafe import Markup
@@ -90,7 +90,7 @@ class ReportInputs:
         return self.metrics.get(name, {}).get(key)
 
     def grid(self) -> pl.DataFrame:
-        """Every pair of `language` and `hookpoint` in the order of params.yaml, with `layer` (label) and `href` (link)."""
+        """Every pair of `language` and `hookpoint` in the order of params.yaml, `layer` (label) and `href` (link)."""
         labels = layer_labels(self.hookpoints)
         columns = pl.DataFrame({"hookpoint": self.hookpoints, "layer": list(labels.values())})
         grid = pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")

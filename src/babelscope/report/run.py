@@ -14,9 +14,10 @@ from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.report import browser, charts, page, summary
+from babelscope.report import about, browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
+from babelscope.report.sections.features import found
 
 PACKAGES = (
     "babelscope", "torch", "transformers", "lightning", "polars", "mlflow", "dvc", "altair", "vl-convert-python",
@@ -35,7 +36,7 @@ def run(params: Config, paths: Paths) -> None:
     }
     files = {
         "report.html": page.build(inputs).encode(),
-        "features.html": browser.build(read_features(params, paths)).encode(),
+        "features.html": browser.build(read_features(params, paths, inputs)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
@@ -87,16 +88,20 @@ def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
     return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
-def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:
-    """What the feature browser shows."""
+def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = None) -> browser.BrowserInputs:
+    """What the feature browser shows; `inputs`: of the report, for the facts about languages and layers."""
     files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
     _check(files.values(), "stage `browse` writes it")
-    if paths.explanations.is_file():
-        files["explanations"] = paths.explanations
-    if (paths.script / "features.parquet").is_file():
-        files["script"] = paths.script / "features.parquet"
+    ranking, script = paths.ablation / "ranking.parquet", paths.script / "features.parquet"
+    optional = {
+        "explanations": paths.explanations, "stability": paths.stability, "ranking": ranking, "script": script,
+    }  # fmt: skip
+    files |= {name: path for name, path in optional.items() if path.is_file()}
     frames = {name: read_table(path) for name, path in files.items()}
-    return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
+    facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
+    selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
+    model = local_name(params.model.name)
+    return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, facts, cells)
 
 
 def training_curves(params: Config, paths: Paths) -> pl.DataFrame:
