@@ -251,7 +251,8 @@ def metrics() -> dict[str, dict[str, Any]]:
         "still_romanised/he": 1.0, "replaced/ja": 0.95, "own_original/ja": 0.7, "own_romanised/ja": 0.2,
     }  # fmt: skip
     result["baselines"] = {
-        "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3, "repeat/probe": 0.8,
+        "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3,
+        "repeat/probe": 0.8,
         "survive/one/two": 0.75, "same_language/one/two": 0.9, "selected/one": 40,
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):
