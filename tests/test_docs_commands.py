@@ -137,6 +137,8 @@ UNTESTED = {
     "dvc gc --workspace": "what the page says not to run",
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
+    "uv ": "wants uv; another way to the environment of `make repro`",
+    "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
     "dvc repro --allow-missing": "a command of DVC's own",
     "dvc exp show": "README's block, which test_tracking.py runs, has it",
@@ -191,9 +193,11 @@ def source_of(name: str) -> str:
 def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
     assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
         "library.md",
+        "steering.md",
         "training.md",
     ]
     assert "docs/library.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_page_has_it")
+    assert "docs/steering.md" in source_of("test_steering.py::test_the_lines_of_the_page_steer_as_the_stage_does")
     assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")
 
 
