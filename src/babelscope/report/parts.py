@@ -23,7 +23,8 @@ COLUMNS = {
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
     "sharing": "hookpoint layer language other groups translations random typology",
-    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low "
+    "difference_high",
     "script": "hookpoint unit language script_bound",
 }
 
