@@ -179,7 +179,7 @@ class Pipeline:
         if params["identify"]["also"] is not None:
             there, held_out = (set(self.table(f"identify/{name}")["language"]) for name in ("also", "predictions"))
             assert there == held_out <= set(languages)  # one that fastText does not know may be left out of both
-        steered = self.table("steer/generations").group_by("language", "strength", "control").len()
+        steered = self.table("steer/generations").filter(decoding="greedy").group_by("language", "method").len()
         assert set(steered["len"]) == {params["steer"]["prompts"]}
         pages = {path.name for path in (self.folder / "reports").iterdir()}
         assert pages >= {"report.html", "features.html", "features_by_layer.png", "ablation.png", "plots"}

@@ -153,14 +153,15 @@ def similarity() -> pl.DataFrame:
 
 
 def generations() -> pl.DataFrame:
-    """Four texts a language and strength, and four without; German succeeds at 8."""
-    rows: list[tuple[Any, ...]] = [(None, None, None, 1.8, 0.95, None)] * 4
-    for name in LANGUAGES:
-        for strength in (4.0, 8.0, 16.0):
-            rows += [(name, strength, None, 2.0 + strength / 8, 0.9, name == "de" and strength == 8)] * 4
-    schema = {"language": pl.String, "strength": pl.Float64, "control": pl.Int32, "nll": pl.Float64,
-              "distinct_2": pl.Float64, "success": pl.Boolean}  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    """Four answers a language and method."""
+    rows = [
+        (method, name, slot, "greedy", f"Prompt {slot} <b>", f"Antwort {slot} in {name}", name if hit else "en")
+        for method, hit in (("diffmean", True), ("features", False), ("nothing", False))
+        for name in LANGUAGES
+        for slot in range(4)
+    ]
+    columns = ["method", "language", "slot", "decoding", "prompt", "text", "predicted"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
 
 
 def baselines() -> pl.DataFrame:
@@ -218,7 +219,13 @@ def metrics() -> dict[str, dict[str, Any]]:
                      | {f"write_cosine/{name}": 0.9 for name in LANGUAGES},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
-        "steer": {"success": 0.1, "success_unsteered": 0.0} | {f"success_unsteered/{name}": 0.0 for name in LANGUAGES},
+        "steer": {"verdict": "worse", "features_method": "features", "features_minus_diffmean": -0.3,
+                  "features_minus_diffmean_low": -0.4, "features_minus_diffmean_high": -0.2,
+                  "harmonic/diffmean": 0.6, "harmonic_low/diffmean": 0.5, "harmonic_high/diffmean": 0.7,
+                  "forcing/diffmean": 0.7, "relevance/diffmean": 0.55, "nll/diffmean": 3.1, "distinct_2/diffmean": 0.9,
+                  "harmonic_sampled/diffmean": 0.5, "harmonic/features": 0.3, "harmonic_low/features": 0.2,
+                  "harmonic_high/features": 0.4, "diffmean/harmonic/de": 0.8, "diffmean/forcing/de": 0.9,
+                  "diffmean/relevance/de": 0.7},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
                    "rows": 14, "columns": 13, "languages_half_by/5": 0, "languages_half_by/10": 15}
                   | {f"features_for_half/{name}": 10 for name in LANGUAGES}
@@ -231,7 +238,8 @@ def metrics() -> dict[str, dict[str, Any]]:
         "still_romanised/he": 1.0, "replaced/ja": 0.95, "own_original/ja": 0.7, "own_romanised/ja": 0.2,
     }  # fmt: skip
     result["baselines"] = {
-        "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3, "repeat/probe": 0.8,
+        "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3,
+        "repeat/probe": 0.8,
         "survive/one/two": 0.75, "same_language/one/two": 0.9, "selected/one": 40,
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):

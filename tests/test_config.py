@@ -96,7 +96,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("corpus.path", "x", "corpus.packages: the source 'gettext' needs either"),
         ("seed", -1, "seed: input should be greater than or equal to 0"),
         ("traim", {}, r"traim: unknown key; nearest: train\b"),
-        ("steer.prompt_language", "nl", "steer.prompt_language: 'nl' is not one of languages; allowed: en, de"),
+        ("steer.prompt_languages", ["nl"], "steer.prompt_languages: 'nl' is not one of languages; allowed: en, de"),
         ("hardware.devices", 3, "train.batch: 1024 does not divide among 3 devices .* a multiple of 3"),
         ("hardware.num_nodes", 5, "train.batch: 1024 does not divide among 5 devices"),
         ("train.checkpoint_seconds", 30, "train.checkpoint_seconds: unknown key"),

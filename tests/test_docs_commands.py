@@ -193,9 +193,11 @@ def source_of(name: str) -> str:
 def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
     assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
         "library.md",
+        "steering.md",
         "training.md",
     ]
     assert "docs/library.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_page_has_it")
+    assert "docs/steering.md" in source_of("test_steering.py::test_the_lines_of_the_page_steer_as_the_stage_does")
     assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")
 
 

@@ -38,7 +38,7 @@ CLOSING = {
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
     "baselines": "method trained on evaluated on languages texts accuracy 95 %",
     "script": "language features letters replaced still fire romanised shuffled script-bound own dNLL romanised",
-    "steer": "language strength success called NLL (nats/token) distinct-2",
+    "steer": "method harmonic mean from to forcing relevance NLL (nats/token) distinct-2",
     "browse": "hookpoint of one language of several removed alone",
     "explain": "explain: none to explain (params.yaml: explain.endpoint)",
     "report": "page or picture MB",

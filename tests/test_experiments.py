@@ -39,7 +39,7 @@ def test_an_experiment_gives_valid_params(name):
     params = config.parse(CONTENTS[name], name)
     names = [*params.hookpoints, *params.neurons.hookpoints]
     assert max(layer_of(name) for name in names) == BLOCKS[name] - 1
-    assert params.steer.prompt_language in params.languages
+    assert set(params.steer.prompt_languages) <= set(params.languages)
     if params.train.source == "pretrained":
         places = [params.pretrained.place_of(name, layer_of(name)) for name in params.hookpoints]
         assert len(set(places)) == len(params.hookpoints) == BLOCKS[name]

@@ -284,15 +284,19 @@ def test_relatives() -> None:
     assert relatives("not a tag") is None
 
 
-def test_steering_begins_with_the_untouched_model() -> None:
-    frame = steering.steering(inputs())
-    assert frame.filter(language="de").rows() == [
-        ("de", 0.0, 0.0, pytest.approx(1.8), pytest.approx(0.95)), ("de", 4.0, 0.0, 2.5, pytest.approx(0.9)),
-        ("de", 8.0, 1.0, 3.0, pytest.approx(0.9)), ("de", 16.0, 0.0, 4.0, pytest.approx(0.9)),
-    ]  # fmt: skip
-    only = steering.steering(inputs(generations=example.generations().filter(pl.col("language").is_not_null())))
-    assert only["strength"].unique().sort().to_list() == [4.0, 8.0, 16.0]
-    assert steering.steering(inputs(generations=None)).is_empty()
+def test_steering_ranks_the_methods_and_says_the_verdict() -> None:
+    table = steering.methods(inputs())
+    assert table["method"].to_list() == ["diffmean", "features"] and table["sampled"].to_list() == [0.5, None]
+    assert steering.by_language(inputs()).rows() == [("difference of means", "de", 0.8, 0.9, 0.7)]
+    assert (
+        "steer worse than the difference of means: \u22120.30 (95 % from \u22120.40 to \u22120.20)"
+        in steering.verdict(inputs())
+    )
+    shown = steering.samples(inputs())
+    assert len(shown.rows) == 15 * 3 * 3
+    assert shown.rows[0] == ["en", "difference of means", "Prompt 0 <b>", "Antwort 0 in en", "en"]
+    assert "<b>" not in str(steering.section(inputs()).blocks[0].caption[0])
+    assert steering.section(inputs(metrics={})) is None
 
 
 def test_mean_fvu() -> None:

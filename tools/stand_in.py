@@ -87,7 +87,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     params["identify"]["also"] = None
     params["ablate"] |= {"methods": ["additive", "neuron", "feature"], "control_draws": 1, "by_layer": False}
     params["ablate"]["bootstrap"] = 100
-    params["steer"] |= {"strengths": [4.0], "prompts": 2, "new_tokens": 4}
+    params["steer"] |= {"hookpoints": [], "strengths": [2.0], "prompts": 2, "new_tokens": 4}
     params["browse"] |= {"shared": 20}
     yaml.dump(params, folder / "params.yaml")
 

@@ -40,7 +40,8 @@ class Classifier(NamedTuple):
     @property
     def directions(self) -> Floats:
         """The weights with norm 1, `[languages, d]`."""
-        return self.weight / np.maximum(np.linalg.norm(self.weight, axis=1, keepdims=True), 1e-30)
+        rows: Floats = self.weight / np.maximum(np.linalg.norm(self.weight, axis=1, keepdims=True), 1e-30)
+        return rows
 
 
 def means(x: Floats, language: Codes, count: int) -> tuple[Floats, Floats]:

@@ -44,7 +44,7 @@ class Config(schema.Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        checks = (_neurons, _sources, _stability, _baselines, _hardware, _languages)
+        checks = (_neurons, _sources, _stability, _baselines, _steer, _hardware, _languages)
         if problem := next((problem for check in checks for problem in check(self)), None):
             raise ValueError(problem)
         return self
@@ -134,11 +134,19 @@ def _hardware(params: Config) -> Iterator[str]:
         )
 
 
+def _steer(params: Config) -> Iterator[str]:
+    section = params.steer
+    named = [("prompt_languages", name) for name in section.prompt_languages]
+    for key, name in [*named, *([] if section.removal is None else [("removal", section.removal)])]:
+        if name not in params.languages:
+            yield f"steer.{key}: {name!r} is not one of languages; allowed: {', '.join(params.languages)}"
+    for name in section.hookpoints:
+        if name not in params.hookpoints:
+            yield f"steer.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
+    if "neurons" in section.methods and not params.neurons.hookpoints:
+        yield "steer.methods: 'neurons' steers by neurons, but neurons.hookpoints is empty; allowed: any other method"
+
+
 def _languages(params: Config) -> Iterator[str]:
-    if params.steer.prompt_language not in params.languages:
-        yield (
-            f"steer.prompt_language: {params.steer.prompt_language!r} is not one of languages; "
-            f"allowed: {', '.join(params.languages)}"
-        )
     if params.score.members > len(params.languages):
         yield f"score.members: {params.score.members} of only {len(params.languages)} languages"

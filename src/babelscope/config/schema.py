@@ -13,6 +13,7 @@ from babelscope.config.values import (
     Factor,
     Hookpoints,
     Inside,
+    Languages,
     Name,
     Positive,
     Seed,
@@ -261,20 +262,44 @@ class Script(Section):
     ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
 
 
-class Steer(Section):
-    """Generation with a language's features amplified."""
+SteeringMethod = Literal[
+    "diffmean",
+    "pca",
+    "probe",
+    "features",
+    "features-1",
+    "features-2",
+    "features-5",
+    "sae-diffmean",
+    "neurons",
+    "prompt",
+]
 
+
+class Steer(Section):
+    """Vectors that make the model answer in a language, compared on prompts in other languages."""
+
+    hookpoints: Hookpoints
+    methods: Annotated[list[SteeringMethod], Field(min_length=1)]
+    tokens: Positive
     strengths: Annotated[list[Factor], Field(min_length=1)]
-    prompt_language: Name
+    prompt_languages: Annotated[Languages, Field(min_length=1)]
     prompts: Size
     prompt_tokens: Annotated[Size, Field(ge=2)]
     new_tokens: Annotated[Size, Field(ge=2)]
+    sampled: Annotated[int, Field(ge=0, le=2**26)]
     temperature: Amount
-    min_distinct: Share
-    max_nll: Factor
-    control: bool
+    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
+    removal: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: Size
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a method is listed twice")
+        return names
 
 
 class Browse(Section):

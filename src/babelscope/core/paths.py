@@ -31,7 +31,9 @@ class Paths:
         self.script = self.data / "script"  # script: the tables `features` and `nll`
         self.identification = self.data / "identify"  # identify: the tables `predictions` and `confusion`
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
-        self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts
+        self.steering = self.data / "steer"  # steer: the tables `development` and `generations`
+        self.generations = self.steering / "generations.parquet"  # steer: the generated texts
+        self.vectors = self.data / "vectors"  # steer: one file per method, and the settings that were chosen
         self.browse = self.data / "browse"  # browse: the tables behind the feature browser
         self.summary = root / "metrics/summary.json"  # report: the headline figures, DVC's only metrics
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features

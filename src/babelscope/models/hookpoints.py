@@ -28,7 +28,7 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
     UserError: a hookpoint is not in the model's blocks (the message names the nearest one), or the number in its name
         is not that of its block.
     """
-    modules = dict(_body(model).named_modules())
+    modules = dict(body_of(model).named_modules())
     modules.pop("", None)
     paths = {name: module_of(name)[0] for name in hookpoints}
     for path in paths.values():
@@ -52,7 +52,7 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
     return {name: modules[path] for name, path in paths.items()}
 
 
-def _body(model: Any) -> Any:
+def body_of(model: Any) -> Any:
     """The model without its unembedding."""
     return getattr(model, "base_model", model)
 
@@ -85,7 +85,7 @@ def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
         shape[:] = [(kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape]
 
     with ExitStack() as stack:
-        stack.callback(_body(model).register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(body_of(model).register_forward_pre_hook(note, with_kwargs=True).remove)
         for name, module in resolve(model, list(edits)).items():
 
             def changed(activations: Tensor, edit: Edit = edits[name]) -> Tensor:
@@ -138,7 +138,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
 
     with editing(model, {name: partial(keep, name=name) for name in hookpoints}):
         try:
-            _body(model)(**inputs, use_cache=False)
+            body_of(model)(**inputs, use_cache=False)
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
@@ -154,7 +154,7 @@ def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:
         return activations
 
     with editing(model, {name: partial(count, name=name) for name in hookpoints}):
-        _body(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        body_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return found
 
 
@@ -172,7 +172,7 @@ def blocks(model: Any) -> nn.ModuleList:
     UserError: the model has no list with as many modules as its configuration says it has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in _body(model).modules():
+    for module in body_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"params.yaml: model.name: found no list of {count} transformer blocks in {type(model).__name__}")
@@ -215,7 +215,7 @@ def _learn_forms(model: Any) -> None:
     """Run one token through the model unless `_note_form` has seen all of its blocks."""
     if any("_form" not in block.__dict__ for block in blocks(model)):
         with block_inputs(model, []):
-            _body(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device_of(model)), use_cache=False)
+            body_of(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device_of(model)), use_cache=False)
 
 
 class _Skipped(nn.Module):
@@ -284,7 +284,7 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
         stack.callback(blocks(model)[layers[-1]].register_forward_hook(stop).remove)
         stack.enter_context(starting_at(model, layers[0], hidden))
         try:
-            _body(model)(**inputs, use_cache=False)
+            body_of(model)(**inputs, use_cache=False)
         except _DeepestReached:
             return after[0]
     raise UserError(f"params.yaml: model.name: {type(model).__name__} never runs its block {layers[-1]}")

@@ -20,7 +20,7 @@ COLUMNS = {
     "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
     "curve": "language top features own others control",
     "confusion": "method normalize language predicted texts",
-    "generations": "language strength control nll distinct_2 success",
+    "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
     "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
     "script": "hookpoint unit language script_bound",
