@@ -22,7 +22,8 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
-    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high "
+    "difference difference_low difference_high",
     "script": "hookpoint unit language script_bound",
 }
 
