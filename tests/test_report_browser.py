@@ -138,7 +138,7 @@ def test_charts_and_tables_can_be_downloaded_and_cells_lead_to_features(chromium
     assert table["language"].to_list() == example.LANGUAGES
     assert table["ΔNLL of itself"].to_list() == pytest.approx(own["delta"].to_list(), abs=1e-4)
     page.fill("#reproduce .tools input", "train.layers.26 dead_share")
-    shown = page.locator("#reproduce details table tbody tr:visible")
+    shown = page.locator("#reproduce .tools:has(input) + .scroll tbody tr:visible")
     assert shown.count() == 1 and "0.02" in shown.first.inner_text()
     link = page.locator('[data-chart="features"] a[*|href*="language=fi&hookpoint=layers.26.mlp"]')
     assert link.count() >= 1

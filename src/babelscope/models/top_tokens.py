@@ -39,7 +39,7 @@ class TopTokens:
         weight = self.head.unembedding.weight
         if len(weight) % _COLUMNS or len(weight) < 2 * _COLUMNS or weight.shape[1] % 8:
             return
-        self.scale = weight.abs().amax(1).float().clamp_min(1e-30) / 127
+        self.scale: Tensor = weight.abs().amax(1).float().clamp_min(1e-30) / 127
         # In parts, since a float copy of the unembedding may be as large as the model.
         parts = zip(weight.split(_COLUMNS), self.scale.split(_COLUMNS), strict=True)
         self.codes = torch.cat([(rows.float() / size.unsqueeze(1)).round().to(torch.int8) for rows, size in parts])

@@ -95,7 +95,8 @@ def directions(method: str, rows: Tensor, codes: Tensor, count: int) -> Tensor:
     within = rows - mean[codes]
     covariance = (within.T @ within).double() / len(within)
     covariance += _SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-    return torch.linalg.solve(covariance, difference.double().T).T.float()
+    solved: Tensor = torch.linalg.solve(covariance, difference.double().T).T.float()
+    return solved
 
 
 def of_features(dictionary: SAE, units: Sequence[int], activations: Sequence[float]) -> Tensor:
@@ -138,7 +139,8 @@ def sae_diffmean(dictionary: SAE, activations: pl.DataFrame, languages: Sequence
 
 def as_long_as(vectors: Tensor, wanted: Tensor) -> Tensor:
     """`vectors` with the lengths of `wanted`, row by row; a row of zeros stays."""
-    return vectors * (wanted.norm(dim=1) / vectors.norm(dim=1).clamp_min(1e-30)).unsqueeze(1)
+    factor: Tensor = wanted.norm(dim=1) / vectors.norm(dim=1).clamp_min(1e-30)
+    return vectors * factor.unsqueeze(1)
 
 
 def write(folder: Path, vectors: Vectors) -> None:
