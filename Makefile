@@ -46,18 +46,9 @@ repro: setup
 	$(no_scm)
 	$(BIN)/dvc repro
 
-# `make experiment NAME=llama-3.2-1b`: copy experiments/NAME.yaml to params.yaml, then run all stages.
+# `make experiment NAME=llama-3.2-1b`: put the values of experiments/NAME.yaml into params.yaml, then run all stages.
 experiment: setup
-	@test -f "experiments/$(NAME).yaml" || { \
-	  echo "NAME=$(NAME): no such experiment; allowed: $(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml))" >&2; \
-	  exit 1; }
-	@$(IN_GIT) || { \
-	  echo "params.yaml: its changes would be lost, because this is no git repository; git init and commit first" >&2; \
-	  exit 1; }
-	@cmp -s "experiments/$(NAME).yaml" params.yaml || git diff --quiet HEAD -- params.yaml || { \
-	  echo "params.yaml: its changes are not committed and would be lost; commit them, or git checkout params.yaml" >&2; \
-	  exit 1; }
-	cp "experiments/$(NAME).yaml" params.yaml
+	@$(BIN)/babelscope params apply "$(NAME)"
 	@$(BIN)/babelscope params check
 	$(BIN)/dvc repro
 

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import report_example as example
 
-from babelscope.features.examples import BINS
+from babelscope.browse.firings import BINS
 
 SCRIPT = "<script>window.hacked = 1</script>"
 TEXTS = {
@@ -25,7 +25,7 @@ def frames(features: int = 60, hookpoints: list[str] = example.HOOKPOINTS) -> di
     draw = random.Random(4)
     names = list(TEXTS)
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in ("features", "probabilities", "histograms")}
-    tables |= {"examples": [], "tokens": []}
+    tables |= {"examples": [], "tokens": [], "neighbours": []}
     for number in range(features):
         hookpoint = hookpoints[number * len(hookpoints) // features]
         key = {"hookpoint": hookpoint, "layer": int(hookpoint.split(".")[1]), "unit": 7 * number + 1}
@@ -36,17 +36,28 @@ def frames(features: int = 60, hookpoints: list[str] = example.HOOKPOINTS) -> di
         tables["features"].append({
             **key, "kind": "specific" if len(owners) == 1 else "shared", "languages": owners, "members": len(owners),
             "entropy": round(draw.random(), 3), "largest": 4.0 + number % 3,
-            "delta": draw.gauss(0.01, 0.02) if measured else None, "delta_tokens": 31 * measured,
-            "delta_texts": 2 * measured,
+            "delta": (delta := draw.gauss(0.01, 0.02)) if measured else None,
+            "delta_low": delta - 0.01 if measured else None, "delta_high": delta + 0.01 if measured else None,
+            "delta_tokens": 31 * measured, "delta_texts": 2 * measured,
         })  # fmt: skip
+        tables["neighbours"] += [
+            {**key, "place": place, "neighbour": unit, "cosine": 0.9 - 0.1 * place}
+            for place, unit in enumerate((key["unit"] + 7, 1000003))
+        ]
         for language in example.LANGUAGES:
             rate = 0.3 + 0.1 * draw.random() if language in owners else 0.02 * draw.random() * (number > 0)
             tables["probabilities"].append({**key, "language": language, "tokens": 1, "probability": rate})
         for place in range(BINS):
             counts = {"own": draw.randrange(90 - 3 * place), "other": draw.randrange(5) * (number > 0)}
             tables["histograms"].append({**key, "bin": place, "low": 0.0, "high": 1.0, **counts})
-        for side in ("own", "other"):
-            shown = owners if side == "own" else [name for name in names if name not in owners][: 2 * (number > 0)]
+        for side in ("own", "sample", "other"):
+            shown = (
+                owners[:1]
+                if side == "sample"
+                else owners
+                if side == "own"
+                else [name for name in names if name not in owners][: 2 * (number > 0)]
+            )
             for place, language in enumerate(shown):
                 activations = [float(at + 1) * (at != 1) for at in range(len(TEXTS[language]))]
                 row = {"side": side, "place": place, "text_id": f"text-{language}", "activations": activations}

@@ -49,12 +49,13 @@ COLUMNS = {
                            "others_cosine", "others_overlap", "matched", "encoder_cosine"],
     "identify/predictions": PREDICTIONS,
     "identify/confusion": ["method", "normalize", "language", "predicted", "texts"],
-    "browse/features": ["hookpoint", "layer", "unit", "kind", "languages", "members", "entropy", "largest", "delta",
-                        "delta_tokens", "delta_texts"],
+    "browse/features": ["hookpoint", "layer", "unit", "kind", "languages", "members", "entropy", "largest",
+                        "delta", "delta_low", "delta_high", "delta_tokens", "delta_texts"],
     "browse/probabilities": ["hookpoint", "layer", "unit", "language", "tokens", "probability"],
     "browse/histograms": ["hookpoint", "layer", "unit", "bin", "low", "high", "own", "other"],
     "browse/texts": ["text_id", "language", "split", "pieces"],
     "browse/examples": ["hookpoint", "layer", "unit", "side", "place", "text_id", "activations"],
+    "browse/neighbours": ["hookpoint", "layer", "unit", "place", "neighbour", "cosine"],
     "browse/tokens": ["hookpoint", "layer", "unit", "side", "place", "token_id", "token", "logit"],
     "explain/explanations": ["hookpoint", "layer", "unit", "language", "explanation", "detection", "fuzzing", "texts"],
 }  # fmt: skip
@@ -178,7 +179,7 @@ class Pipeline:
         if params["identify"]["also"] is not None:
             there, held_out = (set(self.table(f"identify/{name}")["language"]) for name in ("also", "predictions"))
             assert there == held_out <= set(languages)  # one that fastText does not know may be left out of both
-        steered = self.table("steer/generations").group_by("language", "strength", "control").len()
+        steered = self.table("steer/generations").filter(decoding="greedy").group_by("language", "method").len()
         assert set(steered["len"]) == {params["steer"]["prompts"]}
         pages = {path.name for path in (self.folder / "reports").iterdir()}
         assert pages >= {"report.html", "features.html", "features_by_layer.png", "ablation.png", "plots"}

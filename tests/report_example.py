@@ -153,14 +153,47 @@ def similarity() -> pl.DataFrame:
 
 
 def generations() -> pl.DataFrame:
-    """Four texts a language and strength, and four without; German succeeds at 8."""
-    rows: list[tuple[Any, ...]] = [(None, None, None, 1.8, 0.95, None)] * 4
-    for name in LANGUAGES:
-        for strength in (4.0, 8.0, 16.0):
-            rows += [(name, strength, None, 2.0 + strength / 8, 0.9, name == "de" and strength == 8)] * 4
-    schema = {"language": pl.String, "strength": pl.Float64, "control": pl.Int32, "nll": pl.Float64,
-              "distinct_2": pl.Float64, "success": pl.Boolean}  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    """Four answers a language and method."""
+    rows = [
+        (method, name, slot, "greedy", f"Prompt {slot} <b>", f"Antwort {slot} in {name}", name if hit else "en")
+        for method, hit in (("diffmean", True), ("features", False), ("nothing", False))
+        for name in LANGUAGES
+        for slot in range(4)
+    ]
+    columns = ["method", "language", "slot", "decoding", "prompt", "text", "predicted"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def baselines() -> pl.DataFrame:
+    """Two methods on two domains; the probe is better by two points. One pair was tried, Russian and Bulgarian."""
+    rows = []
+    settings = [
+        ("all", "all"),
+        ("all", "one"),
+        ("all", "two"),
+        ("one", "one"),
+        ("one", "two"),
+        ("two", "one"),
+        ("two", "two"),
+    ]
+    for trained, evaluated in settings:
+        for languages in ("all", "ru/bg"):
+            for place, method in enumerate(("features", "probe")):
+                share = 0.95 + 0.02 * place
+                gap = (0.02 * place, 0.01 * place, 0.03 * place)
+                rows.append((method, trained, evaluated, languages, 700, share, share - 0.01, share + 0.01, *gap))
+    columns = ["method", "trained_on", "evaluated_on", "languages", "texts", "accuracy", "low", "high"]
+    columns += ["difference", "difference_low", "difference_high"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def script() -> pl.DataFrame:
+    """Every second Japanese feature is script-bound, no Hebrew one, and there is no verdict on English."""
+    chosen = features().filter(pl.col("language").is_in(["en", "ja", "he"])).select("hookpoint", "unit", "language")
+    bound = (pl.int_range(pl.len()) % 2 == 0).over("language") & (pl.col("language") == "ja")
+    kept = pl.when(bound).then(0.1).otherwise(0.9)
+    verdict = pl.when(pl.col("language") != "en").then(bound)
+    return chosen.with_columns(kept_romanised=kept, script_bound=verdict)
 
 
 def metrics() -> dict[str, dict[str, Any]]:
@@ -177,15 +210,37 @@ def metrics() -> dict[str, dict[str, Any]]:
         "quality": {f"loss_recovered/{hookpoint}": 0.94 + 0.005 * i for i, hookpoint in enumerate(HOOKPOINTS)},
         "score": {"features": features().height} | {f"shared_by/{k}": 100 - k for k in range(1, 16)},
         "stability": {f"stability_share/{HOOKPOINTS[-1]}": 0.625, f"stability_share_others/{HOOKPOINTS[-1]}": 0.5,
-                      f"features_matched_share/{HOOKPOINTS[-1]}": 0.4375},
+                      f"features_matched_share/{HOOKPOINTS[-1]}": 0.4375, "features_matched_share": 0.4375,
+                      "latents_matched_share": 0.3, "stability_features": 157}
+                     | {f"features_matched_share/{name}": 0.5 for name in LANGUAGES}
+                     | {f"subspace_overlap/{name}": 0.1 if name == "es" else 0.6 for name in LANGUAGES}
+                     | {f"subspace_overlap_random/{name}": 0.1 for name in LANGUAGES}
+                     | {f"subspace_overlap_random_high/{name}": 0.2 for name in LANGUAGES}
+                     | {f"write_cosine/{name}": 0.9 for name in LANGUAGES},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
-        "steer": {"success": 0.1, "success_unsteered": 0.0} | {f"success_unsteered/{name}": 0.0 for name in LANGUAGES},
+        "steer": {"verdict": "worse", "features_method": "features", "features_minus_diffmean": -0.3,
+                  "features_minus_diffmean_low": -0.4, "features_minus_diffmean_high": -0.2,
+                  "harmonic/diffmean": 0.6, "harmonic_low/diffmean": 0.5, "harmonic_high/diffmean": 0.7,
+                  "forcing/diffmean": 0.7, "relevance/diffmean": 0.55, "nll/diffmean": 3.1, "distinct_2/diffmean": 0.9,
+                  "harmonic_sampled/diffmean": 0.5, "harmonic/features": 0.3, "harmonic_low/features": 0.2,
+                  "harmonic_high/features": 0.4, "diffmean/harmonic/de": 0.8, "diffmean/forcing/de": 0.9,
+                  "diffmean/relevance/de": 0.7},
         "ablate": {"own": own, "others": others, "others_abs": 0.0017, "difference": own - others, "ratio": 1.182,
                    "rows": 14, "columns": 13, "languages_half_by/5": 0, "languages_half_by/10": 15}
                   | {f"features_for_half/{name}": 10 for name in LANGUAGES}
                   | {f"curve_own_{end}/{top}": 0.02 * top + by for end, by in (("low", -0.01), ("high", 0.01))
                      for top in (1, 2, 5, 10)},
+    }  # fmt: skip
+    tested = script().drop_nulls("script_bound")
+    result["script"] = {
+        "tested": len(tested), "script_bound": int(tested["script_bound"].sum()), "still_romanised/ja": 0.5,
+        "still_romanised/he": 1.0, "replaced/ja": 0.95, "own_original/ja": 0.7, "own_romanised/ja": 0.2,
+    }  # fmt: skip
+    result["baselines"] = {
+        "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3,
+        "repeat/probe": 0.8,
+        "survive/one/two": 0.75, "same_language/one/two": 0.9, "selected/one": 40,
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):
         fvu = {f"fvu/{name}": 0.2 + 0.015 * place + 0.006 * i for i, name in enumerate(LANGUAGES)}
@@ -197,8 +252,12 @@ def metrics() -> dict[str, dict[str, Any]]:
 
 def write(root: Path) -> None:
     """The example as the files that the stage reads (params.yaml is not among them)."""
-    for folder in ("data/scores", "data/ablation", "data/identify", "data/steer", "metrics"):
+    for folder in ("data/corpus", "data/activations", "data/scores", "data/ablation", "data/identify", "data/steer",
+                   "data/script", "data/baselines", "metrics"):  # fmt: skip
         (root / folder).mkdir(parents=True, exist_ok=True)
+    texts = {"text_id": [f"text-{n}" for n in LANGUAGES], "language": LANGUAGES, "split": "eval", "text": "eight by"}
+    pl.DataFrame(texts).write_parquet(root / "data/corpus/texts.parquet")
+    pl.DataFrame({"text_id": texts["text_id"] * 2}).write_parquet(root / "data/activations/tokens.parquet")
     features().write_parquet(root / "data/scores/features.parquet")
     nll().write_parquet(root / "data/ablation/nll.parquet")
     by_layer().write_parquet(root / "data/ablation/by_layer.parquet")
@@ -207,6 +266,8 @@ def write(root: Path) -> None:
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
+    baselines().write_parquet(root / "data/baselines/identification.parquet")
+    script().write_parquet(root / "data/script/features.parquet")
     for hookpoint in HOOKPOINTS:
         (root / "data/sae" / hookpoint).mkdir(parents=True)
         history = {"step": [10, 20], "tokens": [10240, 20480], "loss": [1.0, 0.5], "fvu": [0.9, 0.4]}

@@ -369,11 +369,28 @@ def saelens_transcoders(
 def gemma_scope_release(
     folder: Path, saes: Mapping[str, Mapping[str, torch.Tensor]], folders: Mapping[str, str]
 ) -> Path:
-    """As Google releases them: one params.npz per layer, width and mean L0; nothing is taken off the input."""
+    """As Google releases them: a folder per layer, width and mean L0; nothing is taken off the input.
+
+    Gemma Scope 2 has `params.safetensors` with names in lower case, and not always a `config.json`.
+    """
     for hookpoint, sae in saes.items():
         place = folder / folders[hookpoint]
         place.mkdir(parents=True)
         arrays = {"W_enc": sae["W_enc"], "W_dec": sae["W_dec"], "b_enc": -sae["b_dec"] @ sae["W_enc"],
                   "b_dec": sae["b_dec"], "threshold": -sae["b_enc"]}  # fmt: skip
-        np.savez(place / "params.npz", **{name: x.numpy() for name, x in arrays.items()})
+        if folder.name.startswith("gemma-scope-2-"):
+            lower = {name.lower(): x.contiguous() for name, x in arrays.items()}
+            save_file(lower, place / "params.safetensors")
+        else:
+            np.savez(place / "params.npz", **{name: x.numpy() for name, x in arrays.items()})
+    return folder
+
+
+def qwen_scope_release(folder: Path, saes: Mapping[str, Mapping[str, torch.Tensor]], files: Mapping[str, str]) -> Path:
+    """As Qwen releases them: a file per layer, weights transposed, k in the name of the repository."""
+    folder.mkdir(parents=True)
+    for hookpoint, sae in saes.items():
+        tensors = {"W_enc": sae["W_enc"].T.clone(), "W_dec": sae["W_dec"].T.clone(), "b_dec": sae["b_dec"],
+                   "b_enc": sae["b_enc"] - sae["b_dec"] @ sae["W_enc"]}  # fmt: skip
+        torch.save(tensors, folder / files[hookpoint])
     return folder

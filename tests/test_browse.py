@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -11,10 +12,11 @@ import transformers
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.browse import lens, tables
-from babelscope.browse.effects import effects
+from babelscope.browse.effects import effects, interval
+from babelscope.browse.firings import BANDS, BINS, Firings
 from babelscope.browse.units import probabilities, units
 from babelscope.features.counter import whole_texts
-from babelscope.features.examples import BINS, Features, Firings
+from babelscope.features.examples import Features
 from babelscope.features.pieces import by_piece, cut, pieces
 from babelscope.models import hookpoints, logit_lens, tokens
 from babelscope.sae.autoencoder import SAE
@@ -77,6 +79,14 @@ def test_units_are_the_selected_ones_and_the_shared_ones_of_lowest_entropy() -> 
     assert units(found.clear(), found.clear(), *options, None).is_empty()
 
 
+def test_a_limit_keeps_the_first_features_of_every_language() -> None:
+    found = candidates((2, 1, ["en"], 0.1), (2, 2, ["en"], 0.2), (2, 3, ["fi"], 0.3), (2, 4, ["fi"], 0.4))
+    selected = found.with_columns(rank=pl.Series([1, 2, 1, 2]))
+    options = (["en", "fi"], ["layers.2.mlp"], 0)
+    for limit, wanted in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (9, [1, 2, 3, 4]), (None, [1, 2, 3, 4])):
+        assert units(selected, found, *options, limit)["unit"].to_list() == wanted
+
+
 def test_probabilities_have_a_row_for_every_language() -> None:
     one = candidates((2, 5, ["en", "fi"], 0.7))
     features = units(one, one, ["en", "de", "fi"], ["layers.2.mlp"], None)
@@ -129,42 +139,49 @@ def test_a_piece_has_the_largest_activation_of_its_tokens() -> None:
 # --- firings
 
 
-def corpus(count: int = 90) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Activations, text, language (of 3) and held-out flag of every token; some texts begin alike."""
+def corpus(count: int = 90) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations, text and language (of 3) of every token; some texts begin alike."""
     g = torch.Generator().manual_seed(6)
     length = torch.randint(1, 8, (count,), generator=g)
     text = torch.arange(count).repeat_interleave(length)
     x = torch.randn(len(text), D, generator=g)
-    for number in range(0, count - 9, 9):  # the same first token, of the same language and split
+    for number in range(0, count - 9, 9):  # the same first token, of the same language
         x[(text == number + 9).nonzero()[0]] = x[(text == 0).nonzero()[0]]
-    return x, text, (text % 3), (text // 3 % 3 == 1)
+    return x, text, (text % 3)
 
 
 @pytest.mark.parametrize("size", [1, 40, 10_000])
 def test_firings_are_those_of_looking_at_every_token(size: int) -> None:
-    x, text, language, held_out = corpus()
+    x, text, language = corpus()
     sae, chosen = random_sae(1), torch.tensor([2, 3, 11, 40])
     owns = torch.tensor([[True, False, False], [False, True, True], [True, True, True], [False, False, True]])
     values, indices = sae.encode(x)
     dense = torch.zeros(len(x), 48).scatter(1, indices, values)[:, chosen]
-    largest = dense[~held_out].amax(0)
-    found = Firings(Features(sae, chosen), owns, largest, texts=3, held_out=2, longest=5)
+    largest = dense.amax(0)
+    found = Firings(Features(sae, chosen), owns, largest, texts=3, longest=5)
     for start, end in whole_texts(text, size):
-        found.add(x[start:end], text[start:end], language[start:end], held_out[start:end])
+        found.add(x[start:end], text[start:end], language[start:end])
     for feature in range(4):
         mine = owns[feature][language]
-        for side, wanted in (("own", mine & ~held_out), ("other", ~mine & ~held_out), ("held_out", mine & held_out)):
+        shown = {side: [one for one in found.examples(side) if one.feature == feature] for side in tables.SIDES}
+        for side, wanted in (("own", mine), ("other", ~mine)):
             peaks = {int(t): dense[(text == t), feature].max().item() for t in text[wanted].unique()}
             best = sorted((t for t in peaks if peaks[t] > 0), key=lambda t: (-peaks[t], t))  # noqa: B023
-            assert found.texts(side)[feature] == best[: 2 if side == "held_out" else 3]
+            assert [one.text for one in shown[side]] == best[:3]
+        drawn = {int(t): int(t) * 2654435761 % 2**32 >> 8 for t in text[mine].unique()}
+        expected = []
+        for low, high in BANDS:
+            peaks = {t: dense[(text == t), feature].max().item() / largest[feature].item() for t in drawn}
+            inside = [t for t in drawn if low < peaks[t] < high]
+            expected += [max(inside, key=drawn.__getitem__)] if inside else []
+        best = [one.text for one in shown["own"]]
+        assert [one.text for one in shown["sample"]] == [t for t in expected if t not in best]
+        assert [one.place for one in shown["sample"]] == list(range(len(shown["sample"])))
         for number, side in enumerate((mine, ~mine)):
-            fires = dense[side & ~held_out, feature]
+            fires = dense[side, feature]
             bins = (fires[fires > 0] / largest[feature] * BINS).long().clamp(max=BINS - 1)
             assert found.histogram[number, feature].tolist() == torch.bincount(bins, minlength=BINS).tolist()
-    for side in ("own", "other"):
-        shown = list(found.examples(side))
-        assert [one.text for one in shown] == [number for numbers in found.texts(side) for number in numbers]
-        for one in shown:
+        for one in [one for side in tables.SIDES for one in shown[side]]:
             whole = dense[text == one.text, one.feature][:5]
             assert one.activations.tolist() == pytest.approx([*whole.tolist(), *[0.0] * (5 - len(whole))], rel=1e-5)
 
@@ -177,22 +194,21 @@ def test_tables_of_what_was_collected() -> None:
     features = units(one, one, ["en", "de"], ["layers.2.mlp"], None).with_columns(largest=pl.Series([4.0, 2.0]))
     owns = torch.tensor([[True, False], [False, True]])
     latents = Features(sae, torch.tensor([1, 3]))
-    found = Firings(latents, owns, torch.tensor([4.0, 2.0]), texts=2, held_out=1, longest=8)
-    x = torch.zeros(6, 4)
-    x[0, 1], x[1, 1], x[3, 1], x[4, 3], x[5, 3] = 1.0, 4.0, 0.123456, 2.0, 1.0
-    text, language = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
-    found.add(x, text, language, text == 2)
+    found = Firings(latents, owns, torch.tensor([4.0, 2.0]), texts=2, longest=8)
+    x = torch.zeros(5, 4)
+    x[0, 1], x[1, 1], x[3, 1], x[4, 3] = 1.0, 4.0, 0.123456, 2.0
+    text, language = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1])
+    found.add(x, text, language)
     content = pl.DataFrame({"text_id": ["a", "b"], "language": ["en", "de"], "split": "train", "text": ["x yz", "மர"]})
     spans = [[(0, 1), (1, 3), (3, 4)], [(0, 1), (1, 2)]]
     in_pieces = cut(content, list(zip(content["text"], spans, strict=True)))
     assert in_pieces["pieces"].to_list() == [["x", " y", "z"], ["ம", "ர"]]
     firings = {"layers.2.mlp": found}
-    assert tables.examples(features, firings, ["a", "b", "c"], in_pieces).drop("hookpoint", "layer").rows() == [
+    assert tables.examples(features, firings, ["a", "b"], in_pieces).drop("hookpoint", "layer").rows() == [
         (1, "own", 0, "a", [1.0, 4.0, 0.0]),
         (3, "own", 0, "b", [0.0, 2.0]),
         (1, "other", 0, "b", [pytest.approx(0.1235, abs=1e-7), 0.0]),
     ]
-    assert found.texts("held_out") == [[], [2]]
     bars = tables.histograms(features, firings)
     assert len(bars) == 2 * BINS and bars["high"][BINS - 1] == 4.0 and bars["low"][BINS] == 0.0
     assert bars.filter(unit=1).select("bin", "own", "other").filter(pl.col("own") + pl.col("other") > 0).rows() == [
@@ -203,6 +219,13 @@ def test_tables_of_what_was_collected() -> None:
     assert named.drop("hookpoint", "layer").rows() == [
         (1, "promoted", 0, 1, "b", 5.0), (1, "suppressed", 0, 2, "c", -2.0),
         (3, "promoted", 0, 2, "c", 3.0), (3, "suppressed", 0, 0, "a", 0.0),
+    ]  # fmt: skip
+    near = tables.neighbours(
+        features, {"layers.2.mlp": SimpleNamespace(W_dec=torch.tensor([[1.0, 0], [2, 2], [0, 3], [-1, 0]]))}
+    )
+    assert near.drop("hookpoint", "layer").rows() == [
+        (1, 0, 0, pytest.approx(0.7071)), (1, 1, 2, pytest.approx(0.7071)), (1, 2, 3, pytest.approx(-0.7071)),
+        (3, 0, 2, 0.0), (3, 1, 1, pytest.approx(-0.7071)), (3, 2, 0, -1.0),
     ]  # fmt: skip
     nothing = tables.tokens(features, {}, {})
     assert nothing.is_empty() and nothing.schema == named.schema
@@ -310,7 +333,7 @@ def test_effects_are_those_of_one_pass_with_and_one_without_the_feature() -> Non
     changed = 0
     for (name, unit), ids, row in zip(features, wanted, found.iter_rows(named=True), strict=True):
         if not ids:
-            assert row == {"delta": None, "delta_tokens": 0, "delta_texts": 0}
+            assert row == {"delta": None, "delta_low": None, "delta_high": None, "delta_tokens": 0, "delta_texts": 0}
             continue
 
         def without(x: torch.Tensor, name: str = name, unit: int = unit) -> torch.Tensor:
@@ -321,8 +344,20 @@ def test_effects_are_those_of_one_pass_with_and_one_without_the_feature() -> Non
 
         count = sum(by_id[one].content_tokens for one in ids)
         delta = sum(nll(by_id[one], {name: without}) - nll(by_id[one], {}) for one in ids) / count
-        assert row["delta_tokens"] == count and row["delta_texts"] == 2
+        assert row["delta_tokens"] == count and row["delta_texts"] == 2 and row["delta_low"] is None
         assert row["delta"] == pytest.approx(delta, abs=1e-5)
         changed += not math.isclose(delta, 0.0, abs_tol=1e-6)
     assert changed >= 4
     assert effects(model, saes, features, texts, [[]] * len(features), 40)["delta"].null_count() == len(features)
+
+
+def test_the_interval_of_an_effect_is_over_texts() -> None:
+    assert interval(np.array([2.0, 4.0, 6.0]), np.array([1, 2, 3])) == (2.0, 2.0)  # the same in every text
+    low, high = interval(np.array([1.0] * 50 + [3.0] * 50), np.ones(100, dtype=np.int64))
+    assert low == pytest.approx(2 - 1.96 * 0.1, abs=0.03) and high == pytest.approx(2 + 1.96 * 0.1, abs=0.03)
+    model, name, text = make(), "layers.1.mlp", [tokens.TokenizedText(f"t{i}", (1, 2 + i, 9, 7), 1) for i in range(6)]
+    found = effects(
+        model, {name: random_sae(1)}, [(name, 3)], tokens.by_length(text), [[f"t{i}" for i in range(6)]], 40
+    )
+    row = found.row(0, named=True)
+    assert row["delta_texts"] == 6 and row["delta_low"] <= row["delta"] <= row["delta_high"]

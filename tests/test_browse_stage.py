@@ -21,7 +21,7 @@ from babelscope.report import browser
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
 
-NAMES = ("features", "probabilities", "histograms", "texts", "examples", "tokens")
+NAMES = ("features", "probabilities", "histograms", "texts", "examples", "neighbours", "tokens")
 WIDE = "layers.2.mlp.act_fn"  # 24 neurons: not as wide as the residual stream
 
 
@@ -82,7 +82,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[Pat
 def browse(source: str = "stored", **changes: Any) -> None:
     set_params(
         train={"source": source},
-        browse={"texts": 2, "tokens": 3, "ablated": 99, "ablation_texts": 2, "shared": 9} | changes,
+        browse={"texts": 2, "tokens": 3, "ablated": 99, "ablation_texts": 2, "shared": 9, "train_tokens": None}
+        | changes,
     )
     text = (
         Path("params.yaml").read_text().replace(f'"hookpoints": ["{SAE_AT}"]', f'"hookpoints": ["{SAE_AT}", "{WIDE}"]')
@@ -142,11 +143,14 @@ def test_every_table_is_what_the_texts_and_the_model_give(folder: Path, model: A
         assert bars["own"].sum() + bars["other"].sum() == int((on_train > 0).sum())
         assert bars["high"][-1] == pytest.approx(row["largest"])
         held_out = [one for one in of if of[one]["split"] == "eval" and of[one]["language"] in row["languages"]]
-        fires = sum(bool(every[one].max() > 0) for one in held_out)
         # Of the shared features none is removed alone.
-        assert row["delta_texts"] == (min(2, fires) if row["kind"] == "specific" else 0)
+        assert row["delta_texts"] == (min(2, len(held_out)) if row["kind"] == "specific" else 0)
         assert (row["delta"] is None) == (row["delta_texts"] == 0)
     assert features["delta"].drop_nulls().abs().max() > 1e-4
+
+    near = found["neighbours"]
+    assert len(near) == 5 * len(features) and near["cosine"].is_between(-1, 1).all()
+    assert near.filter(pl.col("neighbour") == pl.col("unit")).is_empty()
 
     tokens = found["tokens"]
     assert set(tokens["hookpoint"]) == {SAE_AT} and len(tokens) == 6 * len(features.filter(hookpoint=SAE_AT))
@@ -198,6 +202,24 @@ def test_a_second_run_gives_the_same_bytes_and_a_running_pass_the_same_tables(fo
     browse()
     stage("browse")
     assert digests() == before
+
+
+def test_a_part_of_the_texts_is_read_the_same_one_each_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    whole = tables()
+    sizes = corpus().filter(split="train").with_columns(size=pl.col("text").str.split(" ").list.len()).sort("text_id")
+    before = (pl.col("size").cum_sum() - pl.col("size")).over("language")
+    part = set(sizes.filter(before < 20)["text_id"])
+    assert 0 < len(part) < len(sizes)
+    browse(train_tokens=20)
+    stage("browse")
+    found = tables()
+    assert set(found["examples"]["text_id"]) <= part
+    for name in ("features", "probabilities", "neighbours", "tokens"):  # these come from all texts, or from none
+        assert found[name].equals(whole[name]), name
+    assert found["histograms"]["own"].sum() < whole["histograms"]["own"].sum()
+    browse()
+    stage("browse")
 
 
 def test_transcoders_are_read_at_their_input_and_none_is_removed(

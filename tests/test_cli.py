@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from closure import ROOT
 
 import babelscope
-from babelscope import cli
+from babelscope import cli, config
+from babelscope.core.errors import UserError
+from babelscope.sae import directory
 
 COMMANDS = ("try", "features", "serve", "compare", "push", "export", "delphi", "ui", "verify", "params", "completion")
 
@@ -63,6 +66,24 @@ def test_params_are_checked_by_one_message(tmp_path: Path) -> None:
     done = call(tmp_path, "params", "check")
     assert done.returncode == 1 and "params.yaml: score.ratoi: unknown key; allowed" in done.stderr
     assert done.stderr.startswith("error: params.yaml: score.ratio: the key is missing\n")
+
+
+def test_names_of_saelens_directory_are_checked_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = config.read_yaml(ROOT / "params.yaml") | {"hookpoints": ["layers.2", "layers.3"]}
+    content["train"] |= {"source": "pretrained"}
+    content["pretrained"] |= {"name": "sae-lens:release", "folder": "layer_{layer}"}
+    content["stability"] |= {"hookpoints": []}
+    (tmp_path / "params.yaml").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    saes = [{"id": "layer_2", "path": "layer_2.sae.pt"}]
+    release = {"conversion_func": "qwen_scope", "repo_id": "x/y-L0_9", "saes": saes}
+    monkeypatch.setattr(directory, "read", lambda: {"release": release})
+    with pytest.raises(UserError, match="sae-lens:release: the release has no SAE 'layer_3'; allowed: layer_2"):
+        cli.params_check()
+    saes.append({"id": "layer_3", "path": "layer_3.sae.pt"})
+    cli.params_check()
 
 
 def test_a_wrong_command_is_refused_with_those_that_there_are(tmp_path: Path) -> None:

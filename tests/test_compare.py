@@ -136,19 +136,28 @@ def git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
-def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two states: a committed one, whose table is in DVC's cache, and the working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    git(tmp_path, "init", "-q")
-    write_state(tmp_path, 0.5, PARAMS)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A committed state, whose table is in DVC's cache, and another in the working folder."""
+    root = tmp_path_factory.mktemp("states") / "repo"
+    root.mkdir()
+    git(root, "init", "-q")
+    write_state(root, 0.5, PARAMS)
     for arguments in (["init", "-q"], ["add", "-q", "data/ablation"]):
-        subprocess.run(["dvc", *arguments], cwd=tmp_path, check=True, capture_output=True)
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-q", "-m", "first")
-    write_state(tmp_path, 1.5, PARAMS | {"train": {"k": 16}}, layers=40)
-    return tmp_path
+        subprocess.run(["dvc", *arguments], cwd=root, check=True, capture_output=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "first")
+    write_state(root, 1.5, PARAMS | {"train": {"k": 16}}, layers=40)
+    return root
+
+
+@pytest.fixture
+def repo(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "repo"
+    shutil.copytree(template, root)
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return root
 
 
 def test_a_revision_is_read_without_touching_the_working_folder(repo: Path) -> None:

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["languages"] = languages
         params["score"]["members"] = 1
-        params["steer"]["prompt_language"] = languages[0]
+        params["steer"]["prompt_languages"] = languages[:1]
         small = {"min_characters": 5, "max_tokens": 10, "train_tokens": 50, "eval_tokens": 20}
         params["corpus"].update({"source": "files", "path": "texts", "packages": []} | small | corpus)
         with open("params.yaml", "w", encoding="utf-8") as handle:

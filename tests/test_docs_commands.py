@@ -44,6 +44,14 @@ TESTED = {
     "dvc checkout": (f"{END_TO_END}::test_verify_finds_a_flipped_byte_in_every_file_of_every_output", '"checkout"'),
     "dvc repro score": (f"{END_TO_END}::test_without_stored_activations_the_outputs_are_the_same_files", '"identify"'),
     "babelscope params check": ("test_cli.py::test_params_are_checked_by_one_message", '"params", "check"'),
+    "babelscope params apply": (
+        "test_experiments.py::test_make_experiment_puts_it_in_place_and_runs_it",
+        'make(checkout, "llama-3.2-1b")',
+    ),
+    "babelscope params apply llama-3.2-1b": (
+        "test_experiments.py::test_make_experiment_puts_it_in_place_and_runs_it",
+        'make(checkout, "llama-3.2-1b")',
+    ),
     "babelscope export exported": (
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(Path("out"), [])',
@@ -65,6 +73,8 @@ TESTED = {
         SENTENCE,
         '"--html", "sentence.html"',
     ),
+    'babelscope try "Bir cümle"': (SENTENCE, '"try", TURKISH'),
+    'babelscope try "Bir cümle ve bir soru."': (SENTENCE, '"try", TURKISH'),
     "babelscope features tr": (LISTED, '["features", "tr"]'),
     "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
     "babelscope serve": (SERVED, '["serve"]'),
@@ -91,6 +101,7 @@ TESTED = {
     "mlflow server --serve-artifacts": ("test_cluster.py::mlflow", '"server"'),
     "dvc metrics show": (DIFFS, '"metrics", "show"'),
     "dvc metrics diff": (DIFFS, '"metrics", "diff"'),
+    "dvc exp show --only-changed --drop 'data\\|src\\|stages\\|metrics\\|reports'": (DIFFS, '"--only-changed"'),
     "dvc params diff": (DIFFS, '"params", "diff"'),
     "dvc plots show": (DIFFS, '("diff", "show")'),
     "dvc plots diff": (DIFFS, '("diff", "show")'),
@@ -118,11 +129,20 @@ UNTESTED = {
     "hf auth login": "wants an account on the hub",
     "make experiment NAME=": "wants the hub; test_experiments.py reads every file and tries what the target refuses",
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
+    "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc config --local": "a setting of DVC's own; test_experiments.py runs the target that makes it",
     "git init": "a command of git's own",
     "dvc gc --all-branches --all-tags --all-experiments": "a command of DVC's own, which throws outputs away",
     "dvc gc --workspace": "what the page says not to run",
+    "dvc dag": "a command of DVC's own, which only prints",
+    "dvc unprotect": "a command of DVC's own",
+    "uv ": "wants uv; another way to the environment of `make repro`",
+    "touch .venv/.ready": "the last step of that way",
+    "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
+    "dvc repro --allow-missing": "a command of DVC's own",
+    "dvc exp show": "README's block, which test_tracking.py runs, has it",
+    "git diff metrics/": "a command of git's own",
     "python tools/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
     "make audit": "wants the network: it asks PyPI for advisories",
     "git checkout dvc.lock": "a command of git's own",
@@ -173,9 +193,11 @@ def source_of(name: str) -> str:
 def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
     assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
         "library.md",
+        "steering.md",
         "training.md",
     ]
     assert "docs/library.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_page_has_it")
+    assert "docs/steering.md" in source_of("test_steering.py::test_the_lines_of_the_page_steer_as_the_stage_does")
     assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")
 
 

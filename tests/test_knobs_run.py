@@ -19,7 +19,9 @@ SMALL = {
     "corpus.train_tokens": 700, "corpus.eval_tokens": 200, "extract.batch_tokens": 512,
     "train.latents": 128, "train.k": 8, "train.tokens": 8192, "train.batch": 256, "stability.hookpoints": [],
     "encode.chunk_tokens": 512, "quality.tokens": 100, "ablate.batch_tokens": 512, "ablate.bootstrap": 30,
-    "ablate.control_draws": 2, "steer.strengths": [4.0], "steer.prompts": 2, "steer.new_tokens": 6,
+    "ablate.control_draws": 2, "steer.hookpoints": [],
+    "steer.methods": ["diffmean", "features", "prompt"], "steer.strengths": [2.0], "steer.prompts": 2,
+    "steer.new_tokens": 6, "steer.prompt_languages": ["en"],
     "hardware.accelerator": "cpu",
 }  # fmt: skip
 
@@ -52,7 +54,8 @@ def test_streaming_with_nested_widths_and_a_language_that_fasttext_does_not_know
         score__order="probability", score__top=3, score__per_layer=True, score__example_rate=0.5,
         neurons__hookpoints=["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"], neurons__top_rate=0.2,
         identify__also=str(stand_ins.text_files(tmp_path / "others", languages, 8)), identify__also_texts=5,
-        ablate__methods=["directional", "neuron"], ablate__control_draws=0, steer__control=True, browse__shared=None,
+        ablate__methods=["directional", "neuron"], ablate__control_draws=0, browse__shared=None,
+        steer__methods=["pca", "probe", "neurons", "sae-diffmean", "features-2"],
     ))  # fmt: skip
     features = pipeline.table("scores/features").filter(kind="sae")
     ranks = features.group_by("layer", "language").agg(pl.col("rank").sort())["rank"].to_list()
@@ -72,7 +75,7 @@ def test_transcoders_from_activations_in_int8(pipeline: Pipeline, tmp_path: Path
         stability__hookpoints=hookpoints, stability__cosine=0.5, score__members=2, score__same_language=True,
         neurons__hookpoints=["layers.1.mlp.act"], neurons__top_rate=0.2,
         ablate__methods=["additive", "neuron", "directional"], ablate__dtype="bfloat16", ablate__others_tokens=30,
-        steer__prompt_language="de", steer__temperature=0.0, steer__dtype="bfloat16", quality__tokens=None,
+        steer__prompt_languages=["de", "ru"], steer__temperature=0.0, steer__dtype="bfloat16", quality__tokens=None,
         corpus__lid=0.9,
     ))  # fmt: skip
     assert all(sae.load(pipeline.folder / "data/sae", name).b_in is not None for name in hookpoints)
@@ -113,7 +116,7 @@ def test_a_pipeline_that_finds_nothing(pipeline: Pipeline, tmp_path: Path) -> No
         tmp_path, "llama", 2, ["paws-x"], languages=["en", "de", "ja"], hookpoints=["layers.0.mlp", "layers.1.mlp"],
         stability__hookpoints=["layers.1.mlp"], train__activation="batchtopk", train__matryoshka=[32],
         extract__dtype="float16", score__example_rate=1.0, score__token_rate=1.0, browse__shared=0,
-        ablate__methods=["feature", "additive", "directional"], steer__control=True,
+        ablate__methods=["feature", "additive", "directional"],
     ))  # fmt: skip
     assert numbers["score/features"] == 0 and pipeline.table("scores/features").is_empty()
     assert numbers["ablate/own"] == numbers["ablate/additive/own"] == 0

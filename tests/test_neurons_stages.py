@@ -45,8 +45,8 @@ def corpus() -> pl.DataFrame:
         for number in range(24):
             ids = torch.randint(2 + 30 * code, 34 + 30 * code, (4 + number % 6,), generator=g).tolist()
             split = "eval" if number % 4 == 0 else "train"
-            rows.append((f"{language}{number:02d}", language, split, " ".join(map(str, ids))))
-    return pl.DataFrame(rows, schema=["text_id", "language", "split", "text"], orient="row")
+            rows.append((f"{language}{number:02d}", language, split, str(number), " ".join(map(str, ids))))
+    return pl.DataFrame(rows, schema=["text_id", "language", "split", "group", "text"], orient="row")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def set_params(**changes: Any) -> None:
     content = config.read_yaml(ROOT / "params.yaml") | {"languages": LANGUAGES, "hookpoints": [SAE_AT]}
     content["neurons"] = {"hookpoints": [], "quantile": 0.8, "top_rate": 0.3}
     content["stability"] |= {"hookpoints": []}
+    content["steer"] |= {"hookpoints": [], "prompt_languages": ["en"], "prompts": 3}
     content["extract"] |= {"dtype": "float32", "batch_tokens": 64}
     content["score"] |= {"example_rate": 0.2, "token_rate": 0.05, "members": 1}
     content["ablate"] |= {"methods": ["feature"], "control_draws": 1, "bootstrap": 20, "by_layer": True}

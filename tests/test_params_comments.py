@@ -8,11 +8,11 @@ import pytest
 from closure import ROOT
 from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml, modify_yaml
+from params_texts import CONTENTS, TEXTS
 
 from babelscope import config
 from babelscope.core.errors import UserError
 
-FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
 # What each key that may hold a list or a mapping can be set to. DVC drops the comments that belong to the old value.
 LISTS = {
     "languages": "[en,de]",
@@ -25,6 +25,7 @@ LISTS = {
     "stability.hookpoints": "[layers.1.mlp]",
     "identify.also": "{name: wili-2018}",
     "ablate.methods": "[feature,directional]",
+    "baselines.dictionaries": "[frozen_decoder,neurons]",
     "steer.strengths": "[1.5,2.5]",
 }
 
@@ -50,25 +51,25 @@ def comments(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_changed_value_is_a_change_of_one_line(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_changed_value_is_a_change_of_one_line(tmp_path: Path, name: str) -> None:
     copy = tmp_path / "params.yaml"
-    copy.write_text(path.read_text())
+    copy.write_text(TEXTS[name])
     for seed in (7, 8):
         apply_overrides(copy, [f"seed={seed}"])
-        assert copy.read_text() == re.sub(r"(?m)^seed: 0", f"seed: {seed}", path.read_text())
+        assert copy.read_text() == re.sub(r"(?m)^seed: 0", f"seed: {seed}", TEXTS[name])
     with modify_yaml(copy) as content:
         content["train"]["k"] = 3
     assert re.sub(r"(?m)^  k: 3$", "", copy.read_text()) == re.sub(
-        r"(?m)^seed: 0", "seed: 8", re.sub(r"(?m)^  k: \d+$", "", path.read_text())
+        r"(?m)^seed: 0", "seed: 8", re.sub(r"(?m)^  k: \d+$", "", TEXTS[name])
     )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_comment_is_lost_or_moved_by_another_list(tmp_path: Path, path: Path) -> None:
-    copy, wanted = tmp_path / "params.yaml", comments(path.read_text())
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_comment_is_lost_or_moved_by_another_list(tmp_path: Path, name: str) -> None:
+    copy, wanted = tmp_path / "params.yaml", comments(TEXTS[name])
     for key, value in LISTS.items():
-        copy.write_text(path.read_text())
+        copy.write_text(TEXTS[name])
         none = "null" if key in ("train.matryoshka", "identify.also") else value
         for override in (f"{key}={value}", "seed=7", f"{key}={none}", "seed=8", f"{key}={value}", "seed=9"):
             apply_overrides(copy, [override])
@@ -81,17 +82,17 @@ def test_every_list_is_tried() -> None:
             return {name for inner, value in content.items() for name in lists(value, f"{key}.{inner}".strip("."))}
         return {key} if isinstance(content, list) else set()
 
-    assert {key for path in FILES for key in lists(config.read_yaml(path))} <= LISTS.keys()
+    assert {key for content in CONTENTS.values() for key in lists(content)} <= LISTS.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_empty_list_leaves_a_file_that_can_be_read(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize("name", TEXTS)
+def test_an_empty_list_leaves_a_file_that_can_be_read(tmp_path: Path, name: str) -> None:
     """DVC's writer spoils the file if a comment stands between the key and the first item of the list."""
     copy = tmp_path / "params.yaml"
     for key in LISTS:
-        if not isinstance(value_of(config.read_yaml(path), key), list):
+        if not isinstance(value_of(CONTENTS[name], key), list):
             continue
-        copy.write_text(path.read_text())
+        copy.write_text(TEXTS[name])
         apply_overrides(copy, [f"{key}=[]"])
         assert value_of(load_yaml(copy), key) == [], key
 

@@ -10,6 +10,7 @@ import pytest
 from closure import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from params_texts import TEXTS as PARAMS_TEXTS
 from ruamel.yaml import YAML
 
 from babelscope import config
@@ -20,9 +21,9 @@ from babelscope.models.hookpoints import layer_of
 from babelscope.sae.training.schedule import learning_rate
 from babelscope.tracking.store import flatten
 
-FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*.yaml"))]
-LOADED = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}
-BARE = re.sub(r"(?m)^\s*#.*\n", "", FILES[0].read_text())
+PARAMS = ROOT / "params.yaml"
+LOADED = {name: YAML(typ="safe", pure=True).load(text) for name, text in PARAMS_TEXTS.items()}
+BARE = re.sub(r"(?m)^\s*#.*\n", "", PARAMS.read_text())
 SAME = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -86,7 +87,7 @@ def use(params):
         assert layer_of(name) >= 0 and written.parent == Path("data") and len(written.name) < 250
     for name in params.hookpoints:
         if not isinstance(params.pretrained.folder, dict) or name in params.pretrained.folder:
-            assert ".." not in Path(params.pretrained.folder_of(name, 0)).parts
+            assert ".." not in Path(params.pretrained.place_of(name, 0)[1]).parts
 
 
 def check(path, key=None):
@@ -160,17 +161,17 @@ def test_a_folder_in_place_of_the_file_is_named(tmp_path):
 
 
 def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
-    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbf" + FILES[0].read_bytes().replace(b"\n", b"\r\n"))
-    assert config.load(tmp_path / "params.yaml") == config.load(FILES[0])
+    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbf" + PARAMS.read_bytes().replace(b"\n", b"\r\n"))
+    assert config.load(tmp_path / "params.yaml") == config.load(PARAMS)
 
 
 def test_norway_is_a_language(tmp_path):
-    (tmp_path / "params.yaml").write_text(FILES[0].read_text().replace("- de\n", "- no\n"))
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("- de\n", "- no\n"))
     assert config.load(tmp_path / "params.yaml").languages[1] == "no"
 
 
 def test_the_password_in_an_endpoint_is_not_repeated(tmp_path):
-    text = FILES[0].read_text().replace("  endpoint:\n", "  endpoint: https://me:hunter2@localhost/v1\n")
+    text = PARAMS.read_text().replace("  endpoint:\n", "  endpoint: https://me:hunter2@localhost/v1\n")
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match="explain.endpoint: .* without user, password or key") as error:
         config.load(tmp_path / "params.yaml")

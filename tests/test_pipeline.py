@@ -27,7 +27,29 @@ def test_a_stage_declares_exactly_the_packages_that_it_may_import(name):
     imported = {path.split("/")[2] for path in closure(ROOT / STAGES[name]) if path.count("/") > 2}
     free = () if name in ("report", "track") else NO_DEPENDENCIES  # `prune` computes nothing
     packages = imported - set(free) - {"core", "config"}
-    assert declared == {f"src/babelscope/{package}" for package in packages} | {STAGES[name]}
+    expected = {f"src/babelscope/{package}" for package in packages} | {STAGES[name]}
+    if name == "report":  # see the next test
+        expected |= {dep for name in MATRIX for dep in PIPELINE[name]["deps"] if dep.startswith(("src/", "stages/"))}
+    assert declared == expected
+
+
+# The stages per hookpoint with figures, whose files `report` reads, but cannot depend on.
+MATRIX = [name for name, stage in PIPELINE.items() if "matrix" in stage and "plots" in stage]
+
+
+def test_the_report_depends_on_all_that_decides_the_figures_that_it_reads():
+    report = PIPELINE["report"]
+    folders = {dep.removesuffix("/${item.hookpoint}") for name in MATRIX for dep in PIPELINE[name]["deps"]}
+    covered = {dep for dep in folders if any(f"{dep}/".startswith(f"{other}/") for other in report["deps"])}
+    assert MATRIX == ["train", "encode"] and folders == covered
+    assert {key for name in MATRIX for key in PIPELINE[name]["params"]} - {"train.source"} <= set(report["params"])
+    single = {path for name, stage in PIPELINE.items() if name not in MATRIX for path in written(stage)}
+    assert single == {dep for dep in report["deps"] if dep.startswith("metrics")}
+
+
+def written(stage):
+    """The files of figures that a stage writes, without the summary."""
+    return [path for entry in stage.get("plots", []) for path in entry]
 
 
 def test_packages_that_are_no_dependency_cannot_compute():
@@ -128,11 +150,14 @@ def test_every_stage_finds_the_library_in_its_own_checkout_and_ends_with_dvc():
     assert all(stage["cmd"].startswith("exec env PYTHONPATH=src python stages/") for stage in PIPELINE.values())
 
 
-def test_metrics_are_kept_in_git_and_nothing_persists():
+def test_figures_are_kept_in_git_only_the_summary_is_a_metric_and_nothing_persists():
     text = (ROOT / "dvc.yaml").read_text()
     assert "persist" not in text
-    for stage in PIPELINE.values():
-        assert all(options == {"cache": False} for metric in stage.get("metrics", []) for options in metric.values())
+    for name, stage in PIPELINE.items():
+        entries = [*stage.get("metrics", []), *stage.get("plots", [])]
+        assert all(options == {"cache": False} for entry in entries for options in entry.values())
+        assert all(re.match(rf"metrics/{name}\.", path) for path in written(stage))
+        assert stage.get("metrics", []) == ([{"metrics/summary.json": {"cache": False}}] if name == "report" else [])
 
 
 def test_the_library_never_imports_a_stage_and_keeps_to_its_rooms():

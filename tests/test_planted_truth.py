@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -16,6 +17,9 @@ from torch.nn import functional
 
 from babelscope import config, sae
 from babelscope.activations import store
+from babelscope.features.examples import Features
+from babelscope.models.tokens import TokenizedTexts, codes
+from babelscope.script import firings
 
 HOOKPOINT, D = "layers.0.mlp", 128
 OWN, EVERYONES, PAIRS = 4, 30, 10  # directions of each language, of all languages, and of two languages
@@ -73,7 +77,8 @@ class Repo:
         chosen = directions[active(language, count, generator)]
         coefficients = 1 + torch.rand(len(language), K, 1, generator=generator)
         noise = 0.05 * torch.randn(len(language), D, generator=generator)
-        activations = (coefficients * chosen).sum(1) + noise + torch.randn(D, generator=generator)
+        self.mean = torch.randn(D, generator=generator)
+        activations = (coefficients * chosen).sum(1) + noise + self.mean
         place = self.folder / "data/activations"
         store.write_shard(place / HOOKPOINT, 0, activations.half())
         store.write_index(place / HOOKPOINT, [len(language)], D, "float16", "made-up", HOOKPOINT)
@@ -153,3 +158,50 @@ def test_shuffled_labels_give_nothing(repo: Repo, tmp_path: Path) -> None:
         assert repo.selected().is_empty()
     finally:
         shutil.copy(tmp_path / "tokens.parquet", table)
+
+
+def passes(repo: Repo, languages: Tensor, *, romanised: bool) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """One forward pass over texts of LENGTH tokens: the activations at HOOKPOINT and each token's text.
+
+    `languages`: of each text. Romanised texts of every second language lack the last of its directions, the decoy.
+    """
+    generator = torch.Generator().manual_seed(1)
+    language = languages.repeat_interleave(LENGTH)
+    chosen = active(language, len(repo.languages), generator)
+    if romanised:
+        is_decoy = (language % 2 == 1) & (chosen[:, 0] % OWN == OWN - 1)
+        chosen[is_decoy, 0] -= 1 + torch.randint(OWN - 1, (int(is_decoy.sum()),), generator=generator)
+    noise = 0.05 * torch.randn(len(language), D, generator=generator)
+    coefficients = 1 + torch.rand(len(language), K, 1, generator=generator)
+    x = (coefficients * repo.directions[chosen]).sum(1) + noise + repo.mean
+    return [({HOOKPOINT: x}, torch.arange(len(languages)).repeat_interleave(LENGTH))]
+
+
+def test_script_bound_decoys_are_told_from_features_of_the_language(repo: Repo, monkeypatch: Any) -> None:
+    features = repo.selected().select("hookpoint", "unit", "language")
+    dictionary, count = sae.load(repo.folder / "data/sae", HOOKPOINT), len(repo.languages)
+    units = features["unit"].unique().sort()
+    chosen = {HOOKPOINT: Features(dictionary, units.cast(pl.Int64).to_torch())}
+    languages = torch.arange(count).repeat_interleave(20)
+    texts = TokenizedTexts(
+        pl.DataFrame({"text_id": [f"{n:04d}" for n in range(len(languages))]}).with_columns(
+            index=pl.int_range(pl.len()), token_ids=pl.Series([[0] * LENGTH] * len(languages))
+        )
+    )
+    column = units.search_sorted(features["unit"]).cast(pl.Int64).to_torch()
+    owns = codes(features["language"], repo.languages)
+    for version in ("original", "romanised", "shuffled"):
+        made = passes(repo, languages, romanised=version == "romanised")
+        monkeypatch.setattr(firings, "read_batches", lambda *_, made=made: made)
+        found = firings.count(firings.nothing(len(texts), chosen), None, texts, chosen, torch.float32, 2048)
+        rate = firings.rates(found.fired[HOOKPOINT][:, column], found.tokens, languages, owns)
+        features = features.with_columns(pl.Series(version, rate.numpy()))
+    judged = firings.judged(features, dict.fromkeys(repo.languages, 1.0))
+    rows = dictionary.W_dec.detach()[features["unit"].to_torch().long()]
+    direction = (functional.normalize(rows) @ repo.directions.T).argmax(dim=1)
+    is_decoy = pl.Series(((owns % 2 == 1) & (direction % OWN == OWN - 1)).numpy())
+    bound = judged["script_bound"]
+    planted = count // 2
+    assert len(set(direction[is_decoy.to_torch()].tolist())) >= 0.99 * planted
+    assert bound.filter(~is_decoy).sum() == 0
+    assert bound.filter(is_decoy).sum() >= 0.99 * is_decoy.sum()

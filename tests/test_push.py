@@ -119,7 +119,9 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (Path("data/sae") / name / "history.csv").write_text("step\n")
     for folder in ("data/scores", "data/corpus", "metrics"):
         Path(folder).mkdir(parents=True)
-    pl.DataFrame({"unit": [3]}).write_parquet("data/scores/features.parquet")
+    pl.DataFrame({"kind": "sae", "hookpoint": NAMES, "unit": [3, 4], "language": "en"}).write_parquet(
+        "data/scores/features.parquet"
+    )
     entries = [{"path": "gettext:polars", "revision": None, "license": None},
                {"path": "openlanguagedata/flores_plus", "revision": "abc", "license": "cc-by-sa-4.0"}]  # fmt: skip
     Path("data/corpus/sources.json").write_text(json.dumps({"sources": entries}))
@@ -138,9 +140,11 @@ def test_the_saes_are_uploaded_with_a_card_and_load_to_the_same(
 ) -> None:
     cli.main(["push", "me/saes", "--private", "--license", "apache-2.0"])
     assert capsys.readouterr().out == f"{hub.address}/me/saes\n"
-    assert hub.created[0]["private"] is True and hub.commits == ["Upload SAEs by babelscope push"]
+    [created] = hub.created
+    assert created.get("private") or created.get("visibility") == "private"
+    assert hub.commits == ["Upload SAEs by babelscope push"]
     files = hub.repos["me/saes"]
-    assert set(files) == {"README.md", "features.parquet"} | {
+    assert set(files) == {"README.md", "features.csv"} | {
         f"{name}/{file}" for name in NAMES for file in ("cfg.json", "sae_weights.safetensors")
     }
     for name, content in files.items():
@@ -164,8 +168,9 @@ def test_one_hookpoint_is_written_to_a_folder_to_look_at(repo: Path, capsys: pyt
     cli.main(["push", "me/saes", "layers.2.mlp", "--folder", "out"])
     assert capsys.readouterr().out == "out\n"
     written = {path.relative_to(repo / "out").as_posix() for path in (repo / "out").rglob("*") if path.is_file()}
-    assert written == {"README.md", "features.parquet", "layers.2.mlp/cfg.json",
+    assert written == {"README.md", "features.csv", "layers.2.mlp/cfg.json",
                        "layers.2.mlp/sae_weights.safetensors"}  # fmt: skip
+    assert (repo / "out/features.csv").read_text() == "kind,hookpoint,unit,language\nsae,layers.2.mlp,4,en\n"
     assert "No licence was stated" in (repo / "out/README.md").read_text()
 
 

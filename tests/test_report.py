@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import browse_example
@@ -21,12 +23,13 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
-from babelscope.report import charts, page
-from babelscope.report.numbers import p_value, percent, plain, significant
-from babelscope.report.parts import Picture, ReportInputs, Table, layer_labels
+from babelscope.report import about, charts, page, run
+from babelscope.report.numbers import NONE, p_value, percent, plain, significant
+from babelscope.report.parts import Picture, ReportInputs, Table, browser_link, layer_labels
 from babelscope.report.relatives import relatives
 from babelscope.report.sections import (
     ablation,
+    baselines,
     control,
     curve,
     features,
@@ -34,6 +37,7 @@ from babelscope.report.sections import (
     layers,
     own,
     quality,
+    script,
     similarity,
     steering,
 )
@@ -48,6 +52,7 @@ def inputs(**changes: Any) -> ReportInputs:
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
         control=example.control(), curve=example.curve(), confusion=example.confusion(),
         generations=example.generations(), similarity=example.similarity(),
+        baselines=example.baselines(), script=example.script(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -129,7 +134,7 @@ def test_no_features_at_all() -> None:
     none = inputs(features=example.features().clear())
     assert features.counts(none)["value"].sum() == 0
     assert features.found(none) == 0
-    assert "features: removing" in page.build(none)
+    assert "0 language-specific features: without" in page.build(none)
 
 
 def test_a_shared_feature_counts_once_in_all_and_once_per_language() -> None:
@@ -259,7 +264,7 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
     assert abs(order.index("es") - order.index("pt-BR")) == 1 == abs(order.index("ru") - order.index("bg"))
     cell = frame.filter(language="es", other="pt-BR")
     assert cell.select("value", "units", "expected", "label", "other_label").row(0) == (
-        60 / 90, 60, "same branch", "es (Romance, Latin)", "pt-BR (Romance, Latin)",
+        60 / 90, 60, "same branch", "Spanish (es), Romance, Latin", "Portuguese (pt-BR), Romance, Latin",
     )  # fmt: skip
     assert frame.filter(language="es", other="es")["value"].item() is None
     assert frame.filter(language="fi", other="tr")["expected"].item() == "same script"
@@ -279,15 +284,19 @@ def test_relatives() -> None:
     assert relatives("not a tag") is None
 
 
-def test_steering_begins_with_the_untouched_model() -> None:
-    frame = steering.steering(inputs())
-    assert frame.filter(language="de").rows() == [
-        ("de", 0.0, 0.0, pytest.approx(1.8), pytest.approx(0.95)), ("de", 4.0, 0.0, 2.5, pytest.approx(0.9)),
-        ("de", 8.0, 1.0, 3.0, pytest.approx(0.9)), ("de", 16.0, 0.0, 4.0, pytest.approx(0.9)),
-    ]  # fmt: skip
-    only = steering.steering(inputs(generations=example.generations().filter(pl.col("language").is_not_null())))
-    assert only["strength"].unique().sort().to_list() == [4.0, 8.0, 16.0]
-    assert steering.steering(inputs(generations=None)).is_empty()
+def test_steering_ranks_the_methods_and_says_the_verdict() -> None:
+    table = steering.methods(inputs())
+    assert table["method"].to_list() == ["diffmean", "features"] and table["sampled"].to_list() == [0.5, None]
+    assert steering.by_language(inputs()).rows() == [("difference of means", "de", 0.8, 0.9, 0.7)]
+    assert (
+        "steer worse than the difference of means: \u22120.30 (95 % from \u22120.40 to \u22120.20)"
+        in steering.verdict(inputs())
+    )
+    shown = steering.samples(inputs())
+    assert len(shown.rows) == 15 * 3 * 3
+    assert shown.rows[0] == ["en", "difference of means", "Prompt 0 <b>", "Antwort 0 in en", "en"]
+    assert "<b>" not in str(steering.section(inputs()).blocks[0].caption[0])
+    assert steering.section(inputs(metrics={})) is None
 
 
 def test_mean_fvu() -> None:
@@ -302,6 +311,62 @@ def test_a_missing_column_is_named() -> None:
         inputs(by_layer=example.nll())
 
 
+def test_bits_per_byte_are_nats_per_token_over_the_bytes() -> None:
+    given_ = dataclasses.replace(two_languages(small([("a", "a", 0.5), ("b", "b", 0.5)])), bytes_per_token={"a": 4.0})
+    assert own.own_and_others(given_)["bits"].to_list() == [None, pytest.approx(0.5 / math.log(2) / 4)]
+    panels = specs_of(page.build(given_))["own"]["vconcat"][0]["hconcat"]
+    assert len(panels) == 2 and panels[1]["encoding"]["x"]["field"] == "bits"
+    texts = pl.DataFrame({"text_id": ["1", "2", "3", "4"], "language": ["a", "a", "b", "a"],
+                          "text": ["äb", "abc", "x", "long"], "split": ["eval", "eval", "eval", "train"]})  # fmt: skip
+    rows = pl.DataFrame({"text_id": ["1"] * 2 + ["2"] * 1 + ["3"] * 5 + ["4"] * 2})
+    paths = SimpleNamespace(tokens="tokens", texts="texts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "read_table", lambda path, columns=None: {"tokens": rows, "texts": texts}[path])
+        # b's only text has 5 tokens, as many as texts are cut at.
+        assert run.bytes_per_token(paths, 5) == {"a": 6 / 3}  # type: ignore[arg-type]
+
+
+def test_headings_state_what_the_figures_are(html: str) -> None:
+    titles = re.findall(r'<h3 id="(\w+)-title">(.*?)</h3>', html)
+    found = dict(titles)
+    assert found["features"] == "14 of 15 languages have features of their own; layer 26 has most, 257 of 908"
+    assert found["ablation"] == "Removing a language’s features hurts that language most in 14 of 15 cases"
+    assert "Turkish loses most" in found["own"] and found["layers"].startswith(
+        "Alone, the features of layer 26 matter most"
+    )
+    assert found["similarity"] == "Spanish and Portuguese share most features: 67\u202f% of theirs"
+    assert found["stability"].startswith("Another seed gives 44\u202f% of the features one by one, but their subspace "
+                                         "beyond chance in 14 of 15 languages")  # fmt: skip
+    assert [part.split(":")[0] for part in re.findall(r'<h2 class="part">(.*?)</h2>', html)] == [
+        "The question", "The evidence", "The doubt", "For reference",
+    ]  # fmt: skip
+
+
+def test_cells_open_the_browser_on_their_features() -> None:
+    frame = features.counts(inputs())
+    link = frame.filter(language="tr", hookpoint="layers.26.mlp")["href"].item()
+    assert link == "features.html#language=tr&hookpoint=layers.26.mlp"
+    assert browser_link("a&b=c") == "features.html#language=a%26b%3Dc"
+    assert ablation.matrix(inputs())["href"].unique().to_list().count("features.html#language=tr") == 1
+
+
+def test_the_facts_about_a_language_and_a_hookpoint() -> None:
+    facts = about.about(inputs())
+    tr = dict(facts["tr"])
+    row = example.nll().filter(ablated="tr", evaluated="tr").row(0, named=True)
+    assert tr["ΔNLL of itself without them, nats/token"].startswith(significant(row["delta"], sign=True) + " (95 % ")
+    assert tr["of its features match one by one in another seed"] == "50.0\u202f%"
+    assert dict(facts["ru"])["held-out texts identified as another language"] == "Bulgarian (2)"
+    at = dict(facts["layers.26.mlp"])
+    assert (
+        at["FVU (fraction of variance unexplained)"] == "0.305"
+        and at["languages that lose most themselves"] == "14 of 15"
+    )
+    assert about.cells(inputs())["tr"]["layers.26.mlp"].count("95 %") == 1
+    bare = inputs(metrics={}, by_layer=None, control=None, confusion=None, similarity=None)
+    assert "layers.26.mlp" in about.about(bare) and about.cells(bare) == {}
+
+
 def test_the_example_agrees_with_its_own_metrics() -> None:
     matrix = ablation.matrix(inputs())
     own = matrix.filter(pl.col("own"))
@@ -314,7 +379,7 @@ def test_the_example_agrees_with_its_own_metrics() -> None:
 
 def test_headline_figures(html: str) -> None:
     title = re.search(r"<h1>(.*?)</h1>", html)
-    assert title is not None and title.group(1).startswith("908 language-specific features: removing")
+    assert title is not None and title.group(1).startswith("908 language-specific features: without its own")
     figures = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
     assert figures["languages, 14 with features"] == "15"
     assert figures["hookpoints, with one SAE each"] == "7"
@@ -322,8 +387,7 @@ def test_headline_figures(html: str) -> None:
     assert figures["ΔNLL of the language itself, nats/token"] == significant(
         example.metrics()["ablate"]["own"], sign=True
     )
-    [(label, rows)] = [item for item in figures.items() if item[0].startswith("languages whose features affect no")]
-    assert label.endswith("affect more: 13 of 15") and rows == "14 of 15"
+    assert figures["mean absolute ΔNLL of other languages, nats/token; with its sign: +0.00054"] == "0.0017"
 
 
 def test_same_inputs_same_page(html: str) -> None:
@@ -351,15 +415,16 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
     assert len(ids) == len(set(ids))
     for _, attributes in parsed.tags:
         for key in ("href", "aria-labelledby"):
-            if attributes.get(key, "features.html") != "features.html":
+            if not (attributes.get(key) or "features.html").startswith("features.html"):
                 assert str(attributes[key]).removeprefix("#") in ids
     charts_ = {attributes["data-chart"] for _, attributes in parsed.tags if "data-chart" in attributes}
     specs = specs_of(html)
     assert (
         charts_
         == set(specs)
-        == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu"}
-    )
+        == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu",
+            "stability"}
+    )  # fmt: skip
     assert all(spec["description"] for spec in specs.values())
 
 
@@ -373,7 +438,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 19
+    assert len({table.caption for table in tables}) == len(tables) == 23
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -433,11 +498,53 @@ def test_params_are_shown_as_yaml_that_reads_back(html: str) -> None:
     assert YAML(typ="safe", pure=True).load(text.group(1)) == example.params()
 
 
+def test_features_of_a_language_and_of_its_script() -> None:
+    frame = script.by_language(inputs())
+    assert frame["language"].to_list() == ["en", "ja", "he"]  # in the order of params.yaml
+    of = frame.rows_by_key("language", named=True, unique=True)
+    assert of["en"]["bound"] is None and of["he"]["bound"] == 0
+    assert of["ja"]["bound"] == (of["ja"]["features"] + 1) // 2
+    rows = {row[0]: row for row in script.table(frame).rows}
+    assert rows["en"][5] == NONE and rows["he"][5] == "0" and rows["ja"][-2:] == ["+0.700", "+0.200"]
+    assert (
+        script.section(inputs(script=None)) is None and script.section(inputs(script=example.script().clear())) is None
+    )
+    table = features.top_features(inputs())
+    column = table.head.index("script-bound")
+    assert {row[column] for row in table.rows if row[0] == "he"} == {"no"}
+    assert {row[column] for row in table.rows if row[0] in ("en", "fr")} == {NONE}
+    assert {row[column] for row in table.rows if row[0] == "ja"} == {"yes", "no"}
+
+
+def test_what_training_the_dictionary_buys() -> None:
+    whole = inputs()
+    assert whole.baselines is not None
+    rows = baselines.everywhere(whole.baselines)
+    assert rows["name"].to_list() == ["SAE features", "linear probe"]
+    table = baselines.table(whole, rows)
+    first, probe = table.rows
+    assert first[3] == NONE and probe[3] == "+2.0 (+1.0 to +3.0)"
+    assert table.head[4] == "ru/bg" and probe[4] == percent(0.97)
+    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800"]
+    domains = baselines.domains_table(whole.baselines)
+    assert domains.head[1:] == [
+        "all, tested on one", "all, tested on two", "one, tested on one", "one, tested on two", "two, tested on one",
+        "two, tested on two",
+    ]  # fmt: skip
+    assert baselines.transfer_table(whole).rows == [["one", "two", "40", percent(0.75), percent(0.9)]]
+    alone = whole.baselines.filter(trained_on="all", evaluated_on="all")  # a corpus of one domain
+    section = baselines.section(inputs(baselines=alone))
+    assert section is not None and len(section.blocks) == 2
+    assert baselines.section(inputs(baselines=None)) is None
+
+
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
-        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None)
-    )
+        inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None,
+               baselines=None, script=None)
+    )  # fmt: skip
     assert set(specs_of(html)) == {"features", "ablation", "own"}
+    assert html.count('<span class="status">not measured</span>') == 5
     assert 'id="layers"' not in html and "<dt>ΔNLL of the language itself, nats/token</dt><dd>–</dd>" in html
 
 
@@ -452,7 +559,7 @@ def test_figures_that_are_no_numbers_do_not_break_the_page() -> None:
 def test_the_control_is_drawn_only_where_there_is_one(html: str) -> None:
     assert "random:Q" not in json.dumps(specs_of(html)["own"])
     with_control = specs_of(page.build(inputs(nll=example.nll(controls=2))))["own"]
-    assert len(with_control["layer"]) == len(specs_of(html)["own"]["layer"]) + 1
+    assert len(with_control["vconcat"][0]["layer"]) == len(specs_of(html)["own"]["vconcat"][0]["layer"]) + 2
     assert [row["random"] for row in _rows(with_control)][0] == pytest.approx(0.002)
 
 
@@ -480,7 +587,7 @@ def test_shared_features_are_called_shared() -> None:
     params = example.params()
     params["score"]["members"] = 2
     html = page.build(inputs(params=params))
-    assert "908 features shared by exactly 2 languages: removing" in html and "language-specific features" not in html
+    assert "908 features shared by exactly 2 languages: without" in html and "language-specific features" not in html
 
 
 def test_cells_can_be_read_in_both_themes() -> None:
@@ -552,8 +659,10 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
     assert digests(first) == digests(second)
     assert set(digests(first)) == {
         "ablation.csv", "ablation.png", "features.html", "features_by_layer.csv", "features_by_layer.png",
-        "page.html", "report.html", "training.csv",
+        "report.html", "training.csv",
     }  # fmt: skip
+    summary = json.loads((first / "metrics/summary.json").read_text())
+    assert 12 <= len(summary) <= 15 and summary == json.loads((second / "metrics/summary.json").read_text())
     curves = pl.read_csv(first / "reports/plots/training.csv")
     assert curves["hookpoint"].unique(maintain_order=True).to_list() == example.HOOKPOINTS and len(curves) == 14
     cells = pl.read_csv(first / "reports/plots/ablation.csv")

@@ -40,7 +40,7 @@ def test_every_chart_is_drawn_and_the_body_never_scrolls_sideways(
     boxes = page.eval_on_selector_all(
         "[data-chart]", "all => all.map(one => one.querySelector('svg').getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == 9
+    assert len(boxes) == 11
     assert all(box["width"] > 200 and box["height"] > 200 for box in boxes)
     page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -86,7 +86,7 @@ def test_colours_follow_the_reader(chromium: Any, file: Path) -> None:
     page.emulate_media(color_scheme="dark")
     page.wait_for_selector("html[data-drawn=dark]")
     assert page.evaluate(colour) != light
-    assert page.locator("[data-chart] svg").count() == 9
+    assert page.locator("[data-chart] svg").count() == 11
     assert page.noticed == []
     page.close()
 
@@ -120,6 +120,39 @@ def test_markup_in_the_data_is_text(chromium: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert SCRIPT in page.inner_text("#vg-tooltip-element")
     assert dialogs == []
+    page.close()
+
+
+def test_charts_and_tables_can_be_downloaded_and_cells_lead_to_features(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file, scheme="dark")
+    for kind, start in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+        with page.expect_download() as download:
+            page.click(f"#own .picture .tools >> text={kind}")
+        assert download.value.suggested_filename == f"own.{kind.lower()}"
+        assert download.value.path().read_bytes().startswith(start)
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    with page.expect_download() as download:
+        page.click("#own details .tools >> text=CSV")
+    table = pl.read_csv(download.value.path())
+    own = example.nll().filter(pl.col("ablated") == pl.col("evaluated"))
+    assert table["language"].to_list() == example.LANGUAGES
+    assert table["ΔNLL of itself"].to_list() == pytest.approx(own["delta"].to_list(), abs=1e-4)
+    page.fill("#reproduce .tools input", "train.layers.26 dead_share")
+    shown = page.locator("#reproduce details table tbody tr:visible")
+    assert shown.count() == 1 and "0.02" in shown.first.inner_text()
+    link = page.locator('[data-chart="features"] a[*|href*="language=fi&hookpoint=layers.26.mlp"]')
+    assert link.count() >= 1
+    page.close()
+
+
+def test_the_names_of_rows_stay_where_a_chart_scrolls(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file, width=390)
+    scroll = page.locator("#ablation .scroll").first
+    name = page.locator("#ablation svg text", has_text="Turkish (tr)").first
+    before = name.bounding_box()["x"]
+    scroll.evaluate("one => { one.scrollLeft = 200; }")
+    page.wait_for_timeout(100)
+    assert name.bounding_box()["x"] == pytest.approx(before, abs=2)
     page.close()
 
 

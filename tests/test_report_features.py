@@ -47,11 +47,13 @@ def test_content_by_hand() -> None:
     assert len(first["rates"]) == 15 and first["rates"][1:] == [0.0] * 14 and 0.3 <= first["rates"][0] <= 0.4
     assert len(first["histogram"][0]) == 24 and first["histogram"][1] == [0] * 24
     en = frames["texts"]["text_id"].to_list().index("text-en")
-    assert first["own"] == [[en, 0, 1.0, 2, 3.0, 3, 4.0, 4, 5.0]] and first["other"] == []
+    assert first["own"] == [[en, 0, 1.0, 2, 3.0, 3, 4.0, 4, 5.0]] == first["sample"] and first["other"] == []
+    assert first["near"] == [[8, 0.9], [1000003, 0.8]] and len(first["range"]) == 2 and "matched" not in first
+    assert found["names"][8] == "Turkish (tr)" and found["about"] == {}
     assert [found["tokens"][token] for token, _ in first["promoted"]] == [" tree", "\\xe0\\xae", " שלום", "word0"]
     assert [logit for _, logit in first["suppressed"]] == [-4.0, -3.0, -2.0, -1.0]
     assert shared["of"] == [example.LANGUAGES.index(name) for name in ("ta", "ja")]
-    assert found["features"][4]["delta"] is None
+    assert found["features"][4]["delta"] is None is found["features"][4]["range"]
     assert [text["rtl"] for text in found["texts"]] == [name == "he" for name in browse_example.TEXTS]
 
 
@@ -119,6 +121,16 @@ def test_no_feature_at_all() -> None:
     none = {name: frame.clear() for name, frame in browse_example.frames(12).items()}
     page = browser.build(inputs(none))
     assert "0 language-specific features and 0 shared ones" in page and data_of(page)["features"] == []
+
+
+def test_a_part_of_the_features_is_said_and_stability_is_shown() -> None:
+    frames = browse_example.frames(12)
+    matched = frames["features"].head(2).select("hookpoint", "unit").with_columns(matched=pl.Series([True, False]))
+    some = inputs(frames | {"stability": matched}, selected=100_000, about={"tr": [("label", "figure")]})
+    assert [one.get("matched") for one in data_of(browser.build(some))["features"][:3]] == [True, False, None]
+    assert data_of(browser.build(some))["about"] == {"tr": [["label", "figure"]]}
+    assert "Of 100\u202f000 selected features, this page has the first 9 by rank" in browser.build(some)
+    assert "selected features, this page" not in browser.build(inputs(frames, selected=9))
 
 
 def test_a_missing_column_is_named() -> None:

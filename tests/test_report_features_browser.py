@@ -46,6 +46,11 @@ def listed(page: Any) -> list[str]:
     return found
 
 
+def count(page: Any) -> str:
+    text: str = page.inner_text("#count [role=status]")
+    return text
+
+
 def heading(page: Any) -> str:
     text: str = page.inner_text("#feature h2")
     return text
@@ -86,12 +91,16 @@ def test_list_is_sorted_by_entropy_and_by_what_is_clicked(page: Any) -> None:
     ],
 )
 def test_filters(page: Any, name: str, value: str, wanted: pl.Expr) -> None:
-    page.select_option(f"#filters [name={name}]", label=value)
+    page.select_option(f"#filters [name={name}]", value)
     expected = FEATURES.filter(wanted)
     assert sorted(listed(page)) == sorted(expected["id"]) and len(expected) < len(FEATURES)
-    assert page.inner_text("#count") == f"{len(expected)} of 60 features"
-    page.select_option("#filters [name=language]", label="vi")
+    assert count(page) == f"{len(expected)} of 60 features"
+    assert f"{name}={value}" in page.evaluate("location.hash")
+    page.select_option("#filters [name=language]", "vi")
     assert listed(page) == [] and "No feature passes" in page.inner_text("#list tbody")
+    assert "No feature passes the filters." in page.inner_text("#feature")
+    page.click("text=Show all features")
+    assert count(page) == "60 features" and heading(page) == listed(page)[0]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,7 @@ def test_search_looks_at_units_tokens_and_texts(page: Any, words: str, wanted: l
         assert FEATURES["id"][wanted[0]] in ids and len(ids) <= 4
     else:
         page.fill("#filters [name=words]", "")
-        assert page.inner_text("#count") == "60 features"
+        assert count(page) == "60 features"
 
 
 def test_a_fragment_names_a_feature_and_back_and_forward_go_between_them(chromium: Any, file: Path) -> None:
@@ -125,7 +134,44 @@ def test_a_fragment_names_a_feature_and_back_and_forward_go_between_them(chromiu
         step()
         page.wait_for_function("id => document.querySelector('#feature h2').textContent === id", arg=wanted)
     page.evaluate("location.hash = 'layers.6.mlp/%E0'")
-    page.wait_for_function("document.getElementById('feature').textContent === 'No such feature.'")
+    page.wait_for_function(
+        "document.getElementById('feature').textContent.startsWith('No such feature: layers.6.mlp/%E0')"
+    )
+    assert page.noticed == []
+    page.close()
+
+
+def test_the_address_holds_filters_search_order_and_feature(chromium: Any, file: Path) -> None:
+    page = visit(chromium, file, "#language=he&sort=-rate&kind=specific")
+    expected = FEATURES.filter(pl.col("languages").list.contains("he"), kind="specific")
+    assert sorted(listed(page)) == sorted(expected["id"])
+    assert page.get_attribute("th[data-sort=rate]", "aria-sort") == "descending"
+    assert heading(page) == "Hebrew (he)" and f"{len(expected)} language-specific features" in page.inner_text(
+        "#feature"
+    )
+    row = page.locator("#list tr[data-id]").nth(1)
+    chosen = row.get_attribute("data-id")
+    row.click()
+    page.wait_for_function("id => document.querySelector('#feature h2').textContent === id", arg=chosen)
+    again = visit(chromium, file, page.evaluate("location.hash"))
+    assert heading(again) == chosen and listed(again) == listed(page)
+    again.close()
+    page.go_back()
+    page.wait_for_function("document.querySelector('#feature h2').textContent === 'Hebrew (he)'")
+    page.fill("#filters [name=words]", "שורשים")
+    assert (
+        "words=%D7" in page.evaluate("location.hash") and page.locator("#feature mark").first.inner_text() == "שורשים"
+    )
+    page.evaluate("location.hash = 'hookpoint=layers.14.mlp'")
+    page.wait_for_function("document.querySelector('#feature h2').textContent === 'layers.14.mlp'")
+    page.click(".counts a >> text=Finnish (fi)")
+    page.wait_for_function("document.querySelector('#feature h2').textContent === 'Finnish (fi) · layers.14.mlp'")
+    page.evaluate("location.hash = 'language=nn'")  # no such language: all features
+    page.wait_for_function("document.querySelector('#count [role=status]').textContent === '60 features'")
+    with page.expect_download() as download:
+        page.click("#csv")
+    rows = pl.read_csv(download.value.path())
+    assert len(rows) == 60 and rows["entropy"].is_sorted()
     assert page.noticed == []
     page.close()
 
@@ -138,6 +184,11 @@ def test_arrow_keys_go_through_the_list(page: Any) -> None:
         assert heading(page) == wanted and page.evaluate("location.hash") == f"#{wanted}"
     page.keyboard.press("ArrowUp")
     assert heading(page) == ids[0]
+    page.focus("#feature")
+    for key, wanted in (("j", ids[1]), ("j", ids[2]), ("k", ids[1])):
+        page.keyboard.press(key)
+        assert heading(page) == wanted
+    page.focus("#list")
     page.keyboard.press("End")
     last = FEATURES.sort("entropy", maintain_order=True)["id"][-1]
     assert heading(page) == last and page.get_attribute("#list tr[aria-current]", "data-id") == last
@@ -151,10 +202,12 @@ def test_everything_known_of_a_feature_is_shown(chromium: Any, file: Path) -> No
     text = page.inner_text("#feature")
     assert "Shared by 2 languages: Tamil (ta), Japanese (ja)" in text
     assert f"{row['entropy']:.3f}" in text and f"{row['delta']:+.4f}".replace("-", "−") in text
-    assert "2 held-out texts (31 tokens)" in text
+    assert "2 held-out texts (31 tokens), 95 % interval" in text
+    assert page.locator(".near tr").count() == 2 and "not a feature shown here" in text
+    assert "Random texts in which it is less active" in text
     assert page.locator(".rates tr").count() == 15 and page.locator(".rates tr.own").count() == 2
     assert page.locator("svg.histogram rect.own").count() > 15
-    assert page.locator(".tokens tr").count() == 8
+    assert page.locator(".pair .tokens tr").count() == 8
     texts = page.locator(".texts").first.locator("li")
     assert texts.count() == 2
     pieces = browse_example.TEXTS["ta"]
@@ -173,7 +226,7 @@ def test_hebrew_runs_from_the_right_and_tokens_by_their_own_script(chromium: Any
     boxes = [one.bounding_box() for one in page.locator(".texts").first.locator("p span").all()]
     assert boxes[0]["x"] > boxes[1]["x"] > boxes[2]["x"]
     others = page.eval_on_selector_all(".texts p", "all => all.map(one => one.lang + getComputedStyle(one).direction)")
-    assert others[1:] == ["enltr", "deltr"]
+    assert others == ["hertl", "hertl", "enltr", "deltr"]
     tokens = page.eval_on_selector_all(
         ".tokens bdi", "all => Object.fromEntries(all.map(one => [one.textContent, getComputedStyle(one).direction]))"
     )
@@ -216,7 +269,7 @@ def test_five_thousand_features(chromium: Any, tmp_path: Path) -> None:
     file = tmp_path / "features.html"
     file.write_text(report.build(inputs(frames)), encoding="utf-8")
     page = visit(chromium, file)
-    assert page.inner_text("#count") == "5\u202f000 features"
+    assert count(page) == "5\u202f000 features"
     assert len(listed(page)) < 100  # only what can be seen is in the page
     page.focus("#list")
     page.keyboard.press("End")
@@ -228,9 +281,9 @@ def test_five_thousand_features(chromium: Any, tmp_path: Path) -> None:
     page.fill("#filters [name=words]", "word4321")
     assert 0 < len(listed(page)) <= 4
     page.fill("#filters [name=words]", "")
-    page.select_option("#filters [name=language]", label="ta")
+    page.select_option("#filters [name=language]", "ta")
     expected = frames["features"].filter(pl.col("languages").list.contains("ta")).height
-    assert page.inner_text("#count") == f"{expected} of 5\u202f000 features"
+    assert count(page) == f"{expected} of 5\u202f000 features"
     assert page.noticed == []
     page.close()
 
@@ -240,6 +293,6 @@ def test_no_feature_at_all(chromium: Any, tmp_path: Path) -> None:
     file = tmp_path / "features.html"
     file.write_text(report.build(inputs(none, languages=example.LANGUAGES)), encoding="utf-8")
     page = visit(chromium, file)
-    assert page.inner_text("#count") == "0 features" and page.inner_text("#feature") == "No such feature."
+    assert count(page) == "0 features" and page.inner_text("#feature") == "There is no feature."
     assert page.noticed == []
     page.close()

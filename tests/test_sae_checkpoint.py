@@ -177,7 +177,7 @@ def test_transcoders_of_sparsify_encode_their_input_as_it_is(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skip_connection": True}, "skip_connection is True; allowed: False"),
+        ({"skip_connection": True}, "skip_connection is true without W_skip in the weights"),
         ({"activation": "groupmax"}, "activation is 'groupmax'; allowed: 'topk'"),
         ({"signed": True}, "signed is True; allowed: False"),
         ({"transcode": "no"}, "transcode is 'no'; allowed: False, True"),
@@ -236,7 +236,7 @@ def test_a_decoder_row_of_norm_0_never_fires(tmp_path: Path) -> None:
         (lambda f: (f / "sae_weights.safetensors").unlink(), "no SAE here"),
         (lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"), "key 'W_dec'"),
         (lambda f: edit(f, architecture="gated"), "architecture is 'gated'; allowed: 'standard', 'topk', 'jumprelu'"),
-        (lambda f: edit(f, architecture="skip_transcoder"), "architecture is 'skip_transcoder'; allowed: "),
+        (lambda f: edit(f, architecture="topk_skip_transcoder", apply_b_dec_to_input=False), "key 'W_skip'"),
         (lambda f: edit(f, architecture="jumprelu"), "key 'threshold'"),
         (lambda f: edit(f, architecture="transcoder"), "apply_b_dec_to_input is True; allowed: False"),
         (lambda f: edit(f, apply_b_dec_to_input="no"), "apply_b_dec_to_input is 'no'; allowed: True, False"),

@@ -25,6 +25,8 @@ OURS = {
     "topk-transcoder": ("topk", 16),
     "jumprelu-transcoder": ("jumprelu_transcoder", 24),
     "relu-transcoder": ("transcoder", 24),
+    "jumprelu-skip-transcoder": ("jumprelu_skip_transcoder", 24),
+    "relu-skip-transcoder": ("skip_transcoder", 24),
 }
 # What SAELens writes: the class, and its settings beside d_in and d_sae.
 SAELENS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,11 +35,15 @@ SAELENS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard-no-input-bias": ("StandardSAE", {"apply_b_dec_to_input": False}),
     "transcoder": ("Transcoder", {"d_out": 12, "apply_b_dec_to_input": False}),
     "jumprelu-transcoder": ("JumpReLUTranscoder", {"d_out": 12, "apply_b_dec_to_input": False}),
+    "skip-transcoder": ("SkipTranscoder", {"d_out": 12, "apply_b_dec_to_input": False}),
+    "jumprelu-skip-transcoder": ("JumpReLUSkipTranscoder", {"d_out": 12, "apply_b_dec_to_input": False}),
 }
+SPARSIFY_OURS = ("topk", "topk-transcoder", "topk-skip-transcoder")
 # What sparsify writes.
 SPARSIFY: dict[str, dict[str, Any]] = {
     "autoencoder": {"transcode": False},
     "transcoder": {"transcode": True},
+    "skip-transcoder": {"transcode": True, "skip_connection": True},
 }
 
 SAELENS_SIDE = """
@@ -53,7 +59,7 @@ def keep(name, sae):
     x = load_file(folder / "x.safetensors")[str(sae.cfg.d_in)]
     with torch.no_grad():
         z = sae.encode(x)
-        results[name + ".z"], results[name + ".y"] = z, sae.decode(z)
+        results[name + ".z"], results[name + ".y"] = z, sae(x)
     metadata = sae.cfg.metadata
     about[name] = [sae.cfg.architecture(), metadata.model_name, metadata.hook_name]
 
@@ -89,13 +95,13 @@ for name, settings in theirs.items():
     with torch.no_grad():
         values, indices, _ = sae.encode(x)
         results["theirs." + name + ".z"] = torch.zeros(len(x), 64).scatter(1, indices, values)
-        results["theirs." + name + ".y"] = sae.decode(values, indices)
+        results["theirs." + name + ".y"] = sae(x).sae_out
 for path in sorted((folder / "ours").iterdir()):
     sae = SparseCoder.load_from_disk(path)
     with torch.no_grad():
         values, indices, _ = sae.encode(x)
         results["ours." + path.name + ".z"] = torch.zeros(len(x), 64).scatter(1, indices, values)
-        results["ours." + path.name + ".y"] = sae.decode(values, indices)
+        results["ours." + path.name + ".y"] = sae(x).sae_out
 save_file(results, folder / "results.safetensors")
 """
 
@@ -111,7 +117,9 @@ def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
         if name.startswith("topk"):
             sae = SAE(*weights, 4, b_in=b_in)
         else:
-            sae = SAE(*weights, threshold=threshold.get(name.split("-")[0], torch.zeros(64)), b_in=b_in)
+            skip = torch.randn(16, d_in, generator=draw) if "skip" in name else None
+            thresholds = threshold.get(name.split("-")[0], torch.zeros(64))
+            sae = SAE(*weights, threshold=thresholds, b_in=b_in, W_skip=skip)
         save(sae, folder / "ours" / name, META)
     return folder, in_its_environment("sae-lens", SAELENS_SIDE, folder, SAELENS)
 
@@ -120,10 +128,11 @@ def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
 def sparsify(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("sparsify")
     draw = torch.Generator().manual_seed(0)
-    for name in ("topk", "topk-transcoder"):
+    for name in SPARSIFY_OURS:
         weights = [torch.randn(*shape, generator=draw) for shape in ((64, 16), (64, 16), (64,), (16,))]
         b_in = torch.randn(16, generator=draw) if "transcoder" in name else None
-        write_sparsify(SAE(*weights, 4, b_in=b_in), folder / "ours" / name)
+        skip = torch.randn(16, 16, generator=draw) if "skip" in name else None
+        write_sparsify(SAE(*weights, 4, b_in=b_in, W_skip=skip), folder / "ours" / name)
     return folder, in_its_environment("eai-sparsify", SPARSIFY_SIDE, folder, SPARSIFY)
 
 
@@ -142,7 +151,7 @@ def test_we_load_what_saelens_saves(saelens: tuple[Path, dict[str, torch.Tensor]
     assert (load(folder / "theirs" / name).b_in is not None) == ("transcoder" in name)
 
 
-@pytest.mark.parametrize("name", ["topk", "topk-transcoder"])
+@pytest.mark.parametrize("name", SPARSIFY_OURS)
 def test_sparsify_loads_what_we_export(sparsify: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
     folder, results = sparsify
     assert_alike(folder, "ours", name, results)

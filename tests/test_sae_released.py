@@ -10,14 +10,47 @@ import numpy as np
 import pytest
 import torch
 from peers import assert_alike, in_its_environment
+from release_files import (
+    D,
+    N,
+    by_saelens_names,
+    weights,
+    write_dictionary,
+    write_gemma_scope,
+    write_gemma_scope_2,
+    write_linear,
+    write_llama_scope,
+    write_qwen_scope,
+    write_saelens,
+    write_sparsify,
+    write_traced,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 
 from babelscope.core.errors import UserError
-from babelscope.sae.checkpoint import load
+from babelscope.sae import SAE
+from babelscope.sae.checkpoint import load, save
 
-D, N = 16, 64
-# SAELens' loader, and the repository for which it has one.
-LAYOUTS = {"gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res"), "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base")}
+# SAELens' loader, the repository, and the folder or file in it.
+LAYOUTS = {
+    "gemma-scope": ("gemma_2", "x/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_9"),
+    "gemma-scope-transcoder": (
+        "gemma_2_transcoder",
+        "x/gemma-scope-2b-pt-transcoders",
+        "layer_3/width_16k/average_l0_7",
+    ),
+    "llama-scope": ("llama_scope", "x/Llama3_1-8B-Base", "Llama3_1-8B-Base-L3R-8x"),
+    "gemma-scope-2": ("gemma_3", "x/gemma-scope-2-270m-pt", "resid_post_all/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-attention": ("gemma_3", "x/gemma-scope-2-270m-pt", "attn_out/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-transcoder": ("gemma_3", "x/gemma-scope-2-270m-pt", "transcoder/layer_3_width_16k_l0_small"),
+    "gemma-scope-2-skip": ("gemma_3", "x/gemma-scope-2-270m-pt", "transcoder_all/layer_3_width_16k_l0_small_affine"),
+    "qwen-scope": ("qwen_scope", "x/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5", "layer3.sae.pt"),
+    "goodfire": ("goodfire", "Goodfire/Llama-3.1-8B-Instruct-SAE-l19", "Llama-3.1-8B-Instruct-SAE-l19.pth"),
+    "qresearch": ("deepseek_r1", "x/DeepSeek-R1-Distill-Llama-8B-SAE-l19", "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt"),
+    "mwhanna": ("mwhanna_transcoder", "mwhanna/qwen3-4b-transcoders", "layer_3.safetensors"),
+}
+# circuit-tracer's loader, and the file's tensors besides the four of every transcoder.
+TRACED = {"relu": [], "skip": ["W_skip"], "jumprelu": ["activation_function.threshold"]}
 DICTIONARIES = {
     "relu": ("dictionary", "AutoEncoder", {}),
     "topk": ("trainers.top_k", "AutoEncoderTopK", {"k": 4}),
@@ -31,28 +64,54 @@ SAELENS_SIDE = """
 import json, sys
 from pathlib import Path
 import sae_lens, torch
+from huggingface_hub.utils import EntryNotFoundError
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from safetensors.torch import load_file, save_file
 
 folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
 def local(repo_id, filename, subfolder="", **_):
-    return str(folder / "theirs" / subfolder / filename)
+    path = folder / "theirs" / repo_id / subfolder / filename
+    if not path.exists():
+        raise EntryNotFoundError(str(path))
+    return str(path)
 loaders.hf_hub_download = local
-x, results = load_file(folder / "x.safetensors")["16"], {}
-for name, (loader, repo) in layouts.items():
-    place = {"gemma-scope": "gemma-scope/layer_3/width_16k/average_l0_9"}.get(name, name)
-    cfg, state, _ = getattr(loaders, loader + "_sae_huggingface_loader")(
-        repo, place, "cpu", cfg_overrides={"d_in": 16, "d_sae": 64, "dtype": "float32"})
+loaders.get_safetensors_tensor_shapes = lambda repo, name: {
+    key: list(value.shape) for key, value in load_file(local(repo, name)).items()}
+results = {}
+for name, (loader, repo, place) in layouts.items():
+    module, sizes = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader], {"d_in": 16, "d_sae": 64, "dtype": "float32"}
+    if "transcoder" in loader:
+        sizes["d_out"] = 16
+    cfg, state, _ = module(repo, place, "cpu", cfg_overrides={"dtype": "float32"} if loader == "gemma_3" else sizes)
     cfg = loaders.handle_config_defaulting(cfg)
     sae = sae_lens.SAE.from_dict(cfg)
     sae.process_state_dict_for_loading(state)
     sae.load_state_dict(state)
     if cfg["normalize_activations"] == "expected_average_only_in":
-        about = json.loads((folder / "theirs" / name / "hyperparams.json").read_text())
+        about = json.loads(Path(local(repo, "hyperparams.json", place)).read_text())
         sae.fold_activation_norm_scaling_factor(16**0.5 / about["dataset_average_activation_norm"]["in"])
+    x = load_file(folder / "x.safetensors")[str(sae.cfg.d_in)]
+    if sae.cfg.reshape_activations == "hook_z":  # it takes activations by head
+        sae.turn_off_forward_pass_hook_z_reshaping()
     with torch.no_grad():
-        z = sae.encode(x)
-        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = z, sae.decode(z)
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = sae.encode(x), sae(x)
+save_file(results, folder / "results.safetensors")
+"""
+
+TRACER_SIDE = """
+import json, sys
+from pathlib import Path
+import torch
+from circuit_tracer.transcoder import single_layer_transcoder as tracer
+from safetensors.torch import load_file, save_file
+
+folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
+x, results = load_file(folder / "x.safetensors")["16"], {}
+for name in names:
+    sae = tracer.load_relu_transcoder(str(folder / "theirs" / name / "layer_3.safetensors"), 3, torch.device("cpu"))
+    with torch.no_grad():
+        results["theirs." + name + ".z"], results["theirs." + name + ".y"] = sae.encode(x), sae(x)
+    sae.to_safetensors(str(folder / "theirs" / name / "layer_3.safetensors"))  # as circuit-tracer itself writes them
 save_file(results, folder / "results.safetensors")
 """
 
@@ -85,42 +144,34 @@ save_file({name: value.contiguous() for name, value in results.items()}, folder 
 """
 
 
-def weights() -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    shapes = {"encoder.weight": (N, D), "decoder.weight": (D, N), "encoder.bias": (N,), "decoder.bias": (D,)}
-    found = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
-    found["decoder.weight"] /= found["decoder.weight"].norm(dim=0)  # as those released: of unit norm
-    return found
-
-
-def write_gemma_scope(folder: Path, **changes: Any) -> None:
-    w = weights()
-    arrays = {
-        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
-        "b_dec": w["decoder.bias"], "threshold": torch.linspace(-0.5, 3, N),
-    }  # fmt: skip
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **({name: value.numpy() for name, value in arrays.items()} | changes))
-
-
-def write_llama_scope(folder: Path, **changes: Any) -> None:
-    settings = {
-        "act_fn": "jumprelu", "d_model": D, "d_sae": N, "jump_relu_threshold": 0.4, "norm_activation": "dataset-wise",
-        "dataset_average_activation_norm": {"in": 6.25, "out": 6.25}, "use_decoder_bias": True,
-        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True,
-        "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
-    }  # fmt: skip
-    (folder / "checkpoints").mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in weights().items()}, folder / "checkpoints/final.safetensors")
-    (folder / "hyperparams.json").write_text(json.dumps(settings | changes))
-
-
 @pytest.fixture(scope="module")
 def saelens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("released")
-    write_gemma_scope(folder / "theirs/gemma-scope/layer_3/width_16k/average_l0_9")
-    write_llama_scope(folder / "theirs/llama-scope")
+    places = {name: folder / "theirs" / repo / place for name, (_, repo, place) in LAYOUTS.items()}
+    write_gemma_scope(places["gemma-scope"])
+    write_gemma_scope(places["gemma-scope-transcoder"])
+    write_llama_scope(places["llama-scope"])
+    write_gemma_scope_2(places["gemma-scope-2"])
+    write_gemma_scope_2(places["gemma-scope-2-attention"], 24)
+    about = {"model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output"}
+    write_gemma_scope_2(places["gemma-scope-2-transcoder"], **about, hf_hook_point_out="model.layers.3.x.output")
+    write_gemma_scope_2(places["gemma-scope-2-skip"])
+    write_qwen_scope(places["qwen-scope"])
+    write_linear(places["goodfire"], "_linear")
+    write_linear(places["qresearch"], "")
+    write_traced(places["mwhanna"])
+    sizes = {"d_model": {"value": D}, "d_feature": {"value": N}, "batch_size": {"value": 1}}
+    (places["mwhanna"].parent / "wandb-config.yaml").write_text(json.dumps(sizes))
+    (places["mwhanna"].parent / "config.yaml").write_text(json.dumps({"model_name": "Qwen/Qwen3-4B"}))
     return folder, in_its_environment("sae-lens", SAELENS_SIDE, folder, LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("traced")
+    for name, more in TRACED.items():
+        write_traced(folder / "theirs" / name / "layer_3.safetensors", more)
+    return folder, in_its_environment("circuit-tracer", TRACER_SIDE, folder, list(TRACED))
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +181,21 @@ def dictionaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_scopes_are_what_saelens_makes_of_them(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
+def test_releases_are_what_saelens_makes_of_them(saelens: tuple[Path, dict[str, torch.Tensor]], name: str) -> None:
     folder, results = saelens
-    deeper = "gemma-scope/layer_3/width_16k/average_l0_9" if name == "gemma-scope" else name
-    assert_alike(folder, "theirs", name, results, deeper)
+    _, repo, place = LAYOUTS[name]
+    assert_alike(folder, "theirs", name, results, f"{repo}/{place}")
+    sae = load(folder / "theirs" / repo, place)
+    assert sae.is_transcoder == (name == "mwhanna" or name.endswith(("transcoder", "skip")))
+    assert (sae.W_skip is not None) == name.endswith("skip") and sae.k == (5 if name == "qwen-scope" else None)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_transcoders_are_what_circuit_tracer_makes_of_them(
+    traced: tuple[Path, dict[str, torch.Tensor]], name: str
+) -> None:
+    folder, results = traced
+    assert_alike(folder, "theirs", name, results, f"{name}/layer_3.safetensors")
 
 
 @pytest.mark.parametrize("name", DICTIONARIES)
@@ -151,6 +213,63 @@ def test_gemma_scope_by_hand(tmp_path: Path) -> None:
     values, indices = sae.encode(x)
     torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values), z, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae(x), z @ w["decoder.weight"].T + w["decoder.bias"], rtol=0, atol=1e-5)
+
+
+def dense(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    values, indices = sae.encode(x)
+    return torch.zeros(len(x), sae.latents).scatter_add(1, indices, values)
+
+
+@pytest.mark.parametrize("kind", ["resid_post_all", "transcoder_all"])
+def test_gemma_scope_2_by_hand(tmp_path: Path, kind: str) -> None:
+    """`transcoder` in the folder's name, or an output in config.json, makes it a transcoder."""
+    place = f"{kind}/layer_3_width_16k_l0_small" + "_affine" * (kind == "transcoder_all")
+    write_gemma_scope_2(tmp_path / "gemma-scope-2-1b-pt" / place)
+    sae, w = load(tmp_path / "gemma-scope-2-1b-pt", place), by_saelens_names()
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score = x @ w["W_enc"] + w["b_enc"]
+    z = torch.where((score > torch.linspace(-0.5, 3, N)) & (score > 0), score, 0)
+    torch.testing.assert_close(dense(sae, x), z, rtol=0, atol=1e-5)
+    y = z @ w["W_dec"] + w["b_dec"]
+    if sae.is_transcoder:
+        y += x @ torch.randn(D, D, generator=torch.Generator().manual_seed(5))  # stored as [d_in, d]
+    torch.testing.assert_close(sae(x), y, rtol=0, atol=1e-4)
+    assert sae.is_transcoder == (kind == "transcoder_all")
+    write_gemma_scope_2(tmp_path / "told", hf_hook_point_out="model.layers.3.post_feedforward_layernorm.output")
+    assert load(tmp_path / "told").is_transcoder
+
+
+@pytest.mark.parametrize("kind", ["qwen-scope", "goodfire", "circuit-tracer"])
+def test_single_files_by_hand(tmp_path: Path, kind: str) -> None:
+    w, x = by_saelens_names(), torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+    score, skip = (x @ w["W_enc"] + w["b_enc"]).relu(), torch.zeros(D, D)
+    if kind == "qwen-scope":
+        file = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_4/layer3.sae.pt"
+        write_qwen_scope(file)
+        z = torch.zeros_like(score).scatter(1, *reversed(score.topk(4)))
+    elif kind == "goodfire":
+        file, z = tmp_path / "sae/Llama-3.1-8B-Instruct-SAE-l19.pth", score
+        write_linear(file, "_linear")
+    else:
+        file, z = tmp_path / "qwen3-4b/layer_3.safetensors", score
+        write_traced(file, ["W_skip"])
+        skip = torch.randn(D, D, generator=torch.Generator().manual_seed(6))
+    for sae in (load(file), load(file.parent, file.name)):
+        torch.testing.assert_close(dense(sae, x), z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sae(x), z @ w["W_dec"] + w["b_dec"] + x @ skip.T, rtol=0, atol=1e-4)
+        assert sae.is_transcoder == (kind == "circuit-tracer")
+    # Written in SAELens' layout, as stage `train` does, it computes the same.
+    save(sae, tmp_path / "saved", {"model_name": "m", "hook_name": "layers.3"})
+    torch.testing.assert_close(load(tmp_path / "saved")(x), sae(x), rtol=0, atol=1e-5)
+
+
+def test_a_name_that_does_not_tell_what_it_should_is_refused(tmp_path: Path) -> None:
+    write_qwen_scope(tmp_path / "mine/layer3.sae.pt")
+    with pytest.raises(UserError, match=r"layer3\.sae\.pt: the name of its folder does not tell k; keep"):
+        load(tmp_path / "mine", "layer3.sae.pt")
+    write_gemma_scope(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6")
+    with pytest.raises(UserError, match="an SAE of the token embeddings; allowed: SAEs of the blocks"):
+        load(tmp_path / "gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6")
 
 
 @pytest.mark.parametrize("is_of_output", [True, False])
@@ -203,16 +322,6 @@ def test_a_llama_scope_latent_fires_by_what_it_adds_to_the_output(tmp_path: Path
     torch.testing.assert_close(load(tmp_path)(x), y, rtol=0, atol=1e-4)
 
 
-def write_dictionary(folder: Path, kind: str, **changes: Any) -> None:
-    w, trainer = weights(), {"dict_class": kind, "activation_dim": D, "dict_size": N}
-    tensors = {"b_dec": w.pop("decoder.bias"), **w, "k": torch.tensor(4), "threshold": torch.tensor(1.5)}
-    if kind == "MatryoshkaBatchTopKSAE":
-        tensors |= {"W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"]}
-    folder.mkdir(parents=True)
-    torch.save(tensors | changes, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
-
-
 @pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
 def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) -> None:
     write_dictionary(tmp_path / "set", kind)
@@ -222,17 +331,6 @@ def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path, kind: str) ->
         load(tmp_path / "unset")
     write_dictionary(tmp_path / "topk", "AutoEncoderTopK", threshold=torch.tensor(-1.0))
     assert load(tmp_path / "topk").k == 4  # which does not use it
-
-
-def write_saelens(folder: Path, **changes: Any) -> None:
-    w = weights()
-    tensors = {
-        "W_enc": w["encoder.weight"].T, "W_dec": w["decoder.weight"].T, "b_enc": w["encoder.bias"],
-        "b_dec": w["decoder.bias"],
-    }  # fmt: skip
-    folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": N, **changes}))
 
 
 @pytest.mark.parametrize("architecture", ["topk", "standard", None])
@@ -246,21 +344,12 @@ def test_topk_of_saelens_before_release_6(tmp_path: Path, architecture: str | No
     assert old.k == 4 and torch.equal(old(x), new(x))
 
 
-def write_sparsify(folder: Path, **changes: Any) -> None:
-    w = weights()
-    tensors = {"encoder.weight": w["encoder.weight"], "encoder.bias": w["encoder.bias"], "b_dec": w["decoder.bias"],
-               "W_dec": w["decoder.weight"].T.contiguous()}  # fmt: skip
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "sae.safetensors")
-    settings = {"d_in": D, "k": 4, "num_latents": 0, "expansion_factor": N // D}
-    (folder / "cfg.json").write_text(json.dumps(settings | changes))
-
-
 FILES = {
     "sae_weights.safetensors": write_saelens,
     "sae.safetensors": write_sparsify,
     "params.npz": write_gemma_scope,
     "checkpoints/final.safetensors": write_llama_scope,
+    "params.safetensors": write_gemma_scope_2,
     "ae.pt": lambda folder: write_dictionary(folder, "BatchTopKSAE"),
 }
 
@@ -274,7 +363,7 @@ def test_tensors_that_are_missing_or_misshapen_are_refused_in_every_format(
     path = tmp_path / "sae" / file
     read = {".npz": lambda: {k: torch.from_numpy(v) for k, v in np.load(path).items()}, ".pt": lambda: torch.load(path)}
     tensors = read.get(path.suffix, lambda: load_file(path))()
-    decoder = "W_dec" if "W_dec" in tensors else "decoder.weight"
+    decoder = next(name for name in ("W_dec", "w_dec", "decoder.weight") if name in tensors)
     if fault.endswith("."):
         changed = {fault + name: value for name, value in tensors.items()}
     elif fault == "one lacks":
@@ -314,11 +403,11 @@ def test_settings_of_another_size_than_the_weights_are_refused(
         load(tmp_path / "sae")
 
 
-def test_a_skip_connection_is_refused_though_the_settings_do_not_say_so(tmp_path: Path) -> None:
+def test_a_skip_connection_that_only_the_weights_have_is_refused(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "sae")
     path = tmp_path / "sae/sae.safetensors"
     save_file(load_file(path) | {"W_skip": torch.zeros(D, D)}, path)
-    with pytest.raises(UserError, match="skip connection, W_skip"):
+    with pytest.raises(UserError, match="skip_connection is true without W_skip in the weights, or the other"):
         load(tmp_path / "sae")
 
 

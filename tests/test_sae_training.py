@@ -448,6 +448,17 @@ def test_a_transcoder_learns_the_map_from_input_to_output(tmp_path: Path) -> Non
     assert abs(history[-1]["fvu"] - result.fvu) < 0.15
 
 
+@pytest.mark.parametrize("frozen", ["decoder", "encoder"])
+def test_frozen_weights_stay_as_initialised(tmp_path: Path, frozen: str) -> None:
+    settings = SETTINGS.model_copy(update={"frozen": frozen, "dead_after": 64})
+    short = settings.model_copy(update={"tokens": 64})
+    first, last = (run(tmp_path / str(each.tokens), each)[2] for each in (short, settings))
+    pairs = {"decoder": (first.W_dec, last.W_dec), "encoder": (first.encoder, last.encoder)}
+    for name, (before, after) in pairs.items():
+        change = (after - before).norm() / before.norm()
+        assert change < 1e-5 if name == frozen else change > 0.1, name
+
+
 def test_weight_decay_shortens_encoder_rows_alone() -> None:
     settings = SETTINGS.model_copy(update={"weight_decay": 2.0, "warmup": 0.0, "decay": 0.0})
     training = SAETraining(settings, steps=10, seed=1)

@@ -18,7 +18,7 @@ import uvicorn
 from babelscope import config
 from babelscope.core.paths import Paths
 from babelscope.playground import server
-from babelscope.playground.reading import Reader
+from babelscope.playground.reading import STRONGEST, Reader
 from babelscope.report import browser
 from babelscope.report.run import read_features
 
@@ -77,7 +77,7 @@ def test_a_sentence_is_read_and_continued_as_the_slider_says(address: str, reade
     page.select_option("#target", "ja")
     page.focus("#strength")
     page.keyboard.press("End")
-    strongest = 2 * max(reader.params.steer.strengths)
+    strongest = STRONGEST
     page.wait_for_selector(f"#continuation[data-strength='{strongest:g}'][data-target='ja']")
     steered = page.text_content("#continuation .new")
     assert steered == reader.continuation(TURKISH, "ja", strongest) != reader.continuation(TURKISH, "ja", 0.0)

@@ -1,58 +1,66 @@
-"""The stage `steer` on a tiny model: what it feeds, and that its batches change nothing."""
+"""The stage `steer` on a tiny model: what it writes, and that its batches change nothing."""
 
 import json
 from pathlib import Path
 
 import polars as pl
 from test_browse_stage import Tokenizer, browse, folder  # noqa: F401
-from test_neurons_stages import model, stage  # noqa: F401
+from test_neurons_stages import SAE_AT, model, stage  # noqa: F401
 
-from babelscope.core import fingerprint as fingerprints
 from babelscope.corpus import lid
 from babelscope.models import loading
-from babelscope.steering import generation
+from babelscope.steering import vectors
 
 
 class Lid:
-    """Takes every text for German."""
+    """Takes texts with an even first token for German."""
 
     def match(self, languages):
         return {name: name for name in languages}, {}
 
     def predict(self, texts):
-        return pl.DataFrame({"predicted": ["de"] * len(texts)})
+        return pl.DataFrame({"predicted": ["de" if int(text.split()[0]) % 2 == 0 else "en" for text in texts]})
 
 
 class Decoding(Tokenizer):
     def batch_decode(self, ids, skip_special_tokens):
-        return [" ".join(str(token) for token in row if token != 1) for row in ids.tolist()]
+        rows = ids if isinstance(ids, list) else ids.tolist()
+        return [" ".join(str(token) for token in row if token != 1) or "9" for row in rows]
 
 
-def test_the_stage_feeds_special_tokens_and_its_batches_change_nothing(folder, monkeypatch):  # noqa: F811
-    seen = []
-
-    def fingerprint(name, params, inputs):
-        seen.append(params)
-        return original(name, params, inputs)
-
-    original = fingerprints.fingerprint
-    monkeypatch.setattr(fingerprints, "fingerprint", fingerprint)
+def test_the_stage_compares_methods_and_its_batches_change_nothing(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(loading, "load_tokenizer", lambda section: Decoding())
     monkeypatch.setattr(lid, "FastText", Lid)
-    fed = []
-    generate = generation.generate
-    monkeypatch.setattr(
-        generation, "generate", lambda m, ids, *a, **k: fed.append((ids, k)) or generate(m, ids, *a, **k)
-    )
     found = []
     for rows in (100, 3):
         browse()
         content = json.loads(Path("params.yaml").read_text())
-        content["steer"] |= {"strengths": [2.0], "prompts": 3, "prompt_tokens": 3, "new_tokens": 4, "batch_rows": rows}
+        content["steer"] |= {
+            "methods": ["diffmean", "pca", "probe", "features", "features-1", "sae-diffmean", "prompt"],
+            "strengths": [1.0, 2.0], "prompts": 3, "prompt_tokens": 4, "new_tokens": 4, "batch_rows": rows,
+            "sampled": 2, "tokens": 50, "bootstrap": 20,
+        }  # fmt: skip
         Path("params.yaml").write_text(json.dumps(content))
         stage("steer")
-        found.append(pl.read_parquet("data/steer/generations.parquet"))
-    assert found[0].equals(found[1]) and len(found[0]) == 3 * (1 + 3) and len(fed) > 2
-    assert all((ids[:, 0] == 1).all() and ids.shape[1] == 4 and how["special"] == 1 for ids, how in fed)
-    assert found[0]["prompt"].str.split(" ").list.len().to_list() == [3] * 12
-    assert seen[0]["ratio"] == content["score"]["ratio"]
+        found.append((pl.read_parquet("data/steer/generations.parquet"), Path("metrics/steer.json").read_text()))
+    judged = found[0][0]
+    assert judged.drop("nll").equals(found[1][0].drop("nll"))
+    assert [json.loads(one[1])["best"] for one in found][0] == json.loads(found[1][1])["best"]
+    languages = content["languages"]
+    assert (judged["prompt_language"] != judged["language"]).all()
+    greedy = judged.filter(decoding="greedy").group_by("method", "language").len()
+    assert set(greedy["len"]) == {3} and set(greedy["method"]) >= {"diffmean", "prompt", "nothing", "features"}
+    assert set(judged.filter(decoding="sampled").group_by("method", "language").len()["len"]) == {2}
+    assert judged.filter(method="nothing").group_by("prompt").agg(pl.col("text").n_unique())["text"].max() == 1
+    settings = json.loads(Path("data/vectors/settings.json").read_text())
+    table = vectors.read(Path("data/vectors/diffmean.safetensors"))
+    steered = judged.filter(method="diffmean")["language"].unique().to_list()
+    assert settings["diffmean"].keys() == set(steered) <= set(languages)
+    assert settings["features"].popitem()[1]["hookpoint"] in (SAE_AT,)
+    assert all(one["hookpoint"] in table and one["strength"] in (1.0, 2.0) for one in settings["diffmean"].values())
+    numbers = json.loads(found[0][1])
+    assert {f"development/{SAE_AT}/diffmean", "harmonic/diffmean", "verdict", "harmonic_sampled/diffmean"} <= set(
+        numbers
+    )
+    tried = pl.read_parquet("data/steer/development.parquet")
+    assert set(tried["prompts"]) == {2, 6}

@@ -1,5 +1,9 @@
-"""Steering on a tiny model, and what is made of the generated texts."""
+"""Steering on a tiny model: generation, vectors, and what is made of the answers."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -7,145 +11,278 @@ import transformers
 from closure import ROOT
 from test_neurons_stages import tokenizer
 
-from babelscope import config
-from babelscope.core.paths import Paths
+from babelscope.core.errors import UserError
+from babelscope.core.files import write_json
+from babelscope.models import hookpoints as hooks
+from babelscope.models.tokens import TokenizedText
+from babelscope.models.top_tokens import TopTokens
 from babelscope.sae.autoencoder import SAE
-from babelscope.steering import generation, run, success
+from babelscope.steering import development, generation, judge, prompts, removal, statistics, vectors
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(vocabulary: int = 60):
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+        vocab_size=vocabulary, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
     )
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-PROMPTS = torch.tensor([[3, 4, 5], [6, 7, 8], [3, 4, 5]])
+@pytest.fixture(scope="module")
+def model():
+    return build()
 
 
-def test_direction_is_the_weighted_sum_of_decoder_rows():
-    decoder = torch.arange(12.0).view(4, 3)
-    dictionary = SAE(decoder, decoder, torch.zeros(4), torch.zeros(3), 2)
-    assert torch.equal(generation.direction(dictionary, [3, 1], [2.0, 0.5]), 2 * decoder[3] + 0.5 * decoder[1])
+# Of different lengths, and one twice.
+PROMPTS = [(3, 4, 5, 9), (6, 7, 8), (3, 4, 5, 9)]
+
+
+def generate(model, prompts, edits, new_tokens=6, temperature=0.0, seed=0):
+    return generation.generate(
+        TopTokens(model), prompts, edits, special=1, new_tokens=new_tokens, temperature=[temperature] * len(prompts),
+        seeds=[[seed, row] for row in range(len(prompts))],
+    )  # fmt: skip
 
 
 def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model):
-    added = {"layers.1.mlp": torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 3}
-    added["layers.1.mlp"][0] = 0
-    found = generation.generate(model, PROMPTS, added, new_tokens=6, temperature=0.0, seed=0)
+    added = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 3
+    added[0] = 0
+    removed = torch.nn.functional.normalize(torch.tensor([[1.0, 2.0] + [0.0] * 14] * 3), dim=1)
+    found = generate(model, PROMPTS, {"layers.1": generation.Change(added, removed)})
     for row in range(3):
-        ids = PROMPTS[row].tolist()
+        ids = list(PROMPTS[row])
+        first = 1  # the special token stays as it is
         for _ in range(6):
 
-            def change(_module, _inputs, output, row=row):
+            def change(_module, _inputs, output, row=row, first=first):
                 output = output.clone()
-                output[:, 1:] += added["layers.1.mlp"][row]
+                x = output[:, first:]
+                x -= (x @ removed[row]).unsqueeze(-1) * removed[row]
+                x += added[row]
                 return output
 
-            handle = model.model.layers[1].mlp.register_forward_hook(change)
+            handle = model.model.layers[1].register_forward_hook(change)
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             handle.remove()
             logits[model.generation_config.eos_token_id] = -torch.inf  # the end is not generated
             ids.append(int(logits.argmax()))
-        assert found[row].tolist() == ids[3:]
+        assert found[row].tolist() == ids[len(PROMPTS[row]) :]
     assert found[0].tolist() != found[2].tolist()
 
 
 def test_sampling_depends_on_the_seed_only_and_leaves_the_global_one(model):
     state = torch.random.get_rng_state()
-    a, b, c = (generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=1.0, seed=s) for s in (1, 1, 2))
+    a, b, c = (generate(model, PROMPTS, {}, 8, 1.0, seed) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(3, 50))},
-        {"bad_words_ids": [[i] for i in range(3, 50)]}, {"do_sample": True, "min_p": 0.9, "top_k": 2, "top_p": 0.1},
-        {"num_beams": 3}, {"sequence_bias": [[[7], 50.0]]}, {"forced_eos_token_id": 9},
-    ],
-    ids=lambda one: next(iter(one)),
-)  # fmt: skip
-def test_the_models_own_generation_config_changes_nothing(model, monkeypatch, theirs, temperature):
-    plain = generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0)
-    own = transformers.GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **theirs)
+def test_the_models_own_generation_config_changes_nothing(model, monkeypatch):
+    plain = generate(model, PROMPTS, {}, 8)
+    own = transformers.GenerationConfig(eos_token_id=model.generation_config.eos_token_id, repetition_penalty=5.0)
     monkeypatch.setattr(model, "generation_config", own)
-    assert torch.equal(plain, generation.generate(model, PROMPTS, {}, new_tokens=8, temperature=temperature, seed=0))
-    assert model.generation_config is own
-
-
-def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(model):
-    how = {"new_tokens": 8, "temperature": 0.7, "seed": 3}
-    prompts = torch.cat([PROMPTS] * 3)
-    whole = generation.generate(model, prompts, {}, **how)
-    for size in (1, 2, 4):
-        starts = range(0, 9, size)
-        parts = [generation.generate(model, prompts[at : at + size], {}, first_row=at, **how) for at in starts]
-        assert torch.equal(torch.cat(parts), whole)
-    assert whole[0].tolist() != whole[3].tolist()  # the same prompt in another row
+    assert torch.equal(plain, generate(model, PROMPTS, {}, 8))
 
 
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(20_000, 4)
-    drawn = generation._pick(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), 0.5)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn = generation._pick(logits, uniform, torch.full((20_000,), 0.5))
     wanted = (logits[0] / 0.5).softmax(0)
     torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 20_000, wanted, atol=0.01, rtol=0)
 
 
-def test_special_tokens_are_in_the_prompt_and_stay_as_they_are(model, tmp_path, monkeypatch):
-    rows = [("a", "en", "eval", "5 6 7 8"), ("b", "en", "eval", "5 6 7 9"), ("c", "en", "eval", "5"),
-            ("d", "en", "eval", "8 9 5"), ("e", "de", "eval", "4 4 4"), ("f", "en", "train", "3 3 3")]  # fmt: skip
-    (tmp_path / "data/corpus").mkdir(parents=True)
-    pl.DataFrame(rows, schema=["text_id", "language", "split", "text"], orient="row").write_parquet(
-        tmp_path / "data/corpus/texts.parquet"
-    )
-    monkeypatch.chdir(tmp_path)
-    params = config.load(ROOT / "params.yaml")
-    params = params.model_copy(
-        update={"steer": params.steer.model_copy(update={"prompts": 2, "prompt_tokens": 3, "prompt_language": "en"})}
-    )
-    assert run.first_tokens(tokenizer, params, Paths()) == [[1, 5, 6, 7], [1, 8, 9, 5]]
-
-    x = torch.zeros(1, 4, 2)
-    added = torch.ones(1, 2)
-    assert generation.add(added, 2)(x)[0, :, 0].tolist() == [0, 0, 1, 1]
-    assert generation.add(added, 2)(x[:, :1])[0, :, 0].tolist() == [1]  # a later pass, over one token
-    seen = []
-    monkeypatch.setattr(generation, "add", lambda vectors, special: seen.append(special) or (lambda y: y))
-    for special in (0, 1, 2):
-        added = {"layers.1.mlp": torch.ones(3, 16)}
-        generation.generate(model, PROMPTS, added, new_tokens=2, temperature=0.0, seed=0, special=special)
-    assert seen == [1, 1, 2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_screened_vocabulary_gives_the_largest_logits(dtype):
+    model = build(3 * 4096).to(dtype)
+    top = TopTokens(model)
+    assert top.codes is not None
+    ids = torch.randint(5, 3000, (8, 4), generator=torch.Generator().manual_seed(0))
+    logits, tokens = top(5, input_ids=ids, use_cache=False)
+    whole = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    torch.testing.assert_close(logits, whole.gather(1, tokens), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
+    if dtype == torch.float32:
+        assert torch.equal(tokens, whole.topk(5, dim=1).indices)
+    assert (whole.amax(1) - whole.gather(1, tokens[:, :1])[:, 0] <= (0 if dtype == torch.float32 else 0.01)).all()
 
 
 def test_fluency_by_hand(model):
     generated = torch.tensor([[9, 9, 9, 9], [9, 8, 7, 6], [1, 2, 1, 2]])
-    nll, distinct = generation.fluency(model, PROMPTS, generated)
-    assert distinct.tolist() == pytest.approx([1 / 3, 1.0, 2 / 3])
-    logp = model(input_ids=torch.cat([PROMPTS, generated], 1), use_cache=False).logits.log_softmax(-1)
-    by_hand = -sum(logp[1, 2 + i, generated[1, i]] for i in range(4)) / 4
+    assert generation.distinct_2(generated) == pytest.approx([1 / 3, 1.0, 2 / 3])
+    nll = generation.continuation_nll(model, PROMPTS, generated)
+    logp = model(input_ids=torch.tensor([[*PROMPTS[1], 9, 8, 7, 6]]), use_cache=False).logits.log_softmax(-1)[0]
+    by_hand = -sum(logp[2 + i, generated[1, i]] for i in range(4)) / 4
     assert nll[1].item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_judgement_and_figures_by_hand():
-    rows = [  # language, strength, control, predicted, nll, distinct-2
-        (None, 0.0, None, "en", 2.0, 1.0), (None, 0.0, None, "fi", 2.0, 1.0),
-        ("fi", 1.0, None, "fi", 3.0, 0.2), ("fi", 1.0, None, "en", 3.0, 0.9),
-        ("fi", 2.0, None, "fi", 5.0, 0.9), ("fi", 2.0, None, "fi", 9.0, 0.9),
-        ("fi", 2.0, 1, "en", 4.0, 0.9), ("fi", 2.0, 1, "en", 4.0, 0.9),
-        ("xx", 1.0, None, "en", 4.0, 0.9),
-    ]  # fmt: skip
-    names = {"language": pl.String, "strength": pl.Float64, "control": pl.Int32}
-    frame = pl.DataFrame(
-        rows, schema=names | {"predicted": pl.String, "nll": pl.Float64, "distinct_2": pl.Float64}, orient="row"
+def test_a_model_without_keys_and_values_is_refused():
+    config = transformers.MambaConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match=r"model\.name: MambaForCausalLM keeps no keys and values"):
+        generate(model, [(3, 4)], {})
+
+
+def test_directions_by_hand():
+    rows = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 1.0], [0.0, 3.0], [-3.0, 0.0]])
+    codes = torch.tensor([0, 0, 1, 1, 2])
+    # The means are (3, 0), (0, 2), (-3, 0); that of the others of the first is (-1.5, 1).
+    assert vectors.directions("diffmean", rows, codes, 3).tolist() == [[4.5, -1.0], [0.0, 2.0], [-4.5, -1.0]]
+    pca = vectors.directions("pca", rows, codes, 3)
+    away = rows[:2] - torch.tensor([-1.5, 1.0])
+    first = torch.linalg.svd(away).Vh[0]
+    assert abs(pca[0] @ first).item() == pytest.approx(1, abs=1e-5) and pca[0] @ torch.tensor([4.5, -1.0]) > 0
+    # Within the languages: variances 2/5 along both axes, no covariance; both get a tenth of 2/5 more.
+    probe = vectors.directions("probe", rows, codes, 3)
+    torch.testing.assert_close(probe, vectors.directions("diffmean", rows, codes, 3) / (0.4 * 1.1))
+    scaled = vectors.as_long_as(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    torch.testing.assert_close(scaled, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_vectors_of_latents_by_hand():
+    decoder = torch.arange(12.0).view(4, 3)
+    dictionary = SAE(decoder, decoder, torch.zeros(4), torch.zeros(3), 2)
+    assert torch.equal(vectors.of_features(dictionary, [3, 1], [2.0, 0.5]), 2 * decoder[3] + 0.5 * decoder[1])
+    counts = pl.DataFrame({"unit": [1, 1, 3], "language": ["a", "b", "b"], "sum": [4.0, 2.0, 6.0]})
+    totals = pl.DataFrame({"language": ["a", "b"], "tokens": [2, 4]})
+    mean = vectors.mean_activations(counts, totals)  # a: 2 of latent 1; b: 0.5 of latent 1, 1.5 of latent 3
+    difference = 1.5 * decoder[1] - 1.5 * decoder[3]
+    torch.testing.assert_close(
+        vectors.sae_diffmean(dictionary, mean, ["a", "b"]), torch.stack([difference, -difference])
     )
-    judged = success.judge(frame, {"fi": "fi"}, 0.5, 6.0)
-    assert judged["success"].to_list() == [None, None, False, False, True, False, False, False, None]
-    numbers = success.figures(judged, {"fi": "fi"}, 0.5, 6.0)
-    assert numbers["strength/fi"] == 2.0 and numbers["success/fi"] == 0.5 and numbers["called/fi"] == 1.0
-    assert numbers["nll/fi"] == 7.0 and numbers["success_unsteered/fi"] == 0.5 and numbers["success_control/fi"] == 0
-    assert numbers["success_at/1"] == 0.0 and numbers["success_at/2"] == 0.5 and "success/xx" not in numbers
+
+
+def test_features_are_taken_by_causal_rank_if_there_is_one():
+    features = pl.DataFrame({"hookpoint": "h", "unit": [5, 6, 7], "language": "de", "rank": [1, 2, 3]})
+    assert vectors.ranked(features, None)["unit"].to_list() == [5, 6, 7]
+    effects = features.head(2).with_columns(causal_rank=pl.Series([2, 1]))
+    assert vectors.ranked(features, effects)["unit"].to_list() == [6, 5, 7]
+
+
+def test_vectors_are_read_as_they_were_written(tmp_path):
+    written = {"diffmean": {"layers.1": {"pt-BR": torch.tensor([1.0, 2.0])}, "layers.2": {"pt-BR": torch.ones(2)}}}
+    vectors.write(tmp_path, written)
+    found = vectors.read(tmp_path / "diffmean.safetensors")
+    assert found.keys() == {"layers.1", "layers.2"} and found["layers.1"]["pt-BR"].tolist() == [1.0, 2.0]
+    assert vectors.place_of("layers.12.post_feedforward_layernorm") == "layers.12" == vectors.place_of("layers.12")
+
+
+def test_prompts_end_in_a_line_break_and_begin_with_special_tokens(monkeypatch):
+    monkeypatch.setattr(prompts, "content_ids", lambda _, texts: [[42] if text == "\n" else [7] for text in texts])
+    rows = [("a", "en", "1", "5 6 7 8"), ("b", "en", "2", "5 6 7 9"), ("c", "en", "3", "5"), ("d", "de", "1", "4 4")]
+    texts = pl.DataFrame(rows, schema=["text_id", "language", "group", "text"], orient="row")
+    lines = prompts.Lines(tokenizer, 3)
+    found = prompts.choose(lines, texts, ["en", "de"], 1)
+    assert [prompt.ids for prompt in found["en"]] == [(1, 5, 6, 7, 42)] and found["de"][0].content == (4, 4)
+    assert lines.after(found["en"][0], ["x", "y"]) == (1, 7, 42, 7, 42, 5, 6, 7, 42)
+    assert prompts.example(texts, "en", "de", set()) == ["5 6 7 8", "4 4"]
+    assert prompts.example(texts, "en", "de", {"1"}) == []
+    with pytest.raises(UserError, match=r"steer\.prompts: 2 prompts in 'de' wanted; there are 1"):
+        prompts.choose(lines, texts, ["de"], 2)
+
+
+def test_relevance_by_hand():
+    pool = judge.pools([2, 3])
+    assert pool.tolist() == [[0, 1], [1, 0], [2, 3], [3, 4], [4, 2]]
+    asked = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    answers = torch.tensor([[5.0, 1.0], [1.0, 5.0], [1.0, -9.0]])
+    assert judge.relevant(answers, asked, torch.tensor([0, 0, 4]), pool).tolist() == [True, False, False]
+    mean = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([3.0, 1.0])}
+    assert judge.centred(torch.zeros(2, 2), ["b", None], mean).tolist() == [[-3.0, -1.0], [-2.0, -1.0]]
+
+
+def test_embeddings_are_the_means_of_the_states_of_content_tokens(model):
+    found = judge.embed(model, "layers.1", [[5, 6], [7, 8, 9]], [1], 100)
+    states = hooks.read(model, ["layers.1"], input_ids=torch.tensor([[1, 7, 8, 9]]))["layers.1"][0, 1:]
+    torch.testing.assert_close(found[1], states.mean(0), atol=1e-5, rtol=0)
+    assert judge.encoder_place(model, "layers.0") == "layers.1"
+
+
+def test_development_halves_the_settings():
+    settings = [("a", 1.0, (1, 1)), ("a", 2.0, (0, 1)), ("a", 3.0, (0, 0)), ("b", 1.0, (0, 1))]
+    rows = [("m", "de", place, strength, slot, hit, True, 1.0)
+            for place, strength, hits in settings for slot, hit in enumerate(hits)]  # fmt: skip
+    names = ["method", "language", "place", "strength", "slot", "forced", "relevant", "distinct_2"]
+    table = development.scores(pl.DataFrame(rows, schema=names, orient="row").with_columns(pl.col("forced") == 1))
+    # Both of two forced: (2 + 0.5) / 3 = 5/6; all are relevant.
+    assert table["score"].to_list() == pytest.approx(
+        [5 / 6, 2 * 0.5 * (5 / 6) / (0.5 + 5 / 6), 2 / 6 * (5 / 6), 0.625], abs=0.05
+    )
+    assert development.places(table)["place"].to_list() == ["a", "b"]
+    assert development.promising(table).select("place", "strength").rows() == [("a", 1.0), ("a", 2.0)]
+    assert development.best(table, 1)["strength"].to_list() == [1.0]
+
+
+def test_figures_and_verdict_by_hand():
+    rows = [(method, language, slot, forced, relevant, 0.9, 2.0)
+            for method, forced, relevant in (("diffmean", True, True), ("features", False, True))
+            for language in ("de", "fi", "ja") for slot in range(4)]  # fmt: skip
+    rows[0] = ("diffmean", "de", 0, False, True, 0.9, None)
+    rows[4] = ("diffmean", "fi", 0, False, True, 0.9, 2.0)
+    names = ["method", "language", "slot", "forced", "relevant", "distinct_2", "nll"]
+    frame = pl.DataFrame(rows, schema=names, orient="row")
+    numbers = statistics.figures(
+        frame, ["diffmean", "features"], ["de", "fi", "ja"], ["de"], "features", slots=4, resamples=50, seed=0
+    )
+    assert numbers["diffmean/harmonic/de"] == numbers["diffmean/harmonic/fi"] == pytest.approx(2 * 0.75 / 1.75)
+    # German, a language of the prompts, is in no mean.
+    assert numbers["harmonic/diffmean"] == pytest.approx((2 * 0.75 / 1.75 + 1) / 2) == numbers["best_harmonic"]
+    assert numbers["forcing/diffmean"] == pytest.approx(0.875) and numbers["harmonic/features"] == 0
+    assert numbers["features_minus_diffmean"] == pytest.approx(-numbers["harmonic/diffmean"])
+    assert numbers["verdict"] == "worse" and numbers["best"] == "diffmean" and numbers["nll/diffmean"] == 2.0
+    low, high = numbers["harmonic_low/diffmean"], numbers["harmonic_high/diffmean"]
+    assert low < numbers["harmonic/diffmean"] < high == 1.0
+    assert statistics.harmonic(np.array([0.0, 1.0]), np.array([0.0, 0.5])).tolist() == [0.0, pytest.approx(2 / 3)]
+
+
+def test_the_lines_of_the_page_steer_as_the_stage_does(model, tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(3)) * 2
+    vectors.write(Path("data/vectors"), {"diffmean": {"layers.1": {"de": vector}}})
+    write_json(Path("data/vectors/settings.json"), {"diffmean": {"de": {"hookpoint": "layers.1", "strength": 1.5}}})
+    ids = torch.tensor([PROMPTS[0]])
+    names = {"model": model, "prompt": "p", "tokenizer": lambda *_, **__: {"input_ids": ids}}
+    exec(block, names)  # noqa: S102
+    edits = {"layers.1": generation.Change(1.5 * vector.unsqueeze(0))}
+    wanted = generate(model, PROMPTS[:1], edits, 10)[0].tolist()
+    found = names["answer"][0, len(PROMPTS[0]) :].tolist()
+    assert found == wanted[: len(found)] and found != generate(model, PROMPTS[:1], {}, 10)[0].tolist()[: len(found)]
+
+
+def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
+    class Lid:
+        def predict(self, texts):
+            return pl.DataFrame({"predicted": ["en" if "a" in text else "ru" for text in texts]})
+
+    rows = [("1", "en", "train", "1", "5 6"), ("2", "ru", "train", "2", "7 8"), ("3", "ru", "eval", "3", "9 9"),
+            ("4", "en", "eval", "4", "9 8")]  # fmt: skip
+    corpus = pl.DataFrame(rows, schema=["text_id", "language", "split", "group", "text"], orient="row")
+    monkeypatch.setattr(prompts, "content_ids", lambda _, texts: [[4]] * len(texts))
+    lines = prompts.Lines(tokenizer, 5)
+    answers = {"none": "a b", "diffmean": "б"}
+    directions = removal.directions(
+        {"diffmean": {"layers.1": {"en": torch.tensor([2.0] + [0.0] * 15)}}},
+        pl.DataFrame({"method": ["diffmean"], "place": ["layers.1"]}), "en",
+    )  # fmt: skip
+    assert directions["none"] is None and directions["diffmean"].unit[0] == 1
+    seen = []
+
+    def answer(_top, _lines, _asked, before, direction, _new_tokens):
+        seen.append(before)
+        return [answers["none" if direction is None else "diffmean"]]
+
+    monkeypatch.setattr(removal, "_answers", answer)
+    monkeypatch.setattr(removal, "_latin", lambda _: {"ru": 0.0, "en": 1.0})
+    texts = {name: [TokenizedText(name, (1, 5, 6, 7), 1)] for name in ("en", "ru")}
+    table = removal.measure(
+        TopTokens(model), Lid(), {"en": "en", "ru": "ru"}, lines, corpus, "en", directions, prompts=2, new_tokens=3,
+        texts=texts, batch_tokens=64,
+    )  # fmt: skip
+    numbers = removal.figures(table, "en")
+    assert seen[0] == ["5 6"] and table.filter(language="en")["line_pass"].null_count() == 2
+    assert numbers["removal/none/line_pass"] == 0 and numbers["removal/none/in_removed"] == 1
+    assert numbers["removal/diffmean/line_pass"] == 1 == numbers["removal/diffmean/word_pass"]
+    plain = model(input_ids=torch.tensor([[1, 5, 6, 7]])).logits[0].log_softmax(-1)
+    by_hand = -sum(plain[i, token] for i, token in enumerate((5, 6, 7))) / 3
+    assert numbers["removal/none/nll"] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert numbers["removal/diffmean/nll"] != pytest.approx(by_hand.item(), rel=1e-4)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from closure import ROOT
 
+from babelscope import config
 from babelscope.activations import extraction, store
 from babelscope.activations.batches import Batches, Pair
 from babelscope.activations.streaming import Stream
@@ -23,7 +24,8 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import copy_file
 from babelscope.features.count import count
 from babelscope.features.counter import Counter, whole_texts
-from babelscope.models import forward, hookpoints, tokens
+from babelscope.models import forward, hookpoints, probing, tokens
+from babelscope.models.names import input_name, module_of
 from babelscope.sae.checkpoint import load, save
 from babelscope.sae.metrics import quality
 from babelscope.sae.training import loop
@@ -242,7 +244,7 @@ def test_counts_and_quality_are_those_of_stored_activations(model: Any, tmp_path
     code = {split: part["language"].replace_strict({"en": 0, "no": 1}).to_torch() for split, part in rows.items()}
     text = rows["train"]["text_id"].rle_id().cast(pl.Int64).to_torch()
     for name, sae in saes.items():
-        inputs = stores[name + hookpoints.INPUT] if transcode else None
+        inputs = stores[input_name(name, True)] if transcode else None
         counter = Counter(languages, sae.latents)
         for start, end in whole_texts(text, 40):
             values, indices = sae.encode((inputs or stores[name]).gather(rows["train"]["row"].to_torch()[start:end]))
@@ -258,7 +260,7 @@ def test_counts_and_quality_are_those_of_stored_activations(model: Any, tmp_path
 def test_a_transcoder_encodes_the_input_of_the_module(model: Any, tmp_path: Path) -> None:
     """Row for row: the module, applied to the stored inputs, gives the stored outputs."""
     _, stores = extracted(model, tmp_path, transcode=True)
-    x, y = (stores[name].gather(torch.arange(stores[name].rows)) for name in ("layers.0.mlp.input", "layers.0.mlp"))
+    x, y = (stores[name].gather(torch.arange(stores[name].rows)) for name in ("layers.0.mlp/input", "layers.0.mlp"))
     with torch.no_grad():
         torch.testing.assert_close(model.base_model.layers[0].mlp(x.float()), y.float(), rtol=1e-2, atol=5e-3)
     assert (tmp_path / "layers.0.mlp/input/shard-00000.safetensors").is_file()
@@ -276,8 +278,34 @@ def test_the_input_of_a_block_is_read_though_it_comes_by_name_and_the_pass_ends_
     torch.testing.assert_close(attention, model.base_model.layers[1].input_layernorm(seen["layers.0"]))
     with pytest.raises(UserError, match=r"the model has no 'layers.9.mlp'"):
         hookpoints.read(model, ["layers.9.mlp.input"], input_ids=ids)
-    with pytest.raises(UserError, match=r"the model has no 'layers.1.input'"):
-        hookpoints.resolve(model, ["layers.1.input"])  # nothing can be changed there
+
+
+def test_the_input_of_a_module_can_be_changed(model: Any) -> None:
+    """By position as in `o_proj`, and by name as in a block, whose input is the output of the block below."""
+    ids, heads = torch.tensor([[3, 4, 5]]), "layers.1.self_attn.o_proj.input"
+    assert hookpoints.read(model, [heads], input_ids=ids)[heads].shape[:2] == (1, 3)
+    with hookpoints.editing(model, {heads: lambda x: x * 0}):
+        assert not hookpoints.read(model, ["layers.1.self_attn"], input_ids=ids)["layers.1.self_attn"].any()
+    logits = []
+    for name in ("layers.1.input", "layers.0"):
+        with hookpoints.editing(model, {name: lambda x: x + 1}), torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], model(input_ids=ids).logits)
+    assert probing.stays_in_place(model, heads) and not probing.stays_in_place(model, "layers.1.input")
+
+
+def test_a_transcoder_after_gemma_s_norm_encodes_the_input_of_the_mlp() -> None:
+    name = input_name("layers.3.post_feedforward_layernorm", True)
+    assert module_of(name) == ("layers.3.mlp", True)
+    assert module_of(input_name("layers.3.mlp", True)) == module_of("layers.3.mlp.input") == ("layers.3.mlp", True)
+    assert module_of("layers.3.mlp") == ("layers.3.mlp", False)
+    with pytest.raises(UserError, match="'layers.3.mlp.input' is the input of a module, .* allowed: 'layers.3.mlp'"):
+        content = config.read_yaml(ROOT / "params.yaml") | {"hookpoints": ["layers.3.mlp.input"]}
+        content["train"] |= {"transcode": True}
+        content["stability"] |= {"hookpoints": []}
+        content["ablate"] |= {"methods": ["directional"]}
+        config.parse(content)
 
 
 def test_batches_of_stored_activations_have_the_same_interface(model: Any, tmp_path: Path) -> None:
@@ -324,5 +352,5 @@ def test_what_was_streamed_is_published_as_it_is(tmp_path: Path) -> None:
 def test_widths_are_those_of_what_is_read(model: Any) -> None:
     names = forward.names_to_read(["layers.1.mlp", "layers.1.mlp.act_fn"], transcode=True)
     assert forward.widths(model, names) == {
-        "layers.1.mlp": 16, "layers.1.mlp.act_fn": 24, "layers.1.mlp.input": 16, "layers.1.mlp.act_fn.input": 24,
+        "layers.1.mlp": 16, "layers.1.mlp.act_fn": 24, "layers.1.mlp/input": 16, "layers.1.mlp.act_fn/input": 24,
     }  # fmt: skip

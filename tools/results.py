@@ -13,6 +13,7 @@ import yaml
 
 from babelscope.report import verdict
 from babelscope.report.names import name
+from babelscope.report.sections import baselines
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/results.md"]
@@ -64,6 +65,49 @@ def _languages(metrics: Metrics, params: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def _baselines(metrics: Metrics, params: dict[str, Any]) -> str:
+    numbers = metrics.get("baselines", {})
+    rows = [["method", "accuracy (95 %)", "points over the features (95 %)", "cosine when repeated"]]
+    for key in numbers:
+        method = key.removeprefix("accuracy/")
+        if method == key or "/" in method:
+            continue
+        share, low, high = (f"{100 * numbers[f'accuracy{end}/{method}']:.1f}" for end in ("", "_low", "_high"))
+        gap = "-"
+        if f"difference/{method}" in numbers:
+            points = [f"{100 * numbers[f'difference{end}/{method}']:+.1f}" for end in ("", "_low", "_high")]
+            gap = f"{points[0]} ({points[1]} to {points[2]})"
+        repeat = f"{numbers[f'repeat/{method}']:.3f}" if f"repeat/{method}" in numbers else "-"
+        rows.append([baselines.NAMES.get(method, method), f"{share} % ({low} to {high})", gap, repeat])
+    return _table(rows)
+
+
+def _domains(metrics: Metrics, params: dict[str, Any]) -> str:
+    numbers = metrics.get("baselines", {})
+    rows = [["selected on", "tested on", "features", "selected there, too", "most frequent in the same language there",
+             "accuracy", "fastText"]]  # fmt: skip
+    for key in numbers:
+        name, _, pair = key.partition("/")
+        if name == "survive":
+            one, _, other = pair.partition("/")
+            shares = [numbers[f"{start}/{pair}"] for start in ("survive", "same_language")]
+            shares += [numbers.get(f"accuracy/{method}/{pair}") for method in ("features", "fasttext")]
+            shown = ["-" if share is None else f"{100 * share:.1f} %" for share in shares]
+            rows.append([one, other, str(numbers[f"selected/{one}"]), *shown])
+    return _table(rows)
+
+
+def _script(metrics: Metrics, params: dict[str, Any]) -> str:
+    numbers = metrics.get("script", {})
+    rows = [["language", "letters replaced", "features that still fire, romanised", "shuffled"]]
+    for one in params["languages"]:
+        if f"still_shuffled/{one}" in numbers:
+            keys = ("replaced", "still_romanised", "still_shuffled")
+            shares = [numbers.get(f"{key}/{one}") for key in keys]
+            rows.append([name(one), *("-" if share is None else f"{100 * share:.0f} %" for share in shares)])
+    return _table(rows)
+
+
 def _summary(metrics: Metrics, params: dict[str, Any]) -> str:
     return _table([["figure", "value"], *([f"`{key}`", f"{value:.5g}"] for key, value in metrics["summary"].items())])
 
@@ -76,6 +120,7 @@ def _table(rows: list[list[str]]) -> str:
 
 WRITERS: dict[str, Callable[[Metrics, dict[str, Any]], str]] = {
     "verdict": _verdict, "layers": _layers, "languages": _languages, "summary": _summary,
+    "baselines": _baselines, "domains": _domains, "script": _script,
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ MEDIUM = {
     "ablate.methods": ["feature", "neuron"],
     "ablate.bootstrap": 1000,
     "ablate.control_draws": 5,
-    "steer.strengths": [4.0, 8.0, 16.0],
+    "steer.strengths": [1.0, 2.0, 3.0],
     "steer.prompts": 60,
     "steer.new_tokens": 24,
     "browse.texts": 3,

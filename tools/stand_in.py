@@ -22,6 +22,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from babelscope.config import overlay
+
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ["en", "de", "tr"]
 
@@ -63,8 +65,8 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     if not (folder / "model").exists():
         apart(model, folder / "model", args.d, args.layers)
     yaml = YAML()
-    params = yaml.load(ROOT / "experiments" / "llama-3.2-1b.yaml")
     default = yaml.load(ROOT / "params.yaml")
+    params = overlay.merge(default, yaml.load(ROOT / "experiments" / "llama-3.2-1b.yaml"))
     params["model"] = {
         **default["model"],
         "source": "huggingface",
@@ -85,7 +87,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     params["identify"]["also"] = None
     params["ablate"] |= {"methods": ["additive", "neuron", "feature"], "control_draws": 1, "by_layer": False}
     params["ablate"]["bootstrap"] = 100
-    params["steer"] |= {"strengths": [4.0], "prompts": 2, "new_tokens": 4}
+    params["steer"] |= {"hookpoints": [], "strengths": [2.0], "prompts": 2, "new_tokens": 4}
     params["browse"] |= {"shared": 20}
     yaml.dump(params, folder / "params.yaml")
 

@@ -4,13 +4,28 @@ import argparse
 from pathlib import Path
 
 from babelscope.core import stage
+from babelscope.core.paths import Paths
 
 
 def params_check() -> None:
     """Check params.yaml; unlike DVC's, the error messages name the key."""
     from babelscope import config
+    from babelscope.models.names import layer_of
 
-    config.check_folders(config.load())
+    params = config.load()
+    config.check_folders(params)
+    if params.train.source == "pretrained" and (params.pretrained.name or "").startswith("sae-lens:"):
+        from babelscope.sae import directory
+
+        for hookpoint in params.hookpoints:
+            directory.resolve(*params.pretrained.place_of(hookpoint, layer_of(hookpoint)))
+
+
+def params_apply(name: str) -> None:
+    """Put the values of experiments/NAME.yaml into params.yaml; all other lines and their comments stay."""
+    from babelscope.config import overlay
+
+    overlay.apply(name)
 
 
 def verify() -> None:
@@ -88,6 +103,13 @@ def completion(shell: str) -> None:
 SHELLS = ("bash", "zsh", "tcsh")
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; each command sets `function`, whose parameters are the other arguments."""
     top = argparse.ArgumentParser(prog="babelscope", description=__doc__, epilog="docs/cli.md has examples.")
@@ -104,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page")
     command = add("features", features, "tr --number 20")
     command.add_argument("language", help="one of params.yaml's languages")
-    command.add_argument("--number", type=int, default=10, metavar="N", help="how many features (default: 10)")
+    command.add_argument("--number", type=positive, default=10, metavar="N", help="how many features (default: 10)")
     command = add(
         "compare", compare, "data/sae data/sae_again (two folders), or: compare HEAD~1 workspace (two states)"
     )
@@ -114,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
                          help="of SAEs: a hookpoint to compare; repeatable (default: all of both)")  # fmt: skip
     command.add_argument("--cosine", type=float, default=0.7, metavar="C",
                          help="of SAEs: latents are matched from this cosine on (default: 0.7)")  # fmt: skip
-    command.add_argument("--html", type=Path, default=Path("reports/compare.html"), metavar="FILE",
+    command.add_argument("--html", type=Path, default=Paths().reports / "compare.html", metavar="FILE",
                          help="of states: the page to write (default: reports/compare.html)")  # fmt: skip
     command = add("serve", serve, "--port 8001")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
@@ -131,11 +153,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, help="upload nothing: write the files to this folder to look at them")
     add("ui", ui)
     add("verify", verify)
-    params = commands.add_parser("params", help="Commands on params.yaml.").add_subparsers(required=True)
+    params = commands.add_parser("params", help="Commands on params.yaml.").add_subparsers(
+        required=True, help="what to do"
+    )
     check = params.add_parser("check", help=params_check.__doc__, description=params_check.__doc__)
     check.set_defaults(function=params_check)
+    apply = params.add_parser("apply", help=params_apply.__doc__, description=params_apply.__doc__)
+    apply.add_argument("name", help="name of an experiment, e.g. llama-3.2-1b")
+    apply.set_defaults(function=params_apply)
     command = add("completion", completion, "bash > ~/.local/share/bash-completion/completions/babelscope")
-    command.add_argument("shell", choices=SHELLS)
+    command.add_argument("shell", choices=SHELLS, help="the shell")
     return top
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_atomically, write_json
-from babelscope.models.names import INPUT
 
 _KEY = "activations"
 # Names of the tensors in an int8 shard, in the order of `Quantised`'s fields.
@@ -23,9 +22,8 @@ _CHUNK = 1024
 
 
 def place(folder: Path, hookpoint: str) -> Path:
-    """The folder of a hookpoint's activations in `folder`; those of `<hookpoint>.input` are in `<hookpoint>/input`."""
-    base = hookpoint.removesuffix(INPUT)
-    return folder / base if base == hookpoint else folder / base / "input"
+    """The folder in `folder` of the activations of a hookpoint or of a transcoder's input (`names.input_name`)."""
+    return folder / hookpoint
 
 
 def shard_name(number: int) -> str:

@@ -125,14 +125,17 @@ def part_of(corpus: pl.DataFrame, paths: Paths, train_tokens: int | None) -> pl.
 
 def held_out_texts(corpus: pl.DataFrame, count: int) -> dict[str, list[str]]:
     """Ids of `count` held-out texts of each language, the first ones, for `removed_alone`."""
-    first = corpus.filter(split="eval").sort("text_id").group_by("language", maintain_order=True).head(count)
+    held_out = corpus.filter(split="eval").sort("text_id")
+    first = held_out.filter(pl.int_range(pl.len()).over("language") < count)
     return dict(first.group_by("language", maintain_order=True).agg("text_id").iter_rows())
 
 
 def read_stored(firings: Mapping[str, Firings], texts: pl.DataFrame, params: Config, paths: Paths) -> None:
     """Read the activations of `texts` that `extract` stored."""
     table = read_table(paths.tokens, columns=["row", "text_id"])
-    table = table.join(texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left")
+    table = table.join(
+        texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left"
+    )
     row, text = table["row"].to_torch(), table["text"].cast(pl.Int64).to_torch()
     language = tokens.codes(table["language"], params.languages)
     with Progress("browse", len(row) * len(firings), "tokens") as progress:

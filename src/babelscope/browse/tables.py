@@ -7,11 +7,10 @@ import polars as pl
 import torch
 from torch.nn import functional
 
-from babelscope.browse.lens import Extremes
 from babelscope.browse.firings import BINS, Firings
+from babelscope.browse.lens import Extremes
 from babelscope.browse.units import KEY
 from babelscope.features.pieces import by_piece
-
 
 SIDES = ("own", "other", "sample")
 

@@ -31,7 +31,9 @@ def units(
     )
     first = selected
     if limit is not None:
-        first = selected.sort("rank", pl.col("language").cast(pl.Enum(languages)), *KEY).unique(KEY, maintain_order=True)
+        first = selected.sort("rank", pl.col("language").cast(pl.Enum(languages)), *KEY).unique(
+            KEY, maintain_order=True
+        )
         first = first.head(limit)
     chosen = found.join(first, on=KEY, how="semi", maintain_order="left")
     others = found.join(selected, on=KEY, how="anti", maintain_order="left").filter(pl.col("members") > 1)

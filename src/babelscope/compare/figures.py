@@ -70,6 +70,12 @@ def _counted(state: State, stage: str, key: str, count: float | None) -> Value |
     return wilson(share, int(count)) if count and 0 <= share <= 1 else Value(share)
 
 
+def _steered(state: State, method: str) -> Value | None:
+    keys = (f"harmonic{end}/{method}" for end in ("", "_low", "_high"))
+    value, low, high = (state.figure("steer", key) for key in keys)
+    return None if value is None else Value(value, low, high)
+
+
 def _plain(state: State, stage: str, key: str) -> Value | None:
     value = state.figure(stage, key)
     return None if value is None else Value(float(value))
@@ -103,7 +109,10 @@ def blocks(first: State, second: State) -> list[Block]:
         return {name: (one(first, name), one(second, name)) for name in languages}
 
     effects = [own_effects(state) for state in states]
-    prompts = [state.params.get("steer", {}).get("prompts") for state in states]
+    steering = dict.fromkeys(
+        key.removeprefix("harmonic/") for state in states for key in state.metrics.get("steer", {})
+        if key.startswith("harmonic/")
+    )  # fmt: skip
     methods = dict.fromkeys(
         key.removeprefix("accuracy/") for state in states for key in state.metrics.get("identify", {})
         if key.startswith("accuracy/")
@@ -128,9 +137,9 @@ def blocks(first: State, second: State) -> list[Block]:
         Block("sets", "What a language's set of features writes, with another seed", "write cosine",
               "Cosine of what the two sets write on average. It has no interval.",
               by_language("stability", "write_cosine")),
-        Block("steering", "Steering", "success", "Score intervals (Wilson) over the prompts, at the best strength.",
-              {name: _both(_counted(state, "steer", f"success/{name}", count)
-                           for state, count in zip(states, prompts, strict=True)) for name in languages}, 2),
+        Block("steering", "Steering by method", "harmonic mean of forcing and relevance",
+              "Bootstrap intervals over the prompts.",
+              {name: _both(_steered(state, name) for state in states) for name in steering}, 2),
         *by_depth(states),
     ]  # fmt: skip
     return [block for block in found if any(pair != (None, None) for pair in block.rows.values())]

@@ -84,14 +84,15 @@ def read(name: str, root: Path) -> State:
     commit = resolve(name, root)
     if commit is None:
         raise UserError(f"{name}: no git revision, no DVC experiment and no folder; allowed: also {WORKSPACE!r}")
+    folder = Paths().metrics("score").parent
     if not commit:
         params = (root / "params.yaml").read_text(encoding="utf-8") if (root / "params.yaml").is_file() else None
-        metrics = {path.stem: read_json(path) for path in sorted((root / "metrics").glob("*.json"))}
+        metrics = {path.stem: read_json(path) for path in sorted((root / folder).glob("*.json"))}
         table = Paths(root).ablation / "nll.parquet"
         nll = read_table(table) if table.is_file() else None
     else:
         params = _git(root, "show", f"{commit}:params.yaml")
-        listed = (_git(root, "ls-tree", "-r", "--name-only", commit, "metrics/") or "").splitlines()
+        listed = (_git(root, "ls-tree", "-r", "--name-only", commit, f"{folder}/") or "").splitlines()
         files = {Path(path).stem: _git(root, "show", f"{commit}:{path}") for path in listed if path.endswith(".json")}
         metrics = {stem: json.loads(text) for stem, text in files.items() if text}
         nll = _from_dvc(root, commit, Paths().ablation / "nll.parquet")

@@ -27,6 +27,8 @@ class Config(schema.Section):
     stability: schema.Stability
     identify: schema.Identify
     ablate: schema.Ablate
+    baselines: schema.Baselines
+    script: schema.Script
     steer: schema.Steer
     browse: schema.Browse
     explain: schema.Explain
@@ -42,7 +44,7 @@ class Config(schema.Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        checks = (_neurons, _sources, _stability, _hardware, _languages)
+        checks = (_neurons, _sources, _stability, _baselines, _steer, _hardware, _languages)
         if problem := next((problem for check in checks for problem in check(self)), None):
             raise ValueError(problem)
         return self
@@ -64,6 +66,12 @@ def _neurons(params: Config) -> Iterator[str]:
 
 
 def _sources(params: Config) -> Iterator[str]:
+    for name in params.hookpoints if params.train.transcode else ():
+        if name.endswith(".input"):
+            yield (
+                f"hookpoints: {name!r} is the input of a module, and a transcoder (train.transcode) writes to the "
+                f"output of one; allowed: {name.removesuffix('.input')!r}"
+            )
     if params.train.transcode and (wrong := [m for m in ("feature", "mean", "swap") if m in params.ablate.methods]):
         yield (
             f"ablate.methods: {wrong[0]!r} needs SAEs that read the hookpoint itself, but transcoders "
@@ -103,6 +111,13 @@ def _stability(params: Config) -> Iterator[str]:
         yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
 
 
+def _baselines(params: Config) -> Iterator[str]:
+    if params.baselines.dictionaries and not params.stability.hookpoints:
+        yield "baselines.dictionaries: they need a hookpoint, and stability.hookpoints is empty; allowed with it: []"
+    if params.baselines.dictionaries and params.train.transcode:
+        yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
+
+
 def _hardware(params: Config) -> Iterator[str]:
     if params.hardware.strategy == "fsdp" and params.model.quantization is not None:
         yield (
@@ -119,11 +134,19 @@ def _hardware(params: Config) -> Iterator[str]:
         )
 
 
+def _steer(params: Config) -> Iterator[str]:
+    section = params.steer
+    named = [("prompt_languages", name) for name in section.prompt_languages]
+    for key, name in [*named, *([] if section.removal is None else [("removal", section.removal)])]:
+        if name not in params.languages:
+            yield f"steer.{key}: {name!r} is not one of languages; allowed: {', '.join(params.languages)}"
+    for name in section.hookpoints:
+        if name not in params.hookpoints:
+            yield f"steer.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
+    if "neurons" in section.methods and not params.neurons.hookpoints:
+        yield "steer.methods: 'neurons' steers by neurons, but neurons.hookpoints is empty; allowed: any other method"
+
+
 def _languages(params: Config) -> Iterator[str]:
-    if params.steer.prompt_language not in params.languages:
-        yield (
-            f"steer.prompt_language: {params.steer.prompt_language!r} is not one of languages; "
-            f"allowed: {', '.join(params.languages)}"
-        )
     if params.score.members > len(params.languages):
         yield f"score.members: {params.score.members} of only {len(params.languages)} languages"

@@ -185,3 +185,17 @@ def load_at_hookpoint(arguments: Sequence[str] | None = None, path: Path = Path(
         allowed = ", ".join(params.hookpoints)
         raise UserError(f"usage: python {script} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
     return params, rest[0]
+
+
+def load_at_dictionary(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str]:
+    """`load`, and the one of `baselines.dictionaries` that the stage's command line names.
+
+    Raises
+    ------
+    UserError: as `load`; or there is no name, or params.yaml does not list it.
+    """
+    params, (script, *rest) = load(path), sys.argv if arguments is None else arguments
+    if len(rest) != 1 or rest[0] not in params.baselines.dictionaries:
+        allowed = ", ".join(params.baselines.dictionaries) or "none"
+        raise UserError(f"usage: python {script} NAME, one of params.yaml's baselines.dictionaries: {allowed}")
+    return params, rest[0]

@@ -13,6 +13,7 @@ from babelscope.config.values import (
     Factor,
     Hookpoints,
     Inside,
+    Languages,
     Name,
     Positive,
     Seed,
@@ -120,6 +121,7 @@ class Train(Section):
     aux_k_coefficient: Amount
     weight_decay: Amount
     dead_after: Positive | None
+    frozen: Literal["decoder", "encoder"] | None = None
     log_every: Positive
 
     @model_validator(mode="after")
@@ -143,19 +145,22 @@ class Pretrained(Section):
     revision: Name | None
     folder: Inside | dict[str, Inside]
 
-    @field_validator("folder")
+    @field_validator("name", "folder")
     @classmethod
-    def _a_template(cls, folder: str | dict[str, str]) -> str | dict[str, str]:
-        fields = re.findall(r"{([^}]*)}", folder) if isinstance(folder, str) else []
+    def _a_template(cls, template: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        fields = re.findall(r"{([^}]*)}", template) if isinstance(template, str) else []
         if unknown := sorted(set(fields) - {"hookpoint", "layer"}):
             raise ValueError(f"{{{unknown[0]}}} is unknown; allowed: {{hookpoint}}, {{layer}}")
-        return folder
+        return template
 
-    def folder_of(self, hookpoint: str, layer: int) -> str:
-        """The folder of a hookpoint's SAE below `name`."""
-        if isinstance(self.folder, dict):
-            return self.folder[hookpoint]
-        return self.folder.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
+    def place_of(self, hookpoint: str, layer: int) -> tuple[str, str]:
+        """The repository or folder of a hookpoint's SAE, and the folder or file in it."""
+        folder = self.folder[hookpoint] if isinstance(self.folder, dict) else self.folder
+        name, folder = (
+            template.replace("{hookpoint}", hookpoint).replace("{layer}", str(layer))
+            for template in (self.name or "", folder)
+        )
+        return name, folder
 
 
 class Encode(Section):
@@ -236,20 +241,65 @@ class Identify(Section):
     also_texts: Size
 
 
-class Steer(Section):
-    """Generation with a language's features amplified."""
+class Baselines(Section):
+    """Directions, frozen dictionaries and neurons, next to the language features of one hookpoint."""
 
+    dictionaries: list[Literal["frozen_decoder", "frozen_encoder", "random_model", "neurons"]]
+    ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
+
+    @field_validator("dictionaries")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a dictionary is listed twice")
+        return names
+
+
+class Script(Section):
+    """Romanised and shuffled texts, which tell features of a language from those of its script."""
+
+    tokens: Annotated[int, Field(ge=0, le=2**26)]
+    ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
+
+
+SteeringMethod = Literal[
+    "diffmean",
+    "pca",
+    "probe",
+    "features",
+    "features-1",
+    "features-2",
+    "features-5",
+    "sae-diffmean",
+    "neurons",
+    "prompt",
+]
+
+
+class Steer(Section):
+    """Vectors that make the model answer in a language, compared on prompts in other languages."""
+
+    hookpoints: Hookpoints
+    methods: Annotated[list[SteeringMethod], Field(min_length=1)]
+    tokens: Positive
     strengths: Annotated[list[Factor], Field(min_length=1)]
-    prompt_language: Name
+    prompt_languages: Annotated[Languages, Field(min_length=1)]
     prompts: Size
     prompt_tokens: Annotated[Size, Field(ge=2)]
     new_tokens: Annotated[Size, Field(ge=2)]
+    sampled: Annotated[int, Field(ge=0, le=2**26)]
     temperature: Amount
-    min_distinct: Share
-    max_nll: Factor
-    control: bool
+    bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
+    removal: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: Size
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("a method is listed twice")
+        return names
 
 
 class Browse(Section):

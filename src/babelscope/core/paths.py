@@ -26,10 +26,16 @@ class Paths:
         self.features = self.data / "scores/features.parquet"  # score: the selected features
         self.similarity = self.data / "scores/similarity.parquet"  # score: how many features languages share
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
+        self.dictionaries = self.data / "dictionaries"  # dictionary: one folder per name, see `dictionary`
+        self.baselines = self.data / "baselines"  # baselines: `identification`, `removal`, `repeats`, `transfer`
+        self.script = self.data / "script"  # script: the tables `features` and `nll`
         self.identification = self.data / "identify"  # identify: the tables `predictions` and `confusion`
         self.ablation = self.data / "ablation"  # ablate: the tables `nll`, `by_layer` and `control`
-        self.generations = self.data / "steer/generations.parquet"  # steer: the generated texts
+        self.steering = self.data / "steer"  # steer: the tables `development` and `generations`
+        self.generations = self.steering / "generations.parquet"  # steer: the generated texts
+        self.vectors = self.data / "vectors"  # steer: one file per method, and the settings that were chosen
         self.browse = self.data / "browse"  # browse: the tables behind the feature browser
+        self.summary = root / "metrics/summary.json"  # report: the headline figures, DVC's only metrics
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 
     def counts(self, hookpoint: str) -> Path:
@@ -39,6 +45,10 @@ class Paths:
     def totals(self, hookpoint: str) -> Path:
         """Tokens and texts per language behind `counts` (stage `encode`)."""
         return self.all_counts / f"{hookpoint}.totals.parquet"
+
+    def dictionary(self, name: str) -> Path:
+        """The SAEs of one of `baselines.dictionaries`, and its activations if it has its own (stage `dictionary`)."""
+        return self.dictionaries / name
 
     def metrics(self, stage: str, hookpoint: str | None = None) -> Path:
         """The figures of a stage, which git tracks."""

@@ -9,12 +9,13 @@ from torch import Tensor
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
+from babelscope.models.names import input_name, module_of
 from babelscope.models.tokens import TokenizedText, TokenizedTexts, pad
 
 
 def names_to_read(hookpoints: Sequence[str], transcode: bool) -> list[str]:
-    """The hookpoints and, if `transcode`, the names of their modules' inputs (see `hookpoints.read`)."""
-    return [*hookpoints, *(name + hooks.INPUT for name in hookpoints if transcode)]
+    """The hookpoints and, if `transcode`, the names of what transcoders encode there (see `hookpoints.read`)."""
+    return [*hookpoints, *(input_name(name, True) for name in hookpoints if transcode)]
 
 
 class Rows(NamedTuple):
@@ -112,7 +113,7 @@ def widths(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> di
         tokens routed to them), or runs several times in a pass (a module that several blocks share).
     """
     ids = probing.probe_ids(model)
-    modules = sorted({name.removesuffix(hooks.INPUT) for name in hookpoints})
+    modules = sorted({module_of(name)[0] for name in hookpoints})
     for name, count in hooks.calls(model, modules, ids).items():
         if count > 1:
             reason = f"does not give one vector per token: a forward pass runs its module {count} times"

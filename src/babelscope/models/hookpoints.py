@@ -1,7 +1,8 @@
 """Hookpoints: reading and changing activations by name with PyTorch's hooks.
 
 A hookpoint is the path of a module inside the model, without the model's own prefix: `layers.14.mlp` is the output of
-the MLP of block 14, `layers.14` the residual stream after the block, `layers.14.mlp.act_fn` the MLP's neurons.
+the MLP of block 14, `layers.14` the residual stream after the block, `layers.14.mlp.act_fn` the MLP's neurons. The
+suffix `.input` means the module's input: `layers.14.self_attn.o_proj.input` are the outputs of the attention heads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from babelscope.core.errors import UserError, nearest
-from babelscope.models.names import INPUT as INPUT
+from babelscope.models.names import input_name, module_of
 from babelscope.models.names import layer_of as layer_of
 
 Edit = Callable[[Tensor], Tensor]
@@ -27,18 +28,19 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
     UserError: a hookpoint is not in the model's blocks (the message names the nearest one), or the number in its name
         is not that of its block.
     """
-    modules = dict(_body(model).named_modules())
+    modules = dict(body_of(model).named_modules())
     modules.pop("", None)
-    for name in hookpoints:
-        if name not in modules:
-            raise UserError(f"params.yaml: {key}: the model has no {name!r}; {nearest(name, modules)}")
+    paths = {name: module_of(name)[0] for name in hookpoints}
+    for path in paths.values():
+        if path not in modules:
+            raise UserError(f"params.yaml: {key}: the model has no {path!r}; {nearest(path, modules)}")
     # Several blocks may share a module.
     inside: dict[int, set[int]] = {}
     for number, block in enumerate(blocks(model)):
         for module in block.modules():
             inside.setdefault(id(module), set()).add(number)
     for name in hookpoints:
-        numbers = inside.get(id(modules[name]), set())
+        numbers = inside.get(id(modules[paths[name]]), set())
         if not numbers:
             allowed = nearest(name, (key for key, module in modules.items() if id(module) in inside))
             raise UserError(f"params.yaml: {key}: {name!r} lies outside the model's blocks; {allowed}")
@@ -47,10 +49,10 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
                 f"params.yaml: {key}: {name!r} lies in block {min(numbers)} of the model, but the first number of its "
                 f"path is {layer_of(name)}; allowed: modules of blocks whose path has the block's number first"
             )
-    return {name: modules[name] for name in hookpoints}
+    return {name: modules[path] for name, path in paths.items()}
 
 
-def _body(model: Any) -> Any:
+def body_of(model: Any) -> Any:
     """The model without its unembedding."""
     return getattr(model, "base_model", model)
 
@@ -83,17 +85,34 @@ def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
         shape[:] = [(kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape]
 
     with ExitStack() as stack:
-        stack.callback(_body(model).register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(body_of(model).register_forward_pre_hook(note, with_kwargs=True).remove)
         for name, module in resolve(model, list(edits)).items():
 
-            def hook(_module: nn.Module, _inputs: Any, output: Any, edit: Edit = edits[name]) -> Any:
-                activations = _first(output)
+            def changed(activations: Tensor, edit: Edit = edits[name]) -> Tensor:
                 if activations.dim() == 2 and len(activations) == shape[0].numel():
-                    return _with_first(output, edit(activations.view(*shape[0], -1)).reshape(activations.shape))
-                return _with_first(output, edit(activations))
+                    return edit(activations.view(*shape[0], -1)).reshape(activations.shape)
+                return edit(activations)
 
-            stack.callback(module.register_forward_hook(hook).remove)
+            def after(_module: nn.Module, _inputs: Any, output: Any, changed: Edit = changed) -> Any:
+                return _with_first(output, changed(_first(output)))
+
+            def before(_module: nn.Module, args: Any, kwargs: dict[str, Any], changed: Edit = changed) -> Any:
+                key = _entering(args, kwargs)
+                if isinstance(key, int):
+                    return (*args[:key], changed(args[key]), *args[key + 1 :]), kwargs
+                return args, kwargs | {key: changed(kwargs[key])}
+
+            if module_of(name)[1]:
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(after).remove)
         yield
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """The position or the name of a module's first argument that is a tensor."""
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return next(key for key, value in named if isinstance(value, Tensor))
 
 
 def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
@@ -102,8 +121,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
     Parameters
     ----------
     model: a causal language model.
-    hookpoints: names. The suffix `.input` means the input of the hookpoint's module (its first tensor) instead of the
-        output; transcoders encode it.
+    hookpoints: names of hookpoints, and of what transcoders encode there (`names.input_name`).
     inputs: arguments of the model's forward (`input_ids`, `attention_mask`).
 
     Returns
@@ -118,11 +136,9 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
             raise _DeepestReached
         return activations
 
-    keeping = {name: partial(keep, name=name) for name in hookpoints}
-    outputs = {name: edit for name, edit in keeping.items() if not name.endswith(INPUT)}
-    with _watching_inputs(model, {n: keeping[n] for n in hookpoints if n not in outputs}), editing(model, outputs):
+    with editing(model, {name: partial(keep, name=name) for name in hookpoints}):
         try:
-            _body(model)(**inputs, use_cache=False)
+            body_of(model)(**inputs, use_cache=False)
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
@@ -138,7 +154,7 @@ def calls(model: Any, hookpoints: Sequence[str], ids: Tensor) -> dict[str, int]:
         return activations
 
     with editing(model, {name: partial(count, name=name) for name in hookpoints}):
-        _body(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        body_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return found
 
 
@@ -156,7 +172,7 @@ def blocks(model: Any) -> nn.ModuleList:
     UserError: the model has no list with as many modules as its configuration says it has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in _body(model).modules():
+    for module in body_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"params.yaml: model.name: found no list of {count} transformer blocks in {type(model).__name__}")
@@ -199,7 +215,7 @@ def _learn_forms(model: Any) -> None:
     """Run one token through the model unless `_note_form` has seen all of its blocks."""
     if any("_form" not in block.__dict__ for block in blocks(model)):
         with block_inputs(model, []):
-            _body(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device_of(model)), use_cache=False)
+            body_of(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device_of(model)), use_cache=False)
 
 
 class _Skipped(nn.Module):
@@ -268,7 +284,7 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
         stack.callback(blocks(model)[layers[-1]].register_forward_hook(stop).remove)
         stack.enter_context(starting_at(model, layers[0], hidden))
         try:
-            _body(model)(**inputs, use_cache=False)
+            body_of(model)(**inputs, use_cache=False)
         except _DeepestReached:
             return after[0]
     raise UserError(f"params.yaml: model.name: {type(model).__name__} never runs its block {layers[-1]}")
@@ -289,22 +305,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _watching_inputs(model: Any, watchers: Mapping[str, Callable[[Tensor], Any]]) -> Iterator[None]:
-    """While open, the watcher of each `<hookpoint>.input` is called with the first tensor that enters the module."""
-    with ExitStack() as stack:
-        for name, module in resolve(model, [name.removesuffix(INPUT) for name in watchers]).items():
-
-            def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-                entering = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                watchers[name + INPUT](entering)
-
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
 def inputs_of(model: Any, hookpoints: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While open, the yielded dict holds the last pass's inputs of the hookpoints' modules, `[batch, tokens, d_in]`."""
+    """While open, the yielded dict holds what transcoders encode at the hookpoints in the last pass.
+
+    They are `[batch, tokens, d_in]`, by hookpoint.
+    """
     seen: dict[str, Tensor] = {}
-    with _watching_inputs(model, {name + INPUT: partial(seen.__setitem__, name) for name in hookpoints}):
+
+    def keep(activations: Tensor, name: str) -> Tensor:
+        seen[name] = activations
+        return activations
+
+    with editing(model, {input_name(name, True): partial(keep, name=name) for name in hookpoints}):
         yield seen

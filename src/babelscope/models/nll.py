@@ -47,10 +47,13 @@ class Head:
     def logits(self, x: Tensor, first: int, last: int) -> Tensor:
         """Float32 logits `[tokens, last - first]` of a part of the vocabulary; `x` is `[tokens, d]`."""
         weight, bias = self.unembedding.weight[first:last], self.unembedding.bias
-        found = linear(x, weight, None if bias is None else bias[first:last]).float()
+        return self.finish(linear(x, weight, None if bias is None else bias[first:last]).float())
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Float32 logits from the unembedding's float32 output: the scale and the cap."""
         if self.scale != 1:
-            found *= self.scale
-        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
+            product *= self.scale
+        return product if self.cap is None else self.cap * torch.tanh(product / self.cap)
 
     def nll(self, x: Tensor, wanted: Tensor) -> Tensor:
         """NLL of the token `wanted[i]` (int64) given the unembedding's input `x[i]`; float32 nats `[tokens]`."""
@@ -134,7 +137,7 @@ def _find(model: Any) -> Head | None:
     if type(module) is not nn.Linear:  # quantised, or wrapped
         return None
     ids = probe_ids(model, 1)
-    with _entering_unembedding(model) as entered:
+    with entering_unembedding(model) as entered:
         whole = model(input_ids=ids, use_cache=False).logits[0].float()
     if len(entered) != 1 or entered[0].shape[:-1] != ids.shape:
         return None
@@ -157,7 +160,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _entering_unembedding(model: Any, *, stop: bool = False) -> Iterator[list[Tensor]]:
+def entering_unembedding(model: Any, *, stop: bool = False) -> Iterator[list[Tensor]]:
     """While open, the yielded list collects the unembedding's inputs; with `stop`, a forward pass ends there."""
     entered: list[Tensor] = []
 
@@ -220,7 +223,7 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     if head is None:
         nll[target] = _logits_nll(model(**inputs).logits[:, :-1][target], wanted)
         return nll
-    with _entering_unembedding(model, stop=True) as entered:
+    with entering_unembedding(model, stop=True) as entered:
         model(**inputs)
     nll[target] = head.nll(entered[0][:, :-1][target], wanted)
     return nll
@@ -238,7 +241,7 @@ def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
         if head is None:
             _logits_nll(model(**inputs).logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
             return
-        with _entering_unembedding(model, stop=True) as entered:
+        with entering_unembedding(model, stop=True) as entered:
             model(**inputs)
         last = entered[0][:, :-1][target]
     last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
@@ -252,7 +255,7 @@ def stream_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
         padded, rows = pad_rows(hidden, _MULTIPLE), len(hidden)
         if head is None:
             return _logits_nll(hooks.logits_of(model, padded)[:rows], wanted)
-        with _entering_unembedding(model, stop=True) as entered:
+        with entering_unembedding(model, stop=True) as entered:
             hooks.logits_of(model, padded)
         return head.nll(entered[0].squeeze(1)[:rows], wanted)
 

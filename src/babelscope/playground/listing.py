@@ -60,7 +60,7 @@ def table(language: str, number: int, params: Config, paths: Paths) -> str:
     notes = [
         "languages: effective number of languages on which it fires. fires: share of the language's tokens.",
         "ΔNLL: change of the loss on the few held-out texts in which it is most active, if it is removed (nats/token).",
-        "reports/features.html shows each of them.",
+        f"{paths.reports / 'features.html'} shows each of them.",
     ]
     first = f"{language}: {len(chosen)} of {len(selected)} features, the {order} first"
     return "\n".join([first, "", *aligned([head, *rows], right=(2, 3, 4)), "", *notes])

@@ -10,7 +10,7 @@ import polars as pl
 from babelscope.config.values import local_name
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
-from babelscope.playground.reading import Reader, Reading
+from babelscope.playground.reading import STRONGEST, Reader, Reading
 from babelscope.report.assets import asset, embedded, environment, source_hash
 
 # Tokens that a feature promotes, as the page shows them.
@@ -61,7 +61,7 @@ def build(
     data = {
         "languages": [name for name in params.languages if name in reader.units], "browser": browser, "live": live,
         "text": text, "reading": None if reading is None else as_json(reading), "features": described(reader, paths),
-        "tokens": params.steer.new_tokens, "strongest": 2 * max(params.steer.strengths),
+        "tokens": params.steer.new_tokens, "strongest": STRONGEST,
     }  # fmt: skip
     return (
         environment()

@@ -19,11 +19,16 @@ from babelscope.features.pieces import by_piece, pieces
 from babelscope.identification.classify import identify
 from babelscope.identification.unit_totals import UnitTotals, owned
 from babelscope.models import forward, hardware, loading, tokens
+from babelscope.models.top_tokens import TopTokens
 from babelscope.report.browser import is_right_to_left
 from babelscope.report.parts import layer_labels
 from babelscope.steering import generation
+from babelscope.steering.vectors import of_features
 
 log = logging.getLogger(__name__)
+
+# The largest strength of a continuation, in multiples of what the features add on average.
+STRONGEST = 16.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Reader:
         self.units = {name: owned_units.count(name) for name in params.languages if name in owned_units}
         self.tokenizer, self.lid = loading.load_tokenizer(params.model), FastText()
         self.model = loading.load_model(params.model, params.extract.dtype).to(self.device)
+        self._top = TopTokens(self.model, screen=False)
 
     def _add(self, hookpoint: str, rows: pl.DataFrame, counts: pl.DataFrame, totals: pl.DataFrame) -> None:
         """Add the features of one hookpoint, whose selection is `rows`."""
@@ -219,7 +225,7 @@ class Reader:
         return found
 
     def _direction(self, hookpoint: str, units: Sequence[int], means: Sequence[float]) -> Tensor:
-        return generation.direction(self.saes[hookpoint], units, means).unsqueeze(0)  # type: ignore[arg-type]
+        return of_features(self.saes[hookpoint], units, means).unsqueeze(0)  # type: ignore[arg-type]
 
     def continuation(self, text: str, target: str, strength: float) -> str:
         """The model's continuation of `text` with `strength` times `vectors(target)` added at every token.
@@ -227,11 +233,11 @@ class Reader:
         The length, the temperature and the seed are those of stage `steer`: only the steering changes the text.
         """
         tokenized, section = self.tokenize(text), self.params.steer
-        prompt = torch.tensor([tokenized.ids])
         added = {name: strength * vector for name, vector in self.vectors(target).items()} if strength else {}
         generated = generation.generate(
-            self.model, prompt, added, new_tokens=section.new_tokens, temperature=section.temperature,
-            seed=self.params.seed, special=tokenized.special,
+            self._top, [tokenized.ids], {name: generation.Change(vector) for name, vector in added.items()},
+            special=tokenized.special, new_tokens=section.new_tokens, temperature=[section.temperature],
+            seeds=[[self.params.seed]],
         )  # fmt: skip
         whole, before = (
             str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -43,9 +43,10 @@ def application(reader: Reader, paths: Paths, host: str = "127.0.0.1") -> Starle
     """The web application.
 
     Other names than those of the host are refused, so that a foreign page cannot reach it by a name that it owns (DNS
-    rebinding). One request at a time uses the model.
+    rebinding); not if it listens on all addresses, whose names are not known. One request at a time uses the model.
     """
     lock = threading.Lock()
+    names = ["*"] if host in ("0.0.0.0", "::") else ["127.0.0.1", "localhost", host]  # noqa: S104
     browser = "features.html" if (paths.reports / "features.html").is_file() else None
     start = page.build(reader, paths, browser=browser, live=True)
 
@@ -94,5 +95,5 @@ def application(reader: Reader, paths: Paths, host: str = "127.0.0.1") -> Starle
             Route("/continue", answer(continued)),
             *(Route(f"/{name}", report) for name in _PAGES),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names)],
     )

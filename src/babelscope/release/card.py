@@ -95,11 +95,14 @@ def licence_of(source: str) -> str | None:
     if kind != "gettext":
         return None
     try:
-        found = importlib.metadata.metadata(package)
+        found = importlib.metadata.metadata(package).json
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    classifiers = [line.rpartition(" :: ")[2] for line in found.get_all("Classifier") or [] if "License" in line]
-    stated = [found.get("License-Expression"), *classifiers, (found.get("License") or "").split("\n")[0][:80]]
+    lines = found.get("classifier", [])
+    classifiers = [
+        line.rpartition(" :: ")[2] for line in ([lines] if isinstance(lines, str) else lines) if "License" in line
+    ]
+    stated = [str(found.get("license_expression", "")), *classifiers, str(found.get("license", "")).split("\n")[0][:80]]
     return next((licence for licence in stated if licence), None)
 
 

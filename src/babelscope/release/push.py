@@ -4,13 +4,16 @@ They are in SAELens' layout: `SAE.from_pretrained("OWNER/NAME", "HOOKPOINT")` of
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import polars as pl
 
 from babelscope import config, sae
 from babelscope.config import Config
 from babelscope.core.errors import UserError, nearest
-from babelscope.core.files import copy_file, write_atomically
+from babelscope.core.files import copy_file, read_table, write_atomically
 from babelscope.core.paths import Paths
 from babelscope.release import card
 from babelscope.sae import formats
@@ -33,18 +36,23 @@ def main(repo: str, hookpoints: Sequence[str], private: bool, licence: str | Non
         )
     chosen = check(hookpoints, params, paths)
     text = card.build(repo, chosen, licence, params, paths)
-    files = {f"{name}/{file}": paths.saes / name / file for name in chosen for file in _FILES}
-    files["features.parquet"] = paths.features
-    missing = [str(path) for path in files.values() if not path.is_file()]
-    if missing:
-        raise UserError(f"{missing[0]}: no such file; an earlier stage writes it: dvc repro")
     if folder is not None:
-        for name, path in files.items():
-            copy_file(path, folder / name)
-        write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write(folder, chosen, text, paths)
         sys.stdout.write(f"{folder}\n")
         return
-    sys.stdout.write(upload(repo, files, text, private) + "\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        write(Path(temporary), chosen, text, paths)
+        sys.stdout.write(upload(repo, Path(temporary), private) + "\n")
+
+
+def write(folder: Path, hookpoints: Sequence[str], text: str, paths: Paths) -> None:
+    """Write everything that is uploaded: SAEs, the language-specific latents, and the card `text`."""
+    for name in hookpoints:
+        for file in _FILES:
+            copy_file(paths.saes / name / file, folder / name / file)
+    features = read_table(paths.features).filter(pl.col("hookpoint").is_in(list(hookpoints)), kind="sae")
+    write_atomically(folder / "features.csv", features.write_csv)
+    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def check(hookpoints: Sequence[str], params: Config, paths: Paths) -> list[str]:
@@ -61,13 +69,13 @@ def check(hookpoints: Sequence[str], params: Config, paths: Paths) -> list[str]:
     return chosen
 
 
-def upload(repo: str, files: dict[str, Path], text: str, private: bool) -> str:
-    """Create the repository if it is missing, and add the files and the card in one commit; returns the address."""
+def upload(repo: str, folder: Path, private: bool) -> str:
+    """Create the repository if it is missing, and add the files of `folder` in one commit; returns the address."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
-    operations.append(CommitOperationAdd("README.md", text.encode()))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
     api = HfApi(library_name="babelscope")
     try:
         address = api.create_repo(repo, private=private or None, exist_ok=True)

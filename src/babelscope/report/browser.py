@@ -2,37 +2,46 @@
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 
 from babelscope.core.errors import UserError
 from babelscope.report.assets import asset, embedded, environment, source_hash
+from babelscope.report.names import called
 from babelscope.report.numbers import plain
 
 _KEY = ("hookpoint", "unit")
 COLUMNS = {
-    "features": (*_KEY, "kind", "languages", "entropy", "largest", "delta", "delta_tokens", "delta_texts"),
+    "features": (*_KEY, "kind", "languages", "entropy", "largest", "delta", "delta_low", "delta_high", "delta_tokens",
+                 "delta_texts"),
     "probabilities": (*_KEY, "language", "probability"),
     "histograms": (*_KEY, "bin", "own", "other"),
     "texts": ("text_id", "language", "pieces"),
     "examples": (*_KEY, "side", "place", "text_id", "activations"),
     "tokens": (*_KEY, "side", "place", "token", "logit"),
-}
+    "neighbours": (*_KEY, "place", "neighbour", "cosine"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BrowserInputs:
     """Everything that the page shows; the languages and hookpoints are in the order of params.yaml.
 
-    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`.
+    `frames` is data/browse/<name>.parquet by name, at least those of `COLUMNS`, and perhaps `explanations`,
+    `stability` (data/stability/features.parquet), `ranking` (data/ablation/ranking.parquet) and `script`
+    (data/script/features.parquet). `selected`: how many features were selected, of which the browser may show a part
+    (0: not known). `about`, `cells`: see `babelscope.report.about`.
     """
 
     languages: Sequence[str]
     hookpoints: Sequence[str]
     model: str
     frames: Mapping[str, pl.DataFrame]
+    selected: int = 0
+    about: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    cells: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, columns in COLUMNS.items():
@@ -48,10 +57,13 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
     -------
     `languages`, `hookpoints`, `tokens`: names, to which numbers below refer. `texts`: `language`, `pieces`, `rtl`.
     `features`, by hookpoint and unit: `at` (hookpoint), `unit`, `of` (its languages), `entropy` (nats), `rates` (one
-    per language), `largest` (activation), `histogram` (own languages, others), `own`, `other` (texts: number, then
-    piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `delta`
-    (nats/token, or None), `on` (how many texts and tokens it was measured on), and, if it was explained, `said` (the
-    explanation, its detection and fuzzing scores).
+    per language), `largest` (activation), `histogram` (own languages, others), `own`, `other`, `sample` (texts: number,
+    then piece and activation of every piece on which it fires), `promoted`, `suppressed` (token, logit), `near`
+    (neighbour's unit, cosine), `delta` (nats/token, or None), `range` (its 95 % interval, or None), `on` (how many
+    texts and tokens it was measured on), and, if known, `matched` (whether another seed has it), `causal`
+    (estimated dNLL of its language and of the others without it, rank), `script` (whether it is script-bound, or None,
+    and its rate on romanised texts relative to that on the texts as they are) and `said` (the explanation, its
+    detection and fuzzing scores). `names`: of the languages. `about`, `cells`: as in the inputs.
     """
     frames = inputs.frames
     texts = frames["texts"].select("text_id", "language", "pieces").rows()
@@ -68,8 +80,9 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
             "at": hookpoint_number[row["hookpoint"]], "unit": row["unit"],
             "of": [code[name] for name in row["languages"]], "entropy": round(row["entropy"], 4),
             "largest": _digits(row["largest"]), "rates": [0.0] * len(code), "histogram": [[], []],
-            "own": [], "other": [], "promoted": [], "suppressed": [],
+            "own": [], "other": [], "sample": [], "promoted": [], "suppressed": [], "near": [],
             "delta": None if row["delta"] is None else _digits(row["delta"]),
+            "range": None if row["delta_low"] is None else [_digits(row["delta_low"]), _digits(row["delta_high"])],
             "on": [row["delta_texts"], row["delta_tokens"]],
         }  # fmt: skip
     for hookpoint, unit, language, rate in _rows(frames, "probabilities"):
@@ -82,18 +95,36 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         features[hookpoint, unit][side].append([text_number[text_id], *(part for pair in fires for part in pair)])
     for hookpoint, unit, side, _, token, logit in _rows(frames, "tokens", "place"):
         features[hookpoint, unit][side].append([token_number[token], _digits(logit)])
+    for hookpoint, unit, _, neighbour, cosine in _rows(frames, "neighbours", "place"):
+        features[hookpoint, unit]["near"].append([neighbour, _digits(cosine)])
+    if "stability" in frames:
+        for hookpoint, unit, matched in frames["stability"].select(*_KEY, "matched").iter_rows():
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["matched"] = matched
+    if "ranking" in frames:
+        columns = (*_KEY, "own", "others", "causal_rank")
+        for hookpoint, unit, *effect in frames["ranking"].select(columns).iter_rows():
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["causal"] = [*map(_digits, effect[:2]), effect[2]]
     if "explanations" in frames:
         columns = (*_KEY, "explanation", "detection", "fuzzing")
         for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():
             if (hookpoint, unit) in features:
                 features[hookpoint, unit]["said"] = said
+    if "script" in frames:
+        for hookpoint, unit, bound, kept in (
+            frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows()
+        ):
+            if (hookpoint, unit) in features:
+                features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
     shown = [
         {"language": code[language], "pieces": pieces, "rtl": is_right_to_left("".join(pieces))}
         for _, language, pieces in texts
     ]
     return {
         "languages": list(inputs.languages), "hookpoints": list(inputs.hookpoints), "tokens": tokens, "texts": shown,
-        "features": list(features.values()),
+        "features": list(features.values()), "names": [called(name) for name in inputs.languages],
+        "about": dict(inputs.about), "cells": dict(inputs.cells),
     }  # fmt: skip
 
 
@@ -123,6 +154,7 @@ def build(inputs: BrowserInputs) -> str:
     """
     script = asset("browser.js")
     kinds = inputs.frames["features"]["kind"]
+    specific = int((kinds == "specific").sum())
     return (
         environment()
         .from_string(asset("browser.html.j2"))
@@ -132,9 +164,11 @@ def build(inputs: BrowserInputs) -> str:
             style=asset("page.css") + asset("browser.css"),
             data=embedded(content(inputs)),
             model=inputs.model,
-            specific=plain(int((kinds == "specific").sum())),
+            specific=plain(specific),
             shared=plain(int((kinds == "shared").sum())),
-            languages=inputs.languages,
+            selected=plain(inputs.selected) if inputs.selected > specific else "",
+            languages=[called(name) for name in inputs.languages],
+            codes=inputs.languages,
             hookpoints=inputs.hookpoints,
         )
     )

@@ -95,7 +95,9 @@ def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
     rows = [{"x": 8 + start, "text": text} for start, (_, _, text) in zip(starts, entries, strict=True)]
     layers = []
     for row, (style, shape, _) in zip(rows, entries, strict=True):
-        base = alt.Chart(alt.Data(values=[row])).encode(x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)])))
+        base = alt.Chart(alt.Data(values=[row])).encode(
+            x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, sum(width)]))
+        )
         mark = base.mark_point(style=style, shape=shape, filled=True, size=56, opacity=1)
         layers += [mark, base.mark_text(align="left", dx=14, fontSize=12, aria=False).encode(text="text:N")]
     return alt.layer(*layers).properties(width=sum(width), height=18)
@@ -131,8 +133,9 @@ def heat_map(
     """Languages x layers (or another column, `axis`) with the values written into the cells.
 
     `frame` has `language`, `layer` (a label; or `axis`), `value` (null leaves a cell empty) and perhaps `hookpoint`,
-    `low`, `high`, `others` and `href` (what a click on the cell opens). `name` is unique within a picture, `title` says what the value is, with its unit, and
-    `description` is the text alternative. The colours start at `zero`, or at the smallest value.
+    `low`, `high`, `others` and `href` (what a click on the cell opens). `name` is unique within a picture, `title` says
+    what the value is, with its unit, and `description` is the text alternative. The colours start at `zero`, or at the
+    smallest value.
     """
     form = f",.{decimals + 2}f" if decimals else ","
     shown: list[str | tuple[str, ...]] = ["language:N", f"{'hookpoint' if 'hookpoint' in frame.columns else axis}:N"]

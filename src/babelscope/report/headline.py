@@ -13,8 +13,8 @@ def title(inputs: ReportInputs) -> str:
     """The result in one sentence."""
     own, others = _effects(inputs)
     return (
-        f"{plain(found(inputs))} {kind(inputs)}: without its own, a language’s loss changes by {own} nats/token, and that "
-        f"of other languages by {others}"
+        f"{plain(found(inputs))} {kind(inputs)}: without its own, a language’s loss changes by {own} nats/token, "
+        f"and that of other languages by {others}"
     )
 
 
@@ -39,6 +39,8 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
     """The most important figures: what each is, and the figure."""
     own, others = _effects(inputs)
     signed = significant(inputs.figure("ablate", "others"), sign=True, digits=2)
+    tested, bound = (inputs.figure("script", key) for key in ("tested", "script_bound"))
+    label = f"of {plain(tested)} features of other scripts still fire on romanised texts"
     return [
         (f"languages, {features(inputs)['language'].n_unique()} with features", str(len(inputs.languages))),
         ("hookpoints, with one SAE each", str(len(inputs.hookpoints))),
@@ -48,7 +50,9 @@ def tiles(inputs: ReportInputs) -> list[tuple[str, str]]:
         ("mean FVU (fraction of variance unexplained)", plain(mean_fvu(inputs), 3)),
         ("ΔNLL of the language itself, nats/token", own),
         (f"mean absolute ΔNLL of other languages, nats/token; with its sign: {signed}", others),
-        ("ΔNLL of a language without random latents that fire as often, nats/token", significant(inputs.figure("ablate", "control"), sign=True)),
+        ("ΔNLL of a language without random latents that fire as often, nats/token",
+         significant(inputs.figure("ablate", "control"), sign=True)),
+        *([(label, plain(tested - bound))] if tested else []),
     ]  # fmt: skip
 
 

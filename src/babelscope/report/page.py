@@ -11,8 +11,8 @@ from babelscope.report.parts import Picture, ReportInputs
 # `section(inputs)`, which returns a Section or None; a part without a section is left out.
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
-    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "steering"),
-    "The doubt: what else could explain it?": ("stability", "similarity", "quality", "corpus", "confounds"),
+    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "baselines", "steering"),
+    "The doubt: what else could explain it?": ("script", "stability", "similarity", "quality", "corpus", "confounds"),
     "For reference": ("reproduce",),
 }
 NAMES = tuple(name for names in PARTS.values() for name in names)
@@ -51,5 +51,5 @@ def build(inputs: ReportInputs) -> str:
 
 
 def for_dvc() -> str:
-    """The page that `dvc plots` fills (`.dvc/config`); DVC's own fetches Vega from a network each time it is opened."""
+    """The page that `dvc plots` fills: `.dvc/plots/page.html`. DVC's own fetches Vega whenever it is opened."""
     return asset("plots.html.j2").replace("JAVASCRIPT", charts.javascript())

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import quote
 from typing import Any
+from urllib.parse import quote
 
 import polars as pl
 from markupsafe import Markup
@@ -20,8 +20,10 @@ COLUMNS = {
     "control": "method language excess excess_low excess_high contrast contrast_low contrast_high",
     "curve": "language top features own others control",
     "confusion": "method normalize language predicted texts",
-    "generations": "language strength control nll distinct_2 success",
+    "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "script": "hookpoint unit language script_bound",
 }
 
 
@@ -52,6 +54,8 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    baselines: pl.DataFrame | None = None
+    script: pl.DataFrame | None = None
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class ReportInputs:
         return self.metrics.get(name, {}).get(key)
 
     def grid(self) -> pl.DataFrame:
-        """Every pair of `language` and `hookpoint` in the order of params.yaml, with `layer` (label) and `href` (link)."""
+        """Every pair of `language` and `hookpoint` in the order of params.yaml, `layer` (label) and `href` (link)."""
         labels = layer_labels(self.hookpoints)
         columns = pl.DataFrame({"hookpoint": self.hookpoints, "layer": list(labels.values())})
         grid = pl.DataFrame({"language": self.languages}).join(columns, how="cross", maintain_order="left_right")

@@ -12,11 +12,12 @@ from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError
-from babelscope.core.files import read_json, read_table, write_atomically
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.report import browser, charts, page
+from babelscope.report import about, browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import ablation, features
+from babelscope.report.sections.features import found
 
 PACKAGES = (
     "babelscope", "torch", "transformers", "lightning", "polars", "mlflow", "dvc", "altair", "vl-convert-python",
@@ -24,8 +25,9 @@ PACKAGES = (
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`."""
+    """Write the report, the feature browser, the two pictures and the plots below `paths.reports`, and the summary."""
     inputs = read(params, paths)
+    write_json(paths.summary, summary.headline(inputs))
     matrix, counts = ablation.matrix(inputs), features.counts(inputs)
     plots = {
         "training": training_curves(params, paths),
@@ -34,10 +36,9 @@ def run(params: Config, paths: Paths) -> None:
     }
     files = {
         "report.html": page.build(inputs).encode(),
-        "features.html": browser.build(read_features(params, paths)).encode(),
+        "features.html": browser.build(read_features(params, paths, inputs)).encode(),
         "features_by_layer.png": charts.png(features.chart(counts)),
         "ablation.png": charts.png(ablation.chart(matrix, inputs.languages)),
-        "plots/page.html": page.for_dvc().encode(),
         **{f"plots/{name}.csv": frame.write_csv().encode() for name, frame in plots.items()},
     }
     for name, content in files.items():
@@ -53,7 +54,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "steer")
+    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "baselines", "script", "steer")
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -61,7 +62,8 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         "by_layer": paths.ablation / "by_layer.parquet", "control": paths.ablation / "control.parquet",
         "curve": paths.ablation / "curve.parquet",
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
-        "generations": paths.generations,
+        "generations": paths.generations, "baselines": paths.baselines / "identification.parquet",
+        "script": paths.script / "features.parquet",
     }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}
@@ -86,14 +88,20 @@ def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
     return dict(texts.group_by("language").agg(size).sort("language").iter_rows())
 
 
-def read_features(params: Config, paths: Paths) -> browser.BrowserInputs:
-    """What the feature browser shows."""
+def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = None) -> browser.BrowserInputs:
+    """What the feature browser shows; `inputs`: of the report, for the facts about languages and layers."""
     files = {name: paths.browse / f"{name}.parquet" for name in browser.COLUMNS}
     _check(files.values(), "stage `browse` writes it")
-    if paths.explanations.is_file():
-        files["explanations"] = paths.explanations
+    ranking, script = paths.ablation / "ranking.parquet", paths.script / "features.parquet"
+    optional = {
+        "explanations": paths.explanations, "stability": paths.stability, "ranking": ranking, "script": script,
+    }  # fmt: skip
+    files |= {name: path for name, path in optional.items() if path.is_file()}
     frames = {name: read_table(path) for name, path in files.items()}
-    return browser.BrowserInputs(params.languages, params.hookpoints, local_name(params.model.name), frames)
+    facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
+    selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
+    model = local_name(params.model.name)
+    return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, facts, cells)
 
 
 def training_curves(params: Config, paths: Paths) -> pl.DataFrame:

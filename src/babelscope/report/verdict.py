@@ -91,8 +91,8 @@ def _features(metrics: Metrics, languages: Sequence[str]) -> tuple[str, str] | N
     if status == HOLDS and median is not None and median > SPECIFIC:
         status = IN_PART
     sentence = (
-        f"**{owners} of {len(languages)}** languages have features: **{plain(total)}** latents, from {plain(counts[least])} "
-        f"({name(least)}) to {plain(counts[most])} ({name(most)}) a language"
+        f"**{owners} of {len(languages)}** languages have features: **{plain(total)}** latents, from "
+        f"{plain(counts[least])} ({name(least)}) to {plain(counts[most])} ({name(most)}) a language"
     )
     if median is not None:
         each = [value for value in _by_language(score, "effective_languages_median", languages).values() if value]
@@ -140,8 +140,8 @@ def _identification(metrics: Metrics, languages: Sequence[str]) -> tuple[str, st
     beside = "" if rival is None else f"; fastText is right for **{percent(rival)}**"
     status = HOLDS if high >= (rival or MOST) else IN_PART if share >= SOME else FAILS
     return status, (
-        f"Which features fire tells the language of **{percent(share)}** of {plain(texts)} held-out texts (95 % interval "
-        f"{_shares((low, high), 1)}){beside}."
+        f"Which features fire tells the language of **{percent(share)}** of {plain(texts)} held-out texts (95 % "
+        f"interval {_shares((low, high), 1)}){beside}."
     )
 
 
@@ -156,10 +156,12 @@ def _stability(metrics: Metrics, languages: Sequence[str]) -> tuple[str, str] | 
     sets = _status(above / n)
     status = _status(share) if share >= SOME else IN_PART if sets == HOLDS else FAILS
     singly = (
-        f"**{percent(share)}** of {plain(count)} features (95 % interval {_shares(wilson(share * count, count))}) have a "
-        f"one-to-one partner in an SAE from another seed"
+        f"**{percent(share)}** of {plain(count)} features (95 % interval {_shares(wilson(share * count, count))}) have "
+        f"a one-to-one partner in an SAE from another seed"
     )
-    together = f"; as sets, the directions agree beyond random latents in **{above} of {n}** languages" if overlap else ""
+    together = (
+        f"; as sets, the directions agree beyond random latents in **{above} of {n}** languages" if overlap else ""
+    )
     return status, f"{singly}{together}."
 
 

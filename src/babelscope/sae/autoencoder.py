@@ -23,6 +23,8 @@ def chunk_rows(latents: int, device: torch.device) -> int:
 class SAE(nn.Module):
     """A sparse autoencoder, or a transcoder: `z = f((x - b_in) @ W_enc + b_enc)`, `y_hat = z @ W_dec + b_dec`.
 
+    A transcoder may have a skip connection (Paulo et al. 2025, arXiv 2501.18823), which adds `x @ W_skip^T` to `y_hat`.
+
     There are two activation functions f. TopK keeps the k largest positive scores of a row (Gao et al. 2024, arXiv
     2406.04093, eq. 3). JumpReLU keeps the positive scores above a threshold per latent (Rajamanoharan et al. 2024,
     arXiv 2407.14435, eq. 3). BatchTopK after training is JumpReLU with one threshold for all (Bussmann et al. 2024,
@@ -37,6 +39,7 @@ class SAE(nn.Module):
     k: active latents per row (TopK); None if `threshold` is given.
     threshold: float32 [n], >= 0 (JumpReLU); None if `k` is given.
     b_in: float32 [d_in], constant subtracted from a transcoder's input; None: an autoencoder, which subtracts `b_dec`.
+    W_skip: float32 [d, d_in], skip connection of a transcoder, or None.
 
     Attributes
     ----------
@@ -49,6 +52,7 @@ class SAE(nn.Module):
 
     threshold: Tensor | None
     b_in: Tensor | None
+    W_skip: Tensor | None
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class SAE(nn.Module):
         *,
         threshold: Tensor | None = None,
         b_in: Tensor | None = None,
+        W_skip: Tensor | None = None,
     ) -> None:
         super().__init__()
         (n, d_in), d = encoder.shape, W_dec.shape[-1]
@@ -69,6 +74,8 @@ class SAE(nn.Module):
             raise ValueError(f"an SAE needs [n, d_in], [n, d], [n], [d], and b_in if d_in is not d; got {shapes}")
         if b_in is not None and b_in.shape != (d_in,):
             raise ValueError(f"b_in needs the shape {(d_in,)}, got {tuple(b_in.shape)}")
+        if W_skip is not None and (b_in is None or W_skip.shape != (d, d_in)):
+            raise ValueError(f"W_skip needs a transcoder and the shape {(d, d_in)}, got {tuple(W_skip.shape)}")
         if (k is None) == (threshold is None):
             raise ValueError("an SAE needs either k (TopK) or a threshold (JumpReLU)")
         if k is not None and not 0 < k <= n:
@@ -82,6 +89,7 @@ class SAE(nn.Module):
         self.k = k
         self.register_buffer("threshold", None if threshold is None else threshold.float().contiguous())
         self.register_buffer("b_in", None if b_in is None else b_in.float().contiguous())
+        self.register_buffer("W_skip", None if W_skip is None else W_skip.float().contiguous())
         self._screens: dict[torch.dtype, ExactTopK] = {}
         self._screens_key: list[object] = []
 
@@ -170,16 +178,21 @@ class SAE(nn.Module):
         return top_k(scores, self.k)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Reconstruct activations, float32 [..., d], from `values` [..., q] and `indices` [..., q] (any q)."""
+        """The sum of the latents' contributions and `b_dec`, float32 [..., d], from `values`, `indices` [..., q]."""
         q = values.shape[-1]
         flat = functional.embedding_bag(
             indices.reshape(-1, q), self.W_dec, per_sample_weights=values.reshape(-1, q), mode="sum"
         )
         return (flat + self.b_dec).view(*values.shape[:-1], self.d)
 
+    def reconstruct(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        """The output [..., d] in float32 for an input `x` [..., d_in] and its activations (see `encode`)."""
+        y = self.decode(values, indices)
+        return y if self.W_skip is None else y + linear(x.float(), self.W_skip)
+
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct: [..., d_in] -> float32 [..., d]."""
-        return self.decode(*self.encode(x))
+        return self.reconstruct(x, *self.encode(x))
 
 
 def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

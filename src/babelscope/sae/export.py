@@ -31,10 +31,12 @@ def write_sparsify(dictionary: SAE, folder: Path) -> None:
         "encoder.weight": dictionary.encoder, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
     }  # fmt: skip
+    if dictionary.W_skip is not None:
+        weights["W_skip"] = dictionary.W_skip
     config = {
         "activation": "topk", "d_in": dictionary.d_in, "expansion_factor": dictionary.latents // dictionary.d_in,
         "k": dictionary.k, "multi_topk": False, "normalize_decoder": False, "num_latents": dictionary.latents,
-        "skip_connection": False, "transcode": dictionary.b_in is not None,
+        "skip_connection": dictionary.W_skip is not None, "transcode": dictionary.b_in is not None,
     }  # fmt: skip
     content = {name: weight.detach().contiguous() for name, weight in weights.items()}
     write_atomically(folder / formats.SPARSIFY.weights, lambda path: save_file(content, path))

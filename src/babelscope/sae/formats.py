@@ -5,6 +5,7 @@ normalisation of a release is folded into the weights.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,27 +19,32 @@ from babelscope.sae.autoencoder import SAE
 Settings = dict[str, Any]
 Tensors = Mapping[str, Tensor]
 
-# The activation function of each "architecture" in SAELens, its default first; the last architecture is our own.
+# The activation function of each "architecture" in SAELens, its default first; the last two architectures are our own.
 ACTIVATIONS = {
     "standard": "relu",
     "topk": "topk",
     "jumprelu": "jumprelu",
     "transcoder": "relu",
+    "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
     "topk_transcoder": "topk",
+    "topk_skip_transcoder": "topk",
 }
 
 
 class Format(NamedTuple):
-    """A file format for an SAE in a folder.
+    """A file format for an SAE: a folder, or one of many files in a folder.
 
     Attributes
     ----------
     name: library or release that uses it.
     settings: the JSON file next to the weights; None if there is none.
-    weights: the file of the weights.
+    weights: the file of the weights; a pattern with `*` if each file in a folder is an SAE.
     read: returns the tensors in that file by name, and never executes its content.
     build: returns the SAE for settings and tensors; raises ValueError if `SAE` cannot compute it.
+    needs_settings: whether an SAE without the file of settings is incomplete.
+    by_name: further settings, which only the names of the repository and the folders tell.
     """
 
     name: str
@@ -46,6 +52,8 @@ class Format(NamedTuple):
     weights: str
     read: Callable[[Path], Tensors]
     build: Callable[[Settings, Tensors], SAE]
+    needs_settings: bool = True
+    by_name: Callable[[str], Settings] = lambda name: {}
 
 
 def product(encoder: Tensor, b: Tensor) -> Tensor:
@@ -109,6 +117,7 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
 
     encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     encoder, b_in = encoder.mT, None
+    skip = tensors["W_skip"] if "skip" in architecture else None
     _check_sizes(config, d_in=encoder.shape[1], d_sae=encoder.shape[0], d_out=W_dec.shape[1])
     if architecture.endswith("transcoder") or "d_out" in config:
         _one_of(config, "apply_b_dec_to_input", (False,))
@@ -121,44 +130,89 @@ def _saelens(config: Settings, tensors: Tensors) -> SAE:
             norms = W_dec.norm(dim=1)
             encoder, b_enc = encoder * norms[:, None], b_enc * norms
             W_dec = W_dec / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a latent of norm 0 stays at 0
-        return SAE(encoder, W_dec, b_enc, b_dec, _whole(old | config, "k"), b_in=b_in)
+        return SAE(encoder, W_dec, b_enc, b_dec, _whole(old | config, "k"), b_in=b_in, W_skip=skip)
     # If a threshold is negative, SAELens' ReLU still drops negative scores, as a threshold of 0 does.
     threshold = tensors["threshold"].float().clamp(min=0) if activation == "jumprelu" else torch.zeros_like(b_enc)
-    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in)
+    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in, W_skip=skip)
 
 
 def _sparsify(config: Settings, tensors: Tensors) -> SAE:
     _one_of(config, "activation", ("topk",))
-    for key in ("skip_connection", "signed"):  # "signed" in early releases: the largest scores of either sign
-        _one_of(config, key, (False,))
-    if "W_skip" in tensors:
-        raise ValueError("the weights hold a skip connection, W_skip; allowed: files without it")
+    _one_of(config, "signed", (False,))  # in early releases: the largest scores of either sign
+    if _one_of(config, "skip_connection", (False, True)) != ("W_skip" in tensors):
+        raise ValueError("skip_connection is true without W_skip in the weights, or the other way round")
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     encoder, W_dec, b_enc, b_dec = (tensors[name] for name in names)
     _check_sizes(config, d_in=encoder.shape[1], num_latents=encoder.shape[0])
     transcoder = _one_of(config, "transcode", (False, True))  # a transcoder subtracts nothing from its input
     b_in = torch.zeros(encoder.shape[1]) if transcoder else None
-    return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in)
+    return SAE(encoder, W_dec, b_enc, b_dec, _whole(config, "k"), b_in=b_in, W_skip=tensors.get("W_skip"))
 
 
 def _gemma_scope(config: Settings, tensors: Tensors) -> SAE:
-    """Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): `relu(x W_enc + b_enc)` above a threshold per latent."""
+    """Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): `relu(x W_enc + b_enc)` above a threshold per latent.
+
+    Gemma Scope 2 writes the names of the weights in lower case. Its transcoders may have an affine skip connection,
+    stored as `[d_in, d]`.
+    """
     _unscaled(tensors)
+    _one_of(config, "architecture", ("jump_relu",))
+    w = "w" if "w_enc" in tensors else "W"
     W_enc, W_dec, b_enc, b_dec, threshold = (
-        tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        tensors[name].float() for name in (f"{w}_enc", f"{w}_dec", "b_enc", "b_dec", "threshold")
     )
-    encoder = W_enc.mT
-    return SAE(encoder, W_dec, _uncentred(encoder, b_enc, b_dec), b_dec, threshold=threshold.clamp(min=0))
+    encoder, threshold = W_enc.mT, threshold.clamp(min=0)
+    if config["is_transcoder"] or config.get("hf_hook_point_out") is not None:
+        skip = tensors["affine_skip_connection"].mT if "affine_skip_connection" in tensors else None
+        return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=torch.zeros(len(W_enc)), W_skip=skip)
+    return SAE(encoder, W_dec, _uncentred(encoder, b_enc, b_dec), b_dec, threshold=threshold)
+
+
+def _gemma_scope_name(name: str) -> Settings:
+    if "embedding" in name:
+        raise ValueError("an SAE of the token embeddings; allowed: SAEs of the blocks")
+    return {"is_transcoder": "transcoder" in name}
+
+
+def _qwen_scope(config: Settings, tensors: Tensors) -> SAE:
+    """Qwen-Scope (arXiv 2605.11887): the k largest of `relu(x W_enc^T + b_enc)`."""
+    encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    return SAE(encoder, W_dec.mT, _uncentred(encoder, b_enc, b_dec), b_dec, config["k"])
+
+
+def _qwen_scope_name(name: str) -> Settings:
+    found = re.search(r"L0_(\d+)", name)
+    if found is None:
+        raise ValueError("the name of its folder does not tell k; keep the repository's name, which ends in L0_<k>")
+    return {"k": int(found[1])}
+
+
+def _linear(_config: Settings, tensors: Tensors) -> SAE:
+    """Goodfire's and qresearch's SAEs: `relu(x W_enc + b_enc)`, weights of torch.nn.Linear."""
+    names = ("encoder_linear", "decoder_linear") if "encoder_linear.weight" in tensors else ("encoder", "decoder")
+    encoder, decoder, b_enc, b_dec = (tensors[f"{n}.{kind}"].float() for kind in ("weight", "bias") for n in names)
+    b_enc = _uncentred(encoder, b_enc, b_dec)
+    return SAE(encoder, decoder.mT, b_enc, b_dec, threshold=torch.zeros_like(b_enc))
+
+
+def _circuit_tracer(_config: Settings, tensors: Tensors) -> SAE:
+    """The transcoders of circuit-tracer (ReLU or JumpReLU), with or without a skip connection `[d, d]`."""
+    encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    threshold = tensors.get("activation_function.threshold", torch.zeros_like(b_enc)).float().clamp(min=0)
+    b_in = torch.zeros(encoder.shape[1])
+    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in, W_skip=tensors.get("W_skip"))
 
 
 def _llama_scope(config: Settings, tensors: Tensors) -> SAE:
     """Llama Scope (He et al. 2024, arXiv 2410.20526), from OpenMOSS' Language-Model-SAEs.
 
     Input and output are normalised "dataset-wise": `x sqrt(d) / (mean norm)`. `jump_relu_threshold` is in the units of
-    the raw activations, since their library folds the normalisation into the weights before it applies the threshold.
-    With `sparsity_include_decoder_norm`, the threshold holds for a latent's score times the norm of its decoder row (in
-    units of the raw output), else for its score on the raw input. SAELens ignores the decoder norms, which makes no
-    difference for the released SAEs: their decoder rows have norm 1, and their mean input and output norms are equal.
+    the raw activations, since their library, in its state "inference", folds the normalisation into the weights and
+    divides the decoder rows by their norms before it applies the threshold (`standardize_parameters_of_dataset_norm`,
+    `transform_to_unit_decoder_norm`). So with `sparsity_include_decoder_norm`, the threshold holds for a latent's score
+    times the norm of its decoder row in units of the raw output, else for its score on the raw input. SAELens scales
+    the threshold by the norm of the input only, which is the same if decoder rows have norm 1 and the mean input and
+    output norms are equal.
     """
     _one_of(config, "act_fn", ("jumprelu",))
     _one_of(config, "apply_decoder_bias_to_pre_encoder", (False,))
@@ -238,7 +292,17 @@ def _torch(path: Path) -> Tensors:
 
 SAELENS = Format("SAELens", "cfg.json", "sae_weights.safetensors", _safetensors, _saelens)
 SPARSIFY = Format("EleutherAI/sparsify", "cfg.json", "sae.safetensors", _safetensors, _sparsify)
-GEMMA_SCOPE = Format("Gemma Scope", None, "params.npz", _npz, _gemma_scope)
+GEMMA_SCOPE = Format("Gemma Scope", None, "params.npz", _npz, _gemma_scope, by_name=_gemma_scope_name)
+GEMMA_SCOPE_2 = Format(
+    "Gemma Scope 2", "config.json", "params.safetensors", _safetensors, _gemma_scope, False, _gemma_scope_name
+)
 LLAMA_SCOPE = Format("Llama Scope", "hyperparams.json", "checkpoints/final.safetensors", _safetensors, _llama_scope)
 DICTIONARY_LEARNING = Format("dictionary_learning", "config.json", "ae.pt", _torch, _dictionary_learning)
-FORMATS = (SAELENS, SPARSIFY, GEMMA_SCOPE, LLAMA_SCOPE, DICTIONARY_LEARNING)
+QWEN_SCOPE = Format("Qwen-Scope", None, "*.sae.pt", _torch, _qwen_scope, by_name=_qwen_scope_name)
+GOODFIRE = Format("Goodfire", None, "*.pt*", _torch, _linear)
+CIRCUIT_TRACER = Format("circuit-tracer", None, "*.safetensors", _safetensors, _circuit_tracer)
+# The first that matches is taken.
+FORMATS = (
+    SAELENS, SPARSIFY, GEMMA_SCOPE, GEMMA_SCOPE_2, LLAMA_SCOPE, DICTIONARY_LEARNING, QWEN_SCOPE, GOODFIRE,
+    CIRCUIT_TRACER,
+)  # fmt: skip

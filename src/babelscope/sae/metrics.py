@@ -83,7 +83,7 @@ class QualitySums:
         x = x.to(device).float()
         target = x if y is None else y.to(device).float()
         values, indices = self.sae.encode(x)
-        error = (self.sae.decode(values, indices) - target).square().sum(1, dtype=torch.float64)
+        error = (self.sae.reconstruct(x, values, indices) - target).square().sum(1, dtype=torch.float64)
         self._fired[indices[values > 0]] = True
         self._counts += torch.bincount(group, minlength=len(self._counts))
         self._active.index_add_(0, group, (values > 0).sum(1, dtype=torch.float64).cpu())

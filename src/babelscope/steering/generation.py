@@ -1,135 +1,165 @@
-"""Steering: generate text while one language's features are amplified, from the same prompts for all languages.
+"""Greedy or sampled continuations of many prompts at once, each with its own change of the states.
 
-`x <- x + strength * sum_u m_u W_dec[u]` at every hookpoint, with `m_u` the mean activation of u over all tokens of the
-language: strength 1 adds what the language's features add, on average, to a token of its own text. (Andrylie et al.
-2025, arXiv 2507.11230, measure perplexity with multiples of the largest activations of all units at once. With hundreds
-of units per language, such activations are far from any that the model produces.)
+A change is made at every position of the prompt but the special tokens in front, and at every generated token.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from babelscope.core.errors import UserError
 from babelscope.models import hookpoints as hooks
 from babelscope.models.nll import text_nll
-from babelscope.sae.autoencoder import SAE
+from babelscope.models.top_tokens import TopTokens
+
+# Tokens of highest probability from which a token is drawn; the rest of the vocabulary has probability 0 (top-k
+# sampling, Fan et al. 2018, arXiv 1805.04833).
+TOP_K = 64
 
 
-def direction(sae: SAE, units: Sequence[int], means: Sequence[float]) -> Tensor:
-    """`sum_u m_u W_dec[u]`, float32 `[d]`: what `units`, each as active as in `means`, add at their hookpoint."""
-    index = torch.tensor(list(units), dtype=torch.int64, device=sae.W_dec.device)
-    weight = torch.tensor(list(means), dtype=torch.float32, device=sae.W_dec.device)
-    return weight @ sae.W_dec.detach()[index]
+class Change(NamedTuple):
+    """A change of the states at one place: first a component is taken out, then a vector is added.
 
-
-def add(vectors: Tensor, special: int = 1) -> hooks.Edit:
-    """The edit that adds `vectors[row]` (`[rows, d]`) to every position of a text but the first `special`.
-
-    The first pass covers the whole prompt; with a key-value cache every later pass covers one position.
+    Attributes
+    ----------
+    added: float32 `[rows, d]` (or `[1, d]`, for all rows), or None.
+    removed: unit vectors in the same form, or None.
     """
 
-    def edit(x: Tensor) -> Tensor:
-        first = special if x.shape[1] > 1 else 0
-        return torch.cat([x[:, :first], (x[:, first:].float() + vectors.unsqueeze(1)).to(x.dtype)], dim=1)
+    added: Tensor | None = None
+    removed: Tensor | None = None
 
-    return edit
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[rows, positions, d]`, changed at every position; same dtype."""
+        found = x.float()
+        if self.removed is not None:
+            along = (found * self.removed.unsqueeze(1)).sum(2, keepdim=True)
+            found = found - along * self.removed.unsqueeze(1)
+        return (found if self.added is None else found + self.added.unsqueeze(1)).to(x.dtype)
 
 
+@torch.inference_mode()
 def generate(
-    model: Any,
-    prompts: Tensor,
-    vectors: Mapping[str, Tensor],
+    top: TopTokens,
+    prompts: Sequence[Sequence[int]],
+    changes: Mapping[str, Change],
     *,
+    special: int,
     new_tokens: int,
-    temperature: float,
-    seed: int,
-    special: int = 0,
-    first_row: int = 0,
+    temperature: Sequence[float],
+    seeds: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Generate from every prompt while the vectors of its row are added at the hookpoints.
+    """Continue every prompt while the states are changed.
 
-    The model's own `generation_config` (repetition_penalty, top_k, ...) has no effect: tokens are drawn from the
-    probabilities of the model, at `temperature`. End-of-text tokens are never generated.
+    The model's own `generation_config` (repetition_penalty, top_p, ...) has no effect. End-of-text tokens are never
+    generated.
 
     Parameters
     ----------
-    model: a causal language model.
-    prompts: token ids, int64 `[rows, prompt tokens]`, at least two; all of one length, so that nothing is padded.
-    vectors: by hookpoint, float32 `[rows, d]`.
-    new_tokens: number of tokens to generate.
-    temperature: of the sampling; 0 takes the most probable token.
-    seed: of the sampling.
-    special: number of leading special tokens (BOS) in each prompt. They are not changed, and the first token never is:
+    top: of the model.
+    prompts: token ids of each row, at least two.
+    changes: by hookpoint.
+    special: number of special tokens (BOS) in front of every prompt, which are not changed. The first token never is:
         it is an attention sink.
-    first_row: number of the first row among all rows. A row's draws depend on `seed` and its number, not on the batch.
+    new_tokens: number of tokens to generate.
+    temperature: of each row; 0 takes the most probable token, else one of the `TOP_K` most probable is drawn.
+    seeds: of each row's draws, which do not depend on other rows.
 
     Returns
     -------
     The generated tokens, int64 `[rows, new_tokens]`.
+
+    Raises
+    ------
+    UserError: the model has no cache of keys and values.
     """
-    from transformers import GenerationConfig
+    from transformers import DynamicCache
 
-    device = hooks.device_of(model)
-    ids = prompts.to(device)
-    edits = {name: add(rows.to(device), max(special, 1)) for name, rows in vectors.items()}
-    numbers = range(first_row, first_row + len(ids))
-    uniform = np.stack([np.random.default_rng([seed, row]).random(new_tokens, np.float32) for row in numbers])
-    own_config = model.generation_config
-    ends = torch.tensor(own_config.eos_token_id or [], dtype=torch.int64).flatten()
+    model, longest = top.model, max(map(len, prompts))
+    device, cache = hooks.device_of(model), DynamicCache(config=top.model.config)
+    # Padded on the left, so that the last position of every row is a token.
+    token = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    stays = (mask.cumsum(1) <= max(special, 1)).unsqueeze(2)
 
-    def choose(seen: Tensor, logits: Tensor) -> Tensor:
-        logits[:, ends] = -torch.inf
-        drawn = torch.from_numpy(uniform[:, seen.shape[1] - ids.shape[1]])
-        token = _pick(logits, drawn, temperature).to(device)
-        return logits.scatter_(1, token.unsqueeze(1), torch.inf)  # `generate` takes the largest
+    def edit(x: Tensor, change: Change) -> Tensor:
+        return change(x) if x.shape[1] == 1 else torch.where(stays, x, change(x))
 
-    # `generate` takes unset values from the model's own config, so that is replaced.
-    model.generation_config = GenerationConfig()
+    uniform = np.stack([np.random.default_rng(list(seed)).random(new_tokens, np.float32) for seed in seeds])
+    drawn = [value > 0 for value in temperature]
+    ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=torch.int64).flatten().tolist()
+    found: list[Tensor] = []
+    with hooks.editing(model, {name: partial(edit, change=change) for name, change in changes.items()}):
+        for step in range(new_tokens):
+            position = (mask.cumsum(1) - 1).clamp_min(0)[:, -token.shape[1] :]
+            logits, tokens = top(TOP_K, input_ids=token, **_inputs(model, mask, position, cache))
+            if not step:
+                _check(model, cache, longest)
+            for end in ends:
+                logits[tokens == end] = -torch.inf
+            place = logits.argmax(1)
+            if any(drawn):
+                sampled = _pick(logits, torch.from_numpy(uniform[:, step]), torch.tensor(temperature))
+                place = torch.where(torch.tensor(drawn, device=device), sampled.to(device), place)
+            token = tokens.gather(1, place.unsqueeze(1))
+            found.append(token.cpu())
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+    return torch.cat(found, dim=1)
+
+
+def _check(model: Any, cache: Any, wanted: int) -> None:
     try:
-        with torch.inference_mode(), hooks.editing(model, edits):
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, pad_token_id=0, use_cache=True,
-                do_sample=False, logits_processor=[choose],
-            )  # fmt: skip
-    finally:
-        model.generation_config = own_config
-    generated: Tensor = out[:, ids.shape[1] :].cpu()
-    return generated
+        kept = int(cache.get_seq_length())
+    except ValueError:  # a recurrent model's cache
+        kept = 0
+    if kept != wanted:
+        raise UserError(f"params.yaml: model.name: {type(model).__name__} keeps no keys and values, which steer needs")
 
 
-def _pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Draw a token per row from `softmax(logits / temperature)` by inverting the cumulative distribution.
+def _inputs(model: Any, mask: Tensor, position: Tensor, cache: Any) -> dict[str, Any]:
+    """Arguments of a pass with a cache; families without position embeddings (ALiBi) take no `position_ids`."""
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    inputs = {"attention_mask": mask, "use_cache": True, name: cache}
+    return inputs | ({"position_ids": position} if "position_ids" in known else {})
+
+
+def _pick(logits: Tensor, uniform: Tensor, temperature: Tensor) -> Tensor:
+    """Draw a column per row from `softmax(logits / temperature)` by inverting the cumulative distribution.
 
     Parameters
     ----------
-    logits: `[rows, vocabulary]`.
+    logits: float32 `[rows, candidates]`.
     uniform: float32 `[rows]`, in [0, 1).
-    temperature: 0 takes the most probable token.
+    temperature: float `[rows]`; rows with 0 are drawn at 1.
     """
-    if temperature == 0:
-        return logits.argmax(1)
     # On the CPU: a GPU does not always add in the same order.
-    cumulative = (logits.float() / temperature).softmax(1).cpu().cumsum_(1)
+    scaled = logits.cpu() / torch.where(temperature > 0, temperature, torch.ones_like(temperature)).unsqueeze(1)
+    cumulative = scaled.softmax(1).cumsum(1)
     wanted = uniform.unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
 
 
-def fluency(model: Any, prompts: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    """How likely the generated tokens are without steering, and how repetitive they are.
+@torch.inference_mode()
+def continuation_nll(model: Any, prompts: Sequence[Sequence[int]], generated: Tensor) -> Tensor:
+    """Nats per generated token, given the prompt, under the model as it is now; float64 `[rows]`.
 
-    Returns
-    -------
-    nll: nats per generated token, given the prompt, under the unsteered model; float64 `[rows]`.
-    distinct: distinct-2 (Li et al. 2016, arXiv 1510.03055), distinct pairs of neighbouring tokens over all such pairs;
-        float64 `[rows]`.
+    `generated` is int64 `[rows, tokens]`.
     """
-    device = hooks.device_of(model)
-    ids = torch.cat([prompts, generated], dim=1).to(device)
-    special = torch.full((len(ids),), prompts.shape[1], device=device)
-    with torch.inference_mode():
-        nll = text_nll(model, ids, torch.ones_like(ids), special) / generated.shape[1]
+    device, longest = hooks.device_of(model), max(map(len, prompts)) + generated.shape[1]
+    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, generated.tolist(), strict=True)]
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    given = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return text_nll(model, ids, mask, given).cpu() / generated.shape[1]
+
+
+def distinct_2(generated: Tensor) -> list[float]:
+    """Distinct pairs of neighbouring tokens over all such pairs of each row (Li et al. 2016, arXiv 1510.03055)."""
     pairs = [len(set(zip(row, row[1:], strict=False))) for row in generated.tolist()]
-    return nll.cpu(), torch.tensor(pairs, dtype=torch.float64) / (generated.shape[1] - 1)
+    return [count / max(1, generated.shape[1] - 1) for count in pairs]

@@ -1,131 +1,314 @@
-"""Stage `steer`: generate from the same prompts with each language's features amplified; does the language change?"""
+"""Stage `steer`: which vectors make the model answer in another language than the prompt's, and at what cost.
+
+Vectors from the training split; place and strength from prompts of the training split; figures from held-out prompts.
+"""
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
-from torch import Tensor
 
 from babelscope import sae
-from babelscope.ablation.conditions import matched
 from babelscope.config import Config
 from babelscope.core import resume, stage
-from babelscope.core.errors import UserError
-from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.corpus import lid
-from babelscope.models import hardware, loading, matmul
-from babelscope.models.tokens import tokenize
-from babelscope.steering import generation, success
+from babelscope.models import hardware, hookpoints, loading, matmul
+from babelscope.models.tokens import check_fits, tokenize, tokenize_corpus, within
+from babelscope.models.top_tokens import TopTokens
+from babelscope.steering import development, judge, prompts, removal, statistics, vectors
+from babelscope.steering.answers import ROWS, Answers, Judge
 
 log = logging.getLogger(__name__)
 
-# By (language, number of the control draw or None): a vector `[d]`.
-Directions = dict[tuple[str | None, int | None], Tensor]
+# Prompts per setting in the two rounds of development, and prompts per method and language whose NLL is measured.
+FIRST, SECOND, WITH_NLL = 2, 4, 2
+NOTHING, PROMPT, FEATURES = "nothing", "prompt", "features"
+# Methods whose vectors need activations alone.
+DENSE = ("diffmean", "pca", "probe")
+
+
+class Asked(NamedTuple):
+    """The prompts of development and of the test in one list, and what each language's slots are.
+
+    Attributes
+    ----------
+    rows: all prompts.
+    sizes: the lengths of the lists that follow each other in it.
+    development, test: by target language, the numbers of its prompts, slot by slot.
+    """
+
+    rows: list[prompts.Prompt]
+    sizes: list[int]
+    development: dict[str, list[int]]
+    test: dict[str, list[int]]
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Generate with every language and strength; write `paths.generations` and the stage's metrics."""
+    """Write `paths.vectors`, the tables of `paths.steering` and the stage's metrics."""
     section, device = params.steer, hardware.prepare(params.hardware)
     identifier = lid.FastText()
     labels, refused = identifier.match(params.languages)
     for language, reason in refused.items():
         log.warning("%s: not steered, since its success cannot be judged: %s", language, reason)
     label = {language: code for code, language in labels.items()}
-    tokenizer = loading.load_tokenizer(params.model)
-    prompts = first_tokens(tokenizer, params, paths)
-    added = directions(params, paths, list(label))
-    steered = [language for language in label if any((language, None) in vectors for vectors in added.values())]
-    draws = [None, 1] if section.control else [None]
-    groups = [(None, 0.0, None)] + [(n, s, draw) for s in section.strengths for n in steered for draw in draws]
-    rows = [(*group, prompt) for group in groups for prompt in prompts]
+    tokenizer, corpus = loading.load_tokenizer(params.model), read_table(paths.texts)
+    asked = ask(tokenizer, corpus, list(label), params)
+    targets = list(asked.test)
     model = loading.load_model(params.model, section.dtype).to(device)
+    train = tokenize_corpus(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
+    check_fits(model, train)
     matmul.use_in(model)
-
-    def generate(numbers: range) -> dict[str, Tensor]:
-        batch = rows[numbers.start : numbers.stop]
-        ids = torch.tensor([prompt for *_, prompt in batch])
-        vectors = {}
-        for hookpoint, table in added.items():
-            nothing = torch.zeros_like(next(iter(table.values())))
-            vectors[hookpoint] = torch.stack([s * table.get((name, draw), nothing) for name, s, draw, _ in batch])
-        generated = generation.generate(
-            model, ids, vectors, new_tokens=section.new_tokens, temperature=section.temperature,
-            seed=params.seed, special=len(prompts[0]) - section.prompt_tokens, first_row=numbers.start,
-        )  # fmt: skip
-        nll, distinct = generation.fluency(model, ids, generated)
-        return {"ids": ids, "generated": generated.contiguous(), "nll": nll, "distinct": distinct}
-
     depends = params.model_dump(include={"hookpoints", "languages", "model", "seed", "steer"})
-    depends["ratio"] = params.score.ratio
-    starts = range(0, len(rows), section.batch_rows)
-    batches = [range(first, min(first + section.batch_rows, len(rows))) for first in starts]
-    with resume.kept("steer", depends, [paths.texts, paths.features, paths.all_counts, paths.saes]) as folder:
-        parts = list(resume.parts("steer", batches, generate, folder))
-        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        texts = tokenizer.batch_decode(whole["generated"], skip_special_tokens=True)
-        schema = {"language": pl.String, "strength": pl.Float64, "control": pl.Int32}
-        judged = success.judge(
-            pl.DataFrame([row[:3] for row in rows], schema=schema, orient="row").with_columns(
-                prompt=pl.Series(tokenizer.batch_decode(whole["ids"], skip_special_tokens=True)),
-                text=pl.Series(texts, dtype=pl.String),
-                predicted=identifier.predict(texts)["predicted"],
-                nll=pl.Series(whole["nll"].numpy()),
-                distinct_2=pl.Series(whole["distinct"].numpy()),
-            ),
-            label, section.min_distinct, section.max_nll,
+    depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
+    depends["batch_tokens"] = params.extract.batch_tokens
+    inputs = [paths.texts, paths.features, paths.all_counts, paths.saes, paths.neurons, paths.ablation]
+    with resume.kept("steer", depends, inputs) as folder:
+        places = {name: vectors.place_of(name) for name in section.hookpoints or params.hookpoints}
+        encoder = judge.encoder_place(model, next(iter(places.values())))
+        reading = list(dict.fromkeys([*places.values(), encoder]))
+        hookpoints.resolve(model, reading, "steer.hookpoints")
+        rows, codes = vectors.collect(
+            model, train, params.languages, reading, section.tokens, params.extract.batch_tokens
+        )
+        found = compute(params, paths, places, rows, codes)
+        vectors.write(paths.vectors, found)
+        mean = dict(zip(params.languages, vectors.means(rows[encoder], codes, len(params.languages)), strict=True))
+        content = [prompt.content for prompt in asked.rows]
+        embedded = judge.embed(model, encoder, content, asked.rows[0].special, params.extract.batch_tokens)
+        jury = Judge(identifier, label, encoder, mean, judge.centred(embedded, [p.language for p in asked.rows], mean),
+                     judge.pools(asked.sizes))  # fmt: skip
+        answers = Answers(
+            TopTokens(model), tokenizer, found, asked.rows, jury, section.new_tokens, section.batch_rows,
+            params.extract.batch_tokens, params.seed, folder,
         )  # fmt: skip
-        figures = success.figures(judged, label, section.min_distinct, section.max_nll)
-        write_atomically(paths.generations, judged.write_parquet)
-        write_json(paths.metrics("steer"), figures)
-    keys = ("success", "called", "nll", "distinct_2")
-    stage.table(
-        ["language", "strength", "success", "called", "NLL (nats/token)", "distinct-2"],
-        [[n, f"{figures[f'strength/{n}']:g}", *(f"{figures[f'{key}/{n}']:.2f}" for key in keys)] for n in steered],
+        tried = develop(answers, asked, found, targets, section.strengths)
+        chosen = development.best(tried.filter(pl.col("prompts") == FIRST + SECOND), 1)
+        judged = test(answers, asked, chosen, targets, corpus, prompts.Lines(tokenizer, section.prompt_tokens), params)
+        removed = remove(answers, chosen, corpus, params)
+        write(params, paths, tried, chosen, judged, removed, targets)
+
+
+def ask(tokenizer: Any, corpus: pl.DataFrame, languages: list[str], params: Config) -> Asked:
+    """The prompts: of the training split for development, held-out ones for the test, none in the target language."""
+    section, lines = params.steer, prompts.Lines(tokenizer, params.steer.prompt_tokens)
+    rows: list[prompts.Prompt] = []
+    sizes, slots = [], []
+    for split, count in (("train", FIRST + SECOND), ("eval", section.prompts)):
+        numbers = {}
+        chosen = prompts.choose(lines, corpus.filter(split=split), section.prompt_languages, count)
+        for language, found in chosen.items():
+            numbers[language] = range(len(rows), len(rows) + len(found))
+            rows += found
+            sizes.append(len(found))
+        by_target = {}
+        for target in languages:
+            others = [name for name in section.prompt_languages if name != target]
+            if others:
+                by_target[target] = [numbers[others[slot % len(others)]][slot // len(others)] for slot in range(count)]
+        slots.append(by_target)
+    return Asked(rows, sizes, *slots)
+
+
+def compute(
+    params: Config, paths: Paths, places: dict[str, str], rows: dict[str, torch.Tensor], codes: torch.Tensor
+) -> vectors.Vectors:
+    """The vectors of every method, at every place, of every language that has one."""
+    section, languages = params.steer, params.languages
+    features, found = read_table(paths.features), vectors.Vectors()
+    ranking = paths.ablation / "ranking.parquet"
+    effects = read_table(ranking) if ranking.is_file() else None
+    for hookpoint, place in places.items():
+        length = vectors.directions("diffmean", rows[place], codes, len(languages))
+        for method in section.methods:
+            if method in DENSE:
+                dense = vectors.directions(method, rows[place], codes, len(languages))
+                found.setdefault(method, {})[place] = dict(vectors.table(languages, vectors.as_long_as(dense, length)))
+        dictionary = sae.load(paths.saes, hookpoint)
+        if dictionary.W_dec.shape[1] != length.shape[1]:
+            log.warning("%s: its features do not write to the residual stream, so they do not steer", hookpoint)
+            continue
+        activations = vectors.mean_activations(read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint)))
+        selected = vectors.ranked(features.filter(kind="sae", hookpoint=hookpoint), effects)
+        for method in section.methods:
+            if method == "sae-diffmean":
+                table = vectors.sae_diffmean(dictionary, activations, languages)
+            elif method.startswith(FEATURES):
+                first = int(method.removeprefix(FEATURES).removeprefix("-") or 0) or None
+                table = torch.zeros_like(length)
+                for code, language in enumerate(languages):
+                    units = selected.filter(language=language)["unit"].head(first or len(selected)).to_list()
+                    mean = dict(activations.filter(language=language).select("unit", "mean").iter_rows())
+                    if units:
+                        table[code] = vectors.of_features(dictionary, units, [mean.get(unit, 0.0) for unit in units])
+            else:
+                continue
+            found.setdefault(method, {})[hookpoint] = dict(vectors.table(languages, vectors.as_long_as(table, length)))
+    if "neurons" in section.methods:
+        found["neurons"] = of_neurons(params, paths, features.filter(kind="neuron"))
+    return found
+
+
+def of_neurons(params: Config, paths: Paths, features: pl.DataFrame) -> dict[str, dict[str, torch.Tensor]]:
+    """At each of `neurons.hookpoints`, the mean activations of the language's neurons; 0 for other neurons."""
+    widths = read_json(paths.neurons / "widths.json")
+    totals = read_table(paths.neurons / "totals.parquet")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for hookpoint in params.neurons.hookpoints:
+        activations = vectors.mean_activations(read_table(paths.neurons / f"{hookpoint}.parquet"), totals)
+        chosen = features.filter(hookpoint=hookpoint).join(activations, on=["unit", "language"])
+        for (language,), rows in chosen.group_by("language", maintain_order=True):
+            vector = torch.zeros(widths[hookpoint])
+            vector[rows["unit"].cast(pl.Int64).to_torch()] = rows["mean"].cast(pl.Float32).to_torch()
+            found.setdefault(hookpoint, {})[str(language)] = vector
+    return found
+
+
+def develop(
+    answers: Answers, asked: Asked, found: vectors.Vectors, targets: list[str], strengths: list[float]
+) -> pl.DataFrame:
+    """All settings that were tried, as `development.scores`; those of the second round have more `prompts`."""
+    settings = [
+        (method, language, place, strength)
+        for method, by_place in found.items() for place, by_language in by_place.items()
+        for language in by_language if language in targets for strength in strengths
+    ]  # fmt: skip
+    if not settings:
+        return development.scores(frame([], asked.development, range(0)).with_columns(
+            forced=pl.lit(True), relevant=pl.lit(True), distinct_2=pl.lit(1.0)))  # fmt: skip
+    first = answers("first round", frame(settings, asked.development, range(FIRST)))
+    table = development.scores(first)
+    kept = development.promising(table)
+    again = kept.select("method", "language", "place", "strength").rows()
+    second = answers("second round", frame(again, asked.development, range(FIRST, FIRST + SECOND)))
+    both = development.scores(pl.concat([first, second]))
+    return both
+
+
+def frame(settings: list[Any], slots: dict[str, list[int]], numbers: range, temperature: float = 0.0) -> pl.DataFrame:
+    """The rows of `settings` (method, language, place, strength) on each language's slots `numbers`."""
+    rows = [(*setting, slot, slots[setting[1]][slot], temperature) for setting in settings for slot in numbers]
+    return pl.DataFrame(rows, schema=ROWS, orient="row")
+
+
+def test(
+    answers: Answers, asked: Asked, chosen: pl.DataFrame, targets: list[str], corpus: pl.DataFrame,
+    lines: prompts.Lines, params: Config,
+) -> pl.DataFrame:  # fmt: skip
+    """The answers to the held-out prompts: steered, prompted by an example, and unsteered; `decoding` says which."""
+    section = params.steer
+    settings = chosen.select("method", "language", "place", "strength").rows()
+    every, some = range(section.prompts), range(min(section.sampled, section.prompts))
+    parts = [frame(settings, asked.test, every), frame(settings, asked.test, some, section.temperature)]
+    rows = pl.concat(parts[: 1 if section.temperature == 0 else 2])
+    found = []
+    if len(rows):
+        found.append(answers("test", rows, with_nll=measured(rows)))
+    if PROMPT in section.methods:
+        rows = frame([(PROMPT, name, None, None) for name in targets], asked.test, every)
+        train, avoid = corpus.filter(split="train"), {prompt.group for prompt in asked.rows}
+        ids = []
+        for language, number in rows.select("language", "prompt").iter_rows():
+            prompt = asked.rows[number]
+            ids.append(lines.after(prompt, prompts.example(train, prompt.language, language, avoid)))
+        found.append(answers("prompting", rows, measured(rows), ids))
+    # Unsteered answers are the same for all targets.
+    rows = frame([(NOTHING, name, None, None) for name in targets], asked.test, every)
+    once = rows.unique("prompt", keep="first", maintain_order=True)
+    same = answers("unsteered", once, [True] * len(once)).select(
+        "prompt", "text", "predicted", "relevant", "distinct_2", "nll"
+    )
+    wanted = pl.col("language").replace_strict(dict(answers.judge.label), return_dtype=pl.String)
+    joined = rows.join(same, on="prompt", how="left", maintain_order="left").with_columns(
+        forced=pl.col("predicted") == wanted
+    )
+    # A method without a vector for a language does not steer to it.
+    pairs = chosen.select("method", "language").unique()
+    without = [joined.join(pairs.filter(method=method), on="language", how="anti").with_columns(method=pl.lit(method))
+               for method in section.methods if method != PROMPT]  # fmt: skip
+    columns = [*ROWS, "text", "predicted", "forced", "relevant", "distinct_2", "nll"]
+    decoding = pl.when(pl.col("temperature") > 0).then(pl.lit("sampled")).otherwise(pl.lit("greedy"))
+    asked_in = pl.col("prompt").replace_strict({n: p.language for n, p in enumerate(asked.rows)})
+    text = pl.col("prompt").replace_strict(
+        dict(enumerate(answers.tokenizer.batch_decode([list(p.content) for p in asked.rows], skip_special_tokens=True)))
+    )
+    return pl.concat([part.select(columns) for part in (*found, *without, joined)]).with_columns(
+        decoding=decoding, prompt_language=asked_in, prompt=text
     )
 
 
-def first_tokens(tokenizer: Any, params: Config, paths: Paths) -> list[list[int]]:
-    """The prompts of all languages: the first tokens of held-out texts in `steer.prompt_language`.
+def remove(answers: Answers, chosen: pl.DataFrame, corpus: pl.DataFrame, params: Config) -> pl.DataFrame:
+    """The table of `removal.measure`; empty if no language is removed."""
+    section, language = params.steer, params.steer.removal
+    if language is None:
+        return pl.DataFrame(schema=removal.COLUMNS)
+    lines = prompts.Lines(answers.tokenizer, section.prompt_tokens)
+    held_out = corpus.filter(split="eval")
+    rows = tokenize(
+        answers.tokenizer, held_out["text_id"].to_list(), held_out["text"].to_list(), params.corpus.max_tokens
+    )
+    of = dict(held_out.select("text_id", "language").iter_rows())
+    some = within([row for row in rows if row.content_tokens], of, section.tokens)
+    texts = {name: [row for row in some if of[row.text_id] == name] for name in params.languages}
+    return removal.measure(
+        answers.top, answers.judge.identifier, dict(answers.judge.label), lines, corpus, language,
+        removal.directions(answers.vectors, chosen, language), prompts=section.prompts,
+        new_tokens=section.new_tokens, texts=texts, batch_tokens=params.extract.batch_tokens,
+    )  # fmt: skip
 
-    Each begins with the tokenizer's leading special tokens, as in every other pass over the model.
-    """
+
+def measured(rows: pl.DataFrame) -> list[bool]:
+    """Of which rows the NLL is measured: greedy answers to the first prompts."""
+    return rows.select((pl.col("slot") < WITH_NLL) & (pl.col("temperature") == 0)).to_series().to_list()
+
+
+def write(
+    params: Config, paths: Paths, tried: pl.DataFrame, chosen: pl.DataFrame, judged: pl.DataFrame,
+    removed: pl.DataFrame, targets: list[str],
+) -> None:  # fmt: skip
+    """Write the tables, the settings beside the vectors, and the metrics; log a table of the methods."""
     section = params.steer
-    corpus = read_table(paths.texts).filter(split="eval", language=section.prompt_language)
-    texts = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), section.prompt_tokens)
-    distinct = list(dict.fromkeys(text.ids for text in texts if text.content_tokens == section.prompt_tokens))
-    if len(distinct) < section.prompts:
-        raise UserError(f"params.yaml: steer.prompts: {section.prompts} wanted; allowed: at most {len(distinct)}, the "
-                        f"number of different beginnings of held-out texts in {section.prompt_language!r}")  # fmt: skip
-    return [list(ids) for ids in distinct[: section.prompts]]
-
-
-def directions(params: Config, paths: Paths, languages: list[str]) -> dict[str, Directions]:
-    """By hookpoint with features: the vectors that strength 1 adds; draw 1 is the control of random units."""
-    features = read_table(paths.features).filter(kind="sae")
-    found: dict[str, Directions] = {}
-    for hookpoint in params.hookpoints:
-        selected = features.filter(hookpoint=hookpoint)
-        if selected.is_empty():
-            continue
-        dictionary = sae.load(paths.saes, hookpoint)
-        counts, totals = read_table(paths.counts(hookpoint)), read_table(paths.totals(hookpoint))
-        tokens = dict(totals.select("language", "tokens").iter_rows())
-        vectors: Directions = {}
-        for language in languages:
-            units = selected.filter(language=language)["unit"].to_list()
-            sums = dict(counts.filter(language=language).select("unit", "sum").iter_rows())
-            sets: dict[int | None, list[int]] = {None: units}
-            if params.steer.control and units:
-                [sets[1]] = matched(
-                    counts, totals, features, hookpoint, language, ratio=params.score.ratio, draws=1, seed=params.seed
-                )
-            for draw, members in sets.items():
-                if members:
-                    means = [sums.get(unit, 0.0) / tokens[language] for unit in members]
-                    vectors[language, draw] = generation.direction(dictionary, members, means)
-        if vectors:
-            found[hookpoint] = vectors
-        del dictionary  # before the next one is read: it may be as large as the model
-    return found
+    methods = judged["method"].unique(maintain_order=True).to_list()
+    mean = dict(chosen.group_by("method", maintain_order=True).agg(pl.col("score").mean()).iter_rows())
+    features = statistics.pick({name: value for name, value in mean.items() if name.startswith(FEATURES)})
+    greedy = judged.filter(decoding="greedy")
+    numbers = statistics.figures(
+        greedy, methods, targets, section.prompt_languages, features, slots=section.prompts,
+        resamples=section.bootstrap, seed=params.seed,
+    )  # fmt: skip
+    sampled = statistics.figures(
+        judged.filter(decoding="sampled"), methods, targets, section.prompt_languages, None,
+        slots=section.prompts, resamples=0, seed=params.seed,
+    )  # fmt: skip
+    for key, value in sampled.items():
+        head, _, method = key.partition("/")
+        if head in ("harmonic", "forcing", "relevance", "distinct_2"):
+            numbers[f"{head}_sampled/{method}"] = value
+    inside = tried.filter(~pl.col("language").is_in(section.prompt_languages), pl.col("place").is_not_null())
+    names = {vectors.place_of(name): name for name in section.hookpoints or params.hookpoints}
+    for method, place, score in development.places(inside).sort("method", "place").iter_rows():
+        hookpoint = place if place in params.hookpoints else names.get(place, place)
+        numbers[f"development/{hookpoint}/{method}"] = score
+    if section.removal is not None:
+        numbers |= removal.figures(removed, section.removal)
+    settings: dict[str, dict[str, dict[str, Any]]] = {}
+    for method, language, place, strength in chosen.select("method", "language", "place", "strength").iter_rows():
+        settings.setdefault(method, {})[language] = {"hookpoint": place, "strength": strength}
+    write_json(paths.vectors / "settings.json", settings)
+    write_atomically(paths.steering / "development.parquet", tried.write_parquet)
+    write_atomically(paths.generations, judged.write_parquet)
+    write_atomically(paths.steering / "removal.parquet", removed.write_parquet)
+    write_json(paths.metrics("steer"), numbers)
+    keys = ("harmonic", "harmonic_low", "harmonic_high", "forcing", "relevance", "nll", "distinct_2")
+    shown = [name for name in methods if f"harmonic/{name}" in numbers]
+    stage.table(
+        ["method", "harmonic mean", "from", "to", "forcing", "relevance", "NLL (nats/token)", "distinct-2"],
+        [[name, *(f"{numbers.get(f'{key}/{name}', float('nan')):.2f}" for key in keys)] for name in shown],
+    )
+    if "verdict" in numbers:
+        log.info(
+            "%s against diffmean: %+.2f (95 %% from %+.2f to %+.2f): %s", numbers["features_method"],
+            *(numbers[f"features_minus_diffmean{end}"] for end in ("", "_low", "_high")), numbers["verdict"],
+        )  # fmt: skip

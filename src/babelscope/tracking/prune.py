@@ -19,7 +19,9 @@ from babelscope.core.paths import Paths
 log = logging.getLogger(__name__)
 
 
-def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> list[Path]:
+def stale(
+    lock: Path, hookpoints: Sequence[str], retrained: Sequence[str], dictionaries: Sequence[str] = ()
+) -> list[Path]:
     """The outputs in dvc.lock of stages such as `train@layers.14.mlp` whose hookpoint is no longer listed.
 
     Parameters
@@ -27,15 +29,16 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
     lock: dvc.lock.
     hookpoints: those of all stages but `retrain`.
     retrained: those of `retrain`.
+    dictionaries: the names of stage `dictionary`.
 
     Raises
     ------
     UserError: an output is not below data/ or metrics/: dvc.lock may come from someone else.
     """
-    found = []
+    found, listed = [], {"retrain": retrained, "dictionary": dictionaries}
     for name, entry in (config.read_yaml(lock).get("stages", {}) if lock.is_file() else {}).items():
-        base, separator, hookpoint = name.partition("@")
-        if separator and hookpoint not in (retrained if base == "retrain" else hookpoints):
+        base, separator, item = name.partition("@")
+        if separator and item not in listed.get(base, hookpoints):
             found += [Path(out["path"]) for out in entry.get("outs", [])]
     for path in found:
         if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in ("data", "metrics"):
@@ -47,15 +50,18 @@ def stale(lock: Path, hookpoints: Sequence[str], retrained: Sequence[str]) -> li
 
 def run(params: config.Config, paths: Paths) -> None:
     """Delete what is stale; write the list of hookpoints, on which the stages that read folders depend."""
-    found = stale(paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints)
+    found = stale(
+        paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints, params.baselines.dictionaries
+    )
     existing = [path for path in found if (paths.root / path).exists()]
     for path in existing:
         if (paths.root / path).is_dir():
             shutil.rmtree(paths.root / path)
         else:
             (paths.root / path).unlink()
-    # A stage depends on this folder, which must exist even if no SAE is retrained.
+    # Stages depend on these folders, which must exist even if no SAE is retrained.
     paths.saes_again.mkdir(parents=True, exist_ok=True)
+    paths.dictionaries.mkdir(parents=True, exist_ok=True)
     # Without the hookpoints of `retrain`: stages that depend on this file do not use them.
     write_json(paths.hookpoints, {"hookpoints": params.hookpoints})
     if existing:

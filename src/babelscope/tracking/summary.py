@@ -30,10 +30,18 @@ def read_metrics(folder: Path) -> Metrics:
 
 
 def numbers(paths: Paths, params: Mapping[str, Any], metrics: Metrics) -> tuple[Figures, Series]:
-    """All figures and series of a state, from `metrics` and, if they exist, the tables of features and ablation."""
+    """All figures and series of a state, from `metrics` and, if they exist, the tables of features and ablation.
+
+    The figures of `summary.json` have their own names, also if a stage has the key.
+    """
     languages, hookpoints = params["languages"], params["hookpoints"]
-    single, series = figures(metrics, hookpoints, params.get("neurons", {}).get("hookpoints", []))
+    stages = {name: content for name, content in metrics.items() if name != "summary"}
+    single, series = figures(stages, hookpoints, params.get("neurons", {}).get("hookpoints", []))
+    single |= metrics.get("summary", {})
     series |= {(view.X_AXIS, layer): layer for layer, _ in layers(hookpoints).values()}
+    if count := metrics.get("extract", {}).get("layers"):
+        # The share of the model's layers: models of other depths can be compared over it.
+        series |= {("depth", layer): layer / count for layer, _ in layers(hookpoints).values()}
     if paths.features.is_file():
         of_features = feature_figures(read_table(paths.features), languages, hookpoints)
         single, series = single | of_features[0], series | of_features[1]

@@ -16,6 +16,7 @@ import polars as pl
 from babelscope.config import read_yaml
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
+from babelscope.core.redact import redact
 from babelscope.tracking import state as states
 from babelscope.tracking import store, summary, view
 from babelscope.tracking.training import describe, training_name
@@ -131,7 +132,7 @@ def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state
         "mlflow.note.content": summary.note(params, metrics, state.hash),
     }
     logged = {key: value for key, value in params.items() if key not in ("hardware", "track")}
-    run_id = opened.create(f"{describe(params)} {state.hash[:7]}", logged, tags)
+    run_id = opened.create(_name(opened, logged, state.hash), logged, tags)
     _log(opened, run_id, {(name, 0): value for name, value in figures.items()} | series)
     _dataset(opened, run_id, paths, state)
     opened.client.log_table(run_id, summary.language_table(figures, params["languages"]), "languages.json")
@@ -140,6 +141,19 @@ def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state
         opened.client.log_artifacts(run_id, copies)
     opened.client.set_terminated(run_id, "FINISHED")
     return True
+
+
+def _name(opened: store.Store, params: Mapping[str, Any], state_hash: str) -> str:
+    """The model, and up to three params that differ from the last summary run, else the SAEs; the state's hash."""
+    changed = {}
+    for last in opened.search(babelscope__kind="summary")[-1:]:
+        known = {key: redact(value) for key, value in store.flatten(params).items()}
+        changed = {key: value for key, value in known.items() if last.data.params.get(key, "")[:500] != value[:500]}
+    changed = {key: value for key, value in changed.items() if not key.startswith("model.") and len(value) <= 30}
+    if not 0 < len(changed) <= 3:
+        return f"{describe(params)} {state_hash[:7]}"
+    words = [describe({"model": params["model"]}), *(f"{key}={value}" for key, value in changed.items())]
+    return " ".join([*words, state_hash[:7]])
 
 
 def _is_whole(run: Any) -> bool:

@@ -159,8 +159,8 @@ class TrainingRun:
 
 
 def training_name(stage: str, params: Mapping[str, Any]) -> str:
-    """A name that tells trainings apart, e.g. `layers.6.mlp gemma-3-270m k=32 latents=4608`."""
-    return f"{stage.partition('@')[2] or stage} {describe(params)}".strip()
+    """A name that tells trainings apart, e.g. `SAE layers.6.mlp gemma-3-270m k=32 latents=4608`."""
+    return f"SAE {stage.partition('@')[2] or stage} {describe(params)}".strip()
 
 
 def describe(params: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ HOST = "babelscope.localhost"
 # The metric that holds the layer. As the x-axis it has this title, instead of MLflow's own "Step".
 X_AXIS = "layer"
 
+# The columns of the runs table: headline figures (metrics/summary.json).
+_COLUMNS = ("features", "dnll_own", "dnll_others", "dnll_control", "selective", "fvu", "loss_recovered", "identified")
 # Sections of charts in order (MLflow's own is alphabetical), open or closed. MLflow fills them by the names of the
 # metrics, and puts all other sections at the end.
 _OPEN = ("features_by_layer", "dnll_own_by_layer", "fvu_by_layer", "Model metrics")
@@ -31,6 +33,7 @@ def saved() -> str:
     names = [*((name, True) for name in _OPEN), *((name, False) for name in _CLOSED)]
     state: dict[str, Any] = {
         "searchFilter": "tags.`babelscope.kind` = 'summary'",
+        "selectedColumns": [f"metrics.`{name}`" for name in _COLUMNS],
         "compareRunCharts": [],
         "compareRunSections": [{"uuid": name, "name": name, "display": is_open, **section} for name, is_open in names],
         "isAccordionReordered": True,

@@ -18,8 +18,9 @@ def section(inputs: ReportInputs) -> Section:
 number in a cell is the change in negative log-likelihood (ΔNLL) in nats per token: how much worse the model predicts
 that text (0.1 is about 10&nbsp;% more perplexity). If the features of a language matter to that language alone, the
 outlined diagonal cell is large and the rest of the row is close to 0.</p>
-<p>The largest number of each row is bold. An empty row was not measured. Point at a cell, or tap it, to see the exact number, its 95&nbsp;% bootstrap interval over texts, and the
-number of tokens. A click opens the features of the language in the feature browser.</p>
+<p>The largest number of each row is bold. An empty row was not measured. Point at a cell, or tap it, to see the exact
+number, its 95&nbsp;% bootstrap interval over texts, and the number of tokens.
+A click opens the features of the language in the feature browser.</p>
 <p>The features of all hookpoints are removed together, by the method <code>{method}</code>. The reconstruction error of
 the SAE is kept, so that removing no feature changes nothing.</p>""",
         method=method(inputs),

@@ -36,8 +36,8 @@ is the sum over all languages.</p>
 (<code>score.example_rate</code>, <code>score.token_rate</code>). It belongs to each language in which its firing rate
 is at least <code>score.ratio</code> times its highest firing rate. Only latents that belong to exactly {members}{limit}
 are counted. Such a latent may also fire in other languages, but at a lower rate. A few features that fire often can
-matter more than many that fire rarely: the ablation below measures their effect. A click on a cell opens its features in
-the feature browser.</p>""",
+matter more than many that fire rarely: the ablation below measures their effect. A click on a cell opens its features
+in the feature browser.</p>""",
         members="one language" if inputs.members == 1 else f"{inputs.members} languages",
         limit="" if limit is None else f" and have at most {math.exp(limit):.2f} effective languages",
     )
@@ -45,14 +45,15 @@ the feature browser.</p>""",
         """<p>The <a href="features.html">feature browser</a> shows every feature and where it fires, and has a page for
 every language and layer: {links}.</p>""",
         links=Markup(", ").join(
-            Markup('<a href="{}">{}</a>').format(browser_link(language), name(language)) for language in inputs.languages
+            Markup('<a href="{}">{}</a>').format(browser_link(language), name(language))
+            for language in inputs.languages
         ),
     )
     effective = inputs.figure("score", "effective_languages")
     specific = prose(
-        """<p>A feature of one language may still fire on others. Seen as a distribution over languages, its firing rates
-are as spread as over {mean} languages on average (exp of the mean entropy; 1 would be perfectly specific, {count} not at
-all) and {median} in the median.</p>""",
+        """<p>A feature of one language may still fire on others. Seen as a distribution over languages, its firing
+rates are as spread as over {mean} languages on average (exp of the mean entropy; 1 would be perfectly specific,
+{count} not at all) and {median} in the median.</p>""",
         mean=plain(effective, 2), count=len(inputs.languages),
         median=plain(inputs.figure("score", "effective_languages_median"), 2),
     )  # fmt: skip
@@ -69,7 +70,7 @@ def finding(inputs: ReportInputs) -> str:
     owners = features(inputs)["language"].n_unique()
     most = layers.sort("value", descending=True, maintain_order=True).row(0, named=True)
     label = layer_labels(inputs.hookpoints)[most["hookpoint"]]
-    where = f", most of them ({plain(most['value'])} of {plain(total)}) in layer {label}" if len(layers) > 1 else ""
+    where = f"; layer {label} has most, {plain(most['value'])} of {plain(total)}" if len(layers) > 1 else ""
     return f"{owners} of {n} languages have features of their own{where}"
 
 
@@ -119,8 +120,20 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     texts = [base.mark_text(style=style, dy=-11, aria=False).encode(text="value:Q") for style in ("halo", "value")]
     points = base.mark_point(style="own", size=36, filled=True, opacity=1).encode(href="href:N")
     lines = base.mark_line(style="own", strokeWidth=2), points
-    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(width=alt.Step(charts.column_width(len(totals))), height=110)
+    below = alt.layer(base.mark_area(style="area"), *lines, *texts).properties(
+        width=alt.Step(charts.column_width(len(totals))), height=110
+    )
     return charts.below(cells, below, description=text)
+
+
+def script_column(inputs: ReportInputs, frame: pl.DataFrame) -> dict[str, list[str]]:
+    """Whether each feature of `frame` is script-bound, as a column; none if stage `script` measured nothing."""
+    if inputs.script is None or inputs.script.is_empty():
+        return {}
+    verdict = dict(zip(inputs.script.select("hookpoint", "unit", "language").rows(), inputs.script["script_bound"],
+                       strict=True))  # fmt: skip
+    words = {True: "yes", False: "no", None: NONE}
+    return {"script-bound": [words[verdict.get(key)] for key in frame.select("hookpoint", "unit", "language").rows()]}
 
 
 def counts_table(inputs: ReportInputs) -> Table:
@@ -143,6 +156,7 @@ def top_features(inputs: ReportInputs) -> Table:
         "language": frame["language"], "hookpoint": frame["hookpoint"].fill_null("no feature"),
         "latent": frame["unit"].cast(pl.String).fill_null(NONE), "rank": figures(frame["rank"]),
         "fires on (tokens)": map(percent, frame["probability"]), "entropy (nats)": figures(frame["entropy"], 3),
+        **script_column(inputs, frame),
         "monolinguality": map(significant, frame.get_column("monolinguality", default=[None] * len(frame))),
     }  # fmt: skip
     caption = f"The first {SHOWN_PER_LANGUAGE} features of each language by rank"

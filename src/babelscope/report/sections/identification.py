@@ -83,7 +83,7 @@ def confusion(inputs: ReportInputs) -> pl.DataFrame:
 
 def chart(frame: pl.DataFrame) -> alt.HConcatChart:
     """A matrix per method: the share of a language's texts that was identified as each, with the numbers of texts."""
-    panels = []
+    panels: list[alt.LayerChart] = []
     for number, method in enumerate(frame["method"].unique(maintain_order=True)):
         rows, name = frame.filter(pl.col("method") == method), f"confusion{number}"
         languages, title = rows["language"].unique(maintain_order=True).to_list(), "language of the text"

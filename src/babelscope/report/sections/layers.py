@@ -94,7 +94,14 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
             point = marks.mark_point(style=key, shape=shape, size=44, filled=True, opacity=1)
             layers += [marks.mark_line(style=key, strokeWidth=2), point]
     entries = [("own", "circle", "the language itself"), ("others", "diamond", "other languages")]
-    curves = [alt.layer(*layers).properties(width=alt.Step(charts.column_width(len(means))), height=120), charts.legend(*entries)] if layers else []
+    curves = (
+        [
+            alt.layer(*layers).properties(width=alt.Step(charts.column_width(len(means))), height=120),
+            charts.legend(*entries),
+        ]
+        if layers
+        else []
+    )
     return charts.below(cells, *curves, description=text)
 
 

@@ -29,15 +29,16 @@ def section(inputs: ReportInputs) -> Section:
 Diamond: the mean ΔNLL of the other languages when the same features are removed; the line through it runs from the
 smallest to the largest of them (a range, not a confidence interval). A long bar with a diamond near 0 means that the
 features affect their own language selectively. Cross, if there is one: the mean ΔNLL of the language when random
-latents are removed that fire at least as often on it, but are specific to no language; its line runs from the smallest to
-the largest draw.</p>
+latents are removed that fire at least as often on it, but are specific to no language; its line runs from the
+smallest to the largest draw.</p>
 <p>Tokens of different languages hold different amounts of text, so nats per token cannot be compared between languages.
 Bits per byte can: the same change divided by the bytes of a token, on the right if it is known.</p>"""
     )
     caption = prose(
-        """<p>On average over the languages, the ΔNLL is {own} nats/token for the language itself. For the other languages it is
-{size} in absolute size ({signed} with its sign). The perplexity of the language itself is multiplied by {ratio}
-relative to that of the others. Languages with few features tend to have short bars, even if the model knows them well.</p>""",
+        """<p>On average over the languages, the ΔNLL is {own} nats/token for the language itself. For the other
+languages it is {size} in absolute size ({signed} with its sign). The perplexity of the language itself is multiplied by
+{ratio} relative to that of the others. Languages with few features tend to have short bars, even if the model
+knows them well.</p>""",
         own=significant(own, sign=True),
         size=significant(inputs.figure("ablate", "others_abs"), digits=2),
         signed=significant(inputs.figure("ablate", "others"), sign=True, digits=2),

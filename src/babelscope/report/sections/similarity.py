@@ -40,7 +40,9 @@ def finding(frame: pl.DataFrame) -> str:
     if pairs.is_empty():
         return "Which languages share features"
     best = pairs.sort("value", descending=True, maintain_order=True).row(0, named=True)
-    return f"{name(best['language'])} and {name(best['other'])} share most features: {percent(best['value'], 0)} of theirs"
+    return (
+        f"{name(best['language'])} and {name(best['other'])} share most features: {percent(best['value'], 0)} of theirs"
+    )
 
 
 def similarity(inputs: ReportInputs) -> pl.DataFrame:

@@ -29,8 +29,9 @@ space, and the features of a language together as the result.</p>""",
     reading = how_to_read(
         """<p>Circle: how much the directions of a language’s features span the same subspace in both SAEs (mean squared
 cosine of the principal angles; 1 is the same subspace). Cross: the same for random latents that fire on the language,
-with a line to the upper end of their 95&nbsp;% interval. A circle to the right of the line is evidence that the set comes
-again. Diamond: the cosine between what both sets write into the model, averaged over the language’s tokens.</p>"""
+with a line to the upper end of their 95&nbsp;% interval. A circle to the right of the line is evidence that the set
+comes again. Diamond: the cosine between what both sets write into the model, averaged over the language’s
+tokens.</p>"""
     )
     picture = Picture("stability", "Features of a second SAE, by language", chart(frame), [result, reading])
     return Section("stability", "Other seed", finding(inputs), [picture, table(frame)])
@@ -76,7 +77,11 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         if frame[key].count()
     ]
     lines = [base.mark_rule(style="random", strokeWidth=1).encode(x="random:Q", x2="random_high:Q")]
-    entries = [("own", "circle", "overlap"), ("random", "cross", "of random latents"), ("others", "diamond", "write cosine")]
+    entries = [
+        ("own", "circle", "overlap"),
+        ("random", "cross", "of random latents"),
+        ("others", "diamond", "write cosine"),
+    ]
     plot = alt.layer(*(lines if frame["random"].count() else []), *points).properties(width=480, height=alt.Step(28))
     text = "Agreement of a language's features with those of an SAE from another seed; the table holds the figures."
     return charts.below(plot, charts.legend(*entries), description=text)

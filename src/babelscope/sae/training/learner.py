@@ -157,6 +157,10 @@ class Learner(nn.Module):
                     gradient /= world
                 assert weight.grad is not None
                 add_rows_(weight.grad, dead, gradient)
+        frozen = {"decoder": [sae.W_dec], "encoder": [sae.encoder]}.get(self.settings.frozen or "", [])
+        for weight in frozen:  # without a gradient ever, Adam never moves them
+            assert weight.grad is not None
+            weight.grad.zero_()
         assert sae.W_dec.grad is not None
         gradient, W_dec = local(sae.W_dec.grad), local(sae.W_dec)
         if kernels := fused(gradient):

@@ -118,7 +118,11 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         """
         weights = dict(self.named_parameters())
         encoders = [weights.pop(name) for name in list(weights) if name.endswith("sae.encoder")]
-        groups = [{"params": encoders, "weight_decay": self.settings.weight_decay}, {"params": list(weights.values())}]
+        shrinking = 0.0 if self.settings.frozen == "encoder" else self.settings.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": encoders, "weight_decay": shrinking},
+            {"params": list(weights.values())},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=BETAS, weight_decay=0.0, fused=True)
         warmup, decay = self.settings.warmup, self.settings.decay
         schedule = torch.optim.lr_scheduler.LambdaLR(

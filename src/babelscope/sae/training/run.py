@@ -50,8 +50,8 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
     """Write a released SAE like a trained one, but without a history, and return its figures."""
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
     released, transcode = params.pretrained, params.train.transcode
-    folder = released.folder_of(hookpoint, layer_of(hookpoint))
-    sae = checkpoint.load(released.name or "", folder, revision=released.revision)
+    name, folder = released.place_of(hookpoint, layer_of(hookpoint))
+    sae = checkpoint.load(name, folder, revision=released.revision)
     d_in = (data.inputs or data.store).d
     if (sae.d_in, sae.d) != (d_in, data.store.d):
         raise UserError(
@@ -63,7 +63,7 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
             f"params.yaml: train.transcode: {transcode}, but {folder!r} holds "
             f"{'an autoencoder' if transcode else 'a transcoder'}; allowed: {not transcode}"
         )
-    origin = {"released_as": f"{local_name(released.name or '')}/{folder}", "revision": released.revision}
+    origin = {"released_as": f"{local_name(name)}/{folder}", "revision": released.revision}
     checkpoint.save(sae, out, {"model_name": data.store.index["model"], "hook_name": hookpoint, **origin})
     (out / "history.csv").unlink(missing_ok=True)
     return data.figures(sae)

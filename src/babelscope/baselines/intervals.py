@@ -1,0 +1,86 @@
+"""Accuracies and effects with bootstrap intervals over the same held-out texts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+REFERENCE = "features"
+
+
+def accuracies(right: Mapping[str, Bools], resamples: int, seed: int) -> pl.DataFrame:
+    """The accuracy of every method, and its difference to `REFERENCE`, with 95 % intervals.
+
+    Percentiles over resamples of the texts (Efron 1979), which all methods share, so that a difference is paired.
+
+    Parameters
+    ----------
+    right: by method, whether each of the same texts was identified, bool `[texts]`.
+
+    Returns
+    -------
+    `method`, `texts`, `accuracy`, `low`, `high`, `difference`, `difference_low`, `difference_high` (null: `right` lacks
+    the reference).
+    """
+    names, table = list(right), np.array(list(right.values()), dtype=np.float64)
+    texts = table.shape[1]
+    weight = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples) / texts
+    resampled = table @ weight.T
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
+    found = pl.DataFrame({"method": names, "texts": texts, "accuracy": table.mean(axis=1), "low": low, "high": high})
+    if REFERENCE not in names:
+        none = pl.lit(None, pl.Float64)
+        return found.with_columns(difference=none, difference_low=none, difference_high=none)
+    at = names.index(REFERENCE)
+    low, high = np.quantile(resampled - resampled[at], [0.025, 0.975], axis=1)
+    difference = table.mean(axis=1) - table[at].mean()
+    return found.with_columns(
+        difference=pl.Series(difference), difference_low=pl.Series(low), difference_high=pl.Series(high)
+    )
+
+
+def effects(
+    change: Floats, tokens: NDArray[np.int64], language: Sequence[str], languages: Sequence[str], resamples: int,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """The mean change of the NLL of the languages themselves, of the others, and their difference, with 95 % intervals.
+
+    Means over the languages of `sum of changes / sum of tokens`, over resamples of each language's texts.
+
+    Parameters
+    ----------
+    change: nats, `[languages, texts]`: row i is without what marks language i; NaN where it was not measured.
+    tokens: target tokens, `[texts]`.
+    language: of each text.
+
+    Returns
+    -------
+    `own`, `others`, `contrast` (own - others), each also with `_low` and `_high`, in nats/token.
+    """
+    codes = np.array([list(languages).index(name) for name in language])
+    random, known = np.random.default_rng(seed), ~np.isnan(change)
+    # Resampled once per language: the texts of a language are the same for every row.
+    weight = np.zeros((resamples + 1, len(tokens)))
+    weight[0] = 1.0  # the sample itself
+    for code in np.unique(codes):
+        texts = np.flatnonzero(codes == code)
+        weight[1:, texts] = random.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), size=resamples)
+    own: list[Floats] = []
+    others: list[Floats] = []
+    for row in range(len(languages)):
+        for code in np.unique(codes):
+            texts = np.flatnonzero((codes == code) & known[row])
+            if len(texts):
+                total = np.maximum(weight[:, texts] @ tokens[texts], 1.0)
+                (own if code == row else others).append(weight[:, texts] @ change[row, texts] / total)
+    parts = {"own": np.mean(own, axis=0), "others": np.mean(others, axis=0) if others else np.zeros(resamples + 1)}
+    parts["contrast"] = parts["own"] - parts["others"]
+    result: dict[str, float] = {}
+    for name, values in parts.items():
+        low, high = np.quantile(values[1:], [0.025, 0.975])
+        result |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return result

@@ -1,0 +1,89 @@
+"""Prompts: whole texts, each followed by a line break, after which the model answers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from babelscope.core.errors import UserError
+from babelscope.models.tokens import content_ids, tokenize
+
+# Prompts among which the relevance of an answer is decided (see `judge.relevant`).
+CHOICES = 8
+
+
+class Prompt(NamedTuple):
+    """A prompt.
+
+    Attributes
+    ----------
+    language: of the text.
+    group: the text's parallel group.
+    special: ids that the tokenizer puts before every text.
+    content: token ids of the text.
+    ids: what the model is given: special tokens, the text, a line break.
+    """
+
+    language: str
+    group: str
+    special: tuple[int, ...]
+    content: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+class Lines:
+    """Makes token ids of lines: the tokenizer's special tokens, and every text followed by a line break."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        [self.end] = content_ids(tokenizer, ["\n"])
+
+    def prompts(self, texts: pl.DataFrame) -> list[Prompt]:
+        """The prompts of `texts` (`text_id`, `language`, `group`, `text`), different ones only, in their order."""
+        rows = tokenize(self.tokenizer, texts["text_id"].to_list(), texts["text"].to_list(), self.max_tokens)
+        found = {}
+        for row, language, group in zip(rows, texts["language"], texts["group"], strict=True):
+            if row.content_tokens > 1:
+                special, content = row.ids[: row.special], row.ids[row.special :]
+                found.setdefault(row.ids, Prompt(language, group, special, content, (*row.ids, *self.end)))
+        return list(found.values())
+
+    def after(self, prompt: Prompt, examples: Sequence[str]) -> tuple[int, ...]:
+        """The ids of a prompt that follows `examples`, each in a line of its own."""
+        lines = [
+            token for ids in content_ids(self.tokenizer, examples) for token in (*ids[: self.max_tokens], *self.end)
+        ]
+        return (*prompt.special, *lines, *prompt.ids[len(prompt.special) :])
+
+
+def choose(lines: Lines, texts: pl.DataFrame, languages: Sequence[str], count: int) -> dict[str, list[Prompt]]:
+    """The first `count` prompts of each prompt language, by text_id (a hash); at least `CHOICES` if there are.
+
+    Raises
+    ------
+    UserError: a language has too few texts.
+    """
+    found = {}
+    for language in languages:
+        rows = lines.prompts(texts.filter(language=language).sort("text_id"))
+        if len(rows) < count:
+            raise UserError(
+                f"params.yaml: steer.prompts: {count} prompts in {language!r} wanted; there are {len(rows)}"
+            )
+        found[language] = rows[: max(count, CHOICES)]
+    return found
+
+
+def example(texts: pl.DataFrame, prompt_language: str, language: str, avoid: set[str]) -> list[str]:
+    """A short text in the prompt's language and its translation, as an example of the answer that is wanted.
+
+    Without a translation, a text in the target language. `texts`: `language`, `group`, `text`, the training split;
+    `avoid`: groups that are prompts.
+    """
+    own = texts.filter(pl.col("language") == language, ~pl.col("group").is_in(list(avoid)))
+    asked = texts.filter(language=prompt_language).unique("group", keep="first", maintain_order=True)
+    pairs = own.join(asked, on="group", suffix="_asked").sort(pl.col("text").str.len_chars(), "group")
+    if len(pairs):
+        return [pairs["text_asked"][0], pairs["text"][0]]
+    shortest = own.sort(pl.col("text").str.len_chars(), "text").head(1)
+    return shortest["text"].to_list()
