@@ -47,6 +47,7 @@ COLUMNS = {
                                "loss_recovered", "low", "high"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
                            "others_cosine", "others_overlap", "matched", "encoder_cosine"],
+    "sharing/pairs": ["hookpoint", "layer", "language", "other", "groups", "translations", "random", "typology"],
     "identify/predictions": PREDICTIONS,
     "identify/confusion": ["method", "normalize", "language", "predicted", "texts"],
     "browse/features": ["hookpoint", "layer", "unit", "kind", "languages", "members", "entropy", "largest",

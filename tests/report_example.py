@@ -152,6 +152,18 @@ def similarity() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=["language", "other", "units", "jaccard"], orient="row")
 
 
+def sharing() -> pl.DataFrame:
+    """Translations share more than random pairs, less in later layers, and more in Spanish and Portuguese."""
+    rows = [
+        (at, layer, a, b, 40, 0.3 - 0.02 * place + (0.1 if {a, b} == {"es", "pt-BR"} else 0.0), 0.1, 0.25)
+        for place, (at, layer) in enumerate(zip(HOOKPOINTS, LAYERS, strict=True))
+        for i, a in enumerate(LANGUAGES)
+        for b in LANGUAGES[i + 1 :]
+    ]
+    names = ["hookpoint", "layer", "language", "other", "groups", "translations", "random", "typology"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
 def generations() -> pl.DataFrame:
     """Four answers a language and method."""
     rows = [
@@ -217,6 +229,7 @@ def metrics() -> dict[str, dict[str, Any]]:
                      | {f"subspace_overlap_random/{name}": 0.1 for name in LANGUAGES}
                      | {f"subspace_overlap_random_high/{name}": 0.2 for name in LANGUAGES}
                      | {f"write_cosine/{name}": 0.9 for name in LANGUAGES},
+        "sharing": {f"first_component/{at}": 0.9 - 0.1 * i for i, at in enumerate(HOOKPOINTS)},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
         "steer": {"verdict": "worse", "features_method": "features", "features_minus_diffmean": -0.3,
@@ -265,6 +278,8 @@ def write(root: Path) -> None:
     curve().write_parquet(root / "data/ablation/curve.parquet")
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
+    (root / "data/sharing").mkdir()
+    sharing().write_parquet(root / "data/sharing/pairs.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
     baselines().write_parquet(root / "data/baselines/identification.parquet")
     script().write_parquet(root / "data/script/features.parquet")

@@ -129,6 +129,8 @@ UNTESTED = {
     "hf auth login": "wants an account on the hub",
     "make experiment NAME=": "wants the hub; test_experiments.py reads every file and tries what the target refuses",
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
+    "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
+    "test_tracking.py",
     "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc config --local": "a setting of DVC's own; test_experiments.py runs the target that makes it",

@@ -34,6 +34,7 @@ CLOSING = {
     "quality": "hookpoint NLL with the SAE with zeros recovered least of a language",
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
+    "sharing": "sharing: nothing to compare (params.yaml: sharing.groups is 0)",
     "identify": "texts method accuracy macro F1 McNemar p",
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
     "baselines": "method trained on evaluated on languages texts accuracy 95 %",

@@ -38,6 +38,7 @@ from babelscope.report.sections import (
     own,
     quality,
     script,
+    sharing,
     similarity,
     steering,
 )
@@ -52,7 +53,7 @@ def inputs(**changes: Any) -> ReportInputs:
         metrics=example.metrics(), files={"data/scores/features.parquet": "0" * 32}, versions={"torch": "2.13.0"},
         control=example.control(), curve=example.curve(), confusion=example.confusion(),
         generations=example.generations(), similarity=example.similarity(),
-        baselines=example.baselines(), script=example.script(),
+        baselines=example.baselines(), script=example.script(), sharing=example.sharing(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -257,6 +258,18 @@ def test_confusion_is_in_shares_of_a_languages_texts() -> None:
     assert identification.confusion(inputs(confusion=example.confusion().clear())).is_empty()
 
 
+def test_translations_share_latents_by_layer_and_relation() -> None:
+    frame = sharing.by_layer(inputs())
+    assert frame["layer"].to_list() == [str(layer) for layer in example.LAYERS]
+    assert frame["random"].to_list() == pytest.approx([0.1] * len(frame))
+    assert sharing.steered(frame) == (example.HOOKPOINTS[4], "0.50")
+    means = sharing.by_relation(inputs())
+    assert means["same branch"] > means["neither"] == pytest.approx(means["same script, other branch"])
+    assert sharing.pairs(inputs()).rows[0][:2] == ["pt-BR", "es"]
+    assert sharing.section(inputs(sharing=None)) is None
+    assert sharing.section(inputs(sharing=example.sharing().clear())) is None
+
+
 def test_languages_that_are_alike_stand_side_by_side() -> None:
     frame = similarity.similarity(inputs())
     order = frame["language"].unique(maintain_order=True).to_list()
@@ -423,7 +436,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
         charts_
         == set(specs)
         == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu",
-            "stability"}
+            "stability", "sharing", "script", "baselines"}
     )  # fmt: skip
     assert all(spec["description"] for spec in specs.values())
 
@@ -438,7 +451,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 23
+    assert len({table.caption for table in tables}) == len(tables) == 27
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -541,7 +554,7 @@ def test_what_training_the_dictionary_buys() -> None:
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
         inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None,
-               baselines=None, script=None)
+               baselines=None, script=None, sharing=None)
     )  # fmt: skip
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert html.count('<span class="status">not measured</span>') == 5
@@ -662,7 +675,8 @@ def test_stage_writes_the_same_bytes_in_any_folder_and_on_any_hardware(tmp_path:
         "report.html", "training.csv",
     }  # fmt: skip
     summary = json.loads((first / "metrics/summary.json").read_text())
-    assert 12 <= len(summary) <= 15 and summary == json.loads((second / "metrics/summary.json").read_text())
+    assert {"dnll_own", "fvu"} <= summary.keys()
+    assert summary == json.loads((second / "metrics/summary.json").read_text())
     curves = pl.read_csv(first / "reports/plots/training.csv")
     assert curves["hookpoint"].unique(maintain_order=True).to_list() == example.HOOKPOINTS and len(curves) == 14
     cells = pl.read_csv(first / "reports/plots/ablation.csv")

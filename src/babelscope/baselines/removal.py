@@ -57,8 +57,8 @@ def measure(
 
     Each language's own texts are all measured, and of the others a sample of about `OTHERS * limit` tokens.
     """
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32}
-    keys = pl.DataFrame([(name, None, None) for name in languages], schema=schema, orient="row")
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
+    keys = pl.DataFrame([(name, None, None, None) for name in languages], schema=schema, orient="row")
     asked = Conditions(keys.with_row_index("condition"), {}).asked(
         language, np.array([*map(target_count, texts)]), max(1, int(OTHERS * limit))
     )

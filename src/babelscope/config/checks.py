@@ -25,6 +25,7 @@ class Config(schema.Section):
     score: schema.Score
     neurons: schema.Neurons
     stability: schema.Stability
+    sharing: schema.Sharing
     identify: schema.Identify
     ablate: schema.Ablate
     baselines: schema.Baselines
@@ -89,6 +90,8 @@ def _sources(params: Config) -> Iterator[str]:
             "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
             "allowed with it: float16, bfloat16"
         )
+    if params.train.source == "stream" and params.sharing.groups:
+        yield "sharing.groups: it reads stored activations, and train.source 'stream' stores none; allowed with it: 0"
     if params.train.source == "stream" and params.explain.endpoint is not None:
         yield (
             "explain.endpoint: explanations need stored activations, and train.source 'stream' stores "

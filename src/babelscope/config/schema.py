@@ -205,6 +205,12 @@ class Stability(Section):
     cosine: Annotated[float, Field(gt=0.0, le=1.0)]
 
 
+class Sharing(Section):
+    """Latents that fire on a text and on its translations."""
+
+    groups: Annotated[int, Field(ge=0, le=2**26)]
+
+
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 

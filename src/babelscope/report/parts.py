@@ -22,7 +22,9 @@ COLUMNS = {
     "confusion": "method normalize language predicted texts",
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
-    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low difference_high",
+    "sharing": "hookpoint layer language other groups translations random typology",
+    "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low "
+    "difference_high",
     "script": "hookpoint unit language script_bound",
 }
 
@@ -54,6 +56,7 @@ class ReportInputs:
     confusion: pl.DataFrame | None = None
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
+    sharing: pl.DataFrame | None = None
     baselines: pl.DataFrame | None = None
     script: pl.DataFrame | None = None
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)

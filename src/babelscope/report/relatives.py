@@ -24,6 +24,17 @@ _SCRIPTS = {
 }  # fmt: skip
 
 
+def relation(first: str, second: str) -> str | None:
+    """How two languages are related: "same branch", "same script" (of another branch) or "neither".
+
+    None if the branch of one is not known here.
+    """
+    one, two = relatives(first), relatives(second)
+    if one is None or two is None:
+        return None
+    return "same branch" if one[0] == two[0] else "same script" if one[1] == two[1] else "neither"
+
+
 def relatives(language: str) -> tuple[str, str] | None:
     """(branch, script) of a BCP-47 tag, e.g. ("Romance", "Latin") of pt-BR; None if its branch is not known here."""
     if not langcodes.tag_is_valid(language):

@@ -54,7 +54,8 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    alone = ("sample", "extract", "quality", "score", "stability", "identify", "ablate", "baselines", "script", "steer")
+    alone = ("sample", "extract", "quality", "score", "stability", "sharing", "identify", "ablate", "baselines",
+             "script", "steer")  # fmt: skip
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -63,7 +64,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         "curve": paths.ablation / "curve.parquet",
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations, "baselines": paths.baselines / "identification.parquet",
-        "script": paths.script / "features.parquet",
+        "sharing": paths.sharing, "script": paths.script / "features.parquet",
     }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}

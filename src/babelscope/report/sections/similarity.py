@@ -7,7 +7,7 @@ from babelscope.report import charts
 from babelscope.report.names import called, name
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, prose
-from babelscope.report.relatives import relatives
+from babelscope.report.relatives import relation, relatives
 
 
 def section(inputs: ReportInputs) -> Section | None:
@@ -59,20 +59,14 @@ def similarity(inputs: ReportInputs) -> pl.DataFrame:
     known = {one: relatives(one) for one in languages}
     label = {one: f"{called(one)}, {', '.join(kin)}" if (kin := known[one]) else called(one) for one in languages}
 
-    def expected(first: str, second: str) -> str | None:
-        one, two = known[first], known[second]
-        if one is None or two is None:
-            return None
-        return "same branch" if one[0] == two[0] else "same script" if one[1] == two[1] else "neither"
-
     order = pl.Enum(_leaves(pairs, languages))
     ranked = pairs.sort(pl.col("language").cast(order), pl.col("other").cast(order))
-    relation = [expected(*row) for row in ranked.select("language", "other").rows()]
+    expected = [relation(*row) for row in ranked.select("language", "other").rows()]
     return ranked.with_columns(
         value=pl.when(pl.col("language") != pl.col("other")).then(pl.col("jaccard")),
         label=pl.col("language").replace_strict(label, return_dtype=pl.String),
         other_label=pl.col("other").replace_strict(label, return_dtype=pl.String),
-        expected=pl.Series(relation, dtype=pl.String),
+        expected=pl.Series(expected, dtype=pl.String),
     ).drop("jaccard")
 
 
