@@ -1,8 +1,9 @@
 """`python benchmarks/attribution.py`: the estimated effect of single features against true ablations.
 
 It uses the default's model, dictionaries and features (in `data/`: run `make repro` first). The estimate is that of
-`ablate.rank_tokens`: one backward pass over training texts. The truth is the change of the NLL of the same texts of the
-feature's language when the feature alone is removed, for features at even ranks of the estimate.
+`ablate.rank_tokens`: one backward pass over training texts, with half of the features removed. The truth is the change
+of the NLL of the same texts of the feature's language when the feature alone is removed, for features at even ranks of
+the estimate.
 """
 
 import argparse
@@ -14,10 +15,8 @@ import torch
 
 from babelscope import config, sae
 from babelscope.ablation.ablate import ablate
-from babelscope.ablation.attribution import attribute
 from babelscope.ablation.interventions import FeatureAblation
-from babelscope.ablation.ranking import ranking
-from babelscope.ablation.run import texts_of
+from babelscope.ablation.run import rank, texts_of
 from babelscope.models import hardware, loading, matmul
 
 
@@ -38,11 +37,9 @@ def main() -> None:
     model = loading.load_model(params.model, params.ablate.dtype)
     matmul.use_in(model)
 
-    codes = [languages.index(name) for name in language]
-    effects = attribute(model, saes, texts, codes, len(languages), params.ablate.batch_tokens)
     features = pl.read_parquet("data/scores/features.parquet")
     features = features.filter(pl.col("language").is_in(languages), kind="sae")
-    ranks = ranking(features, {name: effect.numpy() for name, effect in effects.items()}, languages)
+    ranks = rank(model, saes, features, texts, language, languages, params.ablate.batch_tokens)
     every = pl.col("causal_rank") * arguments.features // pl.len()
     chosen = ranks.filter((every != every.shift(1, fill_value=-1)).over("language")).sort("hookpoint", "unit")
 

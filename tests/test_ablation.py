@@ -447,7 +447,7 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
     language = ["a", "b", "c"] * 8
     tokens = np.array([10] * 24)
     what = conditions.Conditions(keys, {})
-    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 1 + 2 + 2, 8 + 2 + 2]
+    assert what.asked(language, tokens, None).sum(1).tolist() == [24, 2 + 2 + 2, 8 + 2 + 2]
     is_first = conditions.first_half(language)
     assert is_first.reshape(8, 3).sum(0).tolist() == [4, 4, 4]
     for others, each in ((80, 8), (40, 4), (20, 2), (1, 2)):  # one text in each half at least
@@ -455,7 +455,7 @@ def test_a_condition_is_evaluated_on_its_language_and_on_samples_of_the_others()
         by_language = asked.reshape(3, 8, 3).sum(1)  # conditions x languages
         assert by_language[0].tolist() == [8, each, each]
         less = min(each // 2, 2)
-        assert by_language[1:].tolist() == [[less, own, less] for own in (1, 8)]
+        assert by_language[1:].tolist() == [[less, own, less] for own in (2, 8)]
         assert not (asked[1] & ~is_first).any()  # a hookpoint alone is evaluated in the first half only
         if others == 40:  # a smaller sample is in a larger one, and has all lengths
             assert np.flatnonzero(asked[0][1::3]).tolist() == [0, 3, 4, 7]

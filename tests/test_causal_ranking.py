@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from babelscope.ablation import ranking
-from babelscope.ablation.ablate import TextNLL
+from babelscope.ablation.ablate import TextNLL, ablate
 from babelscope.ablation.attribution import attribute
 from babelscope.ablation.conditions import TOP, Conditions, conditions
-from babelscope.ablation.interventions import Replacement, interventions
+from babelscope.ablation.interventions import FeatureAblation, Replacement, interventions
 from babelscope.ablation.run import _mean_activation
 from babelscope.models import hookpoints, nll
 from babelscope.sae.autoencoder import SAE
@@ -75,6 +75,27 @@ def test_the_estimate_is_the_derivative_of_the_nll_by_the_share_that_is_removed(
                 for code in (0, 1):
                     slope = (total(name, unit, 0.02, code) - total(name, unit, -0.02, code)) / 0.04
                     assert found[name][code, unit].item() == pytest.approx(slope, rel=5e-3, abs=5e-5)
+
+
+def test_half_way_the_contributions_sum_to_the_effect_of_removing_all():
+    model, texts = make("llama"), make_texts()
+    saes = {name: make_saes(model)[name] for name in NAMES}
+    units = {"layers.1": list(range(0, 64, 3)), "layers.2.mlp": list(range(0, 64, 4))}
+    removed = {name: torch.zeros((2, saes[name].latents), dtype=torch.bool) for name in NAMES}
+    for name, chosen in units.items():
+        removed[name][1, chosen] = True
+    group = [1] * len(texts)
+    made = {name: FeatureAblation(saes[name], [units[name]]) for name in NAMES}
+    nll_of = ablate(model, made, texts, 40)
+    true = float((nll_of.ablated[0] - nll_of.clean).sum() / nll_of.tokens.sum())
+
+    def total(at):
+        found = attribute(model, saes, texts, group, 2, 40, removed=at)
+        return float(sum(found[name][1, chosen].sum() for name, chosen in units.items()))
+
+    assert abs(true) > 0.01 and abs(total(removed) - true) < 0.5 * abs(total(None) - true)
+    nothing = {name: table.roll(1, 0) for name, table in removed.items()}  # the units of another group
+    assert total(nothing) == total(None)
 
 
 def test_features_are_ranked_by_what_they_cost_their_own_language_more_than_others():

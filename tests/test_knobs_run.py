@@ -86,7 +86,7 @@ def test_relu_latents_in_words(pipeline: Pipeline, tmp_path: Path, server: Serve
     numbers = pipeline.run(params(
         tmp_path, "qwen3", 2, ["wikipedia"], hookpoints=["layers.0", "layers.1.mlp"],
         extract__store_dtype="float16", train__activation="relu", ablate__methods=["swap", "feature", "mean"],
-        ablate__by_layer=False, ablate__rank_tokens=0, browse__ablation_texts=0, identify__also={"name": "wili-2018",
+        ablate__by_layer=False, ablate__rank_tokens=20, browse__ablation_texts=0, identify__also={"name": "wili-2018",
             "path": str(stand_ins.wili_2018(tmp_path / "wili", 8))}, identify__also_texts=3,
         explain__endpoint=server.url, explain__model="m", explain__per_language=2, explain__examples=2,
         explain__scored=2, score__example_rate=0.2, score__token_rate=0.05,

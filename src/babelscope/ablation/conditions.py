@@ -73,7 +73,7 @@ class Conditions(NamedTuple):
         is_turn = np.where(is_small, is_first & (distance % step == 1), (distance % 2 == 1) == is_first)
         others = np.where(is_small | control, (in_half <= less[codes]) & is_turn, in_half <= share[codes])
         others &= ~(top & control)
-        own = ~is_small | (place <= np.maximum(0.125, 0.5 / count)[codes])
+        own = ~is_small | (place <= np.maximum(0.125, 1.5 / count)[codes])  # two texts at least
         wanted: NDArray[np.bool_] = np.where(ablated == codes, own, others)
         return wanted
 

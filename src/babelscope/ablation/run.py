@@ -64,7 +64,7 @@ def run(params: Config, paths: Paths) -> None:
     ranks = None
     if "feature" in section.methods and section.rank_tokens:
         chosen = texts_of(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
-        ranks = _rank(model, saes, features.filter(kind="sae"), *chosen, languages, section.batch_tokens)
+        ranks = rank(model, saes, features.filter(kind="sae"), *chosen, languages, section.batch_tokens)
     for method, names in names_by_method.items():
         every = all_conditions(
             features.filter(kind="neuron" if method == "neuron" else "sae"),
@@ -123,19 +123,24 @@ def texts_of(
     return texts, [language[text.text_id] for text in texts]
 
 
-def _rank(
+def rank(
     model: Any,
-    saes: sae.SAECache,
+    saes: Mapping[str, sae.SAE] | sae.SAECache,
     features: pl.DataFrame,
     texts: list[TokenizedText],
     language: list[str],
     languages: list[str],
     batch_tokens: int,
 ) -> pl.DataFrame:
-    """`ranking.ranking` by the effects on `texts`."""
+    """`ranking.ranking` by the effects on `texts`, with half of each language's own features removed from them."""
     group = [languages.index(name) for name in language]
     with Progress("rank", sum(map(target_count, texts)), "tokens") as progress:
-        effects = attribute(model, saes, texts, group, len(languages), batch_tokens, advance=progress.update)
+        removed = {name: torch.zeros((len(languages), saes[name].latents), dtype=torch.bool) for name in saes}
+        for hookpoint, unit, name in features.select("hookpoint", "unit", "language").iter_rows():
+            removed[hookpoint][languages.index(name), unit] = True
+        effects = attribute(
+            model, saes, texts, group, len(languages), batch_tokens, removed=removed, advance=progress.update
+        )
     return ranking.ranking(features, {name: effect.numpy() for name, effect in effects.items()}, languages)
 
 
