@@ -76,5 +76,5 @@ class TopTokens:
             largest.append(scores.view(len(x), _GROUP, -1).amax(1))
         group = torch.cat(largest, 1).topk(_GROUPS, dim=1).indices
         width = _COLUMNS // _GROUP
-        first = group // width * _COLUMNS + group % width
-        return (first.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        start = group // width * _COLUMNS + group % width
+        return (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)

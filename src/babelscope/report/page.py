@@ -12,8 +12,15 @@ from babelscope.report.parts import Picture, ReportInputs
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
     "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "baselines", "steering"),
-    "The doubt: what else could explain it?": ("script", "stability", "similarity", "sharing", "quality", "corpus",
-                                                "confounds"),
+    "The doubt: what else could explain it?": (
+        "script",
+        "stability",
+        "similarity",
+        "sharing",
+        "quality",
+        "corpus",
+        "confounds",
+    ),
     "For reference": ("reproduce",),
 }
 NAMES = tuple(name for names in PARTS.values() for name in names)
