@@ -64,7 +64,9 @@ def run(params: Config, paths: Paths) -> None:
     depends = params.model_dump(include={"hookpoints", "languages", "model", "seed", "steer"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
     depends["batch_tokens"] = params.extract.batch_tokens
-    inputs = [paths.texts, paths.features, paths.all_counts, paths.saes, paths.neurons, paths.ablation]
+    inputs = [paths.texts, paths.features, paths.all_counts, paths.saes]
+    inputs += [paths.neurons] if params.neurons.hookpoints else []
+    inputs += [path for path in [paths.ablation / "ranking.parquet"] if path.is_file()]
     with resume.kept("steer", depends, inputs) as folder:
         places = {name: vectors.place_of(name) for name in section.hookpoints or params.hookpoints}
         encoder = judge.encoder_place(model, next(iter(places.values())))
