@@ -80,10 +80,11 @@ def changed(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def commands(params: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The script, and the hookpoint where it has one, of every stage in dvc.yaml's order."""
+    """The script of every stage, with its hookpoint or name if it has one, in dvc.yaml's order."""
     for name, stage in config.read_yaml(ROOT / "dvc.yaml")["stages"].items():
         if "matrix" in stage:
-            yield from ((name, item) for item in value(params, stage["matrix"]["hookpoint"].strip("${}")))
+            [values] = stage["matrix"].values()
+            yield from ((name, item) for item in value(params, values.strip("${}")))
         else:
             yield (name,)
 
