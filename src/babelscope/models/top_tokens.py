@@ -32,6 +32,7 @@ class TopTokens:
     def __init__(self, model: Any, screen: bool = True) -> None:
         self.model, self.head = model, head_of(model)
         self.codes: Tensor | None = None
+        self.scale: Tensor
         if not screen or self.head is None or hooks.device_of(model).type != "cpu":
             return
         if self.head.unembedding.bias is not None:
@@ -76,5 +77,5 @@ class TopTokens:
             largest.append(scores.view(len(x), _GROUP, -1).amax(1))
         group = torch.cat(largest, 1).topk(_GROUPS, dim=1).indices
         width = _COLUMNS // _GROUP
-        first = group // width * _COLUMNS + group % width
-        return (first.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        start: Tensor = group // width * _COLUMNS + group % width
+        return (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)

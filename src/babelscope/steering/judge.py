@@ -34,8 +34,8 @@ def embed(model: Any, place: str, texts: Sequence[Sequence[int]], special: Seque
     rows = [TokenizedText(f"{number:08d}", (*special, *ids), len(special)) for number, ids in enumerate(texts)]
     found, device = torch.zeros(0), hooks.device_of(model)
     for batch in batches(by_length(rows), batch_tokens):
-        parts = tuple(part.to(device) for part in collate(batch))
-        states = content_activations(model, [place], parts, torch.float32)[place].cpu()
+        ids, mask, content = (part.to(device) for part in collate(batch))
+        states = content_activations(model, [place], (ids, mask, content), torch.float32)[place].cpu()
         if not len(found):
             found = torch.zeros((len(rows), states.shape[1]))
         text = torch.tensor([int(row.text_id) for row in batch])

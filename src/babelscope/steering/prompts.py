@@ -41,7 +41,7 @@ class Lines:
     def prompts(self, texts: pl.DataFrame) -> list[Prompt]:
         """The prompts of `texts` (`text_id`, `language`, `group`, `text`), different ones only, in their order."""
         rows = tokenize(self.tokenizer, texts["text_id"].to_list(), texts["text"].to_list(), self.max_tokens)
-        found = {}
+        found: dict[tuple[int, ...], Prompt] = {}
         for row, language, group in zip(rows, texts["language"], texts["group"], strict=True):
             if row.content_tokens > 1:
                 special, content = row.ids[: row.special], row.ids[row.special :]

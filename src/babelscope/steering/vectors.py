@@ -95,7 +95,8 @@ def directions(method: str, rows: Tensor, codes: Tensor, count: int) -> Tensor:
     within = rows - mean[codes]
     covariance = (within.T @ within).double() / len(within)
     covariance += _SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-    return torch.linalg.solve(covariance, difference.double().T).T.float()
+    weights: Tensor = torch.linalg.solve(covariance, difference.double().T).T.float()
+    return weights
 
 
 def of_features(dictionary: SAE, units: Sequence[int], activations: Sequence[float]) -> Tensor:
@@ -133,7 +134,8 @@ def sae_diffmean(dictionary: SAE, activations: pl.DataFrame, languages: Sequence
     known = activations.filter(pl.col("language").is_in(list(languages)))
     code = known["language"].cast(pl.Enum(list(languages))).to_physical().cast(pl.Int64).to_torch()
     table[code, known["unit"].cast(pl.Int64).to_torch()] = known["mean"].cast(pl.Float32).to_torch()
-    return (table - others(table)) @ dictionary.W_dec.detach().cpu()
+    written: Tensor = (table - others(table)) @ dictionary.W_dec.detach().cpu()
+    return written
 
 
 def as_long_as(vectors: Tensor, wanted: Tensor) -> Tensor:
