@@ -30,9 +30,9 @@ def section(inputs: ReportInputs) -> Section | None:
     caption = prose(
         """<p>Each method adds a vector to the model’s states at every token of a prompt and of the answer, so that the
 model answers in another language. <em>Forcing</em> is the share of answers that fastText identifies as the language.
-<em>Relevance</em> is the share of answers whose own prompt is the most similar of eight, so an
-answer about nothing has 1 in 8. The score is their harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place and strength were
-chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small dots are languages.</p>
+<em>Relevance</em> is the share of answers whose own prompt is the most similar of eight, so an answer about nothing has
+1 in 8. The score is their harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place
+and strength were chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small dots are languages.</p>
 <p>{verdict}</p>""",
         prompts=", ".join(steer.get("prompt_languages", [])),
         verdict=verdict(inputs),
