@@ -177,6 +177,17 @@ def test_the_commands_of_the_readme(repo: Repo) -> None:
     assert (repo.folder / "data/sae" / HOOKPOINTS[0] / "history.csv").is_file()
     assert "didn't change, skipping" in repo.dvc("repro", f"train@{HOOKPOINTS[0]}")
 
+    # The tutorial's last step, and what stages.md and dvc.md say of the graph.
+    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    [change] = [part for part in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "dvc exp run -n loose" in part]
+    told = repo.run("bash", "-ec", change)
+    assert re.findall(r"Running stage '([^']+)'", told) == ["score", "report", "track"]
+    assert "Three languages" in told and "score.ratio" in told
+    listed = [line.split()[0] for line in repo.dvc("stage", "list").splitlines()]
+    assert listed == ["sample", f"train@{HOOKPOINTS[0]}", "score", "report", "track"]
+    drawn = repo.dvc("dag", "--md", "--collapse-foreach-matrix")
+    assert "```mermaid" in drawn and '["train"]' in drawn
+
 
 def test_every_way_of_reaching_a_state_gives_its_runs_once(repo: Repo) -> None:
     repo.dvc("repro")

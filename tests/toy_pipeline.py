@@ -51,6 +51,7 @@ stages:
     - hookpoints
     - languages
     - train.k
+    - score.ratio
     outs:
     - data/scores/features.parquet
     - data/ablation
