@@ -184,8 +184,9 @@ def identification(
             for one in every
             if len(one.units[domain])
         }
+        classifiers = fit(x["train"], train_texts, domain, languages)
         for among in (list(languages), *(pairs(languages) if domain == ALL else ())):
-            classifiers = fit(x["train"], train_texts, domain, among)
+            columns = [languages.index(name) for name in among]
             for evaluated in (ALL, *domains) if domain == ALL else domains:
                 mask = chosen(held_out, evaluated, among)
                 truth = held_out.filter(mask)["language"]
@@ -196,7 +197,8 @@ def identification(
                         right[one.name] = (answers == truth).fill_null(False).to_numpy()
                 codes = tokens.codes(truth, among).numpy()
                 for name, classifier in classifiers.items():
-                    right[name] = classifier.scores(x["eval"][mask.to_numpy()]).argmax(axis=1) == codes
+                    scores = classifier.scores(x["eval"][mask.to_numpy()])[:, columns]
+                    right[name] = scores.argmax(axis=1) == codes
                 labels = {label: name for label, name in known.items() if name in among}
                 if len(labels) == len(among):
                     answers = lid.predict(raw.filter(mask)["text"].to_list(), labels)["predicted"]
