@@ -18,7 +18,8 @@ CHANGES = {
     "model.sha256": None, "corpus.source": "files", "corpus.packages": [], "corpus.max_tokens": 24,
     "corpus.train_tokens": 700, "corpus.eval_tokens": 250, "extract.dtype": "float32", "extract.batch_tokens": 1024,
     "train.source": "pretrained", "train.latents": 64, "stability.hookpoints": [], "browse.shared": 20,
-    "browse.texts": 2, "steer.new_tokens": 8, "steer.temperature": 0.0, "hardware.accelerator": "cpu",
+    "browse.texts": 2, "steer.hookpoints": [], "steer.prompt_languages": ["en"], "steer.new_tokens": 8,
+    "steer.temperature": 0.0, "hardware.accelerator": "cpu",
 }  # fmt: skip
 
 
