@@ -85,6 +85,12 @@ def test_effects() -> None:
     assert found["own_low"] < found["own"] < found["own_high"]
 
 
+def test_without_a_text_of_its_own_no_language_has_an_effect() -> None:
+    none = np.zeros(0, dtype=np.int64)
+    assert intervals.effects(np.zeros((2, 0)), none, [], ["a", "b"], 10, 0) == {}
+    assert intervals.effects(np.array([[np.nan], [1.0]]), np.array([2]), ["a"], ["a", "b"], 10, 0) == {}
+
+
 def test_a_direction_becomes_that_of_the_others() -> None:
     classifier = directions.diff_mean(TEXTS, CODES, 2)
     change = removal.DirectionAblation(classifier, torch.device("cpu"))

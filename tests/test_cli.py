@@ -75,6 +75,7 @@ def test_names_of_saelens_directory_are_checked_before_anything_runs(
     content["train"] |= {"source": "pretrained"}
     content["pretrained"] |= {"name": "sae-lens:release", "folder": "layer_{layer}"}
     content["stability"] |= {"hookpoints": []}
+    content["steer"] |= {"hookpoints": []}
     (tmp_path / "params.yaml").write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
     saes = [{"id": "layer_2", "path": "layer_2.sae.pt"}]

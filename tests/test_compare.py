@@ -111,10 +111,11 @@ def write_state(root: Path, own: float, params: dict[str, Any], layers: int | No
     metrics = {
         "extract": {"layers": layers} if layers else {},
         "score": {"features": 30, "features/en": 10, "features/tr": 20, "effective_languages_median/en": 1.5},
-        "ablate": {"own": own, "dnll_own/en": own, "dnll_own/tr": 2 * own, "own_alone/layers.10.mlp": own / 2},
+        "ablate": {"primary_method": "swap", "own": own}
+        | {"dnll_own/en": own, "dnll_own/tr": 2 * own, "own_alone/layers.10.mlp": own / 2},
         "identify": {"accuracy/sae-count/units": 0.9, "accuracy/fasttext/none": 0.95, "texts": 100},
         "stability": {"features_matched_share/en": 0.5, "stability_features/en": 10, "write_cosine/tr": 0.9},
-        "steer": {"success/en": 0.25, "success/tr": 1.0},
+        "steer": {"best_harmonic": 0.5, "harmonic/pca": 0.5, "harmonic_low/pca": 0.25, "harmonic_high/pca": 0.75},
         "train.layers.5.mlp": {"fvu": 0.1},
     }
     (root / "metrics").mkdir(exist_ok=True)
@@ -122,11 +123,13 @@ def write_state(root: Path, own: float, params: dict[str, Any], layers: int | No
         (root / f"metrics/{name}.json").write_text(json.dumps(content))
     (root / "params.yaml").write_text(json.dumps(params))
     (root / "data/ablation").mkdir(parents=True, exist_ok=True)
-    rows = [("en", own), ("tr", 2 * own)]
+    # Without a method `feature`, the first of params.yaml is shown, here the last one by name.
+    rows = [("swap", "en", own), ("swap", "tr", 2 * own), ("mean", "en", 9 * own), ("mean", "tr", 9 * own)]
     pl.DataFrame({
-        "method": "feature", "control": pl.Series([None] * 2, dtype=pl.Int32), "ablated": [name for name, _ in rows],
-        "evaluated": [name for name, _ in rows], "delta": [delta for _, delta in rows],
-        "low": [0.9 * delta for _, delta in rows], "high": [1.1 * delta for _, delta in rows],
+        "method": [method for method, *_ in rows], "control": pl.Series([None] * 4, dtype=pl.Int32),
+        "ablated": [name for _, name, _ in rows],
+        "evaluated": [name for _, name, _ in rows], "delta": [delta for *_, delta in rows],
+        "low": [0.9 * delta for *_, delta in rows], "high": [1.1 * delta for *_, delta in rows],
     }).write_parquet(root / "data/ablation/nll.parquet")  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def test_a_revision_is_read_without_touching_the_working_folder(repo: Path) -> N
     first, second = states.read("HEAD", repo), states.read("workspace", repo)
     assert first.commit == git(repo, "rev-parse", "HEAD") and second.commit == ""
     assert first.figure("ablate", "own") == 0.5 and second.figure("ablate", "own") == 1.5
-    assert first.nll is not None and first.nll["delta"].to_list() == [0.5, 1.0]
+    assert first.nll is not None and first.nll["delta"].to_list() == [0.5, 1.0, 4.5, 4.5]
     assert figures.own_effects(second)["tr"] == Value(3.0, 2.7, 3.3000000000000003)
     assert {path: path.read_bytes() for path in (repo / "metrics").iterdir()} == before
     assert figures.changed(first, second) == [("train.k", "8", "16")]
@@ -189,7 +192,7 @@ def test_pairs_have_intervals_and_are_placed_by_relative_depth(repo: Path) -> No
     assert found["ablation"].rows["en"] == (Value(0.5, 0.45, 0.55), Value(1.5, 1.35, 1.6500000000000001))
     assert found["identification"].rows["fasttext/none"][0] == figures.wilson(0.95, 100)
     assert found["stability"].rows["en"][1] == figures.wilson(0.5, 10) and found["stability"].rows["tr"] == (None, None)
-    assert found["steering"].rows["tr"][0] == figures.wilson(1.0, 4)
+    assert found["steering"].rows == {"pca": (Value(0.5, 0.25, 0.75), Value(0.5, 0.25, 0.75))}
     alone = found["own_alone"]
     assert alone.at == {"0.12 layers.5.mlp": 0.125, "0.25 layers.5.mlp": 0.25, "0.25 layers.10.mlp": 0.25,
                         "0.50 layers.10.mlp": 0.5}  # fmt: skip

@@ -31,7 +31,7 @@ CLOSING = {
     "encode": "hookpoint tokens latents that fired L0",
     "retrain": "hookpoint seed FVU (last batch)",
     "prune": "prune: nothing to delete",
-    "quality": "hookpoint NLL with the SAE with zeros recovered least of a language",
+    "quality": "hookpoint NLL with the SAE with zeros recovered 95 % least of a language",
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
     "sharing": "sharing: nothing to compare (params.yaml: sharing.groups is 0)",
@@ -100,7 +100,8 @@ def test_every_contract_of_the_outputs(repo):
     assert predictions.columns == ["text_id", "language", "method", "normalize", "predicted", "score"]
     assert set(predictions["method"]) == {"sae-count", "sae-min-max", "fasttext"}
     generated = pl.read_parquet(repo / "data/steer/generations.parquet")
-    assert set(generated["language"].drop_nulls()) == set(SMALL["languages"])
+    steered = set(SMALL["languages"]) - set(SMALL["steer.prompt_languages"])  # no prompt is in the steered language
+    assert set(generated["language"].drop_nulls()) == steered
     browsed = pl.read_parquet(repo / "data/browse/features.parquet")
     assert features.join(browsed, on=["hookpoint", "layer", "unit"], how="anti").is_empty()
     assert browsed.filter(kind="shared").height <= 20 and browsed["delta"].is_not_null().any()
@@ -251,7 +252,7 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
 def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
     set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
     done = ran(run(repo, "dvc", "repro"))
-    after = ["prune", "quality", "score", *AFTER_SCORE]
+    after = ["prune", "quality", "score", "sharing", *AFTER_SCORE]
     assert sorted(done) == sorted(["extract", "stream", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
     for path in repo.glob("mlflow.db*"):
         path.unlink()

@@ -58,7 +58,7 @@ class Repo:
         yaml = YAML()
         params = yaml.load((ROOT / "params.yaml").read_text())
         params["hookpoints"] = [HOOKPOINT]
-        params["stability"]["hookpoints"] = []
+        params["stability"]["hookpoints"] = params["steer"]["hookpoints"] = []
         params["train"] |= KNOBS
         params["hardware"]["threads"] = (
             1  # a process for such small products would spend its time on waiting for threads

@@ -44,6 +44,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
         content |= {"languages": ["en", "tr"], "hookpoints": [HOOKPOINT]}
         content["train"] |= {"source": "pretrained", "transcode": transcode}
         content["stability"]["hookpoints"] = []
+        content["steer"] |= {"hookpoints": [], "prompt_languages": ["en"]}
         content["ablate"]["methods"] = ["directional"]
         content["pretrained"] |= pretrained
         content["hardware"]["accelerator"] = "cpu"

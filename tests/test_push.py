@@ -112,6 +112,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     content = config.read_yaml(ROOT / "params.yaml")
     content |= {"hookpoints": NAMES, "languages": ["en", "pt-BR", "zh-CN"]}
+    content["steer"] |= {"hookpoints": [], "prompt_languages": ["en"]}
     content["stability"]["hookpoints"] = []
     Path("params.yaml").write_text(json.dumps(content))
     for seed, name in enumerate(NAMES):
@@ -185,6 +186,9 @@ def test_a_hub_model_is_named_as_the_base(repo: Path) -> None:
     model = params.model.model_copy(update={"source": "huggingface", "name": "google/gemma-3-270m"})
     text = card.build("me/saes", NAMES, None, params.model_copy(update={"model": model}), Paths())
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "google/gemma-3-270m"
+    Path("google/gemma-3-270m").mkdir(parents=True)  # a folder of this name is what the stages load
+    text = card.build("me/saes", NAMES, None, params.model_copy(update={"model": model}), Paths())
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
 
 
 def test_what_the_hub_refuses_is_one_message(hub: Hub, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,3 +103,13 @@ def test_it_can_be_left_out(folder: Path) -> None:  # noqa: F811
     stage("script")
     assert pl.read_parquet("data/script/features.parquet").is_empty()
     assert json.loads(Path("metrics/script.json").read_text()) == {}
+
+
+def test_means_are_the_same_whatever_the_order_of_groups() -> None:
+    languages = [f"l{number}" for number in range(13)]
+    rows = [("h", unit, name, 1.0, 1.0, 1.0, kept, 1.0, None) for count, name in enumerate(languages, 3)
+            for unit, kept in enumerate([1.0] * (count // 2) + [0.0] * (count - count // 2))]  # fmt: skip
+    found = pl.DataFrame(rows, schema=script.SCHEMA, orient="row")
+    nothing = pl.DataFrame(schema=script.NLL)
+    values = {script.figures(found, nothing, {}, languages)["still_romanised"] for _ in range(50)}
+    assert len(values) == 1

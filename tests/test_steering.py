@@ -178,6 +178,8 @@ def test_prompts_end_in_a_line_break_and_begin_with_special_tokens(monkeypatch):
     assert prompts.example(texts, "en", "de", {"1"}) == []
     with pytest.raises(UserError, match=r"steer\.prompts: 2 prompts in 'de' wanted; there are 1"):
         prompts.choose(lines, texts, ["de"], 2)
+    with pytest.raises(UserError, match=r"corpus\.train_tokens: 6 prompts in 'de' wanted; there are 1"):
+        prompts.choose(lines, texts, ["de"], 6, "corpus.train_tokens")
 
 
 def test_relevance_by_hand():
@@ -228,10 +230,35 @@ def test_figures_and_verdict_by_hand():
     assert numbers["harmonic/diffmean"] == pytest.approx((2 * 0.75 / 1.75 + 1) / 2) == numbers["best_harmonic"]
     assert numbers["forcing/diffmean"] == pytest.approx(0.875) and numbers["harmonic/features"] == 0
     assert numbers["features_minus_diffmean"] == pytest.approx(-numbers["harmonic/diffmean"])
+    prompted = frame.filter(method="features").with_columns(method=pl.lit("prompt"), forced=pl.lit(True))
+    both = statistics.figures(
+        pl.concat([frame, prompted]), ["diffmean", "prompt"], ["de", "fi", "ja"], ["de"], None,
+        slots=4, resamples=5, seed=0,
+    )  # fmt: skip
+    assert both["harmonic/prompt"] == 1 and both["best"] == "diffmean"  # the best of the vectors
     assert numbers["verdict"] == "worse" and numbers["best"] == "diffmean" and numbers["nll/diffmean"] == 2.0
     low, high = numbers["harmonic_low/diffmean"], numbers["harmonic_high/diffmean"]
     assert low < numbers["harmonic/diffmean"] < high == 1.0
     assert statistics.harmonic(np.array([0.0, 1.0]), np.array([0.0, 0.5])).tolist() == [0.0, pytest.approx(2 / 3)]
+
+
+def test_the_feature_method_is_that_of_the_best_sum_over_the_languages():
+    rows = [("features", "fi", 0.5), ("features", "ja", 0.5), ("features-1", "fi", 0.9), ("features-5", "de", 5.0),
+            ("pca", "fi", 1.0)]  # fmt: skip
+    chosen = pl.DataFrame(rows, schema=["method", "language", "score"], orient="row")
+    # features-1 has a vector in one language only, and German is a language of the prompts.
+    assert statistics.pick(chosen, ["de"]) == "features" and statistics.pick(chosen.tail(1), ["de"]) is None
+
+
+def test_the_means_do_not_depend_on_the_order_of_groups():
+    names = [f"l{number}" for number in range(13)]
+    nll = np.random.default_rng(0).random(len(names)).tolist()
+    rows = [("m", name, 0, True, True, 1.0, value) for name, value in zip(names, nll, strict=True)]
+    schema = ["method", "language", "slot", "forced", "relevant", "distinct_2", "nll"]
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    found = {statistics.figures(frame, ["m"], names, [], None, slots=1, resamples=2, seed=0)["nll/m"]
+             for _ in range(50)}  # fmt: skip
+    assert len(found) == 1
 
 
 def test_the_lines_of_the_page_steer_as_the_stage_does(model, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ def test_every_figure_and_means_over_the_hookpoints() -> None:
     ablate |= {"languages_above_control_holm": 2, "languages_selective_holm": 3}
     metrics = {
         "score": {"features": 7, "effective_languages": 1.25, "languages_without_features": 1}, "ablate": ablate,
-        "identify": {"accuracy/sae-count/units": 0.75, "accuracy/fasttext/none": 0.5}, "steer": {"success": 0.125},
+        "identify": {"accuracy/sae-count/units": 0.75, "accuracy/fasttext/none": 0.5},
+        "steer": {"best_harmonic": 0.125},
         "stability": {"features_matched_share": 0.1}, "train.layers.1": {"fvu": 0.25, "dead_share": 0.0},
         "train.layers.2": {"fvu": 0.5, "dead_share": 0.5},
         "quality": {"loss_recovered/layers.1": 0.5, "loss_recovered/layers.2": 1.0},

@@ -59,7 +59,8 @@ def effects(
 
     Returns
     -------
-    `own`, `others`, `contrast` (own - others), each also with `_low` and `_high`, in nats/token.
+    `own`, `others`, `contrast` (own - others), each also with `_low` and `_high`, in nats/token; nothing if no language
+    was measured on a text of its own.
     """
     codes = np.array([list(languages).index(name) for name in language])
     random, known = np.random.default_rng(seed), ~np.isnan(change)
@@ -77,6 +78,8 @@ def effects(
             if len(texts):
                 total = np.maximum(weight[:, texts] @ tokens[texts], 1.0)
                 (own if code == row else others).append(weight[:, texts] @ change[row, texts] / total)
+    if not own:
+        return {}
     parts = {"own": np.mean(own, axis=0), "others": np.mean(others, axis=0) if others else np.zeros(resamples + 1)}
     parts["contrast"] = parts["own"] - parts["others"]
     result: dict[str, float] = {}

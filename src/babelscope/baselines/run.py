@@ -313,7 +313,8 @@ def removals(
             found = intervals.effects(
                 deltas[:, kept], count[kept], names, languages, params.ablate.bootstrap, params.seed
             )
-            rows.append({"method": name, "trained_on": domain, "evaluated_on": evaluated} | found)
+            if found:  # a small sample may lack texts of a domain
+                rows.append({"method": name, "trained_on": domain, "evaluated_on": evaluated} | found)
     return pl.DataFrame(rows, schema=REMOVAL)
 
 

@@ -93,7 +93,8 @@ def own_effects(state: State) -> dict[str, Value]:
         own = state.metrics.get("ablate", {})
         return {key.removeprefix(prefix): Value(value) for key, value in own.items() if key.startswith(prefix)}
     is_own = (pl.col("ablated") == pl.col("evaluated")) & pl.col("control").is_null()
-    rows = state.nll.filter(is_own, method=primary_method(state.nll["method"].unique().sort().to_list()))
+    method = state.figure("ablate", "primary_method") or primary_method(state.nll["method"].unique().sort().to_list())
+    rows = state.nll.filter(is_own, method=method)
     return {name: Value(*values) for name, *values in rows.select("ablated", "delta", "low", "high").iter_rows()}
 
 

@@ -30,7 +30,7 @@ _TILES: tuple[tuple[str, str, str, int, bool], ...] = (
     ("languages above the control, after Holm’s correction", "ablate", "languages_above_control_holm", 0, False),
     ("held-out texts whose language the features identify", "identify", "accuracy/sae-count/units", 2, True),
     ("language features matched in another seed", "stability", "features_matched_share", 1, True),
-    ("steering: harmonic mean of the best method", "steer", "best_harmonic", 2, False),
+    ("steering: harmonic mean of the best vectors", "steer", "best_harmonic", 2, False),
 )
 
 

@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from babelscope.config import Config
-from babelscope.config.values import local_name
+from babelscope.config.values import expanded, local_name
 from babelscope.core.files import read_json
 from babelscope.core.paths import Paths
 from babelscope.report.numbers import percent, plain
@@ -20,14 +20,15 @@ _TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "multilingual", "
 
 def build(repo: str, hookpoints: Sequence[str], licence: str | None, params: Config, paths: Paths) -> str:
     """The card as Markdown with the hub's metadata in front; figures are those of metrics/."""
-    is_local = params.model.source == "package" or params.model.name.startswith((".", "/", "~"))
+    name = params.model.name
+    is_local = params.model.source == "package" or name.startswith((".", "/", "~")) or expanded(name).is_dir()
     metadata: dict[str, Any] = {
         "library_name": "saelens",
         "tags": _TAGS,
         # The hub knows languages by their main codes alone.
         "language": list(dict.fromkeys(name.split("-")[0].lower() for name in params.languages)),
     }
-    metadata |= {} if is_local else {"base_model": params.model.name}
+    metadata |= {} if is_local else {"base_model": name}
     metadata |= {} if licence is None else {"license": licence}
     template = resources.files("babelscope.release").joinpath("card.md.j2").read_text(encoding="utf-8")
     # A card is Markdown, in which HTML's escapes would be shown. The values are names and figures.

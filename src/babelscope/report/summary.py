@@ -16,7 +16,7 @@ _SINGLE = (
     ("selective", "ablate", "languages_selective_holm"),
     ("identified", "identify", "accuracy/sae-count/units"),
     ("fasttext", "identify", "accuracy/fasttext/none"),
-    ("steered", "steer", "success"),
+    ("steered", "steer", "best_harmonic"),
     ("matched", "stability", "features_matched_share"),
 )
 # Means over the hookpoints: the name of a figure, and its stage and key.

@@ -1,6 +1,7 @@
 """Stage `script`: do features follow a language or its script? They are tried on romanised and on shuffled texts."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -182,10 +183,11 @@ def figures(
         "script_bound_share": pl.col("script_bound"),
     }
     for key, column in shares.items():
-        by_language = dict(found.group_by("language").agg(column.mean()).drop_nulls().iter_rows())
-        numbers |= {f"{key}/{name}": by_language[name] for name in languages if name in by_language}
+        known = dict(found.group_by("language").agg(column.mean()).drop_nulls().iter_rows())
+        by_language = {name: known[name] for name in languages if name in known}
+        numbers |= {f"{key}/{name}": value for name, value in by_language.items()}
         if by_language:
-            numbers[key] = sum(by_language.values()) / len(by_language)
+            numbers[key] = math.fsum(by_language.values()) / len(by_language)
     for language, version, delta in effects.select("language", "version", "delta").iter_rows():
         numbers[f"own_{version}/{language}"] = delta
     return numbers

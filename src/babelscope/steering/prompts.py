@@ -56,8 +56,12 @@ class Lines:
         return (*prompt.special, *lines, *prompt.ids[len(prompt.special) :])
 
 
-def choose(lines: Lines, texts: pl.DataFrame, languages: Sequence[str], count: int) -> dict[str, list[Prompt]]:
+def choose(
+    lines: Lines, texts: pl.DataFrame, languages: Sequence[str], count: int, key: str = "steer.prompts"
+) -> dict[str, list[Prompt]]:
     """The first `count` prompts of each prompt language, by text_id (a hash); at least `CHOICES` if there are.
+
+    `key`: the setting of params.yaml that an error names.
 
     Raises
     ------
@@ -67,9 +71,7 @@ def choose(lines: Lines, texts: pl.DataFrame, languages: Sequence[str], count: i
     for language in languages:
         rows = lines.prompts(texts.filter(language=language).sort("text_id"))
         if len(rows) < count:
-            raise UserError(
-                f"params.yaml: steer.prompts: {count} prompts in {language!r} wanted; there are {len(rows)}"
-            )
+            raise UserError(f"params.yaml: {key}: {count} prompts in {language!r} wanted; there are {len(rows)}")
         found[language] = rows[: max(count, CHOICES)]
     return found
 

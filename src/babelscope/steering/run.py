@@ -20,12 +20,12 @@ from babelscope.models.tokens import check_fits, tokenize, tokenize_corpus, with
 from babelscope.models.top_tokens import TopTokens
 from babelscope.steering import development, judge, prompts, removal, statistics, vectors
 from babelscope.steering.answers import ROWS, Answers, Judge
+from babelscope.steering.statistics import FEATURES, NOTHING, PROMPT
 
 log = logging.getLogger(__name__)
 
 # Prompts per setting in the two rounds of development, and prompts per method and language whose NLL is measured.
 FIRST, SECOND, WITH_NLL = 2, 4, 2
-NOTHING, PROMPT, FEATURES = "nothing", "prompt", "features"
 # Methods whose vectors need activations alone.
 DENSE = ("diffmean", "pca", "probe")
 
@@ -98,9 +98,10 @@ def ask(tokenizer: Any, corpus: pl.DataFrame, languages: list[str], params: Conf
     section, lines = params.steer, prompts.Lines(tokenizer, params.steer.prompt_tokens)
     rows: list[prompts.Prompt] = []
     sizes, slots = [], []
-    for split, count in (("train", FIRST + SECOND), ("eval", section.prompts)):
+    development = ("train", FIRST + SECOND, "corpus.train_tokens")  # no setting changes how many are wanted
+    for split, count, key in (development, ("eval", section.prompts, "steer.prompts")):
         numbers = {}
-        chosen = prompts.choose(lines, corpus.filter(split=split), section.prompt_languages, count)
+        chosen = prompts.choose(lines, corpus.filter(split=split), section.prompt_languages, count, key)
         for language, found in chosen.items():
             numbers[language] = range(len(rows), len(rows) + len(found))
             rows += found
@@ -273,8 +274,7 @@ def write(
     """Write the tables, the settings beside the vectors, and the metrics; log a table of the methods."""
     section = params.steer
     methods = judged["method"].unique(maintain_order=True).to_list()
-    mean = dict(chosen.group_by("method", maintain_order=True).agg(pl.col("score").mean()).iter_rows())
-    features = statistics.pick({name: value for name, value in mean.items() if name.startswith(FEATURES)})
+    features = statistics.pick(chosen, section.prompt_languages)
     greedy = judged.filter(decoding="greedy")
     numbers = statistics.figures(
         greedy, methods, targets, section.prompt_languages, features, slots=section.prompts,

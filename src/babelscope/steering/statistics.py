@@ -1,12 +1,14 @@
 """Scores of the methods with bootstrap intervals, and whether features steer better than one mean difference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+NOTHING, PROMPT, FEATURES = "nothing", "prompt", "features"
 
 
 def shares(rows: pl.DataFrame, languages: Sequence[str], slots: int) -> tuple[Floats, Floats]:
@@ -74,9 +76,9 @@ def figures(
     -------
     `harmonic/<method>` with `_low`, `_high` (95 %), `forcing/<method>`, `relevance/<method>`, `distinct_2/<method>`,
     `nll/<method>`, means over the languages that no prompt is in; `<method>/harmonic/<language>`,
-    `<method>/forcing/<language>`, `<method>/relevance/<language>` of every language; `best` (the method of the highest
-    harmonic mean) and `best_harmonic`; `features_minus_diffmean` with `_low`, `_high`, and `verdict`: "better", "worse"
-    or "undecided".
+    `<method>/forcing/<language>`, `<method>/relevance/<language>` of every language; `best` (of the methods with
+    vectors, that of the highest harmonic mean) and `best_harmonic`; `features_minus_diffmean` with `_low`, `_high`, and
+    `verdict`: "better", "worse" or "undecided".
     """
     weight, numbers = weights(slots, resamples, seed), dict[str, float | str]()
     means: dict[str, Floats] = {}
@@ -103,10 +105,10 @@ def figures(
             ("distinct_2", "distinct_2"),
             ("nll", "nll"),
         ):
-            found = own.group_by("language").agg(pl.col(column).mean())[column].mean()
+            found = own.group_by("language", maintain_order=True).agg(pl.col(column).mean())[column].mean()
             numbers |= {} if found is None else {f"{key}/{method}": float(found)}  # type: ignore[arg-type]
-    if means:
-        best = max(means, key=lambda method: means[method][0])
+    if by_vector := [method for method in means if method not in (NOTHING, PROMPT)]:
+        best = max(by_vector, key=lambda method: means[method][0])
         numbers |= {"best": best, "best_harmonic": float(means[best][0])}
     if features in means and "diffmean" in means:
         value, low, high = interval(means[features] - means["diffmean"])
@@ -116,6 +118,12 @@ def figures(
     return numbers
 
 
-def pick(scores: Mapping[str, float]) -> str | None:
-    """The key of the highest score; the first of equal ones."""
+def pick(chosen: pl.DataFrame, apart: Sequence[str]) -> str | None:
+    """The feature method of the highest development score; the first of equal ones; None if there is none.
+
+    `chosen`: `method`, `language`, `score`, a row per method and language with a vector. Scores are added up over the
+    languages that are not in `apart`, so that a language without a vector counts as 0.
+    """
+    rows = chosen.filter(pl.col("method").str.starts_with(FEATURES), ~pl.col("language").is_in(list(apart)))
+    scores = dict(rows.group_by("method", maintain_order=True).agg(pl.col("score").sum()).iter_rows())
     return max(scores, key=lambda name: scores[name], default=None)

@@ -39,7 +39,10 @@ chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small do
         verdict=verdict(inputs),
     )
     picture = Picture("steering", "Score by method", chart(table, by_language(inputs)), [caption, scores(table)])
-    return Section("steering", "Steering", "Making the model answer in a language", [picture, samples(inputs)])
+    best, found = table.row(0, named=True), inputs.figure("steer", "verdict")
+    heading = f"The best way to steer, {best['label']}, scores {plain(best['value'], 2)} of 1"
+    heading += "" if found is None else f"; features {_VERDICTS[found]}"
+    return Section("steering", "Steering", heading, [picture, samples(inputs)])
 
 
 def verdict(inputs: ReportInputs) -> str:
