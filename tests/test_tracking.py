@@ -123,7 +123,8 @@ def toy(folder: Path) -> Repo:
     params["languages"], params["hookpoints"] = LANGUAGES, HOOKPOINTS
     params["track"]["experiment"], params["track"]["live_after"] = "toy", 0
     params["train"]["k"] = 4
-    params["stability"]["hookpoints"] = []
+    params["stability"]["hookpoints"], params["steer"]["hookpoints"] = [], []
+    params["steer"]["prompt_languages"] = LANGUAGES[:1]
     with (folder / "params.yaml").open("w") as handle:
         YAML_.dump(params, handle)
     text = DVC_YAML.format(toy=ROOT / "tests/toy_pipeline.py", track=ROOT / "stages/track.py")
