@@ -71,7 +71,7 @@ def apply(name: str, path: Path = Path("params.yaml"), folder: Path = EXPERIMENT
     parse(merged, f"{known[name]} in {path}")
     _check_committed(path)
     new = rewritten(text, overlays[name], path)
-    if yaml.load(new, YamlLoader) != merged:
+    if YamlLoader(new).get_single_data() != merged:
         raise UserError(f"{path}: {name!r} cannot be merged line by line; write the file in block style, as DVC does")
     write_atomically(path, lambda temporary: temporary.write_text(new, encoding="utf-8"))
     return True

@@ -59,7 +59,8 @@ def read(path: Path | None = None) -> dict[str, dict[str, Any]]:
             )
         path = Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml"
     # The C loader reads the 44,000 lines in a second, PyYAML's own in ten.
-    content: dict[str, dict[str, Any]] = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content: dict[str, dict[str, Any]] = loader(path.read_text()).get_single_data()
     return content
 
 
