@@ -39,9 +39,12 @@ chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small do
         verdict=verdict(inputs),
     )
     picture = Picture("steering", "Score by method", chart(table, by_language(inputs)), [caption, scores(table)])
-    best, found = table.row(0, named=True), inputs.figure("steer", "verdict")
-    heading = f"The best way to steer, {best['label']}, scores {plain(best['value'], 2)} of 1"
-    heading += "" if found is None else f"; features {_VERDICTS[found]}"
+    best, found = inputs.figure("steer", "best"), inputs.figure("steer", "verdict")
+    heading = "Making the model answer in a language"
+    if best is not None:
+        score = plain(inputs.figure("steer", "best_harmonic"), 2)
+        heading = f"The best vector to steer with, {_LABELS.get(str(best), str(best))}, scores {score} of 1"
+        heading += "" if found is None else f"; features {_VERDICTS[found]}"
     return Section("steering", "Steering", heading, [picture, samples(inputs)])
 
 
