@@ -326,7 +326,7 @@ def test_a_run_from_nothing_that_is_killed_again_and_again_gives_the_same_bytes(
     ("changes", "message"),
     [
         (
-            {"hookpoints": ["layers.99.mlp"], "stability.hookpoints": []},
+            {"hookpoints": ["layers.99.mlp"], "stability.hookpoints": [], "steer.hookpoints": []},
             "the model has no 'layers.99.mlp'; nearest: layers.",
         ),
         ({"languages": ["en", "xx"]}, "xx"),

@@ -26,7 +26,10 @@ LISTS = {
     "identify.also": "{name: wili-2018}",
     "ablate.methods": "[feature,directional]",
     "baselines.dictionaries": "[frozen_decoder,neurons]",
+    "steer.hookpoints": "[layers.1.mlp]",
+    "steer.methods": "[diffmean,prompt]",
     "steer.strengths": "[1.5,2.5]",
+    "steer.prompt_languages": "[en]",
 }
 
 

@@ -653,7 +653,7 @@ def params_file(folder: Path) -> None:
     content = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content |= {"languages": example.LANGUAGES, "hookpoints": example.HOOKPOINTS}
     content["model"] |= {"source": "huggingface", "name": f"{folder}/models/tiny", "gguf_file": None}
-    content["stability"]["hookpoints"] = example.HOOKPOINTS[-1:]
+    content["stability"]["hookpoints"] = content["steer"]["hookpoints"] = example.HOOKPOINTS[-1:]
     content["identify"]["also"] = f"{folder}/other-domain"
     with (folder / "params.yaml").open("w", encoding="utf-8") as handle:
         yaml.dump(content, handle)
