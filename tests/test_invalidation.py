@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from clone import SMALL, clone, run
 from closure import ROOT
 
+from babelscope import config
 from babelscope.core.fingerprint import NO_DEPENDENCIES
 
 WRITE = """import sys, pathlib
@@ -25,14 +27,17 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     clone(folder)
     (folder / "write.py").write_text(WRITE)
-    stages = re.split(r"(?m)^(?=  \w+:\n)", (folder / "dvc.yaml").read_text().partition("\nplots:")[0])
-    for number, text in enumerate(stages):
-        outs = re.findall(r"^    - ([\w./${}]+)", text.partition("    outs:\n")[2], re.MULTILINE)
+    pipeline = config.read_yaml(folder / "dvc.yaml")
+    for stage in pipeline["stages"].values():
+        listed = [out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])]
+        outs = [next(iter(out)) if isinstance(out, dict) else out for out in listed]
         # `train` and others depend on folders and files inside the output of `extract`.
-        outs += [f"data/activations/{name}/x.csv" for name in SMALL["hookpoints"]] if "data/activations" in outs else []
-        outs += ["data/activations/tokens.parquet"] if "data/activations" in outs else []
-        stages[number] = re.sub(r"cmd: .*", f"cmd: python write.py {' '.join(outs)}", text)
-    (folder / "dvc.yaml").write_text("".join(stages))
+        if "data/activations" in outs:
+            outs += [f"data/activations/{name}/x.csv" for name in SMALL["hookpoints"]]
+            outs += ["data/activations/tokens.parquet"]
+        stage["cmd"] = f"python write.py {' '.join(outs)}"
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": pipeline["stages"]}, sort_keys=False))
+    (folder / "data/dictionaries").mkdir()  # `prune` makes it, for a matrix without items
     run(folder, "dvc", "repro")
     return folder
 
