@@ -1,7 +1,7 @@
 """The sections of params.yaml, one class each. params.yaml documents every setting."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -93,6 +93,17 @@ class Corpus(Section):
         if len(set(self.packages)) < len(self.packages):
             raise ValueError("corpus.packages: a package is listed twice")
         return self
+
+
+def distinct(what: str) -> Callable[[list[str]], list[str]]:
+    """A validator that refuses a list with the same item twice; `what` names an item in the message."""
+
+    def check(names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"a {what} is listed twice")
+        return names
+
+    return check
 
 
 class Extract(Section):
@@ -227,12 +238,7 @@ class Ablate(Section):
     rank_tokens: Annotated[int, Field(ge=0, le=2**40)]
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
-    @field_validator("methods")
-    @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("a method is listed twice")
-        return names
+    _distinct = field_validator("methods")(distinct("method"))
 
 
 def primary_method(methods: Sequence[str]) -> str:
@@ -253,12 +259,7 @@ class Baselines(Section):
     dictionaries: list[Literal["frozen_decoder", "frozen_encoder", "random_model", "neurons"]]
     ablation_tokens: Annotated[int, Field(ge=0, le=2**26)]
 
-    @field_validator("dictionaries")
-    @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("a dictionary is listed twice")
-        return names
+    _distinct = field_validator("dictionaries")(distinct("dictionary"))
 
 
 class Script(Section):
@@ -300,12 +301,7 @@ class Steer(Section):
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: Size
 
-    @field_validator("methods")
-    @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("a method is listed twice")
-        return names
+    _distinct = field_validator("methods")(distinct("method"))
 
 
 class Browse(Section):

@@ -59,7 +59,7 @@ def table(language: str, number: int, params: Config, paths: Paths) -> str:
     order = "most specific" if params.score.order == "entropy" else "most active"
     notes = [
         "languages: effective number of languages on which it fires. fires: share of the language's tokens.",
-        "ΔNLL: change of the loss on the few held-out texts in which it is most active, if it is removed (nats/token).",
+        "ΔNLL: change of the loss if it is removed, on a few held-out texts of its language (nats/token).",
         f"{paths.reports / 'features.html'} shows each of them.",
     ]
     first = f"{language}: {len(chosen)} of {len(selected)} features, the {order} first"
