@@ -193,7 +193,7 @@ def test_another_seed_finds_the_same_features(repo: Repo) -> None:
     numbers = json.loads((repo.folder / "metrics/stability.json").read_text())
     assert numbers["features_matched_share"] >= 0.99 and numbers["features_matched_share_chance"] <= 0.01
     for language in repo.languages:
-        assert numbers[f"write_cosine/{language}"] >= 0.99
+        assert numbers[f"write_cosine/{language}"] >= 0.95
         random = numbers[f"subspace_overlap_random_high/{language}"]
         assert numbers[f"subspace_overlap/{language}"] >= 0.95 > 0.5 >= random
 
