@@ -11,6 +11,7 @@ import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ COLUMNS = {
                                "loss_recovered", "low", "high"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
                            "others_cosine", "others_overlap", "matched", "encoder_cosine"],
+    "stability/again": ["hookpoint", "seed", "language", "unit", "probability", "entropy", "rank"],
     "sharing/pairs": ["hookpoint", "layer", "language", "other", "groups", "translations", "random", "typology"],
     "identify/predictions": PREDICTIONS,
     "identify/confusion": ["method", "normalize", "language", "predicted", "texts"],
@@ -85,8 +87,8 @@ def commands(params: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The script of every stage, with its hookpoint or name if it has one, in dvc.yaml's order."""
     for name, stage in config.read_yaml(ROOT / "dvc.yaml")["stages"].items():
         if "matrix" in stage:
-            [values] = stage["matrix"].values()
-            yield from ((name, item) for item in value(params, values.strip("${}")))
+            lists = [value(params, values.strip("${}")) for values in stage["matrix"].values()]
+            yield from ((name, *map(str, items)) for items in product(*lists))
         else:
             yield (name,)
 
@@ -172,8 +174,8 @@ class Pipeline:
             )
         for hookpoint in params["neurons"]["hookpoints"]:
             assert self.table(f"neurons/{hookpoint}").columns == COUNTS
-        for hookpoint in params["stability"]["hookpoints"]:
-            assert sae.load(self.folder / "data/sae_again", hookpoint).latents == params["train"]["latents"]
+        for hookpoint, seed in product(params["stability"]["hookpoints"], params["stability"]["seeds"]):
+            assert sae.load(self.folder / f"data/sae_again/{seed}", hookpoint).latents == params["train"]["latents"]
         nll, methods = self.table("ablation/nll"), params["ablate"]["methods"]
         assert nll["method"].unique(maintain_order=True).to_list() == methods
         matrix = nll.filter(pl.col("control").is_null())

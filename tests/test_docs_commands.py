@@ -79,7 +79,7 @@ TESTED = {
     "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
     "babelscope serve": (SERVED, '["serve"]'),
     "babelscope serve --port 8001": (SERVED, '"serve", "--port", "8001"'),
-    "babelscope compare data/sae data/sae_again": (SAES, '"compare", "data/sae", "other"'),
+    "babelscope compare data/sae data/sae_again/1000": (SAES, '"compare", "data/sae", "other"'),
     "babelscope compare data/sae other --hookpoint layers.10.mlp": (SAES, '"--hookpoint", "layers.10.mlp"'),
     "babelscope compare HEAD workspace": (STATES, '"compare", "HEAD", "workspace"'),
     "babelscope compare main my-experiment --html out/compare.html": (STATES, '"--html", "out/compare.html"'),

@@ -118,8 +118,8 @@ def _stability(params: Config) -> Iterator[str]:
     for name in chosen:
         if name not in params.hookpoints:
             yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
-    if chosen and params.stability.seed == params.seed:
-        yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
+    if chosen and params.seed in params.stability.seeds:
+        yield f"stability.seeds: {params.seed} is also the seed of the first training; choose another"
 
 
 def _baselines(params: Config) -> Iterator[str]:
