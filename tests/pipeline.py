@@ -28,6 +28,9 @@ RESULTS = ("data", "metrics", "reports", ".scratch", "dvc.lock")
 COUNTS = ["layer", "unit", "language", "tokens", "texts", "sum", "max", "min_positive"]
 NLL = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high"]
 PREDICTIONS = ["text_id", "language", "method", "normalize", "predicted", "score"]
+CONTROL = ["method", "language", "own", "control", "control_high", "others", "control_others", "excess", "excess_low",
+           "excess_high", "contrast", "contrast_low", "contrast_high", "above", "selective", "decided", "draws", "p",
+           "p_holm", "contrast_p", "contrast_p_holm", "detectable"]  # fmt: skip
 RANKED = ("ablation/ranking", "ablation/curve")
 COLUMNS = {
     "corpus/texts": ["text_id", "language", "split", "group", "source", "text"],
@@ -38,9 +41,8 @@ COLUMNS = {
     "scores/similarity": ["language", "other", "units", "jaccard"],
     "ablation/nll": NLL,
     "ablation/by_layer": ["hookpoint", "layer", *NLL],
-    "ablation/control": ["method", "language", "own", "control", "control_high", "others", "control_others", "excess",
-                         "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high", "above",
-                         "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm", "detectable"],
+    "ablation/control": CONTROL,
+    "ablation/control_script": CONTROL,
     "ablation/ranking": ["hookpoint", "layer", "unit", "language", "entropy", "rank", "own", "others", "effect",
                          "causal_rank"],
     "ablation/curve": ["method", "language", "top", "features", "tokens", "own", "low", "high", "others", "control"],
@@ -151,7 +153,8 @@ class Pipeline:
     def check_outputs(self, params: dict[str, Any]) -> None:
         """What docs/contracts.md says of every output."""
         section = params["ablate"]
-        absent = set() if section["rank_tokens"] and "feature" in section["methods"] else set(RANKED)
+        absent = set() if section["rank_tokens"] else set(RANKED)
+        absent |= set() if section["script_draws"] else {"ablation/control_script"}
         assert not any((self.folder / f"data/{name}.parquet").exists() for name in absent)
         for name, columns in COLUMNS.items():
             assert name in absent or self.table(name).columns == columns, name

@@ -168,6 +168,29 @@ def test_int8_is_for_stored_activations():
         config.parse(content)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ablate.rank_tokens": 60, "ablate.methods": ["mean", "swap"]},
+         "ablate.rank_tokens: 60 tokens rank .* 'feature', which is not one of ablate.methods; allowed without it: 0"),
+        ({"baselines.ablation_tokens": 60, "stability.hookpoints": []},
+         "baselines.ablation_tokens: .* stability.hookpoints is empty; allowed with it: 0"),
+        ({"script.ablation_tokens": 60, "script.tokens": 0},
+         "script.ablation_tokens: 60, but with script.tokens 0 the stage measures nothing; set"),
+    ],
+)  # fmt: skip
+def test_tokens_that_nothing_would_be_measured_on_are_refused(values, message):
+    content = changed("seed", 0)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        content[section][name] = value
+    with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
+        config.parse(content)
+    (section, _, name), _ = (key.partition(".") for key in values)
+    content[section][name] = 0
+    config.parse(content)
+
+
 def test_several_mistakes_are_told_at_once():
     content = changed("train.k", None)
     del content["seed"]

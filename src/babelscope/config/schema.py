@@ -238,11 +238,13 @@ class Ablate(Section):
     ]
     additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
     control_draws: Annotated[int, Field(ge=0, le=10_000)]
+    script_draws: Annotated[int, Field(ge=0, le=10_000)]
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Size
     by_layer: bool
     tokens: Positive | None
     others_tokens: Positive | None
+    kl_every: Annotated[int, Field(ge=0, le=2**40)]
     rank_tokens: Annotated[int, Field(ge=0, le=2**40)]
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 
