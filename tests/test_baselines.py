@@ -1,6 +1,7 @@
 """Stages `baselines` and `dictionary`: the formulas by hand, and the stages on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def test_accuracies_and_their_differences() -> None:
     # Of four texts, one of which is wrong: the share of resamples without it is (3/4)^4 = 0.32.
     assert rows["features"]["high"] == 1 and rows["features"]["low"] == 0.25
     assert rows["probe"]["difference_low"] == 0 and rows["probe"]["difference_high"] == 0.75
+
+
+def test_the_mean_over_languages_has_an_interval() -> None:
+    value, low, high = intervals.mean(np.array([0.0, 1.0]))
+    assert (value, low, high) == (0.5, 0, 1)  # a quarter of the resamples has the same language twice
+    assert intervals.mean(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
 
 
 def test_effects() -> None:
@@ -195,6 +202,7 @@ def test_dictionaries(ready: Paths) -> None:
     prepare(dictionaries=["frozen_decoder", "frozen_encoder", "random_model", "neurons"], ablation_tokens=20)
     for name in config.load().baselines.dictionaries:
         stage("dictionary", name)
+    shutil.copytree("data/sae", "data/sae_again")
     trained = {name: sae.load(ready.dictionary(name) / "sae", SAE_AT) for name in ("frozen_decoder", "frozen_encoder")}
     other = sae.load(ready.dictionary("frozen_decoder") / "sae_again", SAE_AT)
     # All start from the same directions. Those of the frozen weights are kept, all others move.
@@ -211,7 +219,14 @@ def test_dictionaries(ready: Paths) -> None:
     assert {"frozen_decoder", "frozen_encoder", "random_model", "neurons"} <= set(found["method"])
     removed = set(pl.read_parquet("data/baselines/removal.parquet")["method"])
     assert "frozen_decoder" in removed and "neurons" in removed and "random_model" not in removed
-    assert "repeat/frozen_decoder" in json.loads(Path("metrics/baselines.json").read_text())
+    numbers = json.loads(Path("metrics/baselines.json").read_text())
+    assert numbers["repeat_low/features"] == pytest.approx(1) and numbers["matched/features"] == 1  # the same SAE twice
+    # Latents of different seeds do not share frozen rows.
+    assert numbers["matched/frozen_decoder"] == numbers["matched_high/frozen_encoder"] == 0
+    assert (
+        numbers["repeat_low/frozen_decoder"] < numbers["repeat/frozen_decoder"] < numbers["repeat_high/frozen_decoder"]
+    )
+    assert "matched/neurons" not in numbers and "matched/probe" not in numbers
 
 
 def test_without_a_hookpoint_there_is_nothing(ready: Paths) -> None:

@@ -21,6 +21,7 @@ from babelscope.core import stage
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
+from babelscope.features import stability
 from babelscope.models import hardware, loading, matmul, tokens
 from babelscope.models import hookpoints as hooks
 from babelscope.sae.autoencoder import SAE
@@ -34,7 +35,7 @@ IDENTIFICATION: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on", 
 IDENTIFICATION |= {"texts": pl.Int64} | dict.fromkeys(["accuracy", "low", "high"], pl.Float64) | _INTERVAL
 REMOVAL: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on"], pl.String)
 REMOVAL |= dict.fromkeys([f"{k}{e}" for k in ("own", "others", "contrast") for e in ("", "_low", "_high")], pl.Float64)
-REPEATS = {"method": pl.String, "language": pl.String, "cosine": pl.Float64}
+REPEATS = {"method": pl.String, "language": pl.String, "cosine": pl.Float64, "matched": pl.Float64}
 FEATURES = {"unit": pl.Int32, "language": pl.String, "selected_on": pl.String, "domain": pl.String}
 FEATURES |= {"selected": pl.Boolean, "same_language": pl.Boolean}
 log = logging.getLogger(__name__)
@@ -129,14 +130,16 @@ def trained(
     """A dictionary with its firings; `name`: `intervals.REFERENCE` or one of `baselines.dictionaries`."""
     size = params.encode.chunk_tokens
     at = paths if name == intervals.REFERENCE else dictionaries.at(paths, name)
-    read = dictionaries.neurons_of(hookpoint) if name == "neurons" else hookpoint
     if at.activations != paths.activations:
-        stored = stored._replace(store=ActivationStore(place(at.activations, read)))
+        [folder] = at.activations.iterdir()
+        stored = stored._replace(store=ActivationStore(folder))
+    read = stored.store.index["hookpoint"]
     if name == "neurons":
         return Dictionary(name, read, stored, None, selection.counts(stored, None, read, size, device))
     first = sae.load(at.saes, hookpoint).to(device)
     found = Dictionary(name, read, stored, first, selection.counts(stored, first, read, size, device))
-    if name != intervals.REFERENCE:  # stage `stability` has that of the features
+    # That of the features costs 5 s, and stage `stability` has similar figures.
+    if name != intervals.REFERENCE or params.baselines.dictionaries:
         second = sae.load(at.saes_again, hookpoint).to(device)
         found.again = second, selection.counts(stored, second, read, size, device)
     return found
@@ -173,8 +176,9 @@ def identification(
     raw = held_out.join(
         read_table(paths.texts).select("text_id", "text"), on="text_id", how="left", maintain_order="left"
     )
+    every_pair = [list(languages), *pairs(languages)]
     lid = FastText()
-    known, _ = lid.match(languages)
+    read = {tuple(among): read_by_fasttext(lid, raw, among) for among in every_pair}
     parts = []
     for domain in (ALL, *domains):
         totals = {
@@ -185,31 +189,40 @@ def identification(
             if len(one.units[domain])
         }
         classifiers = fit(x["train"], train_texts, domain, languages)
-        for among in (list(languages), *(pairs(languages) if domain == ALL else ())):
-            columns = [languages.index(name) for name in among]
+        for among in every_pair if domain == ALL else every_pair[:1]:
+            columns, truth = [languages.index(name) for name in among], held_out["language"]
+            answers = {
+                one.name: selection.predicted(totals[one.name], one.units[domain], among)
+                for one in every
+                if one.name in totals
+            }
+            for name, classifier in classifiers.items():
+                best = classifier.scores(x["eval"])[:, columns].argmax(axis=1)
+                answers[name] = pl.Series(among).gather(best)
+            if (labels := read[tuple(among)]) is not None:
+                answers["fasttext"] = labels
+            right = {name: (answer == truth).fill_null(False).to_numpy() for name, answer in answers.items()}
             for evaluated in (ALL, *domains) if domain == ALL else domains:
-                mask = chosen(held_out, evaluated, among)
-                truth = held_out.filter(mask)["language"]
-                right = {}
-                for one in every:
-                    if one.name in totals:
-                        answers = selection.predicted(totals[one.name].filter(mask), one.units[domain], among)
-                        right[one.name] = (answers == truth).fill_null(False).to_numpy()
-                codes = tokens.codes(truth, among).numpy()
-                for name, classifier in classifiers.items():
-                    scores = classifier.scores(x["eval"][mask.to_numpy()])[:, columns]
-                    right[name] = scores.argmax(axis=1) == codes
-                labels = {label: name for label, name in known.items() if name in among}
-                if len(labels) == len(among):
-                    answers = lid.predict(raw.filter(mask)["text"].to_list(), labels)["predicted"]
-                    right["fasttext"] = (answers == truth).fill_null(False).to_numpy()
-                found = intervals.accuracies(right, params.ablate.bootstrap, params.seed)
+                mask = chosen(held_out, evaluated, among).to_numpy()
+                found = intervals.accuracies(
+                    {name: is_right[mask] for name, is_right in right.items()}, params.ablate.bootstrap, params.seed
+                )
                 parts.append(found.select(
                     "method", pl.lit(domain).alias("trained_on"), pl.lit(evaluated).alias("evaluated_on"),
                     pl.lit(ALL if among == list(languages) else "/".join(among)).alias("languages"),
                     *list(IDENTIFICATION)[4:],
                 ))  # fmt: skip
     return pl.concat(parts).cast(IDENTIFICATION)  # type: ignore[arg-type]
+
+
+def read_by_fasttext(lid: FastText, texts: pl.DataFrame, among: Sequence[str]) -> pl.Series | None:
+    """FastText's answer for each of the `texts`, null for those in other languages; None if it lacks one of `among`."""
+    known, unknown = lid.match(among)
+    if unknown:
+        return None
+    mask = texts["language"].is_in(list(among))
+    answers = lid.predict(texts.filter(mask)["text"].to_list(), known)["predicted"]
+    return pl.Series([None] * len(texts), dtype=pl.String).scatter(mask.arg_true(), answers)
 
 
 def pairs(languages: Sequence[str]) -> list[list[str]]:
@@ -222,9 +235,11 @@ def repeats(every: Sequence[Dictionary], x: Floats, texts: pl.DataFrame, params:
     """The cosine of what marks a language with the same after a repetition.
 
     For directions: fitted on each of two halves of the training texts. For dictionaries: `sum_u z_u W_dec[u]` over the
-    selected units, averaged over the language's training tokens, of two SAEs from different seeds.
+    selected units, averaged over the language's training tokens, of two SAEs from different seeds. `matched` is the
+    share of these units in the first SAE whose one-to-one partner in the second has at least the cosine
+    `stability.cosine` with them in decoder and encoder (`stability.match`); null for directions.
     """
-    rows: list[tuple[str, str, float]] = []
+    rows: list[tuple[str, str, float, float | None]] = []
     place_in_language = texts.select(pl.col("text_id").rank("ordinal").over("language"))["text_id"]
     halves = [((place_in_language % 2) == half).to_numpy() for half in (0, 1)]
     codes = tokens.codes(texts["language"], params.languages).numpy()
@@ -232,17 +247,20 @@ def repeats(every: Sequence[Dictionary], x: Floats, texts: pl.DataFrame, params:
         for name, method in directions.METHODS.items():
             first, second = (method(x[half], codes[half], len(params.languages)).directions for half in halves)
             cosines = (first * second).sum(axis=1)
-            rows += [(name, language, float(c)) for language, c in zip(params.languages, cosines, strict=True)]
+            rows += [(name, language, float(c), None) for language, c in zip(params.languages, cosines, strict=True)]
     for one in every:
         if one.again is None or one.sae is None:
             continue
         again, counted = one.again
         both = (one.sae, one.counted, one.units[ALL]), (again, counted, choose(one, counted, ALL, 0, params))
+        cosines = torch.stack(stability.match(*((each.W_dec, each.encoder) for each in (one.sae, again))))
+        is_matched = (cosines >= params.stability.cosine).all(0).cpu().numpy()
         for language in params.languages:
             written = [write(dictionary, table, units, language) for dictionary, table, units in both]
             if all(vector.any() for vector in written):
                 cosine = torch.nn.functional.cosine_similarity(written[0], written[1], dim=0)
-                rows.append((one.name, language, float(cosine)))
+                units = one.units[ALL].filter(language=language)["unit"].to_numpy()
+                rows.append((one.name, language, float(cosine), float(is_matched[units].mean())))
     return pl.DataFrame(rows, schema=REPEATS, orient="row")
 
 
@@ -326,8 +344,9 @@ def figures(
     `accuracy/<method>` and `difference/<method>` (to the features) on all languages and texts, each with `_low` and
     `_high`; `accuracy/<method>/<languages>` of pairs; `accuracy/<method>/<trained on>/<evaluated on>` of domains, on
     all languages; `own/<method>` and `others/<method>` (nats/token) without what marks the language, with intervals;
-    `repeat/<method>` (mean cosine); `survive/<domain>/<other>` and `same_language/<domain>/<other>`, the share of the
-    features selected on one domain that the other selects, or that belong to the same language there.
+    `repeat/<method>` (mean cosine) and `matched/<method>` of `repeats`, with intervals; `survive/<domain>/<other>` and
+    `same_language/<domain>/<other>`, the share of the features selected on one domain that the other selects, or that
+    belong to the same language there.
     """
     numbers: dict[str, float] = {}
     for row in identification.iter_rows(named=True):
@@ -346,8 +365,11 @@ def figures(
         pair = "" if row["trained_on"] == row["evaluated_on"] == ALL else f"/{row['trained_on']}/{row['evaluated_on']}"
         for key in list(REMOVAL)[3:]:
             numbers[f"{key}/{row['method']}{pair}"] = row[key]
-    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine").mean())
-    numbers |= {f"repeat/{name}": value for name, value in means.iter_rows()}
+    for (name,), rows in repeats.group_by("method", maintain_order=True):
+        for key, column in (("repeat", "cosine"), ("matched", "matched")):
+            if rows[column].null_count() == 0:
+                value, *ends = intervals.mean(rows[column].to_numpy())
+                numbers |= {f"{key}/{name}": value, f"{key}_low/{name}": ends[0], f"{key}_high/{name}": ends[1]}
     for (one, other), rows in transfer.group_by("selected_on", "domain", maintain_order=True):
         numbers[f"survive/{one}/{other}"] = rows["selected"].mean()  # type: ignore[assignment]
         numbers[f"same_language/{one}/{other}"] = rows["same_language"].mean()  # type: ignore[assignment]
