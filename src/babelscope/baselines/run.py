@@ -216,7 +216,7 @@ def identification(
 
 
 def read_by_fasttext(lid: FastText, texts: pl.DataFrame, among: Sequence[str]) -> pl.Series | None:
-    """FastText's answer for each of the `texts`, null for those in other languages; None if it lacks one of `among`."""
+    """What fastText says of each of the `texts`, null for those in other languages; None if it lacks one of `among`."""
     known, unknown = lid.match(among)
     if unknown:
         return None
