@@ -5,8 +5,8 @@ log-sum-exp of all, so logits are computed for chunks of the vocabulary that sta
 Milakov & Gimelshein 2018, arXiv 1805.02867). Models whose logits `Head` does not reproduce compute all of them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from babelscope.models.tokens import TokenizedText
 ROWS, COLUMNS = 512, 2048
 # Rows are padded to a multiple of this, so that products have few shapes.
 _MULTIPLE = 64
+# Tokens whose inputs of the unembedding are kept until they are multiplied by it together.
+_TOGETHER = 8 * ROWS
 # If a logit in the first chunk is larger, each row's largest logit there is subtracted from all logits of the row.
 _LARGE = 32.0
 # Sums of exponentials below this are computed again with the largest logit subtracted.
@@ -219,14 +221,44 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     """
     head, wanted = head_of(model), ids[:, 1:][target]
     nll = torch.zeros(target.shape, device=ids.device)
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if head is None:
-        nll[target] = _logits_nll(model(**inputs).logits[:, :-1][target], wanted)
-        return nll
-    with entering_unembedding(model, stop=True) as entered:
-        model(**inputs)
-    nll[target] = head.nll(entered[0][:, :-1][target], wanted)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        nll[target] = _logits_nll(logits[:, :-1][target], wanted)
+    else:
+        nll[target] = head.nll(_last(model, ids, mask, target), wanted)
     return nll
+
+
+def text_nlls(
+    model: Any, ids: Tensor, mask: Tensor, special: Tensor, edits: Sequence[AbstractContextManager[None]]
+) -> Tensor:
+    """`text_nll` under each of several edits, which are open one after the other: float64 `[edits, texts]`.
+
+    It multiplies the tokens of several passes by the unembedding together, since each product reads all of its weights.
+    """
+    target = targets(mask, special)
+    head, wanted = head_of(model), ids[:, 1:][target]
+    passes = 1 if head is None else max(1, _TOGETHER // max(1, len(wanted)))
+    nll = torch.zeros((len(edits), *target.shape), device=ids.device)
+    for first in range(0, len(edits), passes):
+        last = []
+        for number, edit in enumerate(edits[first : first + passes], start=first):
+            with edit:
+                if head is None:
+                    nll[number] = token_nll(model, ids, mask, target)
+                else:
+                    last.append(_last(model, ids, mask, target))
+        if head is not None:
+            found = head.nll(torch.cat(last), wanted.repeat(len(last)))
+            nll[first : first + len(last)][:, target] = found.view(len(last), -1)
+    return nll.double().sum(2)
+
+
+def _last(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """The unembedding's inputs in a whole pass from which the tokens in `target` are predicted, `[targets, d]`."""
+    with entering_unembedding(model, stop=True) as entered:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return entered[0][:, :-1][target]
 
 
 def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
@@ -236,14 +268,12 @@ def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
     gradient.
     """
     head, wanted = head_of(model), ids[:, 1:][target]
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with torch.enable_grad():
         if head is None:
-            _logits_nll(model(**inputs).logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            _logits_nll(logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
             return
-        with entering_unembedding(model, stop=True) as entered:
-            model(**inputs)
-        last = entered[0][:, :-1][target]
+        last = _last(model, ids, mask, target)
     last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
 
 
