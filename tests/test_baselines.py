@@ -1,7 +1,6 @@
 """Stages `baselines` and `dictionary`: the formulas by hand, and the stages on a tiny model."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from test_neurons_stages import LANGUAGES, SAE_AT, corpus, model, set_params, st
 from babelscope import config, sae
 from babelscope.activations import store
 from babelscope.baselines import dictionaries, directions, intervals, removal, run
+from babelscope.baselines.repeats import alike
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.features import sae_lape
@@ -75,14 +75,14 @@ def test_accuracies_and_their_differences() -> None:
 
 
 def test_the_mean_over_languages_has_an_interval() -> None:
-    value, low, high = intervals.mean(np.array([0.0, 1.0]))
-    assert (value, low, high) == (0.5, 0, 1)  # a quarter of the resamples has the same language twice
-    assert intervals.mean(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
+    # A quarter of the resamples has the same language twice.
+    assert intervals.mean(np.array([0.0, 1.0])) == {"": 0.5, "_low": 0, "_high": 1}
+    assert intervals.mean(np.full(5, 0.25)) == {"": 0.25, "_low": 0.25, "_high": 0.25}
 
 
 def test_effects() -> None:
     change = np.array([[2.0, 4.0, 1.0, np.nan], [0.0, 0.0, 3.0, 3.0]])
-    found = intervals.effects(change, np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"], 500, 0)
+    found = intervals.effects([change], np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"], 500, 0)
     # Own: 6 nats on 4 tokens and 6 on 4; others: 1 on 1 (the other text was not measured) and 0.
     assert found["own"] == pytest.approx((6 / 4 + 6 / 4) / 2)
     assert found["others"] == pytest.approx((1 / 1 + 0) / 2)
@@ -92,10 +92,35 @@ def test_effects() -> None:
     assert found["own_low"] < found["own"] < found["own_high"]
 
 
+def test_saes_are_a_level_of_the_resampling() -> None:
+    none = np.array([[0.0, np.nan], [np.nan, 0.0]])
+    tokens, language = np.array([1, 1]), ["a", "b"]
+    found = intervals.effects([none, none + 1, none + 2], tokens, language, language, 4000, 0)
+    # One text of each language, so only the SAEs differ: mean 1, and 27 equally likely resamples with means 0 to 2.
+    assert found["own"] == pytest.approx(1) and (found["own_low"], found["own_high"]) == (0, 2)
+    alone = intervals.effects([none + 1], tokens, language, language, 400, 0)
+    assert alone["own_low"] == alone["own_high"] == 1
+
+
+def test_the_matrix_of_the_removal_and_the_correlation_of_two() -> None:
+    change = np.array([[2.0, 4.0, 1.0, np.nan], [0.0, 0.0, np.nan, np.nan]])
+    table = intervals.matrix(change, np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"])
+    assert table[0].tolist() == [6 / 4, 1.0] and table[1, 0] == 0 and np.isnan(table[1, 1])
+    assert intervals.correlation(table, -2 * table + 1) == pytest.approx(-1)
+    assert intervals.correlation(table, np.zeros((2, 2))) is None
+    other = np.array([[1.0, 0.0], [1.0, 5.0]])  # over three cells: (1.5, 1, 0) and (1, 0, 1)
+    assert intervals.correlation(table, other) == pytest.approx(np.corrcoef([1.5, 1, 0], [1, 0, 1])[0, 1])
+
+
+def test_texts_that_both_identify_alike() -> None:
+    first, second = pl.Series(["a", "b", None, "b"]), pl.Series(["a", "a", None, "b"])
+    assert alike(first, second, pl.Series(["x", "x", "y", "y"])) == {"x": 0.5, "y": 0.5}
+
+
 def test_without_a_text_of_its_own_no_language_has_an_effect() -> None:
     none = np.zeros(0, dtype=np.int64)
-    assert intervals.effects(np.zeros((2, 0)), none, [], ["a", "b"], 10, 0) == {}
-    assert intervals.effects(np.array([[np.nan], [1.0]]), np.array([2]), ["a"], ["a", "b"], 10, 0) == {}
+    assert intervals.effects([np.zeros((2, 0))], none, [], ["a", "b"], 10, 0) == {}
+    assert intervals.effects([np.array([[np.nan], [1.0]])], np.array([2]), ["a"], ["a", "b"], 10, 0) == {}
 
 
 def test_a_direction_becomes_that_of_the_others() -> None:
@@ -146,8 +171,12 @@ def prepare(**changes: Any) -> None:
     content = json.loads(Path("params.yaml").read_text())
     content["stability"]["hookpoints"] = [SAE_AT]
     content["train"] |= {"latents": 64, "k": 3, "tokens": 4096, "batch": 128}
+    content["stability"]["seeds"] = [1000, 1001]
     content["baselines"] |= changes
     Path("params.yaml").write_text(json.dumps(content))
+    for seed in (1000, 1001):
+        stage("retrain", SAE_AT, str(seed))
+    stage("stability")
 
 
 def test_the_stage(ready: Paths) -> None:
@@ -177,7 +206,7 @@ def test_the_stage(ready: Paths) -> None:
     assert sums.equals(counts.select("unit", "language", "tokens", "texts").sort("unit", "language"))
     totals = run.selection.totals(stored, "one", LANGUAGES)
     domain = one.counted.filter(domain="one").drop("domain")
-    by_hand = sae_lape(domain, totals, **params.score.model_dump())
+    by_hand = sae_lape(domain, totals, **params.score.selection)
     assert run.choose(one, one.counted, "one", 0, params).equals(
         by_hand.select("language", "unit", "probability", "rank")
     )
@@ -192,8 +221,17 @@ def test_the_stage(ready: Paths) -> None:
     ]
     removed = pl.read_parquet("data/baselines/removal.parquet")
     assert set(removed.filter(trained_on="all", evaluated_on="all")["method"]) == {
-        "features", "diff_mean", "component", "probe",
+        "features", "diff_mean", "component", "probe", "features-seed-1000", "features-seed-1001", "features-all-seeds",
     }  # fmt: skip
+    assert numbers["own/features-all-seeds"] == pytest.approx(
+        np.mean([numbers[f"own/features{end}"] for end in ("", "-seed-1000", "-seed-1001")])
+    )
+    assert -1 <= numbers["correlation/features-seed-1000"] <= 1 and "correlation/features" not in numbers
+    repeats = pl.read_parquet("data/baselines/repeats.parquet").filter(method="features")
+    assert repeats["cosine"].null_count() == 3 and numbers["agreement/features"] == pytest.approx(
+        repeats["agreement"].mean()
+    )
+    assert "repeat/features" not in numbers and 0 <= numbers["agreement/probe"] <= 1
     assert numbers["own/diff_mean"] == removed.filter(method="diff_mean", evaluated_on="all")["own"].item()
     assert {f"repeat/{name}" for name in directions.METHODS} <= set(numbers)
 
@@ -202,7 +240,6 @@ def test_dictionaries(ready: Paths) -> None:
     prepare(dictionaries=["frozen_decoder", "frozen_encoder", "random_model", "neurons"], ablation_tokens=20)
     for name in config.load().baselines.dictionaries:
         stage("dictionary", name)
-    shutil.copytree("data/sae", "data/sae_again")
     trained = {name: sae.load(ready.dictionary(name) / "sae", SAE_AT) for name in ("frozen_decoder", "frozen_encoder")}
     other = sae.load(ready.dictionary("frozen_decoder") / "sae_again", SAE_AT)
     # All start from the same directions. Those of the frozen weights are kept, all others move.
@@ -220,7 +257,6 @@ def test_dictionaries(ready: Paths) -> None:
     removed = set(pl.read_parquet("data/baselines/removal.parquet")["method"])
     assert "frozen_decoder" in removed and "neurons" in removed and "random_model" not in removed
     numbers = json.loads(Path("metrics/baselines.json").read_text())
-    assert numbers["repeat_low/features"] == pytest.approx(1) and numbers["matched/features"] == 1  # the same SAE twice
     # Latents of different seeds do not share frozen rows.
     assert numbers["matched/frozen_decoder"] == numbers["matched_high/frozen_encoder"] == 0
     assert (

@@ -1,4 +1,4 @@
-"""NLL of tokens and texts under a causal language model, computed without all logits `[tokens, vocabulary]` in memory.
+"""NLL and divergence under a causal language model, computed without all logits `[tokens, vocabulary]` in memory.
 
 With a vocabulary of 262,144, the logits of a batch are larger than the model. An NLL needs only one logit and the
 log-sum-exp of all, so logits are computed for chunks of the vocabulary that stay in the cache (the online softmax of
@@ -23,7 +23,7 @@ from babelscope.models.tokens import TokenizedText
 ROWS, COLUMNS = 512, 2048
 # Rows are padded to a multiple of this, so that products have few shapes.
 _MULTIPLE = 64
-# Tokens whose inputs of the unembedding are kept until they are multiplied by it together.
+# Tokens of several passes that are multiplied by the unembedding together.
 _TOGETHER = 8 * ROWS
 # If a logit in the first chunk is larger, each row's largest logit there is subtracted from all logits of the row.
 _LARGE = 32.0
@@ -95,6 +95,39 @@ class Head:
             total = total * (largest - higher).exp() + logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
             largest = higher
         return total.log() + (largest - target)
+
+    def divergence(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        """KL(p || q), p being the distribution given `x[row[i]]` and q the one given `y[i]`; float64 nats `[tokens]`.
+
+        `sum_v p_v (log p_v - log q_v)` over the whole vocabulary. With the logits a of p and b of q, this is
+        `sum_v e^a_v (a_v - b_v) / S - log S + log T`, S and T being the sums of `e^a_v` and `e^b_v`. All three sums are
+        taken over the same chunks, relative to the largest logit so far.
+
+        Parameters
+        ----------
+        x, y: the unembedding's inputs, `[n, d]` and `[tokens, d]`; `row`: int64 `[tokens]`, a row of x for each of y.
+        """
+        parts = [self._divergence(x, y[i : i + ROWS], row[i : i + ROWS]) for i in range(0, len(y), ROWS)]
+        return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+
+    def _divergence(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        kept, row = torch.unique(row, return_inverse=True)
+        sizes, padded = (len(kept), len(y)), (pad_rows(x[kept], _MULTIPLE), pad_rows(y, _MULTIPLE))
+        largest = [torch.full((size, 1), -torch.inf, device=x.device) for size in sizes]
+        totals = [torch.zeros(size, dtype=torch.float64, device=x.device) for size in sizes]
+        difference = torch.zeros_like(totals[1])
+        for first in range(0, self.unembedding.out_features, COLUMNS):
+            last = min(first + COLUMNS, self.unembedding.out_features)
+            both = [self.logits(z, first, last)[:size] for z, size in zip(padded, sizes, strict=True)]
+            higher = [torch.maximum(top, part.amax(1, keepdim=True)) for top, part in zip(largest, both, strict=True)]
+            before = [(top - new).exp().squeeze(1) for top, new in zip(largest, higher, strict=True)]
+            p, q = ((part - new).exp_() for part, new in zip(both, higher, strict=True))
+            totals = [total * less + part.sum(1) for total, less, part in zip(totals, before, (p, q), strict=True)]
+            between = torch.linalg.vecdot(p[row], both[0][row] - both[1])
+            difference = difference * before[0][row] + between
+            largest = higher
+        s, t = (total.log() + top.squeeze(1) for total, top in zip(totals, largest, strict=True))
+        return (difference / totals[0][row] - s[row] + t).clamp_min(0)
 
     def gradient(self, x: Tensor, wanted: Tensor) -> Tensor:
         """The gradient of `nll(x, wanted)` with respect to `x`, `[tokens, d]`, in the dtype of `x`.
@@ -219,13 +252,22 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     -------
     Nats, float32 `[texts, longest - 1]`; 0 for tokens that are not in `target`.
     """
-    head, wanted = head_of(model), ids[:, 1:][target]
+    return output_nll(model, outputs(model, ids, mask), ids, target)
+
+
+def outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """What decides the model's distribution at each token of a whole pass: `[texts, longest, width]`.
+
+    These are the unembedding's inputs, or the logits themselves if the model has no `Head`. `ids`, `mask`: as in
+    `text_nll`.
+    """
+    return _outputs(model, lambda: model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+
+
+def output_nll(model: Any, found: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    """`token_nll` from the `outputs` of the pass."""
     nll = torch.zeros(target.shape, device=ids.device)
-    if head is None:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        nll[target] = _logits_nll(logits[:, :-1][target], wanted)
-    else:
-        nll[target] = head.nll(_last(model, ids, mask, target), wanted)
+    nll[target] = _output_nll(model, found[:, :-1][target], ids[:, 1:][target])
     return nll
 
 
@@ -236,29 +278,18 @@ def text_nlls(
 
     It multiplies the tokens of several passes by the unembedding together, since each product reads all of its weights.
     """
-    target = targets(mask, special)
-    head, wanted = head_of(model), ids[:, 1:][target]
-    passes = 1 if head is None else max(1, _TOGETHER // max(1, len(wanted)))
-    nll = torch.zeros((len(edits), *target.shape), device=ids.device)
+    target, found = targets(mask, special), []
+    wanted = ids[:, 1:][target]
+    passes = 1 if head_of(model) is None else max(1, _TOGETHER // max(1, len(wanted)))
     for first in range(0, len(edits), passes):
         last = []
-        for number, edit in enumerate(edits[first : first + passes], start=first):
+        for edit in edits[first : first + passes]:
             with edit:
-                if head is None:
-                    nll[number] = token_nll(model, ids, mask, target)
-                else:
-                    last.append(_last(model, ids, mask, target))
-        if head is not None:
-            found = head.nll(torch.cat(last), wanted.repeat(len(last)))
-            nll[first : first + len(last)][:, target] = found.view(len(last), -1)
+                last.append(outputs(model, ids, mask)[:, :-1][target])
+        found.append(_output_nll(model, torch.cat(last), wanted.repeat(len(last))))
+    nll = torch.zeros((len(edits), *target.shape), device=ids.device)
+    nll[:, target] = torch.cat(found).view(len(edits), len(wanted))
     return nll.double().sum(2)
-
-
-def _last(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-    """The unembedding's inputs in a whole pass from which the tokens in `target` are predicted, `[targets, d]`."""
-    with entering_unembedding(model, stop=True) as entered:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return entered[0][:, :-1][target]
 
 
 def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
@@ -269,27 +300,51 @@ def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
     """
     head, wanted = head_of(model), ids[:, 1:][target]
     with torch.enable_grad():
+        last = outputs(model, ids, mask)[:, :-1][target]
         if head is None:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            _logits_nll(logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
+            _logits_nll(last, wanted).sum().backward()  # type: ignore[no-untyped-call]
             return
-        last = _last(model, ids, mask, target)
     last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
 
 
 def stream_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
     """NLL of the token `wanted[i]` (int64) given the residual stream after all blocks, `hidden` `[tokens, d]`; nats."""
-    head = head_of(model)
 
     def part(hidden: Tensor, wanted: Tensor) -> Tensor:
-        padded, rows = pad_rows(hidden, _MULTIPLE), len(hidden)
-        if head is None:
-            return _logits_nll(hooks.logits_of(model, padded)[:rows], wanted)
-        with entering_unembedding(model, stop=True) as entered:
-            hooks.logits_of(model, padded)
-        return head.nll(entered[0].squeeze(1)[:rows], wanted)
+        return _output_nll(model, stream_outputs(model, hidden), wanted)
 
     return _in_parts(part, ROWS, hidden, wanted)
+
+
+def stream_outputs(model: Any, hidden: Tensor) -> Tensor:
+    """The `outputs` that follow from the residual stream after all blocks, `hidden` `[tokens, d]`."""
+    padded = pad_rows(hidden, _MULTIPLE)
+    return _outputs(model, lambda: hooks.logits_of(model, padded)).flatten(0, -2)[: len(hidden)]
+
+
+def divergence(model: Any, clean: Tensor, changed: Tensor, row: Tensor) -> Tensor:
+    """KL divergence of the distributions after `changed[i]` from those after `clean[row[i]]`; see `Head.divergence`.
+
+    `clean`, `changed`: `outputs` of single tokens, `[n, width]` and `[tokens, width]`. Float64 nats, `[tokens]`.
+    """
+    if (head := head_of(model)) is not None:
+        return head.divergence(clean, changed, row)
+    p, q = (logits.double().log_softmax(1) for logits in (clean, changed))
+    return nn.functional.kl_div(q, p[row], reduction="none", log_target=True).sum(1).clamp_min(0)
+
+
+def _outputs(model: Any, forward: Callable[[], Tensor]) -> Tensor:
+    """`outputs` of `forward`, which returns logits."""
+    if head_of(model) is None:
+        return forward()
+    with entering_unembedding(model, stop=True) as entered:
+        forward()
+    return entered[0]
+
+
+def _output_nll(model: Any, found: Tensor, wanted: Tensor) -> Tensor:
+    head = head_of(model)
+    return _logits_nll(found, wanted) if head is None else head.nll(found, wanted)
 
 
 def _logits_nll(logits: Tensor, wanted: Tensor) -> Tensor:
