@@ -60,11 +60,11 @@ TESTED = {
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(Path("some"), ["layers.2.mlp"])',
     ),
-    "babelscope delphi cache/latents": (
+    "babelscope export cache/latents --format delphi": (
         "test_delphi.py::test_every_hookpoint_of_params_is_written",
         "delphi.main(tmp_path, [])",
     ),
-    "babelscope delphi cache/latents layers.26.mlp": (
+    "babelscope export cache/latents layers.26.mlp --format delphi": (
         "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
         "delphi.main(tmp_path, [SAE_AT])",
     ),
