@@ -208,18 +208,19 @@ def test_lm_eval_steers_as_the_stage_does(tmp_path: Path, monkeypatch: pytest.Mo
 
 # Version 0.5.0 has the activation TopK, but reads no TopK files: its classes are given the tensors.
 TRACER_SIDE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from circuit_tracer.transcoder.activation_functions import TopK
 from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
-from circuit_tracer.utils.caching import load_transcoders_from_cache
+from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 from safetensors.torch import load_file, save_file
 import yaml
 
 folder, x, results = Path(sys.argv[1]), None, {}
 x = load_file(folder / "x.safetensors")["16"]
-traced, settings = load_transcoders_from_cache("jumprelu", cache_dir=folder, device=torch.device("cpu"))
+os.environ["CIRCUIT_TRACER_CACHE_DIR"] = str(folder)
+traced, settings = load_transcoder_from_hub("jumprelu", device=torch.device("cpu"))
 assert traced.feature_input_hook == "mlp.hook_in" and traced.feature_output_hook == "mlp.hook_out"
 layers = {}
 for number in range(2):
@@ -253,3 +254,54 @@ def test_circuit_tracer_loads_a_set(tracer: Path) -> None:
             dense = torch.zeros_like(found).scatter_add(1, indices, values)
             for ours, theirs in ((dense, found), (mine(x), results[f"{name}.{number}.y"])):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+# The page's lines run with a tiny model in place of the hub's, and with texts of the stand-ins in place of Europarl.
+SAEBENCH_SIDE = """
+import json, os, sys
+from pathlib import Path
+os.environ["JAXTYPING_DISABLE"] = "1"  # SAEBench's annotations do not hold in the jaxtyping of today
+import torch
+import sae_bench.evals.sparse_probing.main as probing
+from safetensors.torch import save_file
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import PreTrainedTokenizerFast
+
+folder, (lines, texts) = Path(sys.argv[1]), json.loads(sys.argv[2])
+torch.manual_seed(0)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+sizes = HookedTransformerConfig(n_layers=15, d_model=16, n_ctx=128, d_head=8, n_heads=2, d_mlp=64, act_fn="relu",
+                                initializer_range=0.5,
+                                d_vocab=len(tokenizer), device="cpu")
+model = HookedTransformer(sizes, tokenizer=tokenizer)
+probing.HookedTransformer.from_pretrained_no_processing = lambda *_, **__: model
+split = lambda first, last: {language: rows[first:last] for language, rows in texts.items()}
+probing.dataset_utils.get_multi_label_train_test_data = lambda *_: (split(0, 40), split(40, 60))
+exec(lines)
+[path] = (folder / "saebench").glob("*.json")
+metrics = json.loads(path.read_text())["eval_result_metrics"]
+figures = {**{f"llm.{k}": v for k, v in metrics["llm"].items()}, **{f"sae.{k}": v for k, v in metrics["sae"].items()}}
+save_file({name: torch.tensor(value) for name, value in figures.items() if value is not None},
+          folder / "results.safetensors")
+"""
+
+
+def test_the_lines_of_the_page_run_saebench_on_our_saes(tmp_path: Path) -> None:
+    page = (ROOT / "docs/bridges.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    stand_ins.model(tmp_path / "model", "gemma3", 1)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(64, 16, generator=draw))
+    name = "layers.14.post_feedforward_layernorm"
+    save(SAE(rows, rows, torch.zeros(64), torch.zeros(16), 8), tmp_path / "data/sae" / name,
+         {"model_name": "tiny", "hook_name": name})  # fmt: skip
+    # Dutch is not among the languages of the stand-ins.
+    texts = {
+        language: [stand_ins.text(known, n) for n in range(60)]
+        for language, known in zip(("en", "fr", "de", "es", "nl"), ("en", "fr", "de", "es", "tr"), strict=True)
+    }
+    results = in_its_environment("sae-bench", SAEBENCH_SIDE, tmp_path, [lines, texts])
+    found = {name: float(value) for name, value in results.items()}
+    assert {"sae.sae_top_1_test_accuracy", "sae.sae_top_2_test_accuracy", "sae.sae_top_5_test_accuracy"} < found.keys()
+    assert all(0 <= value <= 1 for value in found.values())
+    assert found["llm.llm_test_accuracy"] > 0.6 < found["sae.sae_top_5_test_accuracy"]  # chance: 0.5
