@@ -70,4 +70,4 @@ def main(target: Path, hookpoints: list[str]) -> None:
             save(amplified(place, vector, chosen["strength"]), target / method / f"{language}.amplified.pt")
             save(removed(place, vector), target / method / f"{language}.removed.pt")
             written.append((method, language, place, chosen["strength"]))
-    stage.table(["method", "language", "module", "strength"], written)
+    stage.table(["method", "language", "module", "strength"], written, labels=3)
