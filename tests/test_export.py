@@ -228,6 +228,10 @@ for number in range(2):
     k = int(tensors.pop("k"))
     layers[number] = SingleLayerTranscoder(16, 64, TopK(k), number, skip_connection=True, dtype=torch.float32)
     layers[number].load_state_dict(tensors)
+try:
+    load_transcoder_from_hub("topk", device=torch.device("cpu"))
+except RuntimeError as error:  # loudly, since without TopK the numbers would be others
+    assert '"k"' in str(error)
 made = yaml.safe_load((folder / "topk/config.yaml").read_text())
 assert made["activation"] == "topk"
 topk = TranscoderSet(layers, made["feature_input_hook"], made["feature_output_hook"])
