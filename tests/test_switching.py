@@ -208,6 +208,9 @@ def test_a_language_without_features_is_left_out(model: Any, tmp_path: Path) -> 
     switching.run(params, paths)
     found = pl.read_parquet(paths.switching / "pairs.parquet")
     assert found.select("language", "other").rows() == [("en", "fi"), ("fi", "en")]
+    pl.read_parquet(paths.features).filter(pl.col("language") == "en").write_parquet(paths.features)
+    switching.run(params, paths)
+    assert json.loads(paths.metrics("switching").read_text()) == {}
 
 
 def test_pre_activations_are_means_over_a_languages_features(tmp_path: Path) -> None:

@@ -44,13 +44,13 @@ def run(params: Config, paths: Paths) -> None:
         dict[str, float](),
     )
     features = read_table(paths.features).filter(kind="sae").select("hookpoint", "unit", "language")
-    if params.switching.groups and len(features):
+    if params.switching.groups and features["language"].n_unique() > 1:
         pairs, positions, numbers = measure(features, params, paths)
     write_atomically(paths.switching / "pairs.parquet", pairs.write_parquet)
     write_atomically(paths.switching / "positions.parquet", positions.write_parquet)
     write_json(paths.metrics("switching"), numbers)
     if positions.is_empty():
-        log.info("switching: nothing to measure (params.yaml: switching.groups is 0, or no features)")
+        log.info("switching: nothing to measure (params.yaml: switching.groups is 0, or no features of two languages)")
     rows = pairs.group_by("other", maintain_order=True).agg(pl.col(CHANGES).mean()).rows()
     if rows:
         stage.table(["switch to", *CHANGES], [[name, *(f"{x:+.3f}" for x in values)] for name, *values in rows])
