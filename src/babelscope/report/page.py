@@ -11,7 +11,16 @@ from babelscope.report.parts import Picture, ReportInputs
 # `section(inputs)`, which returns a Section or None; a part without a section is left out.
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
-    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "baselines", "steering"),
+    "The evidence: what they do": (
+        "ablation",
+        "own",
+        "control",
+        "curve",
+        "identification",
+        "baselines",
+        "steering",
+        "switching",
+    ),
     "The doubt: what else could explain it?": (
         "script",
         "stability",

@@ -55,7 +55,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
     alone = ("sample", "extract", "quality", "score", "stability", "sharing", "identify", "ablate", "baselines",
-             "script", "steer")  # fmt: skip
+             "script", "steer", "switching")  # fmt: skip
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -65,6 +65,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations, "baselines": paths.baselines / "identification.parquet",
         "sharing": paths.sharing, "script": paths.script / "features.parquet",
+        "switching": paths.switching / "pairs.parquet", "switch_positions": paths.switching / "positions.parquet",
     }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}
