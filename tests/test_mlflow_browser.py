@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -117,6 +118,7 @@ def test_link_opens_on_the_lines_of_both_settings_over_the_layers(page: Any, rep
 
 
 def test_a_click_on_the_experiment_opens_the_view_without_the_link(chromium: Any, address: str) -> None:
+    assert entry_points(group="mlflow.app", name="babelscope"), "installed before it had this app: make setup"
     page = chromium.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(90_000)
     page.goto(f"{address.partition('#')[0]}#/experiments")
