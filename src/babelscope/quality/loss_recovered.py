@@ -138,7 +138,7 @@ def _sums(
     with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.is_transcoder]) as entering:
         edits = [changed(name, splice(sae, content, entering, name)) for name, sae in saes.items()]
         edits += [changed(name, zero(content)) for name in saes]
-        spliced, zeroed = text_nlls(model, ids, mask, special, edits).split(len(saes))
+        spliced, zeroed = torch.split(text_nlls(model, ids, mask, special, edits), len(saes))
     sums = {"clean": clean, "sae": spliced, "zero": zeroed, "tokens": targets(mask, special).sum(1)}
     return {key: value.cpu().contiguous() for key, value in sums.items()}
 
