@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from babelscope.config.schema import Model
 from babelscope.config.values import expanded
@@ -168,6 +169,20 @@ def load_tokenizer(section: Model) -> Any:
         raise _refusal(section, "tokenizer", error) from None
 
 
+class _NoRandomWeights(TorchFunctionMode):
+    """While open, nothing is drawn from a normal distribution.
+
+    transformers draws weights that the file lacks. Those that are tied to others (an unembedding of 168 M numbers in
+    Gemma 3 270M) are then replaced, and a model that lacks others is refused.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if getattr(func, "__name__", "") != "normal_":
+            return func(*args, **options)
+        return args[0] if args else options["tensor"]  # torch.nn.init passes it by name
+
+
 def _read_weights(source: str, **options: Any) -> Any:
     """Load the model, and check that all of its weights come from the file.
 
@@ -179,9 +194,10 @@ def _read_weights(source: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with _NoRandomWeights():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     # Tied weights are not in the report. A missing buffer keeps the value that the model's code sets.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing, unused = sorted(parameters & set(report["missing_keys"])), sorted(report["unexpected_keys"])
