@@ -57,7 +57,7 @@ def neurons_of(hookpoint: str) -> str:
 
 def extract(params: Config, paths: Paths, own: Paths, name: str, *, is_random: bool) -> None:
     """Write the activations at one hookpoint in the row order of those of stage `extract`."""
-    corpus = read_table(paths.texts)
+    corpus = read_table(paths.train_texts)
     texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     shards = extraction.plan(texts, params.extract.batch_tokens)
     model = loading.load_model(params.model, params.extract.dtype)
@@ -66,7 +66,7 @@ def extract(params: Config, paths: Paths, own: Paths, name: str, *, is_random: b
         randomise(model, params.seed)
     depends = params.model_dump(include={"model", "extract", "seed"})
     depends |= {"max_tokens": params.corpus.max_tokens, "name": name, "is_random": is_random}
-    with kept("dictionary", depends, [paths.texts]) as folder:
+    with kept("dictionary", depends, [paths.train_texts]) as folder:
         if not extraction.extract(model, texts, shards, [name], folder, params.extract.store_dtype, params.hardware):
             return
         source, target = store.place(folder, name), store.place(own.activations, name)

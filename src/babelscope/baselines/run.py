@@ -12,7 +12,8 @@ import polars as pl
 import torch
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.baselines import dictionaries, directions, intervals, removal, selection
 from babelscope.baselines.directions import Classifier, Floats
 from babelscope.baselines.selection import Stored
@@ -78,7 +79,7 @@ def run(params: Config, paths: Paths) -> None:
 def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFrame]:
     """The tables of the stage."""
     device, size, languages = hardware.prepare(params.hardware), params.encode.chunk_tokens, params.languages
-    stored = read_stored(hookpoint, paths)
+    stored = read_stored(hookpoint, params.languages, paths)
     domains = shared_domains(stored.texts, languages)
     every = [trained(name, hookpoint, stored, params, paths, device)
              for name in (intervals.REFERENCE, *params.baselines.dictionaries)]  # fmt: skip
@@ -100,9 +101,9 @@ def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFr
     return found
 
 
-def read_stored(hookpoint: str, paths: Paths) -> Stored:
+def read_stored(hookpoint: str, languages: Sequence[str], paths: Paths) -> Stored:
     """The stored activations of a hookpoint with the texts, whose `domain` is the last part of their `source`."""
-    table = read_table(paths.tokens, columns=["row", "text_id", "language", "split"])
+    table = read_rows(paths, languages, ["row", "text_id", "language", "split"])
     texts = table.group_by("text_id", maintain_order=True).agg(
         pl.col("language", "split").first(), tokens=pl.len().cast(pl.Int64)
     )
@@ -111,7 +112,7 @@ def read_stored(hookpoint: str, paths: Paths) -> Stored:
         domain=pl.col("source").str.extract(r"([^:/]+)/?$").str.replace_all(r"[^\w.-]", "_")
     )
     return Stored(
-        ActivationStore(place(paths.activations, hookpoint)), texts, table["row"].to_torch(),
+        opened(paths, hookpoint), texts, table["row"].to_torch(),
         table["text_id"].rle_id().cast(pl.Int64).to_torch(),
     )  # fmt: skip
 
@@ -131,7 +132,7 @@ def trained(
     at = paths if name == intervals.REFERENCE else dictionaries.at(paths, name)
     read = dictionaries.neurons_of(hookpoint) if name == "neurons" else hookpoint
     if at.activations != paths.activations:
-        stored = stored._replace(store=ActivationStore(place(at.activations, read)))
+        stored = stored._replace(store=opened(at, read))
     if name == "neurons":
         return Dictionary(name, read, stored, None, selection.counts(stored, None, read, size, device))
     first = sae.load(at.saes, hookpoint).to(device)

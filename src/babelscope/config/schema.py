@@ -80,6 +80,7 @@ class Corpus(Section):
     max_tokens: Annotated[Size, Field(ge=2)]
     train_tokens: Positive
     eval_tokens: Positive
+    train_languages: Languages | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Corpus":

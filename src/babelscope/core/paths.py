@@ -12,9 +12,12 @@ class Paths:
     def __init__(self, root: Path = Path()) -> None:
         self.root, self.data, self.reports = root, root / "data", root / "reports"
         self.texts = self.data / "corpus/texts.parquet"  # sample
+        self.train_texts = self.data / "corpus/train.parquet"  # sample: those of the languages that train SAEs
         self.sources = self.data / "corpus/sources.json"  # sample: where the texts come from, versions and licences
         self.activations = self.data / "activations"  # extract: one folder of shards per hookpoint
         self.tokens = self.activations / "tokens.parquet"  # extract: the row order of every activation file
+        self.extended = self.data / "extended"  # extend: the same for languages that train no SAE
+        self.extended_tokens = self.extended / "tokens.parquet"
         self.neurons = self.data / "neurons"  # neurons: counts of the model's own neurons
         self.stream = self.data / "stream"  # stream: files that `train` and `encode` copy
         self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was

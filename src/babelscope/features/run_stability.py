@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -76,9 +77,9 @@ def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
     weights, others = ((dictionary.W_dec, dictionary.encoder) for dictionary in (first, second))
     matched = stability.match(weights, others)
     by_chance = stability.match(weights, stability.random_latents(others, params.seed))
-    activations = ActivationStore(place(paths.activations, first.input_name(hookpoint)))
+    activations = opened(paths, first.input_name(hookpoint))
     overlap = stability.Overlap(partner, second.latents)
-    held_out = read_table(paths.tokens).filter(split="eval")["row"].to_torch()
+    held_out = read_rows(paths, params.languages).filter(split="eval")["row"].to_torch()
     with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
         for rows in torch.split(held_out, _CHUNK):
             x = activations.gather(rows).to(device)

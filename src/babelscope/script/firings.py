@@ -7,8 +7,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from babelscope.activations.store import ActivationStore, place
-from babelscope.core.files import read_table
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features.examples import Features
@@ -49,11 +49,11 @@ def nothing(texts: int, features: Mapping[str, Features]) -> Fired:
 def read_stored(found: Fired, text_ids: pl.Series, features: Mapping[str, Features], paths: Paths) -> None:
     """Add the stored activations of the texts, in the order of `text_ids`, to `found`."""
     numbers = pl.DataFrame({"text_id": text_ids, "number": range(len(text_ids))}, schema_overrides={"number": pl.Int64})
-    table = read_table(paths.tokens).join(numbers, on="text_id", maintain_order="left")
+    table = read_rows(paths).join(numbers, on="text_id", maintain_order="left")
     row, text = table["row"].to_torch(), table["number"].to_torch()
     found.tokens.index_add_(0, text, torch.ones_like(text))
     for name, each in features.items():
-        activations = ActivationStore(place(paths.activations, each.reads(name)))
+        activations = opened(paths, each.reads(name))
         for part in torch.split(torch.arange(len(row)), _CHUNK):
             fires = each.activations(activations.gather(row[part])) > 0
             found.fired[name].index_add_(0, text[part], fires.float().cpu())
