@@ -1,12 +1,14 @@
-"""Stage `extend`: activations of languages that are compared, but train no SAE."""
+"""Stage `extend`: the counts of all languages, with activations of those that train no SAE."""
 
 from babelscope import config
-from babelscope.activations.run_extend import run
 from babelscope.core import paths, stage
 
 
 def main() -> None:
-    run(config.load(), paths.Paths())
+    params = config.load()
+    from babelscope.features.run_extend import run  # params.yaml is checked before
+
+    run(params, paths.Paths())
 
 
 if __name__ == "__main__":

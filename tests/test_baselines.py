@@ -129,7 +129,8 @@ def ready(folder: Path, monkeypatch: Any) -> Paths:  # noqa: F811
     """The folder with texts of two domains, and the stability hookpoint set."""
     monkeypatch.setattr(run, "FastText", Lid)
     sources = pl.when(pl.int_range(pl.len()) % 8 < 4).then(pl.lit("gettext:one")).otherwise(pl.lit("gettext:two"))
-    corpus().with_columns(source=sources).write_parquet("data/corpus/texts.parquet")
+    for name in ("texts", "train"):
+        corpus().with_columns(source=sources).write_parquet(f"data/corpus/{name}.parquet")
     Path("data/dictionaries").mkdir(exist_ok=True)
     return Paths()
 

@@ -31,6 +31,7 @@ CLOSING = {
     "encode": "hookpoint tokens latents that fired L0",
     "retrain": "hookpoint seed FVU (last batch)",
     "prune": "prune: nothing to delete",
+    "extend": "extend: no language to add (params.yaml: corpus.train_languages)",
     "quality": "hookpoint NLL with the SAE with zeros recovered 95 % least of a language",
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
@@ -252,7 +253,7 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
 def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
     set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
     done = ran(run(repo, "dvc", "repro"))
-    after = ["prune", "quality", "score", "sharing", *AFTER_SCORE]
+    after = ["prune", "extend", "quality", "score", "sharing", *AFTER_SCORE]
     assert sorted(done) == sorted(["extract", "stream", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
     for path in repo.glob("mlflow.db*"):
         path.unlink()

@@ -352,7 +352,7 @@ def test_the_second_sae_has_feature_sets_of_its_own(folder: Path, monkeypatch: p
             dictionary, folder / f"data/{name}" / HOOKPOINT, {"model_name": "made-up", "hook_name": HOOKPOINT}
         )
     use(monkeypatch, hookpoints=[HOOKPOINT])
-    for name in ("encode", "score", "stability"):
+    for name in ("encode", "extend", "score", "stability"):
         load_stage(name).main()
     table = pl.read_parquet(folder / "data/stability/features.parquet")
     assert sorted(table.select("language", "unit").rows()) == [(("en", "tr")[i // 4], i) for i in range(8)]

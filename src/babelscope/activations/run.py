@@ -6,7 +6,6 @@ written.
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -27,21 +26,19 @@ log = logging.getLogger(__name__)
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.activations` with `paths.tokens`, and the stage's metrics."""
     check_folders(params)
-    numbers = store_pass(params, read_table(paths.train_texts), paths.tokens, "extract", [paths.train_texts])
+    numbers = store_pass(params, read_table(paths.train_texts), paths.tokens, "extract", paths.train_texts)
     if numbers:
         write_json(paths.metrics("extract"), numbers)
 
 
-def store_pass(
-    params: Config, corpus: pl.DataFrame, token_table: Path, name: str, inputs: Sequence[Path]
-) -> dict[str, float]:
+def store_pass(params: Config, corpus: pl.DataFrame, token_table: Path, name: str, source: Path) -> dict[str, float]:
     """Write the activations of the texts `corpus` at every hookpoint, and their token table.
 
     Parameters
     ----------
     token_table: the path of the token table, in whose folder the activations are.
     name: of the stage.
-    inputs: the files that decide which texts `corpus` holds.
+    source: the file in which the texts are.
 
     Returns
     -------
@@ -58,8 +55,8 @@ def store_pass(
     widths = forward.widths(model, names)
 
     depends = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
-    depends["transcode"] = params.train.transcode
-    resume = scratch(fingerprint(name, depends, {str(path): dvc_md5(path) for path in inputs}))
+    depends |= {"transcode": params.train.transcode, "languages": corpus["language"].unique().sort().to_list()}
+    resume = scratch(fingerprint(name, depends, {str(source): dvc_md5(source)}))
     stored = shards if params.train.source != "stream" else []
     dtype = params.extract.store_dtype
     if not extraction.extract(model, texts, stored, names, resume, dtype, params.hardware):

@@ -23,7 +23,7 @@ class Paths:
         self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was
         self.saes = self.data / "sae"  # train: one folder per hookpoint
         self.saes_again = self.data / "sae_again"  # retrain: SAEs of some hookpoints from another seed
-        self.all_counts = self.data / "counts"  # encode: the folder of `counts` and `totals`
+        self.all_counts = self.data / "counts"  # extend: the folder of `counts` and `totals`
         self.hookpoints = self.data / "hookpoints.json"  # prune: the hookpoints that params.yaml lists
         self.loss_recovered = self.data / "quality/loss_recovered.parquet"  # quality: per SAE and language
         self.features = self.data / "scores/features.parquet"  # score: the selected features
@@ -42,12 +42,17 @@ class Paths:
         self.summary = root / "metrics/summary.json"  # report: the headline figures, DVC's only metrics
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 
+    def encoded(self, hookpoint: str) -> tuple[Path, Path]:
+        """`counts` and `totals` of the languages that train SAEs (stage `encode`)."""
+        folder = self.data / "encoded"
+        return folder / f"{hookpoint}.parquet", folder / f"{hookpoint}.totals.parquet"
+
     def counts(self, hookpoint: str) -> Path:
-        """How often every latent of a hookpoint fires on every language (stage `encode`)."""
+        """How often every latent of a hookpoint fires on every language (stage `extend`)."""
         return self.all_counts / f"{hookpoint}.parquet"
 
     def totals(self, hookpoint: str) -> Path:
-        """Tokens and texts per language behind `counts` (stage `encode`)."""
+        """Tokens and texts per language behind `counts` (stage `extend`)."""
         return self.all_counts / f"{hookpoint}.totals.parquet"
 
     def dictionary(self, name: str) -> Path:

@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,13 @@ def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.Data
     """
     folders = (paths.saes, paths.saes_again)
     decoders = [sae.load(folder, hookpoint).W_dec.detach() for folder in folders]
-    counts, totals = encode(hookpoint, params, paths, paths.saes_again)
+
+    def counted(folder: Path, split: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        dictionary, rows = sae.load(folder, hookpoint), read_rows(paths, params.languages).filter(split=split)
+        activations = opened(paths, dictionary.input_name(hookpoint))
+        return encode(hookpoint, dictionary, activations, rows, params.languages, params)
+
+    counts, totals = counted(paths.saes_again, "train")
     again = sae_lape(counts, totals, **params.score.model_dump())
 
     def dense(counts: pl.DataFrame, column: str, latents: int) -> NDArray[np.float64]:
@@ -125,7 +132,7 @@ def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.Data
         return table
 
     tokens = dense(counts, "tokens", len(decoders[1]))
-    held_out = [encode(hookpoint, params, paths, folder, "eval")[0] for folder in folders]
+    held_out = [counted(folder, "eval")[0] for folder in folders]
     sums = [dense(table, "sum", len(rows)) for table, rows in zip(held_out, decoders, strict=True)]
     found = {}
     for code, language in enumerate(params.languages):

@@ -55,8 +55,8 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    alone = ("sample", "extract", "quality", "score", "stability", "sharing", "identify", "ablate", "baselines",
-             "script", "steer")  # fmt: skip
+    alone = ("sample", "extract", "extend", "quality", "score", "stability", "sharing", "identify", "ablate",
+             "baselines", "script", "steer")  # fmt: skip
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}

@@ -50,9 +50,10 @@ def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
     grid = inputs.grid()
     values = []
     for language, hookpoint in grid.select("language", "hookpoint").rows():
-        key = f"fvu/{language}"  # in the figures of `encode`, if the language trained no SAE
-        value = inputs.figure(f"train.{hookpoint}", key)
-        values.append(inputs.figure(f"encode.{hookpoint}", key) if value is None else value)
+        value = inputs.figure(f"train.{hookpoint}", f"fvu/{language}")
+        if value is None:  # the language trained no SAE
+            value = inputs.figure("extend", f"added_fvu/{hookpoint}/{language}")
+        values.append(value)
     if all(value is None for value in values):
         return pl.DataFrame()
     return grid.with_columns(pl.Series("value", values, dtype=pl.Float64))
