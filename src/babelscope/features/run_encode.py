@@ -1,5 +1,6 @@
 """Stage `encode <hookpoint>`: how often every latent fires on every language that trains SAEs (training split)."""
 
+import math
 from collections.abc import Sequence
 
 import polars as pl
@@ -53,7 +54,8 @@ def count_added(
     code, rows = codes(held_out["language"], languages), held_out["row"].to_torch()
     inputs = encoded if dictionary.is_transcoder else None
     fvu = quality(dictionary, decoded, rows, code, len(languages), inputs).fvu_of
-    return counted, {f"added_fvu/{hookpoint}/{name}": value for name, value in zip(languages, fvu, strict=True)}
+    figures = {f"added_fvu/{hookpoint}/{name}": value for name, value in zip(languages, fvu, strict=True)}
+    return counted, {key: value for key, value in figures.items() if math.isfinite(value)}
 
 
 def encode(
