@@ -265,6 +265,19 @@ def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 3
 
 
+def test_a_language_more_trains_nothing(repo):
+    before, languages = hashes(repo), SMALL["languages"]
+    set_params(repo, {"languages": [*languages, "fi"], "corpus.train_languages": languages})
+    assert sorted(ran(run(repo, "dvc", "repro", "score"))) == ["extend", "neurons", "sample", "score", "stream"]
+    kept = ("data/activations", "data/corpus/train", "data/encoded", "data/sae")
+    assert [path for path, md5 in hashes(repo).items() if path.startswith(kept) and md5 != before[path]] == []
+    totals = pl.read_parquet(repo / f"data/counts/{SMALL['hookpoints'][0]}.totals.parquet")
+    assert totals["language"].to_list() == [*languages, "fi"] and totals["tokens"].min() > 1000
+    set_params(repo, {"languages": languages, "corpus.train_languages": None})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert hashes(repo) == before
+
+
 def test_without_stored_activations_the_outputs_are_the_same_files(repo):
     before = hashes(repo)
     listed = {path.relative_to(repo) for path in (repo / "data").rglob("*") if path.suffix == ".safetensors"}
