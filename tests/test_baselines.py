@@ -201,7 +201,7 @@ def test_the_stage(ready: Paths) -> None:
     # The features are those of `score`, whose totals `identify` compares, too.
     counts = pl.read_parquet(f"data/counts/{SAE_AT}.parquet")
     params = config.load()
-    stored = run.read_stored(SAE_AT, ready)
+    stored = run.read_stored(SAE_AT, params.languages, ready)
     one = run.trained("features", SAE_AT, stored, params, ready, torch.device("cpu"))
     sums = one.counted.group_by("unit", "language").agg(pl.col("tokens", "texts").sum()).sort("unit", "language")
     assert sums.equals(counts.select("unit", "language", "tokens", "texts").sort("unit", "language"))
