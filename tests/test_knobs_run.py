@@ -116,13 +116,15 @@ def test_released_transcoders_of_gemma(pipeline: Pipeline, tmp_path: Path) -> No
         tmp_path, "gemma2", 3, ["flores-plus"], hookpoints=hookpoints, train__source="pretrained",
         train__transcode=True, pretrained__folder="layer_{layer}/width_48", ablate__methods=["neuron"],
         neurons__hookpoints=["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"], neurons__top_rate=0.2,
-        extract__store_dtype="bfloat16",
+        extract__store_dtype="bfloat16", switching__groups=2,
     )  # fmt: skip
     saes = stand_ins.planted(tmp_path / "model", hookpoints, knobs["languages"], at_input=True)
     folders = {name: f"layer_{layer}/width_48" for layer, name in enumerate(hookpoints)}
     release = stand_ins.saelens_transcoders(tmp_path / "release", saes, folders)
     pipeline.run(changed(knobs, {"pretrained.name": str(release)}))
     assert pipeline.planted_owners(knobs) > 0
+    # Transcoders read the input of a module, from which nothing is removed.
+    assert pipeline.table("switching/pairs").is_empty() and len(pipeline.table("switching/positions"))
 
 
 def test_a_pipeline_that_finds_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
