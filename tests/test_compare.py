@@ -224,7 +224,7 @@ def test_the_page_in_a_browser(repo: Path, chromium: Any) -> None:
         opened.on("console", lambda message, noticed=noticed: noticed.append(message.text))
         opened.goto((repo / "compare.html").as_uri())
         sizes = opened.eval_on_selector_all("picture img", "all => all.map(one => [one.naturalWidth, one.width])")
-        assert len(sizes) == 9 and all(natural > 100 and shown <= width for natural, shown in sizes)
+        assert len(sizes) == 9 and all(natural > 100 and shown == natural for natural, shown in sizes)
         assert opened.evaluate("document.documentElement.scrollWidth") <= width and noticed == []
         opened.close()
 
