@@ -279,7 +279,7 @@ def metrics() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     result["baselines"] = {
         "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3,
-        "repeat/probe": 0.8,
+        "repeat/probe": 0.8, "agreement/probe": 0.9,
         "survive/one/two": 0.75, "same_language/one/two": 0.9, "selected/one": 40,
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.report import charts, headline, verdict
 from babelscope.report.assets import asset, environment, source_hash
 from babelscope.report.parts import Picture, ReportInputs
@@ -48,7 +48,7 @@ def build(inputs: ReportInputs) -> str:
     pictures = [block for block in blocks if isinstance(block, Picture)]
     specs = {picture.name: picture.chart.to_dict() for picture in pictures}  # checked against Vega-Lite's schema
     scripts = [charts.javascript(), asset("page.js")]
-    model = local_name(inputs.params.get("model", {}).get("name", "the model"))
+    model = model_title(inputs.params.get("model", {})) or "the model"
     return (
         environment()
         .from_string(asset("page.html.j2"))

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.config import Config
-from babelscope.config.values import local_name
+from babelscope.config.values import local_name, model_title
 from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically, write_json
@@ -102,7 +102,7 @@ def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = No
     frames = {name: read_table(path) for name, path in files.items()}
     facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
     selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
-    model = local_name(params.model.name)
+    model = model_title(params.model.model_dump())
     return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, facts, cells)
 
 
