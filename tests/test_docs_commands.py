@@ -162,6 +162,7 @@ UNTESTED = {
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
     "uv ": "wants uv; another way to the environment of `make repro`",
+    "mlflow ui": "what `make ui` starts, with an app of its own",
     "make lock": "asks the registry for the hashes; test_release.py compares the lock file with what it locks",
     "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
