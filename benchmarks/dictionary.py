@@ -70,7 +70,7 @@ class Activations:
         for start, end in whole_texts(text, self.params.encode.chunk_tokens):
             values, indices = sae.encode(self.store.gather(rows[start:end]))
             counter.add(values, indices, language[start:end], text[start:end])
-        return sae_lape(counter.frame(0), self.totals, **self.params.score.model_dump())
+        return sae_lape(counter.frame(0), self.totals, **self.params.score.selection)
 
     def quality(self, sae: SAE) -> tuple[float, float]:
         """FVU and share of dead latents, on the held-out rows."""
@@ -88,7 +88,7 @@ def main() -> None:
             zip(("k", "latents", "tokens", "batch", "learning_rate", "weight_decay"), candidate, strict=True)
         )
         start = time.perf_counter()
-        first, second = (activations.fit(changes, seed) for seed in (params.seed, params.stability.seed))
+        first, second = (activations.fit(changes, seed) for seed in (params.seed, params.stability.seeds[0]))
         seconds = (time.perf_counter() - start) / 2
         features = activations.features(first)
         found, (fvu, dead) = (

@@ -27,12 +27,18 @@ ROUNDS, HOOKPOINT = 9, "layers.14.post_feedforward_layernorm"
 
 def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schema.Train) -> float:
     """Seconds for all steps."""
-    optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=BETAS, fused=True)
+    encoder, others = (
+        learner.sae.encoder,
+        [weight for weight in learner.parameters() if weight is not learner.sae.encoder],
+    )
+    groups = [{"params": [encoder], "weight_decay": settings.weight_decay}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
     start = time.perf_counter()
     for number, [(x, y)] in enumerate(pairs):
         optimizer.zero_grad()
         share = lr_multiplier(number, len(pairs), settings.warmup, settings.decay)
-        optimizer.param_groups[0]["lr"] = rate * share
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
         result = learner.loss(x, y, 1)
         result.loss.backward()
         learner.before_update(1)

@@ -47,7 +47,7 @@ def main() -> None:
         rows = pl.DataFrame({"code": code.numpy(), "text": text.numpy()})
         totals = rows.group_by("code").agg(tokens=pl.len(), texts=pl.col("text").n_unique()).sort("code")
         totals = totals.with_columns(language=pl.Series([names[i] for i in totals["code"]])).drop("code")
-        settings = params.score.model_dump() | {"max_entropy": None}
+        settings = params.score.selection | {"max_entropy": None}
         found.append(sae_lape(pl.concat(parts), totals, **settings))
     records, chosen = [], None
     for limit in LIMITS:

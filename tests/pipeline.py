@@ -11,6 +11,7 @@ import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ RESULTS = ("data", "metrics", "reports", ".scratch", "dvc.lock")
 COUNTS = ["layer", "unit", "language", "tokens", "texts", "sum", "max", "min_positive"]
 NLL = ["method", "kind", "ablated", "control", "evaluated", "nll", "tokens", "delta", "low", "high"]
 PREDICTIONS = ["text_id", "language", "method", "normalize", "predicted", "score"]
+CONTROL = ["method", "language", "own", "control", "control_high", "others", "control_others", "excess", "excess_low",
+           "excess_high", "contrast", "contrast_low", "contrast_high", "above", "selective", "decided", "draws", "p",
+           "p_holm", "contrast_p", "contrast_p_holm", "detectable"]  # fmt: skip
 RANKED = ("ablation/ranking", "ablation/curve")
 COLUMNS = {
     "corpus/texts": ["text_id", "language", "split", "group", "source", "text"],
@@ -37,9 +41,8 @@ COLUMNS = {
     "scores/similarity": ["language", "other", "units", "jaccard"],
     "ablation/nll": NLL,
     "ablation/by_layer": ["hookpoint", "layer", *NLL],
-    "ablation/control": ["method", "language", "own", "control", "control_high", "others", "control_others", "excess",
-                         "excess_low", "excess_high", "contrast", "contrast_low", "contrast_high", "above",
-                         "selective", "decided", "draws", "p", "p_holm", "contrast_p", "contrast_p_holm", "detectable"],
+    "ablation/control": CONTROL,
+    "ablation/control_script": CONTROL,
     "ablation/ranking": ["hookpoint", "layer", "unit", "language", "entropy", "rank", "own", "others", "effect",
                          "causal_rank"],
     "ablation/curve": ["method", "language", "top", "features", "tokens", "own", "low", "high", "others", "control"],
@@ -47,6 +50,7 @@ COLUMNS = {
                                "loss_recovered", "low", "high"],
     "stability/features": ["hookpoint", "unit", "language", "partner", "cosine", "overlap", "others", "others_share",
                            "others_cosine", "others_overlap", "matched", "encoder_cosine"],
+    "stability/again": ["hookpoint", "seed", "language", "unit", "probability", "entropy", "rank"],
     "sharing/pairs": ["hookpoint", "layer", "language", "other", "groups", "translations", "random", "typology"],
     "identify/predictions": PREDICTIONS,
     "identify/confusion": ["method", "normalize", "language", "predicted", "texts"],
@@ -83,8 +87,8 @@ def commands(params: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The script of every stage, with its hookpoint or name if it has one, in dvc.yaml's order."""
     for name, stage in config.read_yaml(ROOT / "dvc.yaml")["stages"].items():
         if "matrix" in stage:
-            [values] = stage["matrix"].values()
-            yield from ((name, item) for item in value(params, values.strip("${}")))
+            lists = [value(params, values.strip("${}")) for values in stage["matrix"].values()]
+            yield from ((name, *map(str, items)) for items in product(*lists))
         else:
             yield (name,)
 
@@ -149,7 +153,8 @@ class Pipeline:
     def check_outputs(self, params: dict[str, Any]) -> None:
         """What docs/contracts.md says of every output."""
         section = params["ablate"]
-        absent = set() if section["rank_tokens"] and "feature" in section["methods"] else set(RANKED)
+        absent = set() if section["rank_tokens"] else set(RANKED)
+        absent |= set() if section["script_draws"] else {"ablation/control_script"}
         assert not any((self.folder / f"data/{name}.parquet").exists() for name in absent)
         for name, columns in COLUMNS.items():
             assert name in absent or self.table(name).columns == columns, name
@@ -169,8 +174,8 @@ class Pipeline:
             )
         for hookpoint in params["neurons"]["hookpoints"]:
             assert self.table(f"neurons/{hookpoint}").columns == COUNTS
-        for hookpoint in params["stability"]["hookpoints"]:
-            assert sae.load(self.folder / "data/sae_again", hookpoint).latents == params["train"]["latents"]
+        for hookpoint, seed in product(params["stability"]["hookpoints"], params["stability"]["seeds"]):
+            assert sae.load(self.folder / f"data/sae_again/{seed}", hookpoint).latents == params["train"]["latents"]
         nll, methods = self.table("ablation/nll"), params["ablate"]["methods"]
         assert nll["method"].unique(maintain_order=True).to_list() == methods
         matrix = nll.filter(pl.col("control").is_null())

@@ -1,5 +1,8 @@
 """Ablation on tiny models: exactness against the straightforward way, whatever the family, the method and the place."""
 
+import functools
+import zlib
+
 import numpy as np
 import polars as pl
 import pytest
@@ -158,6 +161,45 @@ def test_same_numbers_as_one_whole_pass_per_text_and_condition(family, method, s
     changed = (result.ablated[1] != result.clean)[torch.tensor([text.content_tokens > 1 for text in texts])]
     assert changed.float().mean() > 0.9
     assert partial.suits(model, max(len(text.ids) for text in texts)) == PARTLY.get(family, False)
+
+
+def logits_under(model, change, text, condition):
+    """The distribution of the next token at each token of a text, one whole pass."""
+    edits = {name: functools.partial(change, name, list(units)) for name, units in condition.items()}
+
+    def content(edit):
+        return lambda x: torch.cat([x[:, : text.special], edit(x)[:, text.special :]], 1)
+
+    with hookpoints.editing(model, {name: content(edit) for name, edit in edits.items()}):
+        return model(input_ids=torch.tensor([text.ids]), use_cache=False).logits[0].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_the_divergence_is_that_of_whole_passes_on_a_sample_of_the_tokens(family, monkeypatch, tmp_path):
+    model = make(family)
+    saes, sets, texts = make_saes(model), make_conditions(model), make_texts(1, 16)
+    monkeypatch.setattr(ablate, "ROWS", 8)
+    diverging = torch.tensor([True, True, False, True, True, True])
+    done = features(model, saes, sets)
+    for every in (1, 3):
+        found = ablate.ablate(model, done, texts, 40, diverging=diverging, kl_every=every, keep=tmp_path / str(every))
+        expected, sampled = torch.zeros(len(sets), len(texts), dtype=torch.float64), []
+        for at, text in enumerate(texts):
+            start = zlib.crc32(text.text_id.encode())
+            chosen = [n for n in range(max(text.special - 1, 0), len(text.ids) - 1) if (start + n) % every == 0]
+            sampled.append(len(chosen))
+            p = logits_under(model, None, text, {})[chosen]
+            for row, condition in enumerate(sets):
+                q = logits_under(model, functools.partial(by_feature, saes), text, condition)[chosen]
+                expected[row, at] = (p.exp() * (p - q)).sum()
+        assert found.sampled.tolist() == sampled and found.kl[2].isnan().all()
+        assert torch.allclose(found.kl[diverging], expected[diverging], rtol=1e-3, atol=1e-5)
+        assert not found.kl[0].any() and found.kl[1].max() > 0.1
+        again = ablate.ablate(model, done, texts, 40, diverging=diverging, kl_every=every, keep=tmp_path / str(every))
+        assert torch.equal(again.kl.nan_to_num(-1), found.kl.nan_to_num(-1))
+    assert sum(sampled) < 0.5 * int(found.tokens.sum())
+    none = ablate.ablate(model, done, texts, 40)
+    assert none.kl.isnan().all() and not none.sampled.any() and torch.equal(none.ablated, found.ablated)
 
 
 def test_neurons_are_set_to_zero_and_inner_hookpoints_are_exact(model):
@@ -400,6 +442,34 @@ def test_units_that_would_be_the_languages_own_at_lower_thresholds_are_not_drawn
         assert units == pool, ratio
 
 
+def test_controls_of_the_script():
+    """Of what fires on ru, 1 fires most often on bg of all others, 2 on en, 3 on ru alone, 4 on none else but bg."""
+    assert conditions.of_script(["ru", "en", "bg", "he", "ja", "zh-TW", "fi", "sr-Latn"]) == {
+        "ru": ["bg"], "bg": ["ru"], "ja": ["zh-TW"], "zh-TW": ["ja"],
+        "en": ["fi", "sr-Latn"], "fi": ["en", "sr-Latn"], "sr-Latn": ["en", "fi"],
+    }  # fmt: skip
+    counted = pl.DataFrame(
+        [(0, "ru", 10), (1, "ru", 10), (1, "bg", 6), (1, "en", 8), (2, "ru", 10), (2, "bg", 6), (2, "en", 20),
+         (3, "ru", 10), (4, "ru", 10), (4, "bg", 30), (5, "en", 9)],
+        schema=COUNTED.schema, orient="row",
+    )  # fmt: skip
+    totals = pl.DataFrame({"language": ["ru", "bg", "en"], "tokens": [100, 100, 200]})
+    owned = pl.DataFrame({"hookpoint": "layers.1", "unit": 0, "language": "ru"}, schema=OWNED.schema)
+    options = {"ratio": 0.5, "by_layer": False, "draws": 20, "seed": 0, "script_draws": 30}
+    what = conditions.conditions(owned, {"layers.1": counted}, totals, ["ru", "en", "bg"], **options)
+    script = what.keys.filter("script")
+    assert script["ablated"].to_list() == ["ru"] * 30 + ["bg"] * 30 and script["hookpoint"].null_count() == 60
+    units = [what.units["layers.1"][row] for row in script["condition"]]
+    assert {unit for [unit] in units[:30]} == {1, 4} and units[30:] == [[]] * 30
+    plain = what.keys.filter(pl.col("control").is_not_null(), ~pl.col("script"), ablated="ru")["condition"]
+    assert {unit for row in plain for unit in what.units["layers.1"][row]} == {1, 2, 4}
+    assert conditions.control_rates(what, {"layers.1": counted}) == {"control_rate/ru": 1, "control_script_rate/ru": 1}
+    some = what.only([0, 3, 4, *script["condition"][:2]])
+    some.units["layers.1"][:] = [[0, 1], [2], [2, 3, 5], [], [4]]
+    rates = conditions.control_rates(some, {"layers.1": counted})
+    assert rates == {"control_rate/ru": 0.75, "control_script_rate/ru": 0.25}
+
+
 def test_controls_where_there_are_few_units():
     few = COUNTED.filter(pl.col("unit").is_in([3, 9, 40, 77, 100, 101]))
     assert drawn(few, "en", 2) == [[100, 101]] * 2
@@ -599,14 +669,19 @@ def tokens_of(texts):
     return np.array([max(len(text.ids) - text.special, 0) for text in texts])
 
 
+def keys_of(rows):
+    """Rows of `ablated`, `hookpoint`, `control`, `top` and, if there is a fifth item, `script`."""
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32, "script": pl.Boolean}
+    frame = pl.DataFrame([(*row, False)[:5] for row in rows], schema=schema, orient="row")
+    return frame.with_row_index("condition").with_columns(pl.col("condition").cast(pl.Int64))
+
+
 def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     texts = [tokens.TokenizedText(f"t{i}", (1, 2, 3), 1) for i in range(60)]
     language = ["en", "fi", "sv"] * 20
     keys = [(name, None, None, None) for name in ("en", "fi", "sv")]
     keys += [(name, None, draw, None) for name in ("en", "fi", "sv") for draw in range(4)]
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
-    frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
-    frame = frame.with_columns(pl.col("condition").cast(pl.Int64))
+    frame = keys_of(keys)
     what = conditions.Conditions(frame, {"h": [[row] for row in range(len(keys))]})
     asked = what.asked(language, np.full(60, 10), 120)
     # en: far above its controls, and far more selective. fi: as its controls. sv: below them, for certain.
@@ -623,8 +698,8 @@ def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
                 at = int(text.text_id[1:])
                 size = (own[name] if language[at] == name else others[name]) if draw is None else 1.0
                 ablated[row, column] = size + noise[number, at] if pairs[row, column] else torch.nan
-        zeros = torch.zeros(len(chosen), dtype=torch.float64)
-        return ablate.TextNLL(zeros, ablated, torch.full((len(chosen),), 10), int(pairs.sum()), 1, 2)
+        zeros, count = torch.zeros(len(chosen), dtype=torch.float64), torch.full((len(chosen),), 10)
+        return ablate.TextNLL(zeros, ablated, count, int(pairs.sum()), 1, 2, ablated / 2, count // 5)
 
     nll_of, made = run.measure_until_decided(what, texts, language, asked, measure, tmp_path, resamples=200, seed=0)
     assert [step[2] for step in steps] == ["step-0", "step-1", "step-2"]
@@ -639,6 +714,57 @@ def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     assert nll_of.share == 0.5 and nll_of.tokens.tolist() == [10] * 60
     _, found = statistics.tables(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
     assert found.select("above", "draws").rows() == [(True, 2), (False, 4), (False, 2)]
+    assert torch.equal(nll_of.kl.isnan(), nll_of.ablated.isnan()) and nll_of.sampled.tolist() == [2] * 60
+
+
+def test_controls_of_the_script_go_on_for_themselves(tmp_path):
+    """The language is far above its controls after one half of the texts, and like those of its script."""
+    rows = [
+        ("en", None, None, None),
+        *(("en", None, draw, None, script) for script in (False, True) for draw in (0, 1)),
+    ]
+    language, texts = ["en", "fi"] * 20, [tokens.TokenizedText(f"t{i}", (1, 2, 3), 1) for i in range(40)]
+    what = conditions.Conditions(keys_of(rows), {"h": [[row] for row in range(len(rows))]})
+    noise = torch.rand((len(rows), 40), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = torch.tensor([9.0, 1, 1, 9, 9], dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.01] * 20) + noise
+    steps = []
+
+    def measure(some, chosen, pairs, keep):
+        steps.append(some.keys.select("control", "script").rows())
+        columns = [int(text.text_id[1:]) for text in chosen]
+        ablated = size[[row for [row] in some.units["h"]]][:, columns].where(pairs, torch.nan)
+        zeros, ten = torch.zeros(len(chosen), dtype=torch.float64), torch.full((len(chosen),), 10)
+        return ablate.TextNLL(zeros, ablated, ten, 0, 1, 2, ablated, ten)
+
+    asked = what.asked(language, np.full(40, 10), None)
+    nll_of, made = run.measure_until_decided(what, texts, language, asked, measure, tmp_path, resamples=200, seed=0)
+    own, first, both = [(None, False)], [(0, False), (1, False)], [(0, True), (1, True)]
+    assert steps == [own + first + both, own + both]
+    found, control = statistics.tables(nll_of, made, "feature", language, ["en", "fi"], 200, 0)
+    assert found["control"].drop_nulls().to_list() == [0, 1]  # no rows of the script's controls
+    bound = statistics.compared(nll_of, made, "feature", language, ["en", "fi"], 200, 0, script=True)
+    assert control["above"].to_list() == [True] and bound["above"].to_list() == [False]
+    mean = float((size[3:, ::2].sum(1) / 200).mean())
+    figures = statistics.against_script(bound)
+    assert figures["dnll_control_script/en"] == figures["dnll_control_script"] == pytest.approx(mean)
+    assert figures["dnll_control_script_high/en"] > mean and figures["languages_with_script"] == 1
+    assert figures["languages_above_script"] == figures["languages_above_script_holm"] == 0
+    won = bound.with_columns(above=True, p_holm=pl.lit(0.01))
+    assert statistics.against_script(won)["languages_above_script_holm"] == 1
+    assert statistics.against_script(bound.clear()) == {}
+
+
+def test_the_divergence_of_a_language_and_of_others_by_hand():
+    rows = [(name, None, draw, None) for draw in (None, 0) for name in ("en", "fi")]
+    nan, language = torch.nan, ["en", "fi", "en", "sv"]
+    kl = torch.tensor([[1.0, 2, 3, nan], [4, 5, nan, 7], [nan] * 4, [nan] * 4], dtype=torch.float64)
+    nll_of = ablate.TextNLL(kl[0], kl, torch.tensor([9] * 4), 0, 0, 0, kl, torch.tensor([1, 2, 4, 3]))
+    what = conditions.Conditions(keys_of(rows), {})
+    found = statistics.divergence(nll_of, what, language, ["en", "fi"])
+    expected = {"kl_own/en": 4 / 5, "kl_own/fi": 5 / 2, "kl_own": 1.65, "kl_others/en": 1.0, "kl_others/fi": 11 / 4}
+    assert found == pytest.approx(expected | {"kl_others": 1.875})
+    nll_of.sampled *= 0
+    assert statistics.divergence(nll_of, what, language, ["en", "fi"]) == {}
 
 
 def test_few_texts_decide_nothing():

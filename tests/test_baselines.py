@@ -15,6 +15,7 @@ from test_neurons_stages import LANGUAGES, SAE_AT, corpus, model, set_params, st
 from babelscope import config, sae
 from babelscope.activations import store
 from babelscope.baselines import dictionaries, directions, intervals, removal, run
+from babelscope.baselines.repeats import alike
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.features import sae_lape
@@ -75,7 +76,7 @@ def test_accuracies_and_their_differences() -> None:
 
 def test_effects() -> None:
     change = np.array([[2.0, 4.0, 1.0, np.nan], [0.0, 0.0, 3.0, 3.0]])
-    found = intervals.effects(change, np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"], 500, 0)
+    found = intervals.effects([change], np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"], 500, 0)
     # Own: 6 nats on 4 tokens and 6 on 4; others: 1 on 1 (the other text was not measured) and 0.
     assert found["own"] == pytest.approx((6 / 4 + 6 / 4) / 2)
     assert found["others"] == pytest.approx((1 / 1 + 0) / 2)
@@ -85,10 +86,35 @@ def test_effects() -> None:
     assert found["own_low"] < found["own"] < found["own_high"]
 
 
+def test_saes_are_a_level_of_the_resampling() -> None:
+    none = np.array([[0.0, np.nan], [np.nan, 0.0]])
+    tokens, language = np.array([1, 1]), ["a", "b"]
+    found = intervals.effects([none, none + 1, none + 2], tokens, language, language, 4000, 0)
+    # One text of each language, so only the SAEs differ: mean 1, and 27 equally likely resamples with means 0 to 2.
+    assert found["own"] == pytest.approx(1) and (found["own_low"], found["own_high"]) == (0, 2)
+    alone = intervals.effects([none + 1], tokens, language, language, 400, 0)
+    assert alone["own_low"] == alone["own_high"] == 1
+
+
+def test_the_matrix_of_the_removal_and_the_correlation_of_two() -> None:
+    change = np.array([[2.0, 4.0, 1.0, np.nan], [0.0, 0.0, np.nan, np.nan]])
+    table = intervals.matrix(change, np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"])
+    assert table[0].tolist() == [6 / 4, 1.0] and table[1, 0] == 0 and np.isnan(table[1, 1])
+    assert intervals.correlation(table, -2 * table + 1) == pytest.approx(-1)
+    assert intervals.correlation(table, np.zeros((2, 2))) is None
+    other = np.array([[1.0, 0.0], [1.0, 5.0]])  # over three cells: (1.5, 1, 0) and (1, 0, 1)
+    assert intervals.correlation(table, other) == pytest.approx(np.corrcoef([1.5, 1, 0], [1, 0, 1])[0, 1])
+
+
+def test_texts_that_both_identify_alike() -> None:
+    first, second = pl.Series(["a", "b", None, "b"]), pl.Series(["a", "a", None, "b"])
+    assert alike(first, second, pl.Series(["x", "x", "y", "y"])) == {"x": 0.5, "y": 0.5}
+
+
 def test_without_a_text_of_its_own_no_language_has_an_effect() -> None:
     none = np.zeros(0, dtype=np.int64)
-    assert intervals.effects(np.zeros((2, 0)), none, [], ["a", "b"], 10, 0) == {}
-    assert intervals.effects(np.array([[np.nan], [1.0]]), np.array([2]), ["a"], ["a", "b"], 10, 0) == {}
+    assert intervals.effects([np.zeros((2, 0))], none, [], ["a", "b"], 10, 0) == {}
+    assert intervals.effects([np.array([[np.nan], [1.0]])], np.array([2]), ["a"], ["a", "b"], 10, 0) == {}
 
 
 def test_a_direction_becomes_that_of_the_others() -> None:
@@ -139,8 +165,12 @@ def prepare(**changes: Any) -> None:
     content = json.loads(Path("params.yaml").read_text())
     content["stability"]["hookpoints"] = [SAE_AT]
     content["train"] |= {"latents": 64, "k": 3, "tokens": 4096, "batch": 128}
+    content["stability"]["seeds"] = [1000, 1001]
     content["baselines"] |= changes
     Path("params.yaml").write_text(json.dumps(content))
+    for seed in (1000, 1001):
+        stage("retrain", SAE_AT, str(seed))
+    stage("stability")
 
 
 def test_the_stage(ready: Paths) -> None:
@@ -170,7 +200,7 @@ def test_the_stage(ready: Paths) -> None:
     assert sums.equals(counts.select("unit", "language", "tokens", "texts").sort("unit", "language"))
     totals = run.selection.totals(stored, "one", LANGUAGES)
     domain = one.counted.filter(domain="one").drop("domain")
-    by_hand = sae_lape(domain, totals, **params.score.model_dump())
+    by_hand = sae_lape(domain, totals, **params.score.selection)
     assert run.choose(one, one.counted, "one", 0, params).equals(
         by_hand.select("language", "unit", "probability", "rank")
     )
@@ -185,8 +215,17 @@ def test_the_stage(ready: Paths) -> None:
     ]
     removed = pl.read_parquet("data/baselines/removal.parquet")
     assert set(removed.filter(trained_on="all", evaluated_on="all")["method"]) == {
-        "features", "diff_mean", "component", "probe",
+        "features", "diff_mean", "component", "probe", "features-seed-1000", "features-seed-1001", "features-all-seeds",
     }  # fmt: skip
+    assert numbers["own/features-all-seeds"] == pytest.approx(
+        np.mean([numbers[f"own/features{end}"] for end in ("", "-seed-1000", "-seed-1001")])
+    )
+    assert -1 <= numbers["correlation/features-seed-1000"] <= 1 and "correlation/features" not in numbers
+    repeats = pl.read_parquet("data/baselines/repeats.parquet").filter(method="features")
+    assert repeats["cosine"].null_count() == 3 and numbers["agreement/features"] == pytest.approx(
+        repeats["agreement"].mean()
+    )
+    assert "repeat/features" not in numbers and 0 <= numbers["agreement/probe"] <= 1
     assert numbers["own/diff_mean"] == removed.filter(method="diff_mean", evaluated_on="all")["own"].item()
     assert {f"repeat/{name}" for name in directions.METHODS} <= set(numbers)
 

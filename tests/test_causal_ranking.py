@@ -150,7 +150,7 @@ def test_the_curve_by_hand():
     keys = [(name, None, draw, None) for name in ("en", "fi") for draw in (None, 0, 1)] + [("en", "h", None, None)]
     keys += [(name, None, draw, top) for top in TOP for draw in (None, 0) for name in ("en", "fi")]
     schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
-    frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition")
+    frame = pl.DataFrame(keys, schema=schema, orient="row").with_row_index("condition").with_columns(script=False)
     size = {1: 1.0, 2: 3.0, 5: 4.0, 10: 4.0, None: 6.0}
     language, tokens = ["en", "en", "en", "fi", "fi"], torch.tensor([10, 20, 10, 10, 10])
     ablated = torch.full((len(keys), 5), torch.nan, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_the_curve_by_hand():
     what = Conditions(frame, {"h": units, "i": [[]] * len(keys)})
     clean = torch.full((5,), 2.0, dtype=torch.float64)
     found, figures = ranking.curve(
-        TextNLL(clean, ablated, tokens, 0, 0, 0), what, "feature", language, ["en", "fi"], 100, 0
+        TextNLL(clean, ablated, tokens, 0, 0, 0, ablated, tokens), what, "feature", language, ["en", "fi"], 100, 0
     )
     en = found.filter(language="en")
     assert en["top"].to_list() == [1, 2, 5, 10, None] and en["features"].to_list() == [1, 2, 5, 10, 20]

@@ -65,7 +65,9 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
             ["layers.14.post_feedforward_layernorm"] * 2,
             "stability.hookpoints: 'layers.14.post_feedforward_layernorm' is listed twice",
         ),
-        ("stability.seed", 0, "stability.seed: 0 is also the seed of the first training; choose another"),
+        ("stability.seeds", [7, 0], "stability.seeds: 0 is also the seed of the first training; choose another"),
+        ("stability.seeds", [7, 7], "stability.seeds: a seed is listed twice"),
+        ("stability.seeds", [], "stability.seeds: "),
         ("stability.cosine", 1.5, "stability.cosine: input should be less than or equal to 1"),
         (
             "train.source",
@@ -112,7 +114,7 @@ def test_every_mistake_names_its_key(key, value, message):
 
 def test_without_a_second_training_its_seed_and_the_source_are_free():
     content = changed("stability.hookpoints", [])
-    content["stability"]["seed"] = content["seed"]
+    content["stability"]["seeds"] = [content["seed"]]
     content["train"]["source"] = "stream"
     assert config.parse(content).stability.hookpoints == []
 
@@ -166,6 +168,29 @@ def test_int8_is_for_stored_activations():
         config.parse(content)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ablate.rank_tokens": 60, "ablate.methods": ["mean", "swap"]},
+         "ablate.rank_tokens: 60 tokens rank .* 'feature', which is not one of ablate.methods; allowed without it: 0"),
+        ({"baselines.ablation_tokens": 60, "stability.hookpoints": []},
+         "baselines.ablation_tokens: .* stability.hookpoints is empty; allowed with it: 0"),
+        ({"script.ablation_tokens": 60, "script.tokens": 0},
+         "script.ablation_tokens: 60, but with script.tokens 0 the stage measures nothing; set"),
+    ],
+)  # fmt: skip
+def test_tokens_that_nothing_would_be_measured_on_are_refused(values, message):
+    content = changed("seed", 0)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        content[section][name] = value
+    with pytest.raises(UserError, match=rf"^params.yaml: {message}"):
+        config.parse(content)
+    (section, _, name), _ = (key.partition(".") for key in values)
+    content[section][name] = 0
+    config.parse(content)
+
+
 def test_several_mistakes_are_told_at_once():
     content = changed("train.k", None)
     del content["seed"]
@@ -217,6 +242,11 @@ def test_a_stage_is_told_which_hookpoints_there_are():
     for wrong in (["train.py"], ["train.py", "layers.7.mlp"]):
         with pytest.raises(UserError, match=rf"one of params.yaml's hookpoints: {hookpoint}, "):
             config.load_at_hookpoint(wrong, path)
+    hookpoint = "layers.14.post_feedforward_layernorm"
+    assert config.load_at_seed(["retrain.py", hookpoint, "1000"], path) == (config.load(path), hookpoint, 1000)
+    for wrong in (["retrain.py", hookpoint], ["retrain.py", hookpoint, "1"], ["retrain.py", hookpoint, "1000", "2"]):
+        with pytest.raises(UserError, match=r"HOOKPOINT SEED, one of params.yaml's stability.seeds: 1000"):
+            config.load_at_seed(wrong, path)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ TESTED = {
     "babelscope features tr --number 20": (LISTED, '"tr", "--number", "2"'),
     "babelscope serve": (SERVED, '["serve"]'),
     "babelscope serve --port 8001": (SERVED, '"serve", "--port", "8001"'),
-    "babelscope compare data/sae data/sae_again": (SAES, '"compare", "data/sae", "other"'),
+    "babelscope compare data/sae data/sae_again/1000": (SAES, '"compare", "data/sae", "other"'),
     "babelscope compare data/sae other --hookpoint layers.10.mlp": (SAES, '"--hookpoint", "layers.10.mlp"'),
     "babelscope compare HEAD workspace": (STATES, '"compare", "HEAD", "workspace"'),
     "babelscope compare main my-experiment --html out/compare.html": (STATES, '"--html", "out/compare.html"'),
@@ -135,6 +135,7 @@ UNTESTED = {
     "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
     "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
+    "dvc exp run -S ablate.script_draws=2": "minutes; test_knobs_run.py runs the stage with this param",
     "dvc config cache.type hardlink": "a setting of DVC's own",
     "dvc config --local": "a setting of DVC's own; test_experiments.py runs the target that makes it",
     "git init": "a command of git's own",

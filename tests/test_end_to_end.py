@@ -95,7 +95,7 @@ def test_every_contract_of_the_outputs(repo):
     assert found_again.columns[:6] == ["hookpoint", "unit", "language", "partner", "cosine", "overlap"]
     compared = features.filter(pl.col("hookpoint").is_in(SMALL["stability.hookpoints"]))
     assert found_again.select("hookpoint", "unit", "language").equals(compared.select("hookpoint", "unit", "language"))
-    assert sae.load(repo / "data/sae_again", "layers.26.mlp").latents == 512
+    assert sae.load(repo / "data/sae_again/1000", "layers.26.mlp").latents == 512
     predictions = pl.read_parquet(repo / "data/identify/predictions.parquet")
     assert predictions.columns == ["text_id", "language", "method", "normalize", "predicted", "score"]
     assert set(predictions["method"]) == {"sae-count", "sae-min-max", "fasttext"}

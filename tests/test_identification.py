@@ -17,7 +17,7 @@ from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
 from babelscope.evaluation import identify
 from babelscope.identification import unit_totals
-from babelscope.identification.metrics import accuracy, confusion, f1, figures, mcnemar
+from babelscope.identification.metrics import accuracy, by_source, confusion, f1, figures, mcnemar
 from babelscope.identification.run import write
 from babelscope.sae.autoencoder import SAE
 
@@ -189,8 +189,8 @@ NUMBER = {
 
 def identified(languages: list[str], root: Path) -> tuple[Any, dict[str, float]]:
     """What the stage writes of texts in `languages`, whose units are right but for Chinese: all of it is zh-CN."""
-    texts = [(f"{name}{i}", name, f"{NUMBER[name]} {i}.") for name in languages for i in range(5)]
-    frame = pl.DataFrame(texts, schema=["text_id", "language", "text"], orient="row")
+    texts = [(f"{name}{i}", name, "ab"[i // 3], f"{NUMBER[name]} {i}.") for name in languages for i in range(5)]
+    frame = pl.DataFrame(texts, schema=["text_id", "language", "source", "text"], orient="row")
     owner = [languages.index(name if name != "zh-TW" else "zh-CN") for name in frame["language"]]
     totals = {"sae-count": F.one_hot(torch.tensor(owner), len(languages)).double()}
     features = pl.DataFrame({"kind": "sae", "language": languages, "unit": range(len(languages))})
@@ -207,6 +207,7 @@ def test_both_are_asked_about_the_same_texts_and_languages(tmp_path: Path) -> No
     for method in ("sae-count/units", "fasttext/none"):
         assert numbers[f"accuracy/{method}"] == numbers[f"macro_f1/{method}"] == 1.0
     assert numbers["mcnemar_p/sae-count/units"] == 1.0
+    assert numbers["source/a/texts"] == 6 and numbers["source/b/accuracy/sae-count/units"] == 1.0
     # What the units make of Chinese is said, too, by itself.
     assert numbers["all_languages/accuracy/sae-count/units"] == 15 / 20 and numbers["all_languages/texts"] == 20
     assert not any(key.startswith("all_languages/") and "fasttext" in key for key in numbers)
@@ -218,6 +219,16 @@ def test_without_two_languages_that_fasttext_knows_the_units_are_alone(tmp_path:
     assert set(predictions["method"]) == {"sae-count"} and len(set(predictions["text_id"])) == 15
     assert numbers["accuracy/sae-count/units"] == 10 / 15 and numbers["texts"] == 15
     assert not any("fasttext" in key or "mcnemar" in key or "all_languages" in key for key in numbers)
+
+
+def test_each_source_of_texts_has_its_own_accuracy() -> None:
+    source = pl.DataFrame({"text_id": list("stuv"), "source": ["x", "x", "x", "y"]})
+    columns = {"text_id": list("stuv"), "language": ["de", "de", "en", "en"], "predicted": ["de", "en", "en", "de"]}
+    predictions = pl.DataFrame(columns).with_columns(method=pl.lit("ours"), normalize=pl.lit("none"))
+    numbers = {"source/x/accuracy/ours/none": 2 / 3, "source/x/texts": 3,
+               "source/y/accuracy/ours/none": 0.0, "source/y/texts": 1}  # fmt: skip
+    assert by_source(predictions, source) == numbers
+    assert by_source(predictions.head(3), source.head(3)) == {}
 
 
 def test_totals_are_those_of_a_loop_over_tokens_and_units() -> None:

@@ -86,11 +86,23 @@ def test_relu_latents_in_words(pipeline: Pipeline, tmp_path: Path, server: Serve
     numbers = pipeline.run(params(
         tmp_path, "qwen3", 2, ["wikipedia"], hookpoints=["layers.0", "layers.1.mlp"],
         extract__store_dtype="float16", train__activation="relu", ablate__methods=["swap", "feature", "mean"],
-        ablate__by_layer=False, ablate__rank_tokens=20, browse__ablation_texts=0, identify__also={"name": "wili-2018",
+        ablate__by_layer=False, ablate__rank_tokens=20, ablate__script_draws=3, ablate__kl_every=1,
+        browse__ablation_texts=0, identify__also={"name": "wili-2018",
             "path": str(stand_ins.wili_2018(tmp_path / "wili", 8))}, identify__also_texts=3,
         explain__endpoint=server.url, explain__model="m", explain__per_language=2, explain__examples=2,
         explain__scored=2, score__example_rate=0.2, score__token_rate=0.05,
     ))  # fmt: skip
+    control = pipeline.table("ablation/control_script")
+    assert control.group_by("method", maintain_order=True).agg("language").rows() == [
+        (method, ["en", "de", "tr"]) for method in ("swap", "feature", "mean")
+    ]
+    for name in ("en", "de", "tr"):
+        assert (
+            control.filter(method="feature", language=name)["control"].item()
+            == (numbers[f"ablate/dnll_control_script/{name}"])
+        )
+    for name in ("en", "de", "ru", "ja", "tr"):
+        assert numbers[f"ablate/kl_own/{name}"] >= 0 and numbers[f"ablate/mean/kl_others/{name}"] >= 0
     table = pipeline.table("explain/explanations")
     assert len(table) == numbers["explain/features"] > 0
     assert table["explanation"].str.starts_with("the <b>token</b>").all()

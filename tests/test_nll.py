@@ -1,5 +1,7 @@
 """NLL without logits for the whole vocabulary: against float64, on the hardest rows, in every family."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -50,6 +52,39 @@ def test_every_family_is_read_in_chunks_and_gives_what_its_logits_give(name, mon
     expected = F.cross_entropy(hookpoints.logits_of(model, stream).double(), wanted, reduction="none")
     assert torch.allclose(nll.stream_nll(model, stream, wanted).double(), expected, atol=1e-5)
 
+    changed, row = stream[[3, 3, 0, 12, 5, 6, 6]] + stream[:7], torch.tensor([3, 3, 0, 12, 5, 6, 6])
+    found = nll.divergence(model, nll.stream_outputs(model, stream), nll.stream_outputs(model, changed), row)
+    p, q = (hookpoints.logits_of(model, x).double().log_softmax(1) for x in (stream[row], changed))
+    assert torch.allclose(found, (p.exp() * (p - q)).sum(1), rtol=1e-4, atol=1e-6) and found.max() > 0.01
+
+
+def test_the_divergence_by_hand():
+    """p = (1/4, 3/4) and q = (1/2, 1/2): KL = 1/4 log 1/2 + 3/4 log 3/2; of p from itself it is 0."""
+    unembedding = nn.Linear(2, 2, bias=False)
+    unembedding.weight = nn.Parameter(torch.eye(2), requires_grad=False)
+    x, y = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]), torch.tensor([[5.0, 5.0], [7.0, 7 + math.log(3)]])
+    found = nll.Head(unembedding, 1.0, None).divergence(x, y, torch.tensor([1, 1]))
+    assert found.tolist() == pytest.approx([math.log(0.5) / 4 + 3 * math.log(1.5) / 4, 0.0], abs=1e-7)
+    assert nll.Head(unembedding, 1.0, None).divergence(x, y[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_divergences_of_any_size_are_those_of_float64():
+    g = torch.Generator().manual_seed(4)
+    unembedding = nn.Linear(64, 20_000, bias=False)
+    unembedding.weight = nn.Parameter(torch.randn((20_000, 64), generator=g), requires_grad=False)
+    x = torch.randn((600, 64), generator=g)
+    x[:100] *= 20  # logits of hundreds, which float32 rounds to 3e-5
+    size = 10 ** torch.linspace(-4, 1, 600)[torch.randperm(600, generator=g)]
+    y = x + size.unsqueeze(1) * torch.randn((600, 64), generator=g)
+    y[0], y[1] = -x[0], x[1]
+    weight = unembedding.weight.double()
+    p, q = ((z.double() @ weight.T).log_softmax(1) for z in (x, y))
+    expected = (p.exp() * (p - q)).sum(1)
+    found = nll.Head(unembedding, 1.0, None).divergence(x, y, torch.arange(600))
+    assert expected.min() < 1e-6 and expected[0] > 1000 and found[1] == 0 and found.min() >= 0
+    assert torch.allclose(found[100:], expected[100:], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=3e-4)
+
 
 def test_rows_with_near_ties_and_large_logits_are_within_1e_4_of_float64():
     g = torch.Generator().manual_seed(3)
@@ -93,3 +128,8 @@ def test_a_model_that_makes_its_logits_otherwise_is_asked_for_all_of_them():
     stream = torch.randn((4, 16))
     expected = F.cross_entropy(hookpoints.logits_of(model, stream), torch.arange(4), reduction="none")
     assert torch.allclose(nll.stream_nll(model, stream, torch.arange(4)), expected, atol=1e-6)
+    both = nll.stream_outputs(model, stream)
+    assert both.shape == (4, VOCABULARY)
+    p, q = both.double().log_softmax(1)[[1, 2]]
+    found = nll.divergence(model, both, both[[2, 1]], torch.tensor([1, 1]))
+    assert torch.allclose(found, torch.stack([(p.exp() * (p - q)).sum(), torch.zeros((), dtype=p.dtype)]), atol=1e-9)

@@ -588,6 +588,23 @@ def test_the_page_says_how_many_languages_are_above_the_control(html: str) -> No
     assert f"the two numbers are 5 of {count} and 0 of {count}." in text
 
 
+def test_divergences_and_controls_of_the_script_are_shown_if_they_were_measured(html: str) -> None:
+    assert "divergence of itself" not in html and "latents of the script" not in html
+    metrics = example.metrics()
+    metrics["ablate"] |= {"kl_own": 0.512, "kl_others": 0.0123, "kl_own/de": 0.51234, "kl_others/de": 0.01234}
+    metrics["ablate"] |= {"control_rate/de": 0.98, "dnll_control_script/de": -0.0123, "control_script_rate/de": 0.456}
+    metrics["ablate"] |= {"languages_with_script": 13, "languages_above_script": 12, "languages_above_script_holm": 11}
+    given = inputs(metrics=metrics, control=example.control())
+    text = " ".join(page.build(given).split())
+    assert "diverges by 0.512 nats/token for the language itself and by 0.012 for the others" in text
+    assert "Of the 13 languages that share their script, the own features cost 12 more" in text and "(11 after" in text
+    head, rows = ((table := own.table(given)).head, {row[0]: row for row in table.rows})
+    assert head[-2:] == ["divergence of itself", "divergence of others"]
+    assert rows["de"][-2:] == ["0.51234", "0.01234"] and rows["fi"][-2:] == ["–", "–"]
+    [table] = [part for part in control.section(given).blocks if isinstance(part, Table)]
+    assert next(row for row in table.rows if row[0] == "de")[-3:] == ["0.98", "−0.0123", "0.46"]
+
+
 def test_the_page_says_which_limit_of_entropy_there_is(html: str) -> None:
     assert "effective languages are counted" not in html
     params = example.params()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -209,7 +210,7 @@ def load_stage(name: str) -> ModuleType:
     return found
 
 
-def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seeds: Sequence[int] = (1,)) -> None:
     """Let the stages read the shipped params.yaml with a small SAE on the CPU, and these for `stability`."""
     train = {"latents": 64, "k": 4, "tokens": 64 * 60, "batch": 64, "log_every": 10}
     params = SHIPPED.model_copy(
@@ -217,12 +218,13 @@ def use(monkeypatch: pytest.MonkeyPatch, *, hookpoints: list[str], seed: int = 1
             "languages": ["en", "tr"],
             "hookpoints": [HOOKPOINT],
             "train": SHIPPED.train.model_copy(update=train),
-            "stability": SHIPPED.stability.model_copy(update={"hookpoints": hookpoints, "seed": seed}),
+            "stability": SHIPPED.stability.model_copy(update={"hookpoints": hookpoints, "seeds": list(seeds)}),
             "hardware": SHIPPED.hardware.model_copy(update={"accelerator": "cpu", "checkpoint_seconds": 0}),
         }
     )
     monkeypatch.setattr(config, "load", lambda: params)
     monkeypatch.setattr(config, "load_at_hookpoint", lambda: (params, HOOKPOINT))
+    monkeypatch.setattr(config, "load_at_seed", lambda: (params, HOOKPOINT, seeds[-1]))
 
 
 @pytest.fixture
@@ -247,7 +249,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_killed_retraining_resumes_to_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, hookpoints=[HOOKPOINT])
-    stage, out = load_stage("retrain"), folder / "data/sae_again" / HOOKPOINT
+    stage, out = load_stage("retrain"), folder / "data/sae_again/1" / HOOKPOINT
     stage.main()
     assert {path.name for path in out.iterdir()} == {"cfg.json", "history.csv", "sae_weights.safetensors"}
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -268,9 +270,10 @@ def test_a_killed_retraining_resumes_to_the_same_bytes(folder: Path, monkeypatch
     assert not list(out.iterdir()) and len(list((folder / ".scratch").iterdir())) == 1
     stage.main()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
-    use(monkeypatch, hookpoints=[HOOKPOINT], seed=2)
+    use(monkeypatch, hookpoints=[HOOKPOINT], seeds=[1, 2])
     stage.main()
-    assert (out / "sae_weights.safetensors").read_bytes() != whole["sae_weights.safetensors"]
+    other = out.parent.parent / "2" / HOOKPOINT / "sae_weights.safetensors"
+    assert other.read_bytes() != (out / other.name).read_bytes() == whole[other.name]
 
 
 def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
@@ -284,7 +287,7 @@ def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
     turned[63] = turned[0]
     meta = {"model_name": "made-up", "hook_name": HOOKPOINT}
     checkpoint.save(first, folder / "data/sae" / HOOKPOINT, meta)
-    checkpoint.save(SAE(turned, turned, bias, torch.zeros(16), 4), folder / "data/sae_again" / HOOKPOINT, meta)
+    checkpoint.save(SAE(turned, turned, bias, torch.zeros(16), 4), folder / "data/sae_again/1" / HOOKPOINT, meta)
     counts = [(unit, language, 100 - unit) for unit in range(64) for language in ("en", "tr")]
     for name in ("counts", "scores"):
         (folder / "data" / name).mkdir()
@@ -330,8 +333,9 @@ def test_the_stage_compares_the_features_of_the_hookpoints_asked_for(
     assert (folder / "data/stability/features.parquet").read_bytes() == written
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_the_second_sae_has_feature_sets_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+def test_each_sae_has_feature_sets_of_its_own_and_figures_are_means_over_seeds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Each token fires two latents of four that are its language's own (0 to 3: en, 4 to 7: tr), and two of the others.
     rows, generator = 1200, torch.Generator().manual_seed(0)
     language = (torch.arange(rows) // 10) % 2
@@ -343,28 +347,51 @@ def test_the_second_sae_has_feature_sets_of_its_own(folder: Path, monkeypatch: p
     store.write_shard(place, 0, x.half())
     store.write_index(place, [rows], 32, "float16", "made-up", HOOKPOINT)
     order = torch.randperm(32, generator=generator)
-    # The second SAE has the same latents in another order, or writes all of them in unrelated directions.
-    decoder = torch.eye(32) if same else torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
-    pair = {"sae": (torch.eye(32), torch.eye(32)), "sae_again": (torch.eye(32)[order], decoder[order])}
-    for name, (encoder, written) in pair.items():
-        dictionary = SAE(encoder, written, torch.zeros(32), torch.zeros(32), 4)
-        checkpoint.save(
-            dictionary, folder / f"data/{name}" / HOOKPOINT, {"model_name": "made-up", "hook_name": HOOKPOINT}
-        )
+    # Seed 1 has the same latents in another order, seed 2 writes all of them in unrelated directions.
+    unrelated = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+    decoders = {"sae": torch.eye(32), "sae_again/1": torch.eye(32)[order], "sae_again/2": unrelated[order]}
+    for name, decoder in decoders.items():
+        encoder = torch.eye(32) if name == "sae" else torch.eye(32)[order]
+        dictionary = SAE(encoder, decoder, torch.zeros(32), torch.zeros(32), 4)
+        meta = {"model_name": "made-up", "hook_name": HOOKPOINT}
+        checkpoint.save(dictionary, folder / f"data/{name}" / HOOKPOINT, meta)
     use(monkeypatch, hookpoints=[HOOKPOINT])
-    for name in ("encode", "score", "stability"):
+    for name in ("encode", "score"):
         load_stage(name).main()
-    table = pl.read_parquet(folder / "data/stability/features.parquet")
-    assert sorted(table.select("language", "unit").rows()) == [(("en", "tr")[i // 4], i) for i in range(8)]
-    numbers = json.loads((folder / "metrics/stability.json").read_text())
-    for name in ("en", "tr"):
-        found = [numbers[f"{key}/{name}"] for key in ("features_matched_share", "write_cosine", "subspace_overlap")]
-        random, high = (numbers[f"subspace_overlap_random{end}/{name}"] for end in ("", "_high"))
-        if same:
-            assert found == [1, pytest.approx(1), pytest.approx(1)] and random == high == 0
-        else:  # expected of unrelated spans: 4 of 32 dimensions
-            assert found[0] == 0 and abs(found[1]) < 0.6 and found[2] < 0.3 and 0.05 < random < high < 0.4
-    assert numbers["latents_matched_share"] == float(same)
+
+    def found(*seeds: int) -> tuple[pl.DataFrame, dict[str, float]]:
+        use(monkeypatch, hookpoints=[HOOKPOINT], seeds=seeds)
+        load_stage("stability").main()
+        table = pl.read_parquet(folder / "data/stability/features.parquet")
+        assert sorted(table.select("language", "unit").rows()) == [(("en", "tr")[i // 4], i) for i in range(8)]
+        again = pl.read_parquet(folder / "data/stability/again.parquet")
+        assert again.schema == run_stability.AGAIN and again["seed"].unique(maintain_order=True).to_list() == [*seeds]
+        # Latent j of the other SAEs is latent order[j] of the first.
+        names = [("en", "tr")[int(order[unit]) // 4] for unit in again["unit"]]
+        assert len(again) == 8 * len(seeds) and again["language"].to_list() == names
+        return table, json.loads((folder / "metrics/stability.json").read_text())
+
+    (same, alike), (other, unlike) = found(1), found(2)
+    for numbers in (alike, unlike):
+        for name in ("en", "tr"):
+            figures = [
+                numbers[f"{key}/{name}"] for key in ("features_matched_share", "write_cosine", "subspace_overlap")
+            ]
+            random, high = (numbers[f"subspace_overlap_random{end}/{name}"] for end in ("", "_high"))
+            if numbers is alike:
+                assert figures == [1, pytest.approx(1), pytest.approx(1)] and random == high == 0
+            else:  # expected of unrelated spans: 4 of 32 dimensions
+                assert figures[0] == 0 and abs(figures[1]) < 0.6 and figures[2] < 0.3 and 0.05 < random < high < 0.4
+    assert alike["latents_matched_share"] == 1 and unlike["latents_matched_share"] == 0
+
+    both, numbers = found(1, 2)
+    assert numbers["stability_features"] == 8 and numbers["features_matched_share"] == 0.5
+    assert not both["matched"].any() and both["partner"].equals(same["partner"])
+    assert both["cosine"].to_list() == pytest.approx(((same["cosine"] + other["cosine"]) / 2).to_list())
+    assert set(numbers) == set(alike)
+    for key in numbers:
+        if "_random" not in key and "chance" not in key:
+            assert numbers[key] == pytest.approx((alike[key] + unlike[key]) / 2), key
     before = (folder / "metrics/stability.json").read_bytes()
     load_stage("stability").main()
     assert (folder / "metrics/stability.json").read_bytes() == before
@@ -385,16 +412,19 @@ def test_without_hookpoints_there_is_an_empty_table(folder: Path, monkeypatch: p
 
 def test_what_params_no_longer_lists_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lock = "".join(
-        f"  {stage}@{name}:\n    outs:\n    - path: data/{folder}/{name}\n"
-        for stage, folder in (("train", "sae"), ("retrain", "sae_again"))
-        for name in (HOOKPOINT, "layers.9.mlp")
-    )
+    items = {f"train@{name}": f"sae/{name}" for name in (HOOKPOINT, "layers.9.mlp")}
+    items |= {
+        f"retrain@{name}-{seed}": f"sae_again/{seed}/{name}" for name in (HOOKPOINT, "layers.9.mlp") for seed in (1, 2)
+    }
+    lock = "".join(f"  {item}:\n    outs:\n    - path: data/{path}\n" for item, path in items.items())
     (tmp_path / "dvc.lock").write_text(f"stages:\n  score: {{}}\n{lock}")
-    kept = [tmp_path / "data/sae" / HOOKPOINT, tmp_path / "data/sae_again"]
-    gone = [tmp_path / "data/sae/layers.9.mlp", *(kept[1] / name for name in (HOOKPOINT, "layers.9.mlp"))]
+    kept = [tmp_path / f"data/sae/{HOOKPOINT}", tmp_path / f"data/sae_again/2/{HOOKPOINT}"]
+    gone = [tmp_path / "data" / path for path in items.values() if tmp_path / "data" / path not in kept]
     for path in (*kept, *gone):
         path.mkdir(parents=True, exist_ok=True)
-    use(monkeypatch, hookpoints=[])
+    use(monkeypatch, hookpoints=[HOOKPOINT], seeds=[2])
     prune.run(config.load(), Paths())
     assert all(path.is_dir() for path in kept) and not any(path.exists() for path in gone)
+    use(monkeypatch, hookpoints=[])
+    prune.run(config.load(), Paths())
+    assert kept[0].is_dir() and kept[1].parent.is_dir() and not kept[1].exists()

@@ -177,9 +177,9 @@ stages:
     outs: [{path: metrics/m.json, hash: md5, md5: bb}, {path: data/sae/layers.2, hash: md5, md5: cc.dir}]
   train@layers.9:
     outs: [{path: data/sae/layers.9, hash: md5, md5: dd.dir}]
-  retrain@layers.2:
+  retrain@layers.2-7:
     params: {params.yaml: {train.k: 2}}
-    outs: [{path: data/sae_again/layers.2, hash: md5, md5: "11.dir"}]
+    outs: [{path: data/sae_again/7/layers.2, hash: md5, md5: "11.dir"}]
   gone: {outs: [{path: z, md5: ee}]}
   track: {deps: [{path: reports, hash: md5, md5: ff.dir}]}
 """
@@ -188,15 +188,22 @@ stages:
 def test_state_is_of_the_current_stages(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text(
         'stages:\n  train:\n    matrix: {hookpoint: "${hookpoints}"}\n'
-        '  retrain:\n    matrix: {hookpoint: "${stability.hookpoints}"}\n  track: {}\n'
+        '  retrain:\n    matrix: {hookpoint: "${stability.hookpoints}", seed: "${stability.seeds}"}\n  track: {}\n'
     )
     (tmp_path / "dvc.lock").write_text(LOCK)
-    params = {"train": {"k": 4}, "languages": ["en", "no"], "hookpoints": ["layers.2"], "stability": {"hookpoints": []}}
+    params = {
+        "train": {"k": 4},
+        "languages": ["en", "no"],
+        "hookpoints": ["layers.2"],
+        "stability": {"hookpoints": [], "seeds": [7]},
+    }
     found = state.read(tmp_path, params)
     expected = {"train.k": "4", "languages": "en, no"}
     assert found.trainings == [state.Training("train@layers.2", expected, "data/sae/layers.2", "cc.dir")]
     assert found.outputs == {"metrics/m.json": "bb", "data/sae/layers.2": "cc.dir"}
     assert found.outdated == []
+    retrained = state.read(tmp_path, params | {"stability": {"hookpoints": ["layers.2"], "seeds": [5, 7]}})
+    assert "data/sae_again/7/layers.2" in retrained.outputs and retrained.hash != found.hash
 
     # Neither a removed stage or hookpoint, nor a command, nor `track` itself is a part of the state.
     (tmp_path / "dvc.lock").write_text(

@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("language", help="one of params.yaml's languages")
     command.add_argument("--number", type=positive, default=10, metavar="N", help="how many features (default: 10)")
     command = add(
-        "compare", compare, "data/sae data/sae_again (two folders), or: compare HEAD~1 workspace (two states)"
+        "compare", compare, "data/sae data/sae_again/1000 (two folders), or: compare HEAD~1 workspace (two states)"
     )
     command.add_argument("first", help="folder or hub id of SAEs; or a git revision, a DVC experiment, or 'workspace'")
     command.add_argument("second", help="the same kind as the first")

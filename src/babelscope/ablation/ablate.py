@@ -9,6 +9,7 @@ from the first hookpoint at which a token changes or, if it cannot restart there
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,16 @@ from babelscope.core.files import write_atomically
 from babelscope.core.resume import read_part
 from babelscope.models import hookpoints as hooks
 from babelscope.models import partial, probing
-from babelscope.models.nll import head_of, stream_nll, targets, text_nll
+from babelscope.models.nll import (
+    ROWS,
+    divergence,
+    head_of,
+    output_nll,
+    outputs,
+    stream_nll,
+    stream_outputs,
+    targets,
+)
 from babelscope.models.tokens import MOST_PADDING, TokenizedText, batches, pad
 
 
@@ -40,6 +50,9 @@ class TextNLL:
     passes: number of (condition, text) pairs that were computed.
     computed, whole: number of (condition, text, token, block) tuples that were computed, and that passes over whole
         texts would compute. Clean passes and padding do not count.
+    kl: divergence of the next token's distribution under a condition from the clean one, sum over a sample of the
+        target tokens, nats, float64 `[conditions, texts]`; NaN where it was not asked for.
+    sampled: tokens in the sample, int64 `[texts]`.
     """
 
     clean: Tensor
@@ -48,6 +61,8 @@ class TextNLL:
     passes: int
     computed: int
     whole: int
+    kl: Tensor
+    sampled: Tensor
 
     @property
     def share(self) -> float:
@@ -56,9 +71,10 @@ class TextNLL:
 
     def add(self, part: "TextNLL", rows: Tensor, columns: Tensor) -> None:
         """Copy `part`, which was measured under the conditions `rows` on the texts `columns` (int64)."""
-        self.clean[columns], self.tokens[columns] = part.clean, part.tokens
+        self.clean[columns], self.tokens[columns], self.sampled[columns] = part.clean, part.tokens, part.sampled
         pairs = rows.unsqueeze(1), columns
-        self.ablated[pairs] = part.ablated.where(~part.ablated.isnan(), self.ablated[pairs])
+        for mine, new in ((self.ablated, part.ablated), (self.kl, part.kl)):
+            mine[pairs] = new.where(~new.isnan(), mine[pairs])
         for key in ("passes", "computed", "whole"):
             setattr(self, key, getattr(self, key) + getattr(part, key))
 
@@ -70,6 +86,8 @@ def ablate(
     batch_tokens: int,
     *,
     asked: Tensor | None = None,
+    diverging: Tensor | None = None,
+    kl_every: int = 0,
     keep: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TextNLL:
@@ -82,6 +100,8 @@ def ablate(
     texts: in `by_length` order.
     batch_tokens: tokens in one forward pass.
     asked: bool `[conditions, texts]`, the pairs that are wanted; None: all.
+    diverging: bool `[conditions]`, the conditions whose divergence is computed; None: all.
+    kl_every: the divergence is computed at every such target token, from one on that depends on the text; 0: at none.
     keep: folder for the result of every batch, from which an interrupted run resumes; the caller deletes it.
     advance: called with the number of target tokens after every batch.
     """
@@ -97,16 +117,18 @@ def ablate(
         part = None if file is None else read_part(file)
         if part is None:
             with torch.inference_mode():
-                run = runner(model, interventions, batch, batch_tokens)
+                run = runner(model, interventions, batch, batch_tokens, diverging, kl_every)
                 part = _batch(run, wanted[:, first : first + len(batch)])
             if file is not None:
                 write_atomically(file, functools.partial(save_file, part))
         parts.append(part)
         first += len(batch)
         advance(int(part["tokens"].sum()))
-    clean, ablated, tokens = (torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens"))
+    clean, ablated, tokens, kl, sampled = (
+        torch.cat([part[key] for part in parts], -1) for key in ("clean", "ablated", "tokens", "kl", "sampled")
+    )
     passes, computed, whole = (sum(int(part[key]) for part in parts) for key in ("passes", "computed", "whole"))
-    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed, whole)
+    return TextNLL(clean, ablated.where(wanted, torch.nan), tokens, passes, computed, whole, kl, sampled)
 
 
 def _runner(
@@ -126,13 +148,19 @@ def _batch(run: "_Partial | _Whole", wanted: Tensor) -> dict[str, Tensor]:
     wanted = wanted.to(run.ids.device)
     ablated = run.clean.expand(len(wanted), -1).clone()
     condition, text = (wanted & run.affected()).nonzero(as_tuple=True)
+    kl = torch.zeros_like(ablated).where(wanted & run.diverging.unsqueeze(1), torch.nan)
     for pairs in run.split(condition, text):
         ablated[condition[pairs], text[pairs]] = run.ablated(condition[pairs], text[pairs])
+        if sum(len(rows) for *_, rows in run.kept) >= ROWS:
+            run.add_divergence(kl)
+    run.add_divergence(kl)
     blocks = len(hooks.blocks(run.model))
     part = {
         "clean": run.clean,
         "ablated": ablated,
-        "tokens": targets(run.mask, run.special).sum(1),
+        "tokens": run.target.sum(1),
+        "kl": kl,
+        "sampled": run.sampled.sum(1),
         "passes": torch.tensor(len(text)),
         "computed": torch.tensor(run.computed),
         "whole": (wanted * run.mask.sum(1)).sum() * blocks,
@@ -147,11 +175,18 @@ class _Run:
     ----------
     layers: the blocks that hold hookpoints, ascending.
     hits: by block of `layers`, bool `[conditions, texts, longest]`, the tokens that a condition changes there.
+    target: bool `[texts, longest]`, the tokens from which a target is predicted.
+    sampled: those of them whose divergence is computed under the conditions `diverging` (bool `[conditions]`).
+    outputs: the clean run's `nll.outputs` at the tokens in `sampled`.
+    kept: those of other passes, with the condition, text and position of each: the divergence is cheaper for many.
     """
 
+    outputs: Tensor
+
     def __init__(
-        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int
-    ) -> None:
+        self, model: Any, interventions: Mapping[str, Intervention], batch: Sequence[TokenizedText], batch_tokens: int,
+        diverging: Tensor | None = None, kl_every: int = 0,
+    ) -> None:  # fmt: skip
         self.model, self.interventions, self.batch_tokens = model, interventions, batch_tokens
         device = hooks.device_of(model)
         self.ids, self.mask = (t.to(device) for t in pad(batch))
@@ -163,7 +198,33 @@ class _Run:
         self.hits = {
             layer: torch.zeros((conditions, *self.ids.shape), dtype=torch.bool, device=device) for layer in self.layers
         }
+        self.target = torch.zeros_like(self.content_mask)
+        self.target[:, :-1] = targets(self.mask, self.special)
+        start = torch.tensor([zlib.crc32(text.text_id.encode()) for text in batch], device=device).unsqueeze(1)
+        self.sampled = self.target & ((start + self.position) % max(kl_every, 1) == 0) & (kl_every > 0)
+        self.diverging = (torch.ones(conditions, dtype=torch.bool) if diverging is None else diverging).to(device)
+        self.diverging &= kl_every > 0
+        self.kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.computed = 0
+
+    def keep(self, condition: Tensor, text: Tensor, here: Tensor, outputs_of: Callable[[Tensor], Tensor]) -> None:
+        """Keep the outputs at the sampled ones of the tokens `here` (bool `[pairs, longest]`) of a pass.
+
+        `outputs_of` gives the outputs at the tokens of a mask like `here`.
+        """
+        wanted = here & self.sampled[text] & self.diverging[condition].unsqueeze(1)
+        pair, position = wanted.nonzero(as_tuple=True)
+        if len(pair):
+            self.kept.append((condition[pair], text[pair], position, outputs_of(wanted)))
+
+    def add_divergence(self, kl: Tensor) -> None:
+        """Add the divergences at the kept tokens to `kl`, float64 `[conditions, texts]`."""
+        if self.kept:
+            condition, text, position, changed = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            row = (self.sampled.flatten().cumsum(0) - 1)[text * self.ids.shape[1] + position]
+            found = divergence(self.model, self.outputs, changed, row)
+            kl.index_put_((condition, text), found, accumulate=True)
+            self.kept.clear()
 
     def affected(self) -> Tensor:
         """Bool `[conditions, texts]`: the pairs in which some token changes."""
@@ -221,8 +282,6 @@ class _Partial(_Run):
         self.blocks, self.in_place = len(hooks.blocks(model)), in_place
         self.predicts = torch.zeros_like(self.content_mask)
         self.predicts[:, :-1] = self.mask[:, 1:].bool()
-        self.target = torch.zeros_like(self.content_mask)
-        self.target[:, :-1] = targets(self.mask, self.special)
         self.token = torch.zeros(self.ids.shape, device=self.ids.device)
         if self.predicts.any():
             kept = sorted({layer + more for layer in self.layers for more in (0, 1)})
@@ -230,6 +289,8 @@ class _Partial(_Run):
             self.memory, last = partial.clean_pass(model, self.ids, self.predicts, kept, recording)
             wanted = self.ids.roll(-1, 1)[self.target]
             self.token[self.target] = stream_nll(model, last[self.target[self.predicts]], wanted)
+            if self.sampled.any():
+                self.outputs = stream_outputs(model, last[self.sampled[self.predicts]])
         self.clean = self.token.double().sum(1)
 
     def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
@@ -263,6 +324,10 @@ class _Partial(_Run):
         wanted = state.tokens & self.target[text]
         next_ids = self.ids.roll(-1, 1)[text][wanted]
         nll[wanted] = stream_nll(self.model, state.hidden[wanted[state.tokens]], next_ids)
+        self.keep(
+            condition, text, state.tokens,
+            lambda sampled: stream_outputs(self.model, state.hidden[sampled[state.tokens]]),
+        )  # fmt: skip
         return nll.double().sum(1)
 
     def _run(self, state: "_State", layers: range, tokens: Tensor, condition: Tensor, text: Tensor) -> "_State":
@@ -294,7 +359,9 @@ class _Whole(_Run):
         super().__init__(model, *batch)
         recording = self.record_hits(torch.arange(self.ids.numel(), device=self.ids.device))
         with hooks.block_inputs(model, self.layers if can_restart else []) as hidden, hooks.editing(model, recording):
-            self.clean = text_nll(model, self.ids, self.mask, self.special)
+            found = outputs(model, self.ids, self.mask)
+        self.clean = output_nll(model, found, self.ids, self.target[:, :-1]).double().sum(1)
+        self.outputs = found[self.sampled]
         self.hidden = dict(hidden)
 
     def split(self, condition: Tensor, text: Tensor) -> list[Tensor]:
@@ -313,4 +380,7 @@ class _Whole(_Run):
         edits = self.edits(layers, condition.unsqueeze(1).expand_as(is_content).flatten(), is_content.flatten())
         self.computed += int(self.mask[text].sum()) * len(layers)
         with hooks.starting_at(self.model, first, hidden), hooks.editing(self.model, edits):
-            return text_nll(self.model, self.ids[text], self.mask[text], self.special[text])
+            found = outputs(self.model, self.ids[text], self.mask[text])
+        self.keep(condition, text, self.target[text], lambda sampled: found[sampled])
+        nll = output_nll(self.model, found, self.ids[text], self.target[text][:, :-1])
+        return nll.double().sum(1)

@@ -1,12 +1,14 @@
 """What is ablated and on which texts: each language's units, at all hookpoints or at one alone, and controls.
 
 Controls are random units that fire as often on a language as its own: they show what any units of this rate would cost.
+A second kind of control is drawn among units of the language's script.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import langcodes
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 NEAR = 20
 # How many of a language's units are removed for the curve of the effect over their number.
 TOP = (1, 2, 5, 10)
+# CLDR's codes for scripts that consist of Han characters, in whole or in part.
+_HAN = ("Hans", "Hant", "Jpan")
 
 
 class Conditions(NamedTuple):
@@ -24,7 +28,7 @@ class Conditions(NamedTuple):
     ----------
     keys: one row per condition: `condition` (its number), `ablated` (language), `hookpoint` (null: all together),
         `control` (draw number; null: the language's own units), `top` (how many of the language's units, those of the
-        largest effect first; null: all).
+        largest effect first; null: all), `script` (bool: a control drawn among units of the language's script).
     units: by hookpoint, the unit numbers of every condition.
     """
 
@@ -35,6 +39,10 @@ class Conditions(NamedTuple):
         """The conditions `rows`, numbered anew."""
         keys = self.keys[list(rows)].with_columns(condition=pl.int_range(len(rows), dtype=pl.Int64, eager=True))
         return Conditions(keys, {name: [sets[row] for row in rows] for name, sets in self.units.items()})
+
+    def whole(self) -> pl.Series:
+        """Which conditions remove all units of a language at all hookpoints, bool `[conditions]`."""
+        return self.keys.select(pl.all_horizontal(pl.col("hookpoint", "control", "top").is_null())).to_series()
 
     def asked(self, language: Sequence[str], tokens: NDArray[np.int64], others_tokens: int | None) -> NDArray[np.bool_]:
         """Which pairs of condition and text are evaluated.
@@ -115,6 +123,7 @@ def conditions(
     by_layer: bool,
     draws: int,
     seed: int,
+    script_draws: int = 0,
     ranking: pl.DataFrame | None = None,
 ) -> Conditions:
     """Every condition of a run.
@@ -129,6 +138,7 @@ def conditions(
     by_layer: also each hookpoint alone (without controls).
     draws: controls per language; 0 for none.
     seed: of the controls.
+    script_draws: controls among units of the script, for each language that shares its script with another one.
     ranking: `hookpoint`, `unit`, `language`, `causal_rank`: also the units of the `TOP` first ranks of each language,
         with one control each if there are draws.
     """
@@ -141,13 +151,27 @@ def conditions(
             random[hookpoint, name] = matched(
                 table, totals, features, hookpoint, name, ratio=ratio, draws=draws, seed=seed
             )
-    rows: list[tuple[str, str | None, int | None, int | None]] = [(name, None, None, None) for name in languages]
-    rows += [(name, None, draw, None) for name in languages for draw in range(draws)]
-    rows += [(name, alone, None, None) for alone in counts if by_layer for name in languages]
+    rows: list[tuple[str, str | None, int | None, int | None, bool]]
+    rows = [(name, None, None, None, False) for name in languages]
+    rows += [(name, None, draw, None, False) for name in languages for draw in range(draws)]
+    rows += [(name, alone, None, None, False) for alone in counts if by_layer for name in languages]
     tops = () if ranking is None else TOP
-    rows += [(name, None, draw, top) for top in tops for draw in (None, 0)[: 1 + min(draws, 1)] for name in languages]
+    rows += [
+        (name, None, draw, top, False)
+        for top in tops for draw in (None, 0)[: 1 + min(draws, 1)] for name in languages
+    ]  # fmt: skip
+    related = of_script(languages) if script_draws else {}
+    rows += [(name, None, draw, None, True) for name in related for draw in range(script_draws)]
+    bound = {
+        (hookpoint, name): matched(
+            table, totals, features, hookpoint, name, ratio=ratio, draws=script_draws, seed=seed, related=others
+        )
+        for hookpoint, table in counts.items() for name, others in related.items()
+    }  # fmt: skip
 
-    def units(hookpoint: str, ablated: str, alone: str | None, draw: int | None, top: int | None) -> list[int]:
+    def units(
+        hookpoint: str, ablated: str, alone: str | None, draw: int | None, top: int | None, script: bool
+    ) -> list[int]:
         if ranking is not None and top is not None:
             first = ranking.filter(pl.col("causal_rank") <= top, hookpoint=hookpoint, language=ablated)["unit"]
             if draw is None:
@@ -156,15 +180,50 @@ def conditions(
                 counts[hookpoint], totals, features, hookpoint, ablated, ratio=ratio, draws=1, seed=seed, own=first
             )[0]
         if draw is not None:
-            return random[hookpoint, ablated][draw]
+            return (bound if script else random)[hookpoint, ablated][draw]
         return own[hookpoint, ablated] if alone in (None, hookpoint) else []
 
-    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
+    schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32, "script": pl.Boolean}
     keys = pl.DataFrame(rows, schema=schema, orient="row").with_row_index("condition")
     return Conditions(
         keys.with_columns(pl.col("condition").cast(pl.Int64)),
         {hookpoint: [units(hookpoint, *row) for row in rows] for hookpoint in counts},
     )
+
+
+def of_script(languages: Sequence[str]) -> dict[str, list[str]]:
+    """The other languages of the same script, by language; without those that share theirs with none.
+
+    The script is that of the tag, or the one in which the language is mostly written according to CLDR. Japanese counts
+    as Han, which it is in part.
+    """
+    script = {name: str(langcodes.Language.get(name).maximize().script) for name in languages}
+    script = {name: "Hani" if code in _HAN else code for name, code in script.items()}
+    found = {name: [one for one in languages if one != name and script[one] == script[name]] for name in languages}
+    return {name: others for name, others in found.items() if others}
+
+
+def control_rates(conditions: Conditions, counts: Mapping[str, pl.DataFrame]) -> dict[str, float]:
+    """How often a language's controls fire on it, relative to its own units, by flat key.
+
+    `control_rate/<language>`, and for controls among units of the script `control_script_rate/<language>`: means over
+    the draws of (token, unit) pairs, as a share of those of the own units. It is below 1 if all units of which controls
+    are drawn fire less often together. `counts`: as in `conditions`.
+    """
+    fires = np.zeros(len(conditions.keys))
+    for hookpoint, table in counts.items():
+        rows = table.select("language", "unit", "tokens").iter_rows()
+        tokens = {(language, unit): count for language, unit, count in rows}
+        sets = zip(conditions.keys["ablated"], conditions.units[hookpoint], strict=True)
+        fires += [sum(tokens.get((language, unit), 0) for unit in units) for language, units in sets]
+    keys = conditions.keys.with_columns(fires=fires).filter(pl.col("hookpoint").is_null(), pl.col("top").is_null())
+    own = dict(keys.filter(pl.col("control").is_null(), pl.col("fires") > 0).select("ablated", "fires").iter_rows())
+    drawn = keys.filter(pl.col("control").is_not_null(), pl.col("ablated").is_in([*own]))
+    means = drawn.group_by("script", "ablated", maintain_order=True).agg(pl.col("fires").mean())
+    return {
+        f"control_{'script_' if script else ''}rate/{name}": mean / own[name]
+        for script, name, mean in means.iter_rows()
+    }
 
 
 def matched(
@@ -178,6 +237,7 @@ def matched(
     draws: int,
     seed: int,
     own: pl.Series | None = None,
+    related: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Random units of `hookpoint` that fire as often on `language` as its own units there.
 
@@ -200,6 +260,7 @@ def matched(
     draws: number of draws.
     seed: of the draws; draws of one hookpoint and language do not depend on others.
     own: the units to match; None: all those of the selection.
+    related: only units are drawn whose highest rate P among the other languages is in one of these.
 
     Returns
     -------
@@ -208,6 +269,8 @@ def matched(
     here = features.filter(pl.col("hookpoint") == hookpoint)
     rates = counts.filter((pl.col("language") == language) & (pl.col("tokens") > 0)).select("unit", "tokens")
     excluded = [*here["unit"].unique(), *_of_one(counts, totals, language, ratio)]
+    if related is not None:
+        rates = rates.filter(pl.col("unit").is_in(_strongest_in(counts, totals, language, related).implode()))
     pool = rates.filter(~pl.col("unit").is_in(excluded)).sort("tokens", "unit")
     matching = here.filter(pl.col("language") == language)["unit"] if own is None else own
     own_rows = matching.to_frame("unit").join(rates, on="unit", how="left")
@@ -226,6 +289,15 @@ def _of_one(counts: pl.DataFrame, totals: pl.DataFrame, language: str, ratio: fl
     share = pl.col("tokens") / pl.col("total")
     members = fired.filter(share >= ratio * share.max().over("unit"))
     return members.filter(pl.len().over("unit") == 1, pl.col("language") == language)["unit"]
+
+
+def _strongest_in(counts: pl.DataFrame, totals: pl.DataFrame, language: str, related: Sequence[str]) -> pl.Series:
+    """Units whose highest rate outside `language` is in one of the languages `related`."""
+    others = counts.filter(pl.col("language") != language).join(
+        totals.select("language", total="tokens"), on="language"
+    )
+    highest = others.sort(-pl.col("tokens") / pl.col("total"), "language").unique("unit", keep="first")
+    return highest.filter(pl.col("language").is_in(related))["unit"]
 
 
 def _draw(pool: NDArray[np.int64], wanted: NDArray[np.int64], random: np.random.Generator) -> list[int]:

@@ -80,7 +80,9 @@ def curve(
     """
     change, tokens = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
     sizes = np.sum([[len(sets) for sets in units] for units in conditions.units.values()], axis=0)
-    together = conditions.keys.filter(pl.col("hookpoint").is_null(), pl.col("control").fill_null(0) == 0)
+    together = conditions.keys.filter(
+        pl.col("hookpoint").is_null(), pl.col("control").fill_null(0) == 0, ~pl.col("script")
+    )
     is_own = np.array(language, dtype=object)[None] == np.array(languages, dtype=object)[:, None]
     number = {(name, draw, top): row for row, name, draw, top in
               together.select("condition", "ablated", "control", "top").iter_rows()}  # fmt: skip

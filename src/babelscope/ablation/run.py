@@ -17,7 +17,7 @@ from babelscope import sae
 from babelscope.ablation import ranking, statistics
 from babelscope.ablation.ablate import TextNLL, ablate
 from babelscope.ablation.attribution import attribute
-from babelscope.ablation.conditions import Conditions, first_half
+from babelscope.ablation.conditions import Conditions, control_rates, first_half
 from babelscope.ablation.conditions import conditions as all_conditions
 from babelscope.ablation.interventions import Intervention, interventions, neurons
 from babelscope.ablation.statistics import against_control
@@ -61,6 +61,7 @@ def run(params: Config, paths: Paths) -> None:
     numbers: dict[str, float | str] = {"primary_method": primary}
     tables: list[pl.DataFrame] = []
     controls: list[pl.DataFrame] = []
+    bounds: list[pl.DataFrame] = []
     ranks = None
     if "feature" in section.methods and section.rank_tokens:
         chosen = texts_of(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
@@ -72,7 +73,7 @@ def run(params: Config, paths: Paths) -> None:
             _totals(paths, method, names[0]),
             languages,
             ratio=params.score.ratio, by_layer=section.by_layer, draws=section.control_draws, seed=params.seed,
-            ranking=ranks if method == "feature" else None,
+            script_draws=section.script_draws, ranking=ranks if method == "feature" else None,
         )  # fmt: skip
         if method == "neuron":
             width = {name: hookpoints.width(model, name) for name in names}
@@ -88,11 +89,17 @@ def run(params: Config, paths: Paths) -> None:
             )
         nll, measured = measure_until_decided(
             every, texts, language, every.asked(language, np.array([*map(target_count, texts)]), section.others_tokens),
-            partial(_measure, model, intervene, method, section.batch_tokens, languages), keep / method,
+            partial(_measure, model, intervene, method, section, languages), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
         found, control = statistics.tables(nll, measured, method, language, languages, section.bootstrap, params.seed)
         figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
+        figures |= statistics.divergence(nll, measured, language, languages)
+        figures |= control_rates(measured, {name: counts[name] for name in names})
+        bound = statistics.compared(
+            nll, measured, method, language, languages, section.bootstrap, params.seed, script=True
+        )
+        figures |= statistics.against_script(bound)
         if ranks is not None and method == "feature":
             curve, more = ranking.curve(nll, measured, method, language, languages, section.bootstrap, params.seed)
             figures |= more
@@ -101,12 +108,15 @@ def run(params: Config, paths: Paths) -> None:
         numbers |= {key if method == primary else f"{method}/{key}": value for key, value in figures.items()}
         tables.append(found)
         controls.append(control)
+        bounds.append(bound)
         report(found, control, figures, languages)
     found, is_alone = pl.concat(tables), pl.col("hookpoint").is_not_null()
     write_atomically(paths.ablation / "nll.parquet", found.filter(~is_alone).select(statistics.COLUMNS).write_parquet)
     alone = found.filter(is_alone).select("hookpoint", "layer", *statistics.COLUMNS)
     write_atomically(paths.ablation / "by_layer.parquet", alone.write_parquet)
     write_atomically(paths.ablation / "control.parquet", pl.concat(controls).write_parquet)
+    if section.script_draws:
+        write_atomically(paths.ablation / "control_script.parquet", pl.concat(bounds).write_parquet)
     write_json(paths.metrics("ablate"), numbers)
     shutil.rmtree(keep, ignore_errors=True)
 
@@ -177,10 +187,12 @@ def measure_until_decided(
     keys, is_first = conditions.keys, first_half(language)
     every_text = np.ones(len(texts), dtype=bool)
     is_control = (keys["control"].is_not_null() & keys["top"].is_null()).to_numpy()
+    of_pool = keys.select("ablated", "script").rows()
     is_later = (keys["control"].fill_null(0) >= FIRST).to_numpy()
     names = keys["ablated"].unique(maintain_order=True).to_list()
     every = torch.full(asked.shape, torch.nan, dtype=torch.float64)
-    nll = TextNLL(every[0].clone(), every, torch.zeros(len(texts), dtype=torch.int64), 0, 0, 0)
+    none = torch.zeros(len(texts), dtype=torch.int64)
+    nll = TextNLL(every[0].clone(), every, none, 0, 0, 0, every.clone(), none.clone())
     undecided = np.ones(len(keys), dtype=bool)
     for step, (rows, columns) in enumerate(((~is_later, is_first), (~is_later, ~is_first), (is_later, every_text))):
         wanted = asked & (rows & (undecided | ~is_control))[:, None] & columns
@@ -192,13 +204,14 @@ def measure_until_decided(
             part = measure(conditions.only(row), [texts[number] for number in column], pairs, keep / f"step-{step}")
             nll.add(part, torch.from_numpy(row), torch.from_numpy(column))
         change = (every - nll.clean).numpy()
-        together = keys.filter(
-            pl.col("hookpoint").is_null(), pl.col("top").is_null(), pl.Series(np.isfinite(change).any(1))
-        )
-        found = against_control(change, nll.tokens.numpy(), language, together, names, resamples, seed)
-        undecided = ~keys["ablated"].is_in(found.filter("decided")["language"].to_list()).to_numpy()
+        known, decided = keys.filter(pl.Series(np.isfinite(change).any(1))), set()
+        for script in (False, True):
+            together = statistics.pool(known, script)
+            found = against_control(change, nll.tokens.numpy(), language, together, names, resamples, seed)
+            decided |= {(name, script) for name in found.filter("decided")["language"]}
+        undecided = np.array([pair not in decided for pair in of_pool])
     measured = (~is_later | np.isfinite(every.numpy()).any(1)).nonzero()[0]
-    nll.ablated = every[measured]
+    nll.ablated, nll.kl = every[measured], nll.kl[measured]
     return nll, conditions.only(measured)
 
 
@@ -206,7 +219,7 @@ def _measure(
     model: Any,
     intervene: Callable[..., Mapping[str, Intervention]],
     method: str,
-    batch_tokens: int,
+    section: schema.Ablate,
     languages: Sequence[str],
     conditions: Conditions,
     texts: list[TokenizedText],
@@ -219,7 +232,10 @@ def _measure(
             {"ablated": [languages.index(name) for name in conditions.keys["ablated"]]} if method != "neuron" else {}
         )
         made = intervene(conditions.units, **options)
-        return ablate(model, made, texts, batch_tokens, asked=asked, keep=keep, advance=progress.update)
+        return ablate(
+            model, made, texts, section.batch_tokens, asked=asked,
+            diverging=conditions.whole().to_torch(), kl_every=section.kl_every, keep=keep, advance=progress.update,
+        )  # fmt: skip
 
 
 def hookpoints_of(method: str, features: pl.DataFrame, params: Config, paths: Paths) -> list[str]:

@@ -69,13 +69,60 @@ def tables(
             layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
         )
         # Controls are evaluated on few texts of other languages, which make no cells; for top units see `curve`.
-        .filter(pl.col("top").is_null(), pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")))
+        .filter(
+            pl.col("top").is_null(),
+            ~pl.col("script").fill_null(False),
+            pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")),
+        )
         .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
         .select(*COLUMNS, "hookpoint", "layer")
     )
-    keys = conditions.keys.filter(pl.col("hookpoint").is_null(), pl.col("top").is_null())
-    control = against_control(ablated - clean, tokens, language, keys, languages, resamples, seed)
-    return found, control.select(pl.lit(method).alias("method"), pl.all())
+    return found, compared(nll, conditions, method, language, languages, resamples, seed)
+
+
+def compared(
+    nll: TextNLL,
+    conditions: Conditions,
+    method: str,
+    language: Sequence[str],
+    languages: Sequence[str],
+    resamples: int,
+    seed: int,
+    *,
+    script: bool = False,
+) -> pl.DataFrame:
+    """`method` and `against_control`, for all parameters see `tables`; `script`: against units of the same script."""
+    change, tokens = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
+    found = against_control(change, tokens, language, pool(conditions.keys, script), languages, resamples, seed)
+    return found.select(pl.lit(method).alias("method"), pl.all())
+
+
+def pool(keys: pl.DataFrame, script: bool) -> pl.DataFrame:
+    """The rows of all hookpoints and all units together, and of their controls of one kind (see `Conditions`)."""
+    is_kind = pl.col("control").is_null() | (pl.col("script") == script)
+    return keys.filter(pl.col("hookpoint").is_null(), pl.col("top").is_null(), is_kind)
+
+
+def against_script(control: pl.DataFrame) -> dict[str, float]:
+    """Key figures of the comparison with units of the same script (`compared`), by flat key.
+
+    `dnll_control_script/<language>` (mean over the draws, nats/token) with `dnll_control_script_high/<language>`;
+    `dnll_control_script` (mean over the languages); `languages_with_script` (that share their script with another one);
+    `languages_above_script`, `languages_above_script_holm`: how many of them are `above` these controls, as in
+    `figures`. Empty without such controls.
+    """
+    if control.is_empty():
+        return {}
+    figures: dict[str, float] = {}
+    for name, value, high in control.select("language", "control", "control_high").iter_rows():
+        figures |= {f"dnll_control_script/{name}": value, f"dnll_control_script_high/{name}": high}
+    above = control.filter("above")
+    return figures | {
+        "dnll_control_script": float(control["control"].mean()),  # type: ignore[arg-type]
+        "languages_with_script": len(control),
+        "languages_above_script": len(above),
+        "languages_above_script_holm": above.filter(pl.col("p_holm") < LEVEL).height,
+    }
 
 
 def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str]) -> dict[str, float]:
@@ -111,6 +158,30 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
         means = cells_alone.group_by("hookpoint", maintain_order=True).agg(pl.col("delta").mean())
         numbers |= {f"{key}/{name}": value for name, value in means.iter_rows()}
     return numbers
+
+
+def divergence(
+    nll: TextNLL, conditions: Conditions, language: Sequence[str], languages: Sequence[str]
+) -> dict[str, float]:
+    """How far the distribution of the next token moves when all units of a language are removed, by flat key.
+
+    `kl_own/<language>`: mean KL divergence from the distribution of the clean run, over the sampled tokens of the
+    language itself, nats/token; `kl_others/<language>`: that over those of the other languages; `kl_own`, `kl_others`:
+    means over the languages. Without a sampled token, there is no figure.
+
+    `nll`, `conditions`, `language`, `languages`: as in `tables`.
+    """
+    kl, of_text = nll.kl.numpy(), np.array(language, dtype=object)
+    row = dict(conditions.keys.filter(conditions.whole()).select("ablated", "condition").iter_rows())
+    figures: dict[str, float] = {}
+    for key in ("kl_own", "kl_others"):
+        found = {}
+        for name in languages:
+            here = np.isfinite(kl[row[name]]) & ((of_text == name) == (key == "kl_own"))
+            if count := int(nll.sampled.numpy()[here].sum()):
+                found[f"{key}/{name}"] = float(kl[row[name], here].sum() / count)
+        figures |= found | ({key: float(np.mean([*found.values()]))} if found else {})
+    return figures
 
 
 def cells(

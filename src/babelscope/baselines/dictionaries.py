@@ -36,7 +36,7 @@ def run(params: Config, paths: Paths, name: str) -> None:
         extract(params, paths, own, read, is_random=name == "random_model")
     if name == "neurons":
         return
-    for number, seed in enumerate((params.seed, params.stability.seed)):
+    for number, seed in enumerate((params.seed, params.stability.seeds[0])):
         train(params, own, name, hookpoint, seed, own.saes_again if number else own.saes)
 
 

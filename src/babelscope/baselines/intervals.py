@@ -44,16 +44,18 @@ def accuracies(right: Mapping[str, Bools], resamples: int, seed: int) -> pl.Data
 
 
 def effects(
-    change: Floats, tokens: NDArray[np.int64], language: Sequence[str], languages: Sequence[str], resamples: int,
-    seed: int,
+    changes: Sequence[Floats], tokens: NDArray[np.int64], language: Sequence[str], languages: Sequence[str],
+    resamples: int, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """The mean change of the NLL of the languages themselves, of the others, and their difference, with 95 % intervals.
 
-    Means over the languages of `sum of changes / sum of tokens`, over resamples of each language's texts.
+    Means over the languages of `sum of changes / sum of tokens`, over resamples of each language's texts and, if there
+    are several, of the SAEs.
 
     Parameters
     ----------
-    change: nats, `[languages, texts]`: row i is without what marks language i; NaN where it was not measured.
+    changes: of each SAE, nats, `[languages, texts]`: row i is without what marks language i; NaN where it was not
+        measured, at the same places for all SAEs.
     tokens: target tokens, `[texts]`.
     language: of each text.
 
@@ -63,13 +65,17 @@ def effects(
     was measured on a text of its own.
     """
     codes = np.array([list(languages).index(name) for name in language])
-    random, known = np.random.default_rng(seed), ~np.isnan(change)
+    random, known = np.random.default_rng(seed), ~np.isnan(changes[0])
     # Resampled once per language: the texts of a language are the same for every row.
     weight = np.zeros((resamples + 1, len(tokens)))
     weight[0] = 1.0  # the sample itself
     for code in np.unique(codes):
         texts = np.flatnonzero(codes == code)
         weight[1:, texts] = random.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), size=resamples)
+    number = len(changes)
+    share = np.full((resamples + 1, number), 1 / number)  # of each SAE
+    if number > 1:
+        share[1:] = random.multinomial(number, share[0], size=resamples) / number
     own: list[Floats] = []
     others: list[Floats] = []
     for row in range(len(languages)):
@@ -77,7 +83,8 @@ def effects(
             texts = np.flatnonzero((codes == code) & known[row])
             if len(texts):
                 total = np.maximum(weight[:, texts] @ tokens[texts], 1.0)
-                (own if code == row else others).append(weight[:, texts] @ change[row, texts] / total)
+                sums = np.stack([weight[:, texts] @ change[row, texts] for change in changes], axis=1)
+                (own if code == row else others).append((share * sums).sum(axis=1) / total)
     if not own:
         return {}
     parts = {"own": np.mean(own, axis=0), "others": np.mean(others, axis=0) if others else np.zeros(resamples + 1)}
@@ -87,3 +94,24 @@ def effects(
         low, high = np.quantile(values[1:], [0.025, 0.975])
         result |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return result
+
+
+def matrix(change: Floats, tokens: NDArray[np.int64], language: Sequence[str], languages: Sequence[str]) -> Floats:
+    """The change of the NLL by removed language and language of the texts, nats/token; NaN where it was not measured.
+
+    Parameters as those of `effects`, for one SAE; `[languages, languages]`.
+    """
+    of = np.array([[name == one for one in language] for name in languages]).T
+    known = ~np.isnan(change)
+    with np.errstate(invalid="ignore"):
+        table: Floats = (np.where(known, change, 0.0) @ of) / ((known * tokens) @ of)
+    return table
+
+
+def correlation(first: Floats, second: Floats) -> float | None:
+    """Pearson's correlation over the cells that both hold; None if it is not defined."""
+    known = ~np.isnan(first) & ~np.isnan(second)
+    both = first[known], second[known]
+    if known.sum() < 3 or not all(part.std() > 0 for part in both):
+        return None
+    return float(np.corrcoef(*both)[0, 1])

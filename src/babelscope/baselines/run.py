@@ -5,7 +5,6 @@ All identify the language of the same held-out texts, selected or fitted on all 
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -15,7 +14,8 @@ from babelscope import sae
 from babelscope.activations.store import ActivationStore, place
 from babelscope.baselines import dictionaries, directions, intervals, removal, selection
 from babelscope.baselines.directions import Classifier, Floats
-from babelscope.baselines.selection import Stored
+from babelscope.baselines.repeats import REPEATS, repeats
+from babelscope.baselines.selection import ALL, Again, Dictionary, Stored
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.files import read_table, write_atomically, write_json
@@ -23,9 +23,7 @@ from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
 from babelscope.models import hardware, loading, matmul, tokens
 from babelscope.models import hookpoints as hooks
-from babelscope.sae.autoencoder import SAE
 
-ALL = "all"
 # Pairs that are hard to tell apart, or share a script: by the language's code without region.
 PAIRS = (("es", "pt"), ("ru", "bg"), ("zh", "ja"), ("de", "en"))
 Schema = dict[str, type[pl.DataType]]
@@ -34,31 +32,10 @@ IDENTIFICATION: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on", 
 IDENTIFICATION |= {"texts": pl.Int64} | dict.fromkeys(["accuracy", "low", "high"], pl.Float64) | _INTERVAL
 REMOVAL: Schema = dict.fromkeys(["method", "trained_on", "evaluated_on"], pl.String)
 REMOVAL |= dict.fromkeys([f"{k}{e}" for k in ("own", "others", "contrast") for e in ("", "_low", "_high")], pl.Float64)
-REPEATS = {"method": pl.String, "language": pl.String, "cosine": pl.Float64}
+REMOVAL |= {"correlation": pl.Float64}
 FEATURES = {"unit": pl.Int32, "language": pl.String, "selected_on": pl.String, "domain": pl.String}
 FEATURES |= {"selected": pl.Boolean, "same_language": pl.Boolean}
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Dictionary:
-    """Units that may belong to languages: latents of `sae`, or neurons if it is None.
-
-    Attributes
-    ----------
-    hookpoint: whose activations the units are computed from, and where they are removed.
-    counted: their firings by domain, see `selection.counts`.
-    again: an SAE from another seed with its firings, or None.
-    units: the selected units by domain ("all": on all texts).
-    """
-
-    name: str
-    hookpoint: str
-    stored: Stored
-    sae: SAE | None
-    counted: pl.DataFrame
-    again: tuple[SAE, pl.DataFrame] | None = None
-    units: dict[str, pl.DataFrame] = field(default_factory=dict)
 
 
 def run(params: Config, paths: Paths) -> None:
@@ -91,7 +68,7 @@ def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFr
     x = {split: selection.text_means(stored, split, size) for split in ("train", "eval")}
     found = {
         "identification": identification(every, x, stored.texts, domains, params, paths, device),
-        "repeats": repeats(every, x["train"], stored.texts.filter(split="train"), params),
+        "repeats": repeats(every, x, stored.texts, params, device),
         "transfer": transfer(every[0], domains, languages, params.score.ratio),
     }
     if params.baselines.ablation_tokens:
@@ -136,9 +113,15 @@ def trained(
         return Dictionary(name, read, stored, None, selection.counts(stored, None, read, size, device))
     first = sae.load(at.saes, hookpoint).to(device)
     found = Dictionary(name, read, stored, first, selection.counts(stored, first, read, size, device))
-    if name != intervals.REFERENCE:  # stage `stability` has that of the features
+    if name == intervals.REFERENCE:
+        units = read_table(paths.features_again).filter(hookpoint=hookpoint)
+        for seed in params.stability.seeds:
+            other = sae.load(paths.saes_again / str(seed), hookpoint).to(device)
+            found.again[seed] = Again(other, units.filter(seed=seed))
+    else:
         second = sae.load(at.saes_again, hookpoint).to(device)
-        found.again = second, selection.counts(stored, second, read, size, device)
+        counted = selection.counts(stored, second, read, size, device)
+        found.again[params.stability.seeds[0]] = Again(second, choose(found, counted, ALL, 0, params), counted)
     return found
 
 
@@ -218,42 +201,6 @@ def pairs(languages: Sequence[str]) -> list[list[str]]:
     return [[by_code[a], by_code[b]] for a, b in PAIRS if a in by_code and b in by_code]
 
 
-def repeats(every: Sequence[Dictionary], x: Floats, texts: pl.DataFrame, params: Config) -> pl.DataFrame:
-    """The cosine of what marks a language with the same after a repetition.
-
-    For directions: fitted on each of two halves of the training texts. For dictionaries: `sum_u z_u W_dec[u]` over the
-    selected units, averaged over the language's training tokens, of two SAEs from different seeds.
-    """
-    rows: list[tuple[str, str, float]] = []
-    place_in_language = texts.select(pl.col("text_id").rank("ordinal").over("language"))["text_id"]
-    halves = [((place_in_language % 2) == half).to_numpy() for half in (0, 1)]
-    codes = tokens.codes(texts["language"], params.languages).numpy()
-    if all(set(codes[half]) == set(codes) for half in halves):
-        for name, method in directions.METHODS.items():
-            first, second = (method(x[half], codes[half], len(params.languages)).directions for half in halves)
-            cosines = (first * second).sum(axis=1)
-            rows += [(name, language, float(c)) for language, c in zip(params.languages, cosines, strict=True)]
-    for one in every:
-        if one.again is None or one.sae is None:
-            continue
-        again, counted = one.again
-        both = (one.sae, one.counted, one.units[ALL]), (again, counted, choose(one, counted, ALL, 0, params))
-        for language in params.languages:
-            written = [write(dictionary, table, units, language) for dictionary, table, units in both]
-            if all(vector.any() for vector in written):
-                cosine = torch.nn.functional.cosine_similarity(written[0], written[1], dim=0)
-                rows.append((one.name, language, float(cosine)))
-    return pl.DataFrame(rows, schema=REPEATS, orient="row")
-
-
-def write(dictionary: SAE, counted: pl.DataFrame, units: pl.DataFrame, language: str) -> torch.Tensor:
-    """`sum_u (sum of u's activations) W_dec[u]` over the language's units, float64 `[d]`."""
-    sums = counted.filter(language=language).group_by("unit").agg(pl.col("sum").sum())
-    sums = sums.join(units.filter(language=language).select("unit"), on="unit").sort("unit")
-    rows = dictionary.W_dec.detach().cpu()[sums["unit"].cast(pl.Int64).to_torch()].double()
-    return sums["sum"].to_torch() @ rows
-
-
 def transfer(one: Dictionary, domains: Sequence[str], languages: Sequence[str], ratio: float) -> pl.DataFrame:
     """What becomes of features selected on one domain in the others.
 
@@ -303,18 +250,49 @@ def removals(
         for domain in (ALL, *domains) if one.name == intervals.REFERENCE else (ALL,):
             change = removal.of_units(one.units[domain], one.sae, width, languages, device)
             jobs.append((one.name, domain, one.hookpoint, change))
-    rows = []
+    seeds = [f"{intervals.REFERENCE}-seed-{seed}" for seed in every[0].again]
+    for name, again in zip(seeds, every[0].again.values(), strict=True):
+        change = removal.of_units(again.units, again.sae, 0, languages, device)
+        jobs.append((name, ALL, hookpoint, change))
+    changes: dict[tuple[str, str], list[Floats]] = {}
     for name, domain, at, intervention in jobs:
         nll = removal.measure(model, at, intervention, texts, language, languages, params.ablate.batch_tokens, limit)
-        deltas, count = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
-        for evaluated in (ALL, *domains):
-            kept = [i for i, text in enumerate(texts) if evaluated in (ALL, domain_of.get(text.text_id))]
-            names = [language[i] for i in kept]
+        changes[name, domain] = [(nll.ablated - nll.clean).numpy()]
+    first = changes[intervals.REFERENCE, ALL]
+    changes[f"{intervals.REFERENCE}-all-seeds", ALL] = sum((changes[name, ALL] for name in seeds), first)
+    of_domain = {
+        name: [i for i, text in enumerate(texts) if name in (ALL, domain_of.get(text.text_id))]
+        for name in (ALL, *domains)
+    }
+    return removal_table(changes, seeds, nll.tokens.numpy(), language, of_domain, params)
+
+
+def removal_table(
+    changes: Mapping[tuple[str, str], list[Floats]], seeds: Sequence[str], count: Any, language: Sequence[str],
+    of_domain: Mapping[str, list[int]], params: Config,
+) -> pl.DataFrame:  # fmt: skip
+    """The table `removal`, from the change of the NLL of every text (see `intervals.effects`).
+
+    `correlation`: of features of another seed, over the cells of the matrix (removed language, language of the texts),
+    with the matrix of the first SAE. In rows with several SAEs, these are a level of the resampling.
+
+    `changes`: by method and domain. `seeds`: the methods that are features of another seed. `count`: tokens of each
+    text. `of_domain`: the numbers of the texts of a domain.
+    """
+    languages, rows, first = params.languages, [], changes[intervals.REFERENCE, ALL]
+    for (name, domain), deltas in changes.items():
+        correlation = None
+        if name in seeds:
+            both = [intervals.matrix(change, count, language, languages) for change in (*first, *deltas)]
+            correlation = intervals.correlation(*both)
+        for evaluated, kept in of_domain.items():
             found = intervals.effects(
-                deltas[:, kept], count[kept], names, languages, params.ablate.bootstrap, params.seed
-            )
+                [change[:, kept] for change in deltas], count[kept], [language[i] for i in kept], languages,
+                params.ablate.bootstrap, params.seed,
+            )  # fmt: skip
             if found:  # a small sample may lack texts of a domain
-                rows.append({"method": name, "trained_on": domain, "evaluated_on": evaluated} | found)
+                labels = {"method": name, "trained_on": domain, "evaluated_on": evaluated}
+                rows.append({**labels, **found, "correlation": correlation if evaluated == ALL else None})
     return pl.DataFrame(rows, schema=REMOVAL)
 
 
@@ -326,8 +304,9 @@ def figures(
     `accuracy/<method>` and `difference/<method>` (to the features) on all languages and texts, each with `_low` and
     `_high`; `accuracy/<method>/<languages>` of pairs; `accuracy/<method>/<trained on>/<evaluated on>` of domains, on
     all languages; `own/<method>` and `others/<method>` (nats/token) without what marks the language, with intervals;
-    `repeat/<method>` (mean cosine); `survive/<domain>/<other>` and `same_language/<domain>/<other>`, the share of the
-    features selected on one domain that the other selects, or that belong to the same language there.
+    `repeat/<method>` (mean cosine) and `agreement/<method>` (mean over the languages); `correlation/<method>` of the
+    removal with that of the first SAE; `survive/<domain>/<other>` and `same_language/<domain>/<other>`, the share of
+    the features selected on one domain that the other selects, or that belong to the same language there.
     """
     numbers: dict[str, float] = {}
     for row in identification.iter_rows(named=True):
@@ -344,10 +323,13 @@ def figures(
             numbers[f"accuracy/{method}/{row['languages'].replace('/', '-')}"] = row["accuracy"]
     for row in removal.iter_rows(named=True):
         pair = "" if row["trained_on"] == row["evaluated_on"] == ALL else f"/{row['trained_on']}/{row['evaluated_on']}"
-        for key in list(REMOVAL)[3:]:
-            numbers[f"{key}/{row['method']}{pair}"] = row[key]
-    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine").mean())
-    numbers |= {f"repeat/{name}": value for name, value in means.iter_rows()}
+        known = [key for key in list(REMOVAL)[3:] if row[key] is not None]
+        numbers |= {f"{key}/{row['method']}{pair}": row[key] for key in known}
+    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine", "agreement").mean())
+    for key, column in (("repeat", "cosine"), ("agreement", "agreement")):
+        numbers |= {
+            f"{key}/{name}": mean for name, mean in means.drop_nulls(column).select("method", column).iter_rows()
+        }
     for (one, other), rows in transfer.group_by("selected_on", "domain", maintain_order=True):
         numbers[f"survive/{one}/{other}"] = rows["selected"].mean()  # type: ignore[assignment]
         numbers[f"same_language/{one}/{other}"] = rows["same_language"].mean()  # type: ignore[assignment]
@@ -371,5 +353,7 @@ def report(identification: pl.DataFrame, removal: pl.DataFrame, repeats: pl.Data
             ["removed", "own dNLL", "others' dNLL"],
             [[r["method"], f"{r['own']:+.4f}", f"{r['others']:+.4f}"] for r in rows],
         )
-    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine").mean())
-    stage.table(["repeated", "mean cosine"], [[name, f"{mean:.3f}"] for name, mean in means.iter_rows()])
+    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine", "agreement").mean())
+    stage.table(["repeated", "mean cosine", "same answer"], [
+        [name, *("-" if mean is None else f"{mean:.3f}" for mean in both)] for name, *both in means.iter_rows()
+    ])  # fmt: skip

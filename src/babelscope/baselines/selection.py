@@ -1,6 +1,7 @@
 """Units of one hookpoint selected on the texts of one domain or of all, and what they score on held-out texts."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from babelscope.identification.classify import identify
 from babelscope.identification.unit_totals import UnitTotals, owned
 from babelscope.models.names import layer_of
 from babelscope.sae.autoencoder import SAE
+
+# The domain of features that are selected on all texts.
+ALL = "all"
 
 
 class Stored(NamedTuple):
@@ -40,6 +44,36 @@ class Stored(NamedTuple):
         row, text = self.row[kept], self.text[kept]
         for start, end in whole_texts(text, size):
             yield self.store.gather(row[start:end]), text[start:end]
+
+
+@dataclass
+class Again:
+    """A dictionary from another seed: the SAE, its selected units, and their firings unless stage `stability` knows."""
+
+    sae: SAE
+    units: pl.DataFrame
+    counted: pl.DataFrame | None = None
+
+
+@dataclass
+class Dictionary:
+    """Units that may belong to languages: latents of `sae`, or neurons if it is None.
+
+    Attributes
+    ----------
+    hookpoint: whose activations the units are computed from, and where they are removed.
+    counted: their firings by domain, see `selection.counts`.
+    again: by seed, each SAE from another seed.
+    units: the selected units by domain ("all": on all texts).
+    """
+
+    name: str
+    hookpoint: str
+    stored: Stored
+    sae: SAE | None
+    counted: pl.DataFrame
+    again: dict[int, Again] = field(default_factory=dict)
+    units: dict[str, pl.DataFrame] = field(default_factory=dict)
 
 
 def text_means(stored: Stored, split: str, size: int) -> NDArray[np.float64]:
@@ -104,7 +138,7 @@ def select(
     """
     sums = in_domain(counted, domain).group_by("layer", "unit", "language").agg(pl.col("tokens", "texts").sum())
     if neurons is None:
-        found = sae_lape(sums, totals, **score.model_dump())
+        found = sae_lape(sums, totals, **score.selection)
     else:
         width, wanted = neurons
         found = lape(sums, totals, units=width, top_rate=min(1.0, wanted / width))

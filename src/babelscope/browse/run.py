@@ -81,7 +81,7 @@ def choose(params: Config, paths: Paths) -> tuple[pl.DataFrame, pl.DataFrame]:
         [scan_table(paths.counts(name)).with_columns(hookpoint=pl.lit(name)) for name in params.hookpoints]
     )
     every = {"members": None, "max_entropy": None, "top": None}
-    candidates = sae_lape(counts, totals, **params.score.model_dump() | every)
+    candidates = sae_lape(counts, totals, **params.score.selection | every)
     if selected.join(candidates, on=KEY, how="anti").height:
         raise UserError(
             f"{paths.features}: other features than {paths.all_counts} and params.yaml give; run `dvc repro score`"

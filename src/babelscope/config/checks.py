@@ -45,7 +45,7 @@ class Config(schema.Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Config":
-        checks = (_neurons, _sources, _stability, _baselines, _steer, _hardware, _languages)
+        checks = (_neurons, _ablate, _sources, _stability, _baselines, _script, _steer, _hardware, _languages)
         if problem := next((problem for check in checks for problem in check(self)), None):
             raise ValueError(problem)
         return self
@@ -63,6 +63,14 @@ def _neurons(params: Config) -> Iterator[str]:
         yield (
             "ablate.methods: 'neuron' sets neurons to 0, but neurons.hookpoints is empty; "
             "allowed without neurons: feature, mean, swap, directional, additive"
+        )
+
+
+def _ablate(params: Config) -> Iterator[str]:
+    if params.ablate.rank_tokens and "feature" not in params.ablate.methods:
+        yield (
+            f"ablate.rank_tokens: {params.ablate.rank_tokens} tokens rank the features for the method 'feature', which "
+            "is not one of ablate.methods; allowed without it: 0"
         )
 
 
@@ -110,15 +118,28 @@ def _stability(params: Config) -> Iterator[str]:
     for name in chosen:
         if name not in params.hookpoints:
             yield f"stability.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
-    if chosen and params.stability.seed == params.seed:
-        yield f"stability.seed: {params.seed} is also the seed of the first training; choose another"
+    if chosen and params.seed in params.stability.seeds:
+        yield f"stability.seeds: {params.seed} is also the seed of the first training; choose another"
 
 
 def _baselines(params: Config) -> Iterator[str]:
     if params.baselines.dictionaries and not params.stability.hookpoints:
         yield "baselines.dictionaries: they need a hookpoint, and stability.hookpoints is empty; allowed with it: []"
+    if params.baselines.ablation_tokens and not params.stability.hookpoints:
+        yield (
+            "baselines.ablation_tokens: the removal needs a hookpoint, and stability.hookpoints is empty; "
+            "allowed with it: 0"
+        )
     if params.baselines.dictionaries and params.train.transcode:
         yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
+
+
+def _script(params: Config) -> Iterator[str]:
+    if params.script.ablation_tokens and not params.script.tokens:
+        yield (
+            f"script.ablation_tokens: {params.script.ablation_tokens}, but with script.tokens 0 the stage measures "
+            "nothing; set script.tokens above 0, or script.ablation_tokens to 0"
+        )
 
 
 def _hardware(params: Config) -> Iterator[str]:

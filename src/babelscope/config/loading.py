@@ -194,6 +194,21 @@ def load_at_hookpoint(arguments: Sequence[str] | None = None, path: Path = Path(
     return params, rest[0]
 
 
+def load_at_seed(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str, int]:
+    """`load_at_hookpoint`, and the one of `stability.seeds` that the stage's command line names after the hookpoint.
+
+    Raises
+    ------
+    UserError: as `load_at_hookpoint`; or there is no seed, or params.yaml does not list it.
+    """
+    script, *rest = sys.argv if arguments is None else arguments
+    params, hookpoint = load_at_hookpoint([script, *rest[:1]], path)
+    if rest[1:] not in [[str(seed)] for seed in params.stability.seeds]:
+        allowed = ", ".join(map(str, params.stability.seeds))
+        raise UserError(f"usage: python {script} HOOKPOINT SEED, one of params.yaml's stability.seeds: {allowed}")
+    return params, hookpoint, int(rest[1])
+
+
 def load_at_dictionary(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str]:
     """`load`, and the one of `baselines.dictionaries` that the stage's command line names.
 

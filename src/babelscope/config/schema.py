@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -97,10 +97,10 @@ class Corpus(Section):
         return self
 
 
-def distinct(what: str) -> Callable[[list[str]], list[str]]:
+def distinct(what: str) -> Callable[[list[Any]], list[Any]]:
     """A validator that refuses a list with the same item twice; `what` names an item in the message."""
 
-    def check(names: list[str]) -> list[str]:
+    def check(names: list[Any]) -> list[Any]:
         if len(set(names)) < len(names):
             raise ValueError(f"a {what} is listed twice")
         return names
@@ -196,10 +196,16 @@ class Score(Section):
     ratio: Annotated[float, Field(gt=0.0, le=1.0)]
     members: Positive
     max_entropy: Annotated[float, Field(ge=0.0, le=100.0)] | None
+    random_tokens: Annotated[int, Field(ge=0, le=2**26)]
     same_language: bool
     order: Literal["entropy", "probability"]
     top: Positive | None
     per_layer: bool
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The arguments of `features.sae_lape`."""
+        return self.model_dump(exclude={"random_tokens"})
 
 
 class Neurons(Section):
@@ -211,11 +217,13 @@ class Neurons(Section):
 
 
 class Stability(Section):
-    """Second SAEs of some hookpoints from another seed, which show which features are found again."""
+    """SAEs of some hookpoints from other seeds, which show which features are found again."""
 
     hookpoints: Hookpoints
-    seed: Seed
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     cosine: Annotated[float, Field(gt=0.0, le=1.0)]
+
+    _distinct = field_validator("seeds")(distinct("seed"))
 
 
 class Sharing(Section):
@@ -232,11 +240,13 @@ class Ablate(Section):
     ]
     additive_factor: Annotated[float, Field(ge=-1e6, le=1e6)]
     control_draws: Annotated[int, Field(ge=0, le=10_000)]
+    script_draws: Annotated[int, Field(ge=0, le=10_000)]
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Size
     by_layer: bool
     tokens: Positive | None
     others_tokens: Positive | None
+    kl_every: Annotated[int, Field(ge=0, le=2**40)]
     rank_tokens: Annotated[int, Field(ge=0, le=2**40)]
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
 

@@ -19,13 +19,14 @@ class Paths:
         self.stream = self.data / "stream"  # stream: files that `train` and `encode` copy
         self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was
         self.saes = self.data / "sae"  # train: one folder per hookpoint
-        self.saes_again = self.data / "sae_again"  # retrain: SAEs of some hookpoints from another seed
+        self.saes_again = self.data / "sae_again"  # retrain: by seed, SAEs of some hookpoints
         self.all_counts = self.data / "counts"  # encode: the folder of `counts` and `totals`
         self.hookpoints = self.data / "hookpoints.json"  # prune: the hookpoints that params.yaml lists
         self.loss_recovered = self.data / "quality/loss_recovered.parquet"  # quality: per SAE and language
         self.features = self.data / "scores/features.parquet"  # score: the selected features
         self.similarity = self.data / "scores/similarity.parquet"  # score: how many features languages share
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
+        self.features_again = self.data / "stability/again.parquet"  # stability: the features of SAEs from other seeds
         self.sharing = self.data / "sharing/pairs.parquet"  # sharing: latents that texts share with translations
         self.dictionaries = self.data / "dictionaries"  # dictionary: one folder per name, see `dictionary`
         self.baselines = self.data / "baselines"  # baselines: `identification`, `removal`, `repeats`, `transfer`

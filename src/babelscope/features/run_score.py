@@ -27,12 +27,23 @@ def run(params: Config, paths: Paths) -> None:
         writers[paths.neurons / "totals.parquet"] = "neurons"
     totals = read_totals(writers, params.languages)
     counts = [scan_counts(paths.counts(name), name) for name in params.hookpoints]
-    section = params.score.model_dump()
-    features = select(sae_lape(pl.concat(counts), totals, **section), counts, totals, "sae")
+    section = params.score.selection
+    selected, alike = sae_lape(pl.concat(counts), totals, **section), None
+    if params.score.random_tokens:
+        from babelscope.features import random_tokens  # its imports take seconds, and by default it is off
+
+        random = random_tokens.firing(params, paths, paths.saes, params.hookpoints)
+        others = random_tokens.without(pl.concat(counts), totals, random, params.score.ratio)
+        alike = selected.join(others.select(KEY).unique().collect(), on=KEY, how="anti")
+        selected = sae_lape(others, totals, **section)
+    features = select(selected, counts, totals, "sae")
     every = {"members": None, "max_entropy": None, "top": None}
     candidates = sae_lape(pl.concat(counts), totals, **section | every)
     shared = dict(candidates.unique(KEY).group_by("members").len().iter_rows())
     content = numbers(features, counts, params.languages, "features")
+    if alike is not None:
+        content["features_on_random_tokens"] = alike.n_unique(KEY)
+        log.info("%d features fire on random tokens as on their language, and are left out", alike.n_unique(KEY))
     content |= {f"shared_by/{k}": shared.get(k, 0) for k in range(1, len(params.languages) + 1)}
     limit = "" if params.score.max_entropy is None else ", or a higher max_entropy,"
     report(features, params.languages, "features", f"a lower score.example_rate or token_rate{limit} finds more")

@@ -1,8 +1,12 @@
-"""Stage `stability`: which features an SAE trained from another seed finds again, and whether they fire alike."""
+"""Stage `stability`: which features SAEs trained from other seeds find again, and whether they fire alike.
+
+Each of them is compared with the first SAE. Figures are means over `stability.seeds` and hookpoints.
+"""
 
 import logging
 import zlib
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
-from babelscope.features import sae_lape, stability
+from babelscope.features import random_tokens, sae_lape, stability
 from babelscope.features.run_encode import encode
 from babelscope.models import hardware
 from babelscope.models.tokens import codes
@@ -33,23 +37,32 @@ SCHEMA = pl.Schema({
     "others": pl.Int64, "others_share": pl.Float64, "others_cosine": pl.Float64, "others_overlap": pl.Float64,
     "matched": pl.Boolean, "encoder_cosine": pl.Float64,
 })  # fmt: skip
+AGAIN = pl.Schema({
+    "hookpoint": pl.String, "seed": pl.Int64, "language": pl.String, "unit": pl.Int32, "probability": pl.Float64,
+    "entropy": pl.Float64, "rank": pl.Int64,
+})  # fmt: skip
 log = logging.getLogger(__name__)
 
 
 def run(params: Config, paths: Paths) -> None:
-    """Write `paths.stability` and the stage's metrics."""
+    """Write the tables `paths.stability` and `paths.features_again`, and the stage's metrics."""
     features = read_table(paths.features).filter(kind="sae").select("hookpoint", "unit", "language")
     threshold = params.stability.cosine
-    schema = SCHEMA | {"by_chance": pl.Boolean}
+    schema = SCHEMA | {"by_chance": pl.Boolean, "seed": pl.Int64}
     parts, every, sets = [pl.DataFrame(schema=schema)], [], []
-    for hookpoint in params.stability.hookpoints:
-        own, found = features.filter(hookpoint=hookpoint), latents(params, paths, hookpoint)
-        compared = stability.with_baseline(own, found, threshold)
+    others = [pl.DataFrame(schema=AGAIN)]
+    for hookpoint, seed in product(params.stability.hookpoints, params.stability.seeds):
+        own, found = features.filter(hookpoint=hookpoint), latents(params, paths, hookpoint, seed)
+        compared = stability.with_baseline(own, found, threshold).with_columns(seed=pl.lit(seed))
         parts.append(compared.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
         every.append(found)
-        sets.append(compare_sets(params, paths, hookpoint, own))
+        again, compared_sets = compare_sets(params, paths, hookpoint, own, seed)
+        sets.append(compared_sets)
+        again = again.with_columns(hookpoint=pl.lit(hookpoint), seed=pl.lit(seed))
+        others.append(again.select(pl.col(name).cast(dtype) for name, dtype in AGAIN.items()))
     table = pl.concat(parts)
-    write_atomically(paths.stability, table.select(SCHEMA.names()).write_parquet)
+    write_atomically(paths.stability, over_seeds(table).write_parquet)
+    write_atomically(paths.features_again, pl.concat(others).write_parquet)
     numbers = figures(table, threshold)
     if every:
         names = {"latents_matched_share": "matched", "latents_matched_share_chance": "by_chance",
@@ -61,7 +74,15 @@ def run(params: Config, paths: Paths) -> None:
     report(table, numbers, threshold)
 
 
-def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
+def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
+    """One row per feature: means over the seeds; `matched` in all of them; `partner` in the SAE of the first seed."""
+    first, every = pl.col("partner", "others").first(), pl.col("matched").all(ignore_nulls=False)
+    means = pl.col([name for name, dtype in SCHEMA.items() if dtype == pl.Float64]).mean()
+    grouped = table.group_by("hookpoint", "unit", "language", maintain_order=True)
+    return grouped.agg(first, every, means).select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items())
+
+
+def latents(params: Config, paths: Paths, hookpoint: str, seed: int) -> pl.DataFrame:
     """All latents of the first SAE: `unit`, `tokens` (train split), `partner`, `cosine`, `overlap` (held-out split).
 
     With the one-to-one partner: `decoder_cosine`, `encoder_cosine`, and `matched`, whether both reach the threshold.
@@ -71,7 +92,7 @@ def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
     if not counts.is_file():
         raise UserError(f"{counts}: no such file; run `dvc repro encode@{hookpoint}`")
     device = hardware.prepare(params.hardware)
-    first, second = (sae.load(folder, hookpoint).to(device) for folder in (paths.saes, paths.saes_again))
+    first, second = (sae.load(folder, hookpoint).to(device) for folder in (paths.saes, paths.saes_again / str(seed)))
     cosine, partner = stability.partners(first.W_dec, second.W_dec)
     weights, others = ((dictionary.W_dec, dictionary.encoder) for dictionary in (first, second))
     matched = stability.match(weights, others)
@@ -101,7 +122,9 @@ def latents(params: Config, paths: Paths, hookpoint: str) -> pl.DataFrame:
     return found.join(tokens, on="unit", how="left").with_columns(pl.col("tokens").fill_null(0))
 
 
-def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.DataFrame) -> dict[str, list[Any]]:
+def compare_sets(
+    params: Config, paths: Paths, hookpoint: str, features: pl.DataFrame, seed: int
+) -> tuple[pl.DataFrame, dict[str, list[Any]]]:
     """Each language's first k features in both SAEs, where k is the number of features in the SAE that has fewer.
 
     The second SAE's features are selected as `score` selects those of the first (`features`: `unit`, `language`, in
@@ -110,13 +133,17 @@ def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.Data
 
     Returns
     -------
-    By language, without those that have no features in one of the SAEs: `write_cosine` on the held-out split,
-    `subspace_overlap`, and the overlaps of the first set with `_DRAWS` random ones (nan: there are too few latents).
+    The features of the second SAE. By language, without those that have no features in one of the SAEs: `write_cosine`
+    on the held-out split, `subspace_overlap`, and the overlaps of the first set with `_DRAWS` random ones (nan: there
+    are too few latents).
     """
-    folders = (paths.saes, paths.saes_again)
+    folders = (paths.saes, paths.saes_again / str(seed))
     decoders = [sae.load(folder, hookpoint).W_dec.detach() for folder in folders]
-    counts, totals = encode(hookpoint, params, paths, paths.saes_again)
-    again = sae_lape(counts, totals, **params.score.model_dump())
+    counts, totals = encode(hookpoint, params, paths, folders[1])
+    if params.score.random_tokens:
+        rates = random_tokens.firing(params, paths, folders[1], [hookpoint]).drop("hookpoint")
+        counts = random_tokens.without(counts, totals, rates, params.score.ratio).collect()
+    again = sae_lape(counts, totals, **params.score.selection)
 
     def dense(counts: pl.DataFrame, column: str, latents: int) -> NDArray[np.float64]:
         table = np.zeros((len(params.languages), latents))
@@ -136,17 +163,18 @@ def compare_sets(params: Config, paths: Paths, hookpoint: str, features: pl.Data
         pool = np.setdiff1d(tokens[code].nonzero()[0], again["unit"])
         random = np.full(_DRAWS, np.nan)
         if len(pool) >= k:
-            seed = [params.seed, *(zlib.crc32(name.encode()) for name in (hookpoint, language))]
+            draw = params.seed + params.stability.seeds.index(seed)
+            entropy = [draw, *(zlib.crc32(name.encode()) for name in (hookpoint, language))]
             wanted = np.sort(tokens[code, sets[1][:k]])[::-1]
-            drawn = pool[stability.random_sets(tokens[code, pool], wanted, _DRAWS, np.random.default_rng(seed))]
+            drawn = pool[stability.random_sets(tokens[code, pool], wanted, _DRAWS, np.random.default_rng(entropy))]
             random = np.array([stability.subspace_overlap(first[0], decoders[1][units]) for units in drawn])
         overlap = stability.subspace_overlap(first[0], second[0])
         found[language] = [stability.write_cosine(first, second), overlap, random]
-    return found
+    return again, found
 
 
 def of_sets(sets: list[dict[str, list[Any]]], languages: list[str]) -> dict[str, float]:
-    """The figures of `compare_sets`, means over hookpoints; of the random sets the mean and the 97.5 % quantile."""
+    """The figures of `compare_sets`, means over hookpoints and seeds; `random`: mean, 97.5 % quantile."""
     numbers: dict[str, float] = {}
     for language in languages:
         rows = [found[language] for found in sets if language in found]
@@ -159,19 +187,24 @@ def of_sets(sets: list[dict[str, list[Any]]], languages: list[str]) -> dict[str,
 
 
 def groups(table: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The rows of all features, of each hookpoint and of each language, each with the suffix of its keys."""
-    yield "", table.unique(["hookpoint", "unit"], maintain_order=True)  # languages may share a feature
+    """The rows (one per seed) of all features, of each hookpoint and of each language, and the suffix of their keys."""
+    yield "", table.unique(["hookpoint", "unit", "seed"], maintain_order=True)  # languages may share a feature
     for (hookpoint,), rows in table.group_by("hookpoint", maintain_order=True):
-        yield f"/{hookpoint}", rows.unique("unit", maintain_order=True)
+        yield f"/{hookpoint}", rows.unique(["unit", "seed"], maintain_order=True)
     for (language,), rows in table.group_by("language", maintain_order=True):
         yield f"/{language}", rows
+
+
+def count(rows: pl.DataFrame) -> int:
+    """The number of features in the rows of all seeds."""
+    return len(rows) // max(1, rows["seed"].n_unique())
 
 
 def figures(table: pl.DataFrame, threshold: float) -> dict[str, float]:
     """For each group of `groups`: the number of features, the share found again, and means."""
     numbers: dict[str, float] = {}
     for group, rows in groups(table):
-        numbers[f"stability_features{group}"] = len(rows)
+        numbers[f"stability_features{group}"] = count(rows)
         means = {
             "stability_share": (rows["cosine"] >= threshold).mean(),
             "stability_cosine": rows["cosine"].mean(),
@@ -205,7 +238,7 @@ def report(table: pl.DataFrame, numbers: dict[str, float], threshold: float) -> 
     lines = []
     for group, rows in groups(table):
         cells = [f"{shown(own + group)} ({shown(others + group)})" for own, others in pairs.values()]
-        lines.append([group[1:] or "all", len(rows), *cells, shown(f"write_cosine{group}")])
+        lines.append([group[1:] or "all", count(rows), *cells, shown(f"write_cosine{group}")])
     stage.table([f"cosine >= {threshold:g}", "features", *pairs, "write cosine"], lines)
     names = ("latents_matched_share", "latents_matched_share_chance", "pw_mcc", "pw_mcc_chance")
     every = [numbers[name] for name in names]

@@ -77,6 +77,24 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
     return numbers
 
 
+def by_source(predictions: pl.DataFrame, source: pl.DataFrame) -> dict[str, float]:
+    """`source/<source>/accuracy/<method>/<normalize>` and `source/<source>/texts` if there are several sources.
+
+    Parameters
+    ----------
+    predictions: as in `figures`.
+    source: `text_id` and `source` (where the text comes from) of every text.
+    """
+    numbers: dict[str, float] = {}
+    if source["source"].n_unique() < 2:
+        return numbers
+    joined = predictions.join(source, on="text_id").sort("source", maintain_order=True)
+    for (name, method, normalize), rows in joined.group_by("source", "method", "normalize", maintain_order=True):
+        numbers[f"source/{name}/accuracy/{method}/{normalize}"] = accuracy(rows["language"], rows["predicted"])
+        numbers[f"source/{name}/texts"] = len(rows)
+    return numbers
+
+
 def _right(truth: pl.Series, predicted: pl.Series) -> pl.Series:
     _check_lengths(truth, predicted)
     return (truth == predicted).fill_null(False)

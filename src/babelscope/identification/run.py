@@ -160,6 +160,7 @@ def write(
     write_atomically(paths.identification / f"{name}_confusion.parquet".lstrip("_"), confusion.write_parquet)
     numbers = metrics.figures(predictions, compared, BASELINE) | {"texts": len(known), "languages": len(compared)}
     report(name or "held out", numbers)
+    numbers |= metrics.by_source(predictions, known.select("text_id", "source"))
     everything = by_units(texts, totals, features, params.languages, params.languages)
     if len(compared) < len(params.languages) and everything:
         alone = metrics.figures(pl.concat(everything), params.languages, BASELINE) | {"texts": len(texts)}

@@ -1,4 +1,4 @@
-"""NLL of tokens and texts under a causal language model, computed without all logits `[tokens, vocabulary]` in memory.
+"""NLL and divergence under a causal language model, computed without all logits `[tokens, vocabulary]` in memory.
 
 With a vocabulary of 262,144, the logits of a batch are larger than the model. An NLL needs only one logit and the
 log-sum-exp of all, so logits are computed for chunks of the vocabulary that stay in the cache (the online softmax of
@@ -93,6 +93,39 @@ class Head:
             total = total * (largest - higher).exp() + logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
             largest = higher
         return total.log() + (largest - target)
+
+    def divergence(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        """KL(p || q), p being the distribution given `x[row[i]]` and q the one given `y[i]`; float64 nats `[tokens]`.
+
+        `sum_v p_v (log p_v - log q_v)` over the whole vocabulary. With the logits a of p and b of q, this is
+        `sum_v e^a_v (a_v - b_v) / S - log S + log T`, S and T being the sums of `e^a_v` and `e^b_v`. All three sums are
+        taken over the same chunks, relative to the largest logit so far.
+
+        Parameters
+        ----------
+        x, y: the unembedding's inputs, `[n, d]` and `[tokens, d]`; `row`: int64 `[tokens]`, a row of x for each of y.
+        """
+        parts = [self._divergence(x, y[i : i + ROWS], row[i : i + ROWS]) for i in range(0, len(y), ROWS)]
+        return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+
+    def _divergence(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        kept, row = torch.unique(row, return_inverse=True)
+        sizes, padded = (len(kept), len(y)), (pad_rows(x[kept], _MULTIPLE), pad_rows(y, _MULTIPLE))
+        largest = [torch.full((size, 1), -torch.inf, device=x.device) for size in sizes]
+        totals = [torch.zeros(size, dtype=torch.float64, device=x.device) for size in sizes]
+        difference = torch.zeros_like(totals[1])
+        for first in range(0, self.unembedding.out_features, COLUMNS):
+            last = min(first + COLUMNS, self.unembedding.out_features)
+            both = [self.logits(z, first, last)[:size] for z, size in zip(padded, sizes, strict=True)]
+            higher = [torch.maximum(top, part.amax(1, keepdim=True)) for top, part in zip(largest, both, strict=True)]
+            before = [(top - new).exp().squeeze(1) for top, new in zip(largest, higher, strict=True)]
+            p, q = ((part - new).exp_() for part, new in zip(both, higher, strict=True))
+            totals = [total * less + part.sum(1) for total, less, part in zip(totals, before, (p, q), strict=True)]
+            between = torch.linalg.vecdot(p[row], both[0][row] - both[1])
+            difference = difference * before[0][row] + between
+            largest = higher
+        s, t = (total.log() + top.squeeze(1) for total, top in zip(totals, largest, strict=True))
+        return (difference / totals[0][row] - s[row] + t).clamp_min(0)
 
     def gradient(self, x: Tensor, wanted: Tensor) -> Tensor:
         """The gradient of `nll(x, wanted)` with respect to `x`, `[tokens, d]`, in the dtype of `x`.
@@ -217,15 +250,22 @@ def token_nll(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     -------
     Nats, float32 `[texts, longest - 1]`; 0 for tokens that are not in `target`.
     """
-    head, wanted = head_of(model), ids[:, 1:][target]
+    return output_nll(model, outputs(model, ids, mask), ids, target)
+
+
+def outputs(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """What decides the model's distribution at each token of a whole pass: `[texts, longest, width]`.
+
+    These are the unembedding's inputs, or the logits themselves if the model has no `Head`. `ids`, `mask`: as in
+    `text_nll`.
+    """
+    return _outputs(model, lambda: model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+
+
+def output_nll(model: Any, found: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    """`token_nll` from the `outputs` of the pass."""
     nll = torch.zeros(target.shape, device=ids.device)
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if head is None:
-        nll[target] = _logits_nll(model(**inputs).logits[:, :-1][target], wanted)
-        return nll
-    with entering_unembedding(model, stop=True) as entered:
-        model(**inputs)
-    nll[target] = head.nll(entered[0][:, :-1][target], wanted)
+    nll[target] = _output_nll(model, found[:, :-1][target], ids[:, 1:][target])
     return nll
 
 
@@ -236,30 +276,52 @@ def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:
     gradient.
     """
     head, wanted = head_of(model), ids[:, 1:][target]
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with torch.enable_grad():
+        last = outputs(model, ids, mask)[:, :-1][target]
         if head is None:
-            _logits_nll(model(**inputs).logits[:, :-1][target], wanted).sum().backward()  # type: ignore[no-untyped-call]
+            _logits_nll(last, wanted).sum().backward()  # type: ignore[no-untyped-call]
             return
-        with entering_unembedding(model, stop=True) as entered:
-            model(**inputs)
-        last = entered[0][:, :-1][target]
     last.backward(head.gradient(last.detach(), wanted))  # type: ignore[no-untyped-call]
 
 
 def stream_nll(model: Any, hidden: Tensor, wanted: Tensor) -> Tensor:
     """NLL of the token `wanted[i]` (int64) given the residual stream after all blocks, `hidden` `[tokens, d]`; nats."""
-    head = head_of(model)
 
     def part(hidden: Tensor, wanted: Tensor) -> Tensor:
-        padded, rows = pad_rows(hidden, _MULTIPLE), len(hidden)
-        if head is None:
-            return _logits_nll(hooks.logits_of(model, padded)[:rows], wanted)
-        with entering_unembedding(model, stop=True) as entered:
-            hooks.logits_of(model, padded)
-        return head.nll(entered[0].squeeze(1)[:rows], wanted)
+        return _output_nll(model, stream_outputs(model, hidden), wanted)
 
     return _in_parts(part, ROWS, hidden, wanted)
+
+
+def stream_outputs(model: Any, hidden: Tensor) -> Tensor:
+    """The `outputs` that follow from the residual stream after all blocks, `hidden` `[tokens, d]`."""
+    padded = pad_rows(hidden, _MULTIPLE)
+    return _outputs(model, lambda: hooks.logits_of(model, padded)).flatten(0, -2)[: len(hidden)]
+
+
+def divergence(model: Any, clean: Tensor, changed: Tensor, row: Tensor) -> Tensor:
+    """KL divergence of the distributions after `changed[i]` from those after `clean[row[i]]`; see `Head.divergence`.
+
+    `clean`, `changed`: `outputs` of single tokens, `[n, width]` and `[tokens, width]`. Float64 nats, `[tokens]`.
+    """
+    if (head := head_of(model)) is not None:
+        return head.divergence(clean, changed, row)
+    p, q = (logits.double().log_softmax(1) for logits in (clean, changed))
+    return nn.functional.kl_div(q, p[row], reduction="none", log_target=True).sum(1).clamp_min(0)
+
+
+def _outputs(model: Any, forward: Callable[[], Tensor]) -> Tensor:
+    """`outputs` of `forward`, which returns logits."""
+    if head_of(model) is None:
+        return forward()
+    with entering_unembedding(model, stop=True) as entered:
+        forward()
+    return entered[0]
+
+
+def _output_nll(model: Any, found: Tensor, wanted: Tensor) -> Tensor:
+    head = head_of(model)
+    return _logits_nll(found, wanted) if head is None else head.nll(found, wanted)
 
 
 def _logits_nll(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import compress, pairwise
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -233,6 +234,23 @@ def tokenize_corpus(tokenizer: Any, corpus: pl.DataFrame, max_tokens: int) -> To
     frame = corpus.with_columns(token_ids=token_ids).filter(pl.col("token_ids").list.len() > 0)
     special = _leading_special_tokens(tokenizer, frame["text"][0]) if len(frame) else ()
     return TokenizedTexts(frame.drop("text"), special)
+
+
+def random_texts(tokenizer: Any, embeddings: int, tokens: int, length: int, seed: int) -> TokenizedTexts:
+    """Sequences of `length` tokens drawn uniformly from the vocabulary, with at least `tokens` tokens in total.
+
+    Special tokens and those beyond the model's `embeddings` are left out of the draw; the tokenizer's leading ones
+    stand before every sequence.
+    """
+    special = _special_ids(tokenizer)
+    vocabulary = np.array([number for number in range(min(len(tokenizer), embeddings)) if number not in special])
+    drawn = np.random.default_rng(seed).choice(vocabulary, size=(-(-tokens // length), length))
+    ids = [f"random-{number:07d}" for number in range(len(drawn))]
+    frame = pl.DataFrame(
+        {"text_id": ids, "token_ids": drawn.tolist()}, schema_overrides={"token_ids": pl.List(pl.Int32)}
+    )
+    probe = tokenizer.decode(drawn[0].tolist())
+    return TokenizedTexts(frame, _leading_special_tokens(tokenizer, probe))
 
 
 def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def stale(
     ----------
     lock: dvc.lock.
     hookpoints: those of all stages but `retrain`.
-    retrained: those of `retrain`.
+    retrained: the items of `retrain`, `<hookpoint>-<seed>`.
     dictionaries: the names of stage `dictionary`.
 
     Raises
@@ -50,9 +50,8 @@ def stale(
 
 def run(params: config.Config, paths: Paths) -> None:
     """Delete what is stale; write the list of hookpoints, on which the stages that read folders depend."""
-    found = stale(
-        paths.root / "dvc.lock", params.hookpoints, params.stability.hookpoints, params.baselines.dictionaries
-    )
+    retrained = [f"{name}-{seed}" for name in params.stability.hookpoints for seed in params.stability.seeds]
+    found = stale(paths.root / "dvc.lock", params.hookpoints, retrained, params.baselines.dictionaries)
     existing = [path for path in found if (paths.root / path).exists()]
     for path in existing:
         if (paths.root / path).is_dir():

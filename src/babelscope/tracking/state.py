@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def _is_current(name: str, defined: Mapping[str, Any], params: Mapping[str, Any]
     base, separator, item = name.partition("@")
     if base not in defined or bool(separator) != ("matrix" in defined[base]):
         return False
-    # `matrix: {hookpoint: ${hookpoints}}` names a list in params.yaml.
-    return not separator or item in _get(params, defined[base]["matrix"]["hookpoint"].strip("${}"))
+    # `matrix: {hookpoint: ${hookpoints}}` names a list in params.yaml; the items of several lists are joined by `-`.
+    lists = [_get(params, values.strip("${}")) for values in defined[base]["matrix"].values()] if separator else []
+    return not separator or item in {"-".join(map(str, values)) for values in product(*lists)}
 
 
 def _hashes(entries: Any) -> dict[str, str]:

@@ -90,10 +90,11 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
         lines.append([
             row["name"], percent(row["accuracy"]), f"{percent(row['low'])} to {percent(row['high'])}", difference,
             *map(percent, alone), *effects, plain(mean_write_cosine(inputs) if method == "features" else repeat, 3),
+            percent(inputs.figure("baselines", f"agreement/{method}")),
         ])  # fmt: skip
     head = [
         "method", "accuracy", "95 %", "points over the features (95 %)", *pairs, "ΔNLL of itself when removed (95 %)",
-        "ΔNLL of others (95 %)", "cosine when repeated",
+        "ΔNLL of others (95 %)", "cosine when repeated", "same answers when repeated",
     ]  # fmt: skip
     return Table("Identification of all languages and of close pairs; removal; repetition", head, lines)
 

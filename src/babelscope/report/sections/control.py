@@ -6,6 +6,7 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
+from babelscope.report.numbers import plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, intervals, prose
 from babelscope.report.sections.ablation import method, of_languages
 
@@ -18,7 +19,7 @@ def section(inputs: ReportInputs) -> Section | None:
     caption = how_to_read(
         """<p>Removing latents that fire often can hurt a language even if they have nothing to do with it. This
 comparison takes that into account. Circle: the ΔNLL of a language without its own features, minus its ΔNLL without
-random latents that fire at least as often on it. Diamond: the same comparison for the difference between the language
+random latents that fire as often on it. Diamond: the same comparison for the difference between the language
 itself and the other languages, because random latents may hurt a language as much, but then they hurt the others, too.
 Lines: 95&nbsp;% intervals over texts and draws. A line that lies entirely to the right of 0 is evidence for the
 language’s own features.</p>"""
@@ -36,6 +37,16 @@ difference that these texts and draws would show in 80&nbsp;% of all experiments
         selective_holm=of_languages(inputs, "languages_selective_holm"),
     )
     text = [caption] if inputs.figure("ablate", "languages_above_control") is None else [result, caption]
+    if (count := inputs.figure("ablate", "languages_with_script")) is not None:
+        script = prose(
+            """<p>A second control is drawn among latents that, of all other languages, fire most often in one of the
+same script. Of the {count} languages that share their script, the own features cost {above} more than these latents do
+({above_holm} after Holm’s correction).</p>""",
+            count=plain(count),
+            above=plain(inputs.figure("ablate", "languages_above_script")),
+            above_holm=plain(inputs.figure("ablate", "languages_above_script_holm")),
+        )
+        text.insert(-1, script)
     picture = Picture("control", "Own features compared with random latents", chart(frame), text)
     return Section("control", "Random latents", finding(inputs), [picture, table(inputs, frame)])
 
@@ -98,4 +109,11 @@ def table(inputs: ReportInputs, frame: pl.DataFrame) -> Table:
         "itself − others: own − random": figures(selective["value"], 4, sign=True),
         "95 % ": intervals(selective["low"], selective["high"]),
     }  # fmt: skip
+    for title, key in (
+        ("random latents fire, own = 1", "control_rate"), ("ΔNLL, latents of the script", "dnll_control_script"),
+        ("these fire, own = 1", "control_script_rate"),
+    ):  # fmt: skip
+        values = [inputs.figure("ablate", f"{key}/{name}") for name in inputs.languages]
+        if any(value is not None for value in values):
+            columns[title] = figures(values, 2 if key.endswith("rate") else 4, sign=not key.endswith("rate"))
     return Table.of("ΔNLL compared with random latents, nats/token", columns, folded="own features and random latents")

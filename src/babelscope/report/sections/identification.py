@@ -104,10 +104,12 @@ def chart(frame: pl.DataFrame) -> alt.HConcatChart:
 
 def methods_table(inputs: ReportInputs) -> Table:
     """Every method of language identification."""
-    rows = []
-    for prefix, note in (("", ""), ("all_languages/", ", among all languages")):
+    rows, numbers = [], inputs.metrics.get("identify", {})
+    sources = sorted({key.split("/")[1] for key in numbers if key.startswith("source/")})
+    parts = [("", ""), ("all_languages/", ", among all languages")]
+    for prefix, note in [*parts, *((f"source/{name}/", f", texts of {name} alone") for name in sources)]:
         texts = plain(inputs.figure("identify", f"{prefix}texts"))
-        for key in sorted(inputs.metrics.get("identify", {})):
+        for key in sorted(numbers):
             if key.startswith(f"{prefix}accuracy/"):
                 rest = key.removeprefix(f"{prefix}accuracy/")
                 names = ("accuracy", "macro_f1", "mcnemar_p")

@@ -29,10 +29,12 @@ def section(inputs: ReportInputs) -> Section:
 Diamond: the mean ΔNLL of the other languages when the same features are removed; the line through it runs from the
 smallest to the largest of them (a range, not a confidence interval). A long bar with a diamond near 0 means that the
 features affect their own language selectively. Cross, if there is one: the mean ΔNLL of the language when random
-latents are removed that fire at least as often on it, but are specific to no language; its line runs from the
-smallest to the largest draw.</p>
+latents are removed that fire as often on it, but are specific to no language; its line runs from the smallest to the
+largest draw.</p>
 <p>Tokens of different languages hold different amounts of text, so nats per token cannot be compared between languages.
-Bits per byte can: the same change divided by the bytes of a token, on the right if it is known.</p>"""
+Bits per byte can: the same change divided by the bytes of a token, on the right if it is known.</p>
+<p>ΔNLL asks how probable the token is that the text has. The divergence in the table (Kullback–Leibler, from the
+unchanged model) asks how far the probabilities of all tokens move, in either direction.</p>"""
     )
     caption = prose(
         """<p>On average over the languages, the ΔNLL is {own} nats/token for the language itself. For the other
@@ -44,8 +46,17 @@ knows them well.</p>""",
         signed=significant(inputs.figure("ablate", "others"), sign=True, digits=2),
         ratio=significant(ratio),
     )
+    texts = [caption, reading]
+    if (moved := inputs.figure("ablate", "kl_own")) is not None:
+        divergence = prose(
+            """<p>On a sample of the tokens, the distribution of the next token diverges by {own} nats/token for the
+language itself and by {others} for the others.</p>""",
+            own=significant(moved),
+            others=significant(inputs.figure("ablate", "kl_others"), digits=2),
+        )
+        texts.insert(1, divergence)
     label = "ΔNLL of each language itself and of the other languages"
-    picture = Picture("own", label, chart(own_and_others(inputs)), [caption, reading])
+    picture = Picture("own", label, chart(own_and_others(inputs)), texts)
     return Section("own", "Own and others", finding(inputs), [picture, table(inputs)])
 
 
@@ -143,4 +154,7 @@ def table(inputs: ReportInputs) -> Table:
         "others, smallest to largest": intervals(frame["others_low"], frame["others_high"]),
         "ΔNLL with random latents": figures(frame["random"], 4, sign=True),
     }  # fmt: skip
+    if inputs.figure("ablate", "kl_own") is not None:
+        for title, key in (("divergence of itself", "kl_own"), ("divergence of others", "kl_others")):
+            columns[title] = figures((inputs.figure("ablate", f"{key}/{name}") for name in frame["language"]), 5)
     return Table.of("ΔNLL of the language itself and of the others, nats/token", columns, folded="itself and others")

@@ -1,4 +1,4 @@
-"""Section `stability`: whether an SAE from another seed has the same features, one by one and as sets."""
+"""Section `stability`: whether SAEs from other seeds have the same features, one by one and as sets."""
 
 import altair as alt
 import polars as pl
