@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 TRITON := $(if $(filter Linux,$(shell uname -s)),.bench/triton/.ready)
 PEERS := .bench/sae-lens/.ready .bench/eai-sparsify/.ready .bench/dictionary-learning/.ready
 
-.PHONY: setup dev repro experiment test check format docs ui verify audit bench sweeps clean
+.PHONY: setup dev lock repro experiment test check format docs ui verify audit bench sweeps clean
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -31,6 +31,19 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 # `make repro` does not need what tests, linter and type checker need.
 $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+# requirements.lock: what requirements.txt needs on every system, and the data packages, with the hashes of their files.
+# uv.lock and pylock.toml would name the host of a registry in every entry.
+LOCK = .bench/uv/bin/uv pip compile --quiet --no-config --generate-hashes --no-emit-index-url --no-annotate --no-header
+lock: .bench/uv/.ready
+	$(LOCK) --universal --python-version 3.11 requirements.txt > requirements.lock
+	$(LOCK) --no-deps requirements-data.txt >> requirements.lock
+
+.bench/uv/.ready: export PYTHONPATH :=
+.bench/uv/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	touch $@
 
 # A download has no .git: DVC must be told to work without it, and then has no experiments.

@@ -35,6 +35,7 @@ SMALL = {
     "score.example_rate": 0.5,
     "score.token_rate": 0.1,
     "stability.hookpoints": ["layers.26.mlp"],
+    "switching.groups": 3,
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,
     "script.tokens": 60,

@@ -164,6 +164,31 @@ def sharing() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=names, orient="row")
 
 
+def switching() -> pl.DataFrame:
+    """Without the features of the second language, a switch costs a nat more, to Finnish two."""
+    rows = [
+        (a, b, 20, 2.0, 1.1, 0.1, 2.0 if b == "fi" else 1.0, -0.2, 1.5, 0.5, 1.5)
+        for a in LANGUAGES
+        for b in LANGUAGES
+        if a != b
+    ]
+    names = ["language", "other", "groups", "cost", "switched", "stayed", "effect", "host", "alone"]
+    return pl.DataFrame(rows, schema=[*names, "effect_low", "effect_high"], orient="row")
+
+
+def switch_positions() -> pl.DataFrame:
+    """The features of the second language are at 0 before the switch and at 1 after it, those of the first at 0.5."""
+    rows = [
+        (at, a, b, position, 0.9 if a == b else 0.5, 0.9 if a == b else float(position >= 0))
+        for at in HOOKPOINTS
+        for a in LANGUAGES
+        for b in LANGUAGES
+        for position in range(-4, 5)
+    ]
+    names = ["hookpoint", "language", "other", "position", "host", "intruder"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
 def generations() -> pl.DataFrame:
     """Four answers a language and method."""
     rows = [
@@ -230,6 +255,8 @@ def metrics() -> dict[str, dict[str, Any]]:
                      | {f"subspace_overlap_random_high/{name}": 0.2 for name in LANGUAGES}
                      | {f"write_cosine/{name}": 0.9 for name in LANGUAGES},
         "sharing": {f"first_component/{at}": 0.9 - 0.1 * i for i, at in enumerate(HOOKPOINTS)},
+        "switching": {"cost": 2.0, "effect": 1.07, "stayed": 0.1, "host": -0.2, "pairs": 210, "pairs_above": 200,
+                      "groups": 20},
         "identify": {"accuracy/sae-count/units": 0.9956, "accuracy/fasttext/none": 0.9978, "texts": 450,
                      "macro_f1/sae-count/units": 0.99, "mcnemar_p/sae-count/units": 1.0},
         "steer": {"verdict": "worse", "features_method": "features", "features_minus_diffmean": -0.3,
@@ -252,7 +279,7 @@ def metrics() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     result["baselines"] = {
         "accuracy/probe/ru-bg": 0.97, "own/probe": 0.2, "own_low/probe": 0.1, "own_high/probe": 0.3,
-        "repeat/probe": 0.8,
+        "repeat/probe": 0.8, "agreement/probe": 0.9,
         "survive/one/two": 0.75, "same_language/one/two": 0.9, "selected/one": 40,
     }  # fmt: skip
     for place, hookpoint in enumerate(HOOKPOINTS):
@@ -278,7 +305,10 @@ def write(root: Path) -> None:
     curve().write_parquet(root / "data/ablation/curve.parquet")
     confusion().write_parquet(root / "data/identify/confusion.parquet")
     similarity().write_parquet(root / "data/scores/similarity.parquet")
-    (root / "data/sharing").mkdir()
+    for name in ("sharing", "switching"):
+        (root / "data" / name).mkdir()
+    switching().write_parquet(root / "data/switching/pairs.parquet")
+    switch_positions().write_parquet(root / "data/switching/positions.parquet")
     sharing().write_parquet(root / "data/sharing/pairs.parquet")
     generations().write_parquet(root / "data/steer/generations.parquet")
     baselines().write_parquet(root / "data/baselines/identification.parquet")

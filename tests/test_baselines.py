@@ -74,6 +74,12 @@ def test_accuracies_and_their_differences() -> None:
     assert rows["probe"]["difference_low"] == 0 and rows["probe"]["difference_high"] == 0.75
 
 
+def test_the_mean_over_languages_has_an_interval() -> None:
+    # A quarter of the resamples has the same language twice.
+    assert intervals.mean(np.array([0.0, 1.0])) == {"": 0.5, "_low": 0, "_high": 1}
+    assert intervals.mean(np.full(5, 0.25)) == {"": 0.25, "_low": 0.25, "_high": 0.25}
+
+
 def test_effects() -> None:
     change = np.array([[2.0, 4.0, 1.0, np.nan], [0.0, 0.0, 3.0, 3.0]])
     found = intervals.effects([change], np.array([2, 2, 1, 3]), ["a", "a", "b", "b"], ["a", "b"], 500, 0)
@@ -250,7 +256,13 @@ def test_dictionaries(ready: Paths) -> None:
     assert {"frozen_decoder", "frozen_encoder", "random_model", "neurons"} <= set(found["method"])
     removed = set(pl.read_parquet("data/baselines/removal.parquet")["method"])
     assert "frozen_decoder" in removed and "neurons" in removed and "random_model" not in removed
-    assert "repeat/frozen_decoder" in json.loads(Path("metrics/baselines.json").read_text())
+    numbers = json.loads(Path("metrics/baselines.json").read_text())
+    # Latents of different seeds do not share frozen rows.
+    assert numbers["matched/frozen_decoder"] == numbers["matched_high/frozen_encoder"] == 0
+    assert (
+        numbers["repeat_low/frozen_decoder"] < numbers["repeat/frozen_decoder"] < numbers["repeat_high/frozen_decoder"]
+    )
+    assert "matched/neurons" not in numbers and "matched/probe" not in numbers
 
 
 def test_without_a_hookpoint_there_is_nothing(ready: Paths) -> None:

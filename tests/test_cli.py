@@ -17,7 +17,7 @@ from babelscope import cli, config
 from babelscope.core.errors import UserError
 from babelscope.sae import directory
 
-COMMANDS = ("try", "features", "serve", "compare", "push", "export", "delphi", "ui", "verify", "params", "completion")
+COMMANDS = ("try", "features", "serve", "compare", "push", "export", "ui", "verify", "params", "completion")
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,9 +30,12 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "module", "given"),
     [
         (["verify"], "tracking.verify", ()),
-        (["export", "out"], "sae.export", (Path("out"), [])),
-        (["export", "out", "layers.1.mlp", "layers.2"], "sae.export", (Path("out"), ["layers.1.mlp", "layers.2"])),
-        (["delphi", "out", "layers.2"], "explain.delphi", (Path("out"), ["layers.2"])),
+        (["export", "out"], "bridges.sparsify", (Path("out"), [])),
+        (["export", "out", "a.1", "a.2", "--format", "lm-eval"], "bridges.lm_eval", (Path("out"), ["a.1", "a.2"])),
+        *(
+            (["export", "o", "--format", name], f"bridges.{name.replace('-', '_')}", (Path("o"), []))
+            for name in cli.FORMATS
+        ),
         (["ui"], "tracking.ui", ()),
         (["try", "Bir cümle"], "playground.sentence", ("Bir cümle", None)),
         (["try", "Bir", "--html", "a.html"], "playground.sentence", ("Bir", Path("a.html"))),

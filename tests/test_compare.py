@@ -224,7 +224,7 @@ def test_the_page_in_a_browser(repo: Path, chromium: Any) -> None:
         opened.on("console", lambda message, noticed=noticed: noticed.append(message.text))
         opened.goto((repo / "compare.html").as_uri())
         sizes = opened.eval_on_selector_all("picture img", "all => all.map(one => [one.naturalWidth, one.width])")
-        assert len(sizes) == 9 and all(natural > 100 and shown <= width for natural, shown in sizes)
+        assert len(sizes) == 9 and all(natural > 100 and shown == natural for natural, shown in sizes)
         assert opened.evaluate("document.documentElement.scrollWidth") <= width and noticed == []
         opened.close()
 
@@ -249,3 +249,16 @@ def test_what_is_neither_or_not_of_a_kind_is_refused(repo: Path) -> None:
     git(repo, "commit", "-q", "-m", "without metrics")
     with pytest.raises(UserError, match=r"HEAD: it has no metrics/\*.json"):
         states.read("HEAD", repo)
+
+
+def test_a_folder_with_the_name_of_a_branch_is_taken_and_told(
+    repo: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        git(repo, "branch", name)
+        save(dictionary(0), repo / name / "layers.2.mlp", {"model_name": "m", "hook_name": "layers.2.mlp"})
+    command.main("one", "two", [], 0.7, Path("x.html"))
+    assert "one against two" in capsys.readouterr().out
+    for name in ("one", "two"):
+        assert f"{name} is a folder and a git revision: the folder is taken (the branch: heads/{name})" in caplog.text
+    assert states.resolve("heads/one", repo) == git(repo, "rev-parse", "HEAD")

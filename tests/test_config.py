@@ -75,6 +75,7 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
             r"stability.hookpoints: .* train.source 'stream' stores none; .* an empty list, \[\]",
         ),
         ("sharing.groups", -1, "sharing.groups: input should be greater than or equal to 0"),
+        ("switching.groups", 1.5, "switching.groups: input should be a valid integer"),
         ("score.members", 99, "score.members: 99 of only 15 languages"),
         ("score.max_entropy", -0.5, "score.max_entropy: input should be greater than or equal to 0"),
         ("languages", [], "languages: the list is empty"),

@@ -14,8 +14,8 @@ from test_neurons_stages import SAE_AT, model  # noqa: F401
 
 from babelscope import config, sae
 from babelscope.activations.store import ActivationStore
+from babelscope.bridges import delphi
 from babelscope.core.errors import UserError
-from babelscope.explain import delphi
 from babelscope.sae.autoencoder import SAE
 
 

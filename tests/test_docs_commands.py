@@ -60,13 +60,29 @@ TESTED = {
         "test_export.py::test_every_sae_or_those_named_are_exported_and_load_to_the_same",
         'main(Path("some"), ["layers.2.mlp"])',
     ),
-    "babelscope delphi cache/latents": (
+    "babelscope export cache/latents --format delphi": (
         "test_delphi.py::test_every_hookpoint_of_params_is_written",
         "delphi.main(tmp_path, [])",
     ),
-    "babelscope delphi cache/latents layers.26.mlp": (
+    "babelscope export cache/latents layers.26.mlp --format delphi": (
         "test_delphi.py::test_the_cache_holds_every_firing_at_its_token",
         "delphi.main(tmp_path, [SAE_AT])",
+    ),
+    "babelscope export steered --format lm-eval": (
+        "test_export.py::test_a_file_per_language_says_what_lm_eval_adds_and_takes_out",
+        '"export", "steered", "--format", "lm-eval"',
+    ),
+    "babelscope export dashboards --format saedashboard": (
+        "test_saedashboard.py::test_every_feature_is_written_with_its_texts_tokens_and_histogram",
+        '"--format", "saedashboard"',
+    ),
+    "babelscope export dashboards layers.14.post_feedforward_layernorm --format saedashboard": (
+        "test_saedashboard.py::test_one_hookpoint_or_none",
+        "saedashboard.main(tmp_path, [WIDE])",
+    ),
+    "babelscope export transcoders --format circuit-tracer": (
+        "test_export.py::test_transcoders_are_a_set_of_circuit_tracer_and_load_to_the_same",
+        '"--format", "circuit-tracer"',
     ),
     'babelscope try "Bugün hava çok güzel, but I stay home"': (SENTENCE, '"try", TURKISH'),
     'babelscope try "Bugün hava çok güzel, but I stay home" --html sentence.html': (
@@ -134,6 +150,8 @@ UNTESTED = {
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
+    "dvc exp run -S switching.groups=10 report": "test_switching.py runs the stage; `dvc exp run -S` is run in "
+    "test_tracking.py",
     "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc exp run -S ablate.script_draws=2": "minutes; test_knobs_run.py runs the stage with this param",
     "dvc config cache.type hardlink": "a setting of DVC's own",
@@ -144,12 +162,17 @@ UNTESTED = {
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
     "uv ": "wants uv; another way to the environment of `make repro`",
+    "make lock": "asks the registry for the hashes; test_release.py compares the lock file with what it locks",
     "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",
     "dvc repro --allow-missing": "a command of DVC's own",
     "dvc exp show": "README's block, which test_tracking.py runs, has it",
     "git diff metrics/": "a command of git's own",
     "python tools/": "minutes each, one as root; their parts are run by test_end_to_end.py and test_fuzz_parsers.py",
+    "make .bench/": "an environment of a tool from the registries",
+    "babelscope export TARGET": "the form of the commands that follow it on the page",
+    "lm_eval --model": "wants the hub; test_export.py runs lm-eval's model on our files, and a task of its own",
+    "CIRCUIT_TRACER_CACHE_DIR=": "wants the hub's model; test_export.py loads the set by that variable's means",
     "make audit": "wants the network: it asks PyPI for advisories",
     "git checkout dvc.lock": "a command of git's own",
     "dvc repro train@h": "stands for any hookpoint: test_concurrency.py runs them",
@@ -198,10 +221,12 @@ def source_of(name: str) -> str:
 
 def test_the_only_python_on_the_pages_is_what_tests_run() -> None:
     assert [page.name for page in PAGES for _ in range(text_of(page).count("```python"))] == [
+        "bridges.md",
         "library.md",
         "steering.md",
         "training.md",
     ]
+    assert "docs/bridges.md" in source_of("test_export.py::test_the_lines_of_the_page_run_saebench_on_our_saes")
     assert "docs/library.md" in source_of(f"{END_TO_END}::test_the_library_runs_as_the_page_has_it")
     assert "docs/steering.md" in source_of("test_steering.py::test_the_lines_of_the_page_steer_as_the_stage_does")
     assert "docs/training.md" in source_of("test_sae_training.py::test_the_lines_of_the_page_run")

@@ -35,6 +35,7 @@ CLOSING = {
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
     "sharing": "sharing: nothing to compare (params.yaml: sharing.groups is 0)",
+    "switching": "switch to cost switched stayed effect host alone",
     "identify": "texts method accuracy macro F1 McNemar p",
     "ablate": "ablated own dNLL largest other dNLL own - control (95 %) own - others, less the control's",
     "baselines": "method trained on evaluated on languages texts accuracy 95 %",
@@ -45,7 +46,18 @@ CLOSING = {
     "report": "page or picture MB",
     "track": "track: state",
 }
-AFTER_SCORE = ["stability", "identify", "ablate", "baselines", "script", "steer", "browse", "explain", "report"]
+AFTER_SCORE = [
+    "stability",
+    "switching",
+    "identify",
+    "ablate",
+    "baselines",
+    "script",
+    "steer",
+    "browse",
+    "explain",
+    "report",
+]
 AFTER_SCORE += ["track"]
 
 

@@ -69,10 +69,11 @@ def test_streaming_with_nested_widths_and_a_language_that_fasttext_does_not_know
 
 def test_transcoders_from_activations_in_int8(pipeline: Pipeline, tmp_path: Path) -> None:
     hookpoints = ["layers.0.mlp", "layers.2.mlp"]
-    pipeline.run(params(
+    numbers = pipeline.run(params(
         tmp_path, "gpt_neox", 3, ["tatoeba", "fineweb-2"], languages=["de", "ru", "ja", "tr"], hookpoints=hookpoints,
         extract__store_dtype="int8", train__activation="jumprelu", train__transcode=True, train__dead_after=2000,
-        stability__hookpoints=hookpoints, stability__cosine=0.5, score__members=2, score__same_language=True,
+        stability__hookpoints=hookpoints, stability__seeds=[5, 6], stability__cosine=0.5,
+        score__members=2, score__same_language=True, score__random_tokens=60,
         neurons__hookpoints=["layers.1.mlp.act"], neurons__top_rate=0.2,
         ablate__methods=["additive", "neuron", "directional"], ablate__dtype="bfloat16", ablate__others_tokens=30,
         steer__prompt_languages=["de", "ru"], steer__temperature=0.0, steer__dtype="bfloat16", quality__tokens=None,
@@ -80,6 +81,7 @@ def test_transcoders_from_activations_in_int8(pipeline: Pipeline, tmp_path: Path
     ))  # fmt: skip
     assert all(sae.load(pipeline.folder / "data/sae", name).b_in is not None for name in hookpoints)
     assert set(pipeline.table("scores/features").filter(kind="sae")["members"]) <= {2}
+    assert set(pipeline.table("stability/again")["seed"]) == {5, 6} and numbers["score/features_on_random_tokens"] >= 0
 
 
 def test_relu_latents_in_words(pipeline: Pipeline, tmp_path: Path, server: Server) -> None:  # noqa: F811
@@ -114,13 +116,15 @@ def test_released_transcoders_of_gemma(pipeline: Pipeline, tmp_path: Path) -> No
         tmp_path, "gemma2", 3, ["flores-plus"], hookpoints=hookpoints, train__source="pretrained",
         train__transcode=True, pretrained__folder="layer_{layer}/width_48", ablate__methods=["neuron"],
         neurons__hookpoints=["layers.0.mlp.act_fn", "layers.2.mlp.act_fn"], neurons__top_rate=0.2,
-        extract__store_dtype="bfloat16",
+        extract__store_dtype="bfloat16", switching__groups=2,
     )  # fmt: skip
     saes = stand_ins.planted(tmp_path / "model", hookpoints, knobs["languages"], at_input=True)
     folders = {name: f"layer_{layer}/width_48" for layer, name in enumerate(hookpoints)}
     release = stand_ins.saelens_transcoders(tmp_path / "release", saes, folders)
     pipeline.run(changed(knobs, {"pretrained.name": str(release)}))
     assert pipeline.planted_owners(knobs) > 0
+    # Transcoders read the input of a module, from which nothing is removed.
+    assert pipeline.table("switching/pairs").is_empty() and len(pipeline.table("switching/positions"))
 
 
 def test_a_pipeline_that_finds_nothing(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -102,6 +102,14 @@ def test_weights_that_a_file_lacks_are_named(tmp_path: Path, name: str, fault: s
         loading.load_model(model_at(tmp_path), "float32")
 
 
+def test_tied_weights_are_not_drawn_first(tmp_path: Path) -> None:
+    model, state = written(MODELS["tied"], tmp_path, lambda weights: weights), torch.get_rng_state()
+    found = loading.load_model(model_at(tmp_path), "float32")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
 def test_a_head_that_is_not_tied_must_be_in_the_file(tmp_path: Path) -> None:
     written(MODELS["llama"], tmp_path, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
     with pytest.raises(UserError, match=r"lacks 1 of the 39 weights of LlamaForCausalLM.*: lm_head\.weight; allowed"):

@@ -88,8 +88,10 @@ def page(chromium: Any, address: str) -> Iterator[Any]:
 def test_link_opens_on_the_lines_of_both_settings_over_the_layers(page: Any, repo: Repo) -> None:
     names = {run.params["train.k"]: run.tags["mlflow.runName"] for run in repo.of("summary")}
     assert names.keys() == SETTINGS.keys()
+    tops = {}
     for language in LANGUAGES[:2]:  # fi has none
         card = page.get_by_test_id(CARD).filter(has_text=f"features_by_layer/{language}")
+        card.scroll_into_view_if_needed()  # MLflow draws only what is in view
         # MLflow draws every line twice, the raw one faint behind the smoothed one; smoothing is off.
         lines = card.locator(".scatterlayer path.js-line:not([style*='stroke-opacity: 0.'])")
         lines.nth(1).wait_for()
@@ -98,13 +100,43 @@ def test_link_opens_on_the_lines_of_both_settings_over_the_layers(page: Any, rep
         drawn = card.locator(".js-plotly-plot").evaluate("plot => plot.data.map(one => [one.name, one.x, one.y])")
         expected = [[names[k], LAYERS, counts[language]] for k, counts in SETTINGS.items()]
         assert sorted(drawn) == sorted(2 * expected)
+        tops[language] = card.locator(".js-plotly-plot").evaluate("plot => plot.layout.yaxis.range")
         for name in names.values():
             assert name in card.inner_text()
         assert card.locator(".xtitle").text_content() == "layer"
         title = card.get_by_text(f"features_by_layer/{language}", exact=True).first
         assert title.evaluate("one => one.scrollWidth <= one.clientWidth"), "the title is cut off"
     assert page.get_by_text("MLflow Assistant").count() == 0
-    assert page.get_by_test_id(HEADER).first.inner_text().startswith("features_by_layer")
+    headers = [header.inner_text() for header in page.get_by_test_id(HEADER).all()[:2]]
+    assert [header.split()[0] for header in headers] == ["headline", "features_by_layer"]
+    titles = re.findall(
+        r"features_by_layer/(\w+)$", "\n".join(page.get_by_test_id(CARD).all_inner_texts()), re.MULTILINE
+    )
+    assert titles == ["all", *LANGUAGES]
+    assert tops == {"en": [0, 31.5], "no": [0, 31.5]}  # 30 features, and 5 % of space
+
+
+def test_a_click_on_the_experiment_opens_the_view_without_the_link(chromium: Any, address: str) -> None:
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(90_000)
+    page.goto(f"{address.partition('#')[0]}#/experiments")
+    page.get_by_role("link", name="babelscope", exact=True).first.click()
+    page.get_by_test_id(CARD).filter(has_text="features_by_layer/en").first.wait_for()
+    assert "viewStateShareKey=babelscope&" in page.url
+    page.goto("about:blank")
+    page.goto(address.partition("#")[0])  # the bare address
+    page.get_by_test_id(CARD).filter(has_text="features_by_layer/en").first.wait_for()
+    page.close()
+
+
+def test_the_training_runs_have_a_view_of_their_own(chromium: Any, address: str, repo: Repo) -> None:
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(90_000)
+    page.goto(address.replace("viewStateShareKey=babelscope", "viewStateShareKey=babelscope-trainings"))
+    page.locator(".ag-row").filter(has_text="SAE layers.").first.wait_for()
+    texts = "\n".join(page.locator(".ag-row").all_inner_texts())
+    assert not [run for run in repo.of("summary") if run.tags["mlflow.runName"] in texts]
+    page.close()
 
 
 def test_compare_page_shows_the_changed_param_alone(page: Any, repo: Repo) -> None:

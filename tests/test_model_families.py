@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.ablation import ablate
 from babelscope.ablation.interventions import FeatureAblation, NeuronAblation
+from babelscope.baselines import dictionaries
 from babelscope.core.errors import UserError
 from babelscope.models import forward, hookpoints, loading, logit_lens, partial, tokens
 from babelscope.sae.autoencoder import SAE
@@ -257,6 +258,21 @@ def test_a_wrong_name_is_answered_with_the_nearest(case: SimpleNamespace) -> Non
     right = case.at["attention output"]
     with pytest.raises(UserError, match=f"the model has no '{right}x'; nearest: .*{re.escape(right)}"):
         hookpoints.resolve(case.model, [f"{right}x"])
+
+
+def test_the_neurons_of_a_block_are_found(case: SimpleNamespace) -> None:
+    assert dictionaries.neurons_of(case.model, 1) == case.at["neurons"]
+
+
+def test_blocks_without_neurons_or_with_those_of_experts_are_refused() -> None:
+    model = make("llama")
+    model.model.layers[1].mlp.expert = torch.nn.Module()
+    model.model.layers[1].mlp.expert.act_fn = torch.nn.SiLU()
+    with pytest.raises(UserError, match=r"baselines\.dictionaries: .* several .*\(layers\.1\.mlp\.act_fn, layers"):
+        dictionaries.neurons_of(model, 1)
+    model.model.layers[1].mlp = torch.nn.Linear(D, D)
+    with pytest.raises(UserError, match="block 1 of LlamaForCausalLM has no module for it"):
+        dictionaries.neurons_of(model, 1)
 
 
 def test_a_family_that_is_not_listed_works_by_its_modules_paths() -> None:

@@ -14,10 +14,10 @@ from ruamel.yaml import YAML
 
 from babelscope import config
 from babelscope.activations import store
+from babelscope.bridges import sparsify
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.sae import SAE, load
-from babelscope.sae.export import write_sparsify
 from babelscope.sae.training.run import run as run_stage
 
 HOOKPOINT = "layers.2.mlp"
@@ -56,7 +56,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
 
 
 def test_a_released_sae_stands_where_a_trained_one_would(train: Callable[..., dict[str, float]]) -> None:
-    write_sparsify(released(), Path("released") / HOOKPOINT)
+    sparsify.write(released(), Path("released") / HOOKPOINT)
     out = Path("data/sae") / HOOKPOINT
     out.mkdir(parents=True)
     (out / "history.csv").write_text("of another training")
@@ -94,17 +94,17 @@ def test_the_folder_is_filled_in_or_named_for_each_hookpoint(train: Callable[...
 def test_what_is_not_there_is_named(
     train: Callable[..., dict[str, float]], params: dict[str, Any], message: str
 ) -> None:
-    write_sparsify(released(), Path("released") / HOOKPOINT)
+    sparsify.write(released(), Path("released") / HOOKPOINT)
     with pytest.raises(UserError, match=message):
         train(**params)
 
 
 def test_a_release_for_another_model_or_of_another_kind_is_refused(train: Callable[..., dict[str, float]]) -> None:
     wide = SAE(torch.randn(N, 24), torch.randn(N, 24), torch.zeros(N), torch.zeros(24), 4)
-    write_sparsify(wide, Path("wide") / HOOKPOINT)
+    sparsify.write(wide, Path("wide") / HOOKPOINT)
     with pytest.raises(UserError, match=r"takes 24 dimensions and gives 24; layers\.2\.mlp has 16 and 16"):
         train(name="wide")
     sae = released()
-    write_sparsify(SAE(sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec, 4, b_in=torch.zeros(D)), Path("t") / HOOKPOINT)
+    sparsify.write(SAE(sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec, 4, b_in=torch.zeros(D)), Path("t") / HOOKPOINT)
     with pytest.raises(UserError, match=r"train\.transcode: False, but .* holds a transcoder; allowed: True"):
         train(name="t")

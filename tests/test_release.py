@@ -37,3 +37,16 @@ def test_a_workflow_runs_what_the_repository_has(path) -> None:  # type: ignore[
             assert re.search(rf"(?m)^{command.split()[1]}:", makefile), command
         if command.startswith(".ci/"):
             assert (ROOT / command).is_file()
+
+
+def test_the_lock_file_has_every_pinned_package_with_hashes_and_names_no_host() -> None:
+    def pins(text: str) -> dict[str, str]:
+        found = re.findall(r"(?m)^([\w.-]+)==([^\s;]+)", text)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = pins((ROOT / "requirements.txt").read_text()) | pins((ROOT / "requirements-data.txt").read_text())
+    assert pinned.items() <= pins(lock).items(), "make lock"
+    assert "//" not in lock
+    for package in re.split(r"\n(?=\S)", lock.strip()):
+        assert re.fullmatch(r"[^\n]+ \\(\n    --hash=sha256:[0-9a-f]{64}( \\)?)+", package), package[:80]

@@ -41,6 +41,7 @@ from babelscope.report.sections import (
     sharing,
     similarity,
     steering,
+    switching,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,7 @@ def inputs(**changes: Any) -> ReportInputs:
         control=example.control(), curve=example.curve(), confusion=example.confusion(),
         generations=example.generations(), similarity=example.similarity(),
         baselines=example.baselines(), script=example.script(), sharing=example.sharing(),
+        switching=example.switching(), switch_positions=example.switch_positions(),
     )  # fmt: skip
     return dataclasses.replace(given_, **changes)
 
@@ -270,6 +272,23 @@ def test_translations_share_latents_by_layer_and_relation() -> None:
     assert sharing.section(inputs(sharing=example.sharing().clear())) is None
 
 
+def test_what_happens_where_a_sentence_switches() -> None:
+    frame = switching.profile(inputs())
+    assert frame["position"].to_list() == list(range(-4, 5))
+    assert frame["intruder"].to_list() == [0.0] * 4 + [1.0] * 5
+    assert frame["host"].to_list() == [0.5] * 9 and frame["alone"].to_list() == pytest.approx([0.9] * 9)
+    table = switching.pairs(inputs())
+    assert table.rows[0] == ["en", "fi", "20", "+2.00", "+2.00", "+1.10", "+0.10", "\u22120.20", "+1.50",
+                             "+0.5000 to +1.5000"]  # fmt: skip
+    section = switching.section(inputs())
+    assert section is not None and section.title.endswith("costs +1.07 nats per token more")
+    # Transcoders: nothing was removed.
+    some = switching.section(inputs(switching=example.switching().clear(), metrics={}))
+    assert some is not None and len(some.blocks) == 1
+    assert switching.section(inputs(switching=None, switch_positions=None)) is None
+    assert switching.section(inputs(switch_positions=example.switch_positions().clear())) is None
+
+
 def test_languages_that_are_alike_stand_side_by_side() -> None:
     frame = similarity.similarity(inputs())
     order = frame["language"].unique(maintain_order=True).to_list()
@@ -436,7 +455,7 @@ def test_headings_landmarks_and_anchors(html: str) -> None:
         charts_
         == set(specs)
         == {"features", "ablation", "own", "control", "curve", "layers", "similarity", "confusion", "steering", "fvu",
-            "stability", "sharing", "script", "baselines"}
+            "stability", "sharing", "switching", "script", "baselines"}
     )  # fmt: skip
     assert all(spec["description"] for spec in specs.values())
 
@@ -451,7 +470,7 @@ def test_every_row_of_a_table_is_as_long_as_its_head() -> None:
     blocks = [block for section in sections if section for block in section.blocks]
     blocks += [part for block in blocks if isinstance(block, Picture) for part in block.caption]
     tables = [block for block in blocks if isinstance(block, Table)]
-    assert len({table.caption for table in tables}) == len(tables) == 27
+    assert len({table.caption for table in tables}) == len(tables) == 28
     for table in tables:
         assert table.rows and {len(row) for row in table.rows} == {len(table.head)}, table.caption
 
@@ -538,7 +557,7 @@ def test_what_training_the_dictionary_buys() -> None:
     first, probe = table.rows
     assert first[3] == NONE and probe[3] == "+2.0 (+1.0 to +3.0)"
     assert table.head[4] == "ru/bg" and probe[4] == percent(0.97)
-    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800"]
+    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800", percent(0.9)]
     domains = baselines.domains_table(whole.baselines)
     assert domains.head[1:] == [
         "all, tested on one", "all, tested on two", "one, tested on one", "one, tested on two", "two, tested on one",
@@ -554,7 +573,7 @@ def test_what_training_the_dictionary_buys() -> None:
 def test_missing_metrics_are_dashes() -> None:
     html = page.build(
         inputs(metrics={}, by_layer=None, control=None, curve=None, confusion=None, generations=None, similarity=None,
-               baselines=None, script=None, sharing=None)
+               baselines=None, script=None, sharing=None, switching=None, switch_positions=None)
     )  # fmt: skip
     assert set(specs_of(html)) == {"features", "ablation", "own"}
     assert html.count('<span class="status">not measured</span>') == 5

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peers import assert_alike, in_its_environment
 
+from babelscope.bridges import sparsify as sparsify_format
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import load, save
-from babelscope.sae.export import write_sparsify
 
 META = {"model_name": "made-up", "hook_name": "layers.1.mlp"}
 # What we write (name: architecture in the file, width of the input), but for "topk_transcoder", which SAELens has not.
@@ -132,7 +132,7 @@ def sparsify(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         weights = [torch.randn(*shape, generator=draw) for shape in ((64, 16), (64, 16), (64,), (16,))]
         b_in = torch.randn(16, generator=draw) if "transcoder" in name else None
         skip = torch.randn(16, 16, generator=draw) if "skip" in name else None
-        write_sparsify(SAE(*weights, 4, b_in=b_in, W_skip=skip), folder / "ours" / name)
+        sparsify_format.write(SAE(*weights, 4, b_in=b_in, W_skip=skip), folder / "ours" / name)
     return folder, in_its_environment("eai-sparsify", SPARSIFY_SIDE, folder, SPARSIFY)
 
 

@@ -49,8 +49,7 @@ def test_rates_are_over_the_tokens_of_the_own_language() -> None:
     assert rate.tolist() == [4 / 12, 5 / 10]
 
 
-@pytest.mark.parametrize("source", ["stored", "stream"])
-def test_the_stage(folder: Path, model: Any, monkeypatch: Any, source: str) -> None:  # noqa: F811
+def test_the_stage(folder: Path, model: Any, monkeypatch: Any) -> None:  # noqa: F811
     # "Romanising" writes token 98 for every token of `fi`, and leaves the other texts as they are.
     monkeypatch.setattr(script, "romanise", lambda text: " ".join("98" if int(w) >= 62 else w for w in text.split()))
     shares = {"en": 0.0, "de": 0.1, "fi": 0.9}
@@ -58,7 +57,7 @@ def test_the_stage(folder: Path, model: Any, monkeypatch: Any, source: str) -> N
     monkeypatch.setattr(
         script, "replaced_share", lambda text: next(shares[lang] for t, lang in of_text.items() if text.startswith(t))
     )
-    browse(source)
+    browse()
     content = json.loads(Path("params.yaml").read_text())
     content["script"] = {"tokens": 10_000, "ablation_tokens": 20}
     Path("params.yaml").write_text(json.dumps(content))

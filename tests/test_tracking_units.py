@@ -298,9 +298,40 @@ def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert store.root() == Path("/elsewhere")
 
 
-def test_saved_view_fits_a_tag_and_opens_the_layers_first() -> None:
-    value = view.experiment_tags("7")[view.TAG]
-    assert view.TAG.endswith(view.KEY) and len(value) < 5000  # MLflow's limit
-    state_ = json.loads(zlib.decompress(base64.b64decode(json.loads(value)["state"].removeprefix("deflate;"))))
-    assert [s["name"] for s in state_["compareRunSections"] if s["display"]][0] == "features_by_layer"
+def unpacked(value: str) -> dict[str, Any]:
+    assert len(value) < 5000  # MLflow's limit
+    state_: dict[str, Any] = json.loads(
+        zlib.decompress(base64.b64decode(json.loads(value)["state"].removeprefix("deflate;")))
+    )
+    return state_
+
+
+def test_saved_views_tell_trainings_from_summaries_and_open_the_headline_first() -> None:
+    tags = view.experiment_tags("7")
+    summaries, trainings = unpacked(tags[view.TAG]), unpacked(tags[f"{view.TAG}-trainings"])
+    opened = [section["name"] for section in summaries["compareRunSections"] if section["display"]]
+    assert opened[:2] == ["headline", "features_by_layer"]
+    assert summaries["searchFilter"] == "tags.`babelscope.kind` = 'summary'"
+    assert trainings["searchFilter"] == "tags.`babelscope.kind` = 'training'"
     assert view.address("http://host:1/", "7").startswith("http://host:1/#/experiments/7/runs?")
+
+
+def test_charts_over_the_layers_share_an_axis_and_keep_the_order_of_the_languages() -> None:
+    series = {("features_by_layer/en", 2): 10, ("features_by_layer/fi", 2): 20, ("features_by_layer/all", 2): 90,
+              ("dnll_own_by_layer/en", 2): -0.5, ("fvu_by_layer", 2): 0.1, ("tokens_by_layer/xx", 2): 1}  # fmt: skip
+    first = view.saved(series, ["fi", "en"])
+    charts = {one["metricKey"]: one for one in unpacked(first)["compareRunCharts"] if one["type"] == "LINE"}
+    assert [name for name in charts if name.startswith("features")] == [
+        f"features_by_layer/{language}" for language in ("all", "fi", "en")
+    ]
+    assert charts["features_by_layer/en"]["range"] == charts["features_by_layer/fi"]["range"] == {"yMin": 0, "yMax": 21}
+    assert charts["features_by_layer/all"]["range"] == {"yMin": None, "yMax": None}
+    assert charts["dnll_own_by_layer/en"]["range"] == {"yMin": -0.5, "yMax": 0}
+    assert len(charts) == 4
+    sections = {section["uuid"] for section in unpacked(first)["compareRunSections"]}
+    assert {one["metricSectionId"] for one in charts.values()} <= sections
+    # A later state with less leaves the older one's lines in view; one with too many languages has no such charts.
+    later = unpacked(view.saved({("features_by_layer/en", 2): 5}, ["en"], first))["compareRunCharts"]
+    assert later[-1]["range"] == {"yMin": 0, "yMax": 21}
+    many = {(f"features_by_layer/{number * 7919:x}", 2): 1.0 for number in range(900)}
+    assert len(unpacked(view.saved(many, [name.rpartition("/")[2] for name, _ in many]))["compareRunCharts"]) == 8

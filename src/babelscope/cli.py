@@ -1,6 +1,7 @@
 """The command `babelscope`, which runs in the root of the repository."""
 
 import argparse
+import importlib
 from pathlib import Path
 
 from babelscope.core import stage
@@ -35,18 +36,9 @@ def verify() -> None:
     verify.main()
 
 
-def export(target: Path, hookpoints: list[str]) -> None:
-    """Write SAEs in the format of EleutherAI/sparsify, of all hookpoints or of those named."""
-    from babelscope.sae import export
-
-    export.main(target, hookpoints)
-
-
-def delphi(target: Path, hookpoints: list[str]) -> None:
-    """Write the firings of latents in the cache format of EleutherAI/delphi, of all hookpoints or of those named."""
-    from babelscope.explain import delphi
-
-    delphi.main(target, hookpoints)
+def export(target: Path, hookpoints: list[str], form: str) -> None:
+    """Write SAEs, firings, vectors or features in the format of another tool (docs/bridges.md)."""
+    importlib.import_module(f"babelscope.bridges.{form.replace('-', '_')}").main(target, hookpoints)
 
 
 def ui() -> None:
@@ -101,6 +93,8 @@ def completion(shell: str) -> None:
 
 
 SHELLS = ("bash", "zsh", "tcsh")
+# What `export` writes; each is a module of babelscope.bridges.
+FORMATS = ("sparsify", "circuit-tracer", "delphi", "lm-eval", "saedashboard")
 
 
 def positive(text: str) -> int:
@@ -141,10 +135,10 @@ def parser() -> argparse.ArgumentParser:
     command = add("serve", serve, "--port 8001")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     command.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    for name, function in (("export", export), ("delphi", delphi)):
-        command = add(name, function, "exported layers.14.mlp")
-        command.add_argument("target", type=Path, help="folder to write to; it is made if missing")
-        command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")
+    command = add("export", export, "exported layers.14.mlp --format delphi")
+    command.add_argument("target", type=Path, help="folder to write to; it is made if missing")
+    command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")
+    command.add_argument("--format", choices=FORMATS, default=FORMATS[0], dest="form", help="default: sparsify")
     command = add("push", push, "me/gemma-3-270m-saes layers.14.mlp --license apache-2.0")
     command.add_argument("repo", help="OWNER/NAME on the hub; it is made if missing")
     command.add_argument("hookpoints", nargs="*", help="e.g. layers.14.mlp (default: all)")

@@ -7,6 +7,7 @@ neurons, without an SAE.
 
 import copy
 import logging
+import re
 import shutil
 from typing import Any
 
@@ -16,14 +17,20 @@ from babelscope.activations import extraction, store
 from babelscope.config import Config
 from babelscope.config.values import local_name
 from babelscope.core import stage
+from babelscope.core.errors import UserError
 from babelscope.core.files import move, read_table
 from babelscope.core.paths import Paths
 from babelscope.core.resume import kept
+from babelscope.models import forward, loading, tokens
 from babelscope.models import hookpoints as hooks
-from babelscope.models import loading, tokens
+from babelscope.models.names import layer_of
 from babelscope.sae.training.stored import StoredActivations
 
 log = logging.getLogger(__name__)
+
+KEY = "baselines.dictionaries"
+# The path of an activation function (act, act_fn, activation_fn, gelu_impl) inside a block, but not in its attention.
+_ACTIVATION = re.compile(r"^(?!.*att).*?\b(?:act|gelu)\w*$")
 
 
 def run(params: Config, paths: Paths, name: str) -> None:
@@ -31,9 +38,8 @@ def run(params: Config, paths: Paths, name: str) -> None:
     shutil.rmtree(paths.dictionary(name), ignore_errors=True)
     hookpoint = params.stability.hookpoints[0]  # config demands one if there are dictionaries
     own = at(paths, name)
-    if name in ("neurons", "random_model"):
-        read = neurons_of(hookpoint) if name == "neurons" else hookpoint
-        extract(params, paths, own, read, is_random=name == "random_model")
+    if own.activations != paths.activations:
+        extract(params, paths, own, name, hookpoint)
     if name == "neurons":
         return
     for number, seed in enumerate((params.seed, params.stability.seeds[0])):
@@ -49,31 +55,50 @@ def at(paths: Paths, name: str) -> Paths:
     return own
 
 
-def neurons_of(hookpoint: str) -> str:
-    """The outputs of the activation function of the MLP in the hookpoint's block."""
-    layer = ".".join(hookpoint.split(".")[:2])
-    return f"{layer}.mlp.act_fn"
+def neurons_of(model: Any, layer: int) -> str:
+    """The hookpoint of the neurons of block `layer`: the outputs of its MLP's activation function, found by its name.
+
+    Raises
+    ------
+    UserError: the block has no such module, or several (experts).
+    """
+    block = hooks.blocks(model)[layer]
+    path = next(path for path, module in hooks.body_of(model).named_modules() if module is block)
+    names = [f"{path}.{name}" for name, _ in block.named_modules() if _ACTIVATION.search(name)]
+    if len(names) != 1:
+        reason = (
+            f"several activation functions ({', '.join(names)})" if names else "no module for it (act_fn or similar)"
+        )
+        raise UserError(
+            f"params.yaml: {KEY}: 'neurons' are the outputs of the MLP's activation function, but block {layer} of "
+            f"{type(model).__name__} has {reason}; remove 'neurons'"
+        )
+    return names[0]
 
 
-def extract(params: Config, paths: Paths, own: Paths, name: str, *, is_random: bool) -> None:
-    """Write the activations at one hookpoint in the row order of those of stage `extract`."""
+def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str) -> None:
+    """Write the activations of a dictionary at one hookpoint, in the row order of those of stage `extract`.
+
+    They are those of the random model at `hookpoint`, or of the neurons in its block.
+    """
     corpus = read_table(paths.texts)
     texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     shards = extraction.plan(texts, params.extract.batch_tokens)
     model = loading.load_model(params.model, params.extract.dtype)
-    hooks.resolve(model, [name], "baselines.dictionaries")
-    if is_random:
+    read = neurons_of(model, layer_of(hookpoint)) if name == "neurons" else hookpoint
+    width = forward.widths(model, [read], KEY)[read]
+    if name == "random_model":
         randomise(model, params.seed)
     depends = params.model_dump(include={"model", "extract", "seed"})
-    depends |= {"max_tokens": params.corpus.max_tokens, "name": name, "is_random": is_random}
+    depends |= {"max_tokens": params.corpus.max_tokens, "name": name, "read": read}
     with kept("dictionary", depends, [paths.texts]) as folder:
-        if not extraction.extract(model, texts, shards, [name], folder, params.extract.store_dtype, params.hardware):
+        if not extraction.extract(model, texts, shards, [read], folder, params.extract.store_dtype, params.hardware):
             return
-        source, target = store.place(folder, name), store.place(own.activations, name)
+        source, target = store.place(folder, read), store.place(own.activations, read)
         for shard in shards:
             move(source / store.shard_name(shard.number), target / store.shard_name(shard.number))
-    rows, width = [shard.rows for shard in shards], hooks.width(model, name)
-    store.write_index(target, rows, width, params.extract.store_dtype, local_name(params.model.name), name)
+    rows = [shard.rows for shard in shards]
+    store.write_index(target, rows, width, params.extract.store_dtype, local_name(params.model.name), read)
 
 
 @torch.no_grad()

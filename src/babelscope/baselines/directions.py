@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
 # Weight of the probe's L2 penalty, relative to the mean log loss of the texts; inputs have variance 1.
 _PENALTY = 1e-3
-_ITERATIONS = 60
+# The fit ends after so many iterations, or when no derivative of the loss exceeds the tolerance (on the default, after
+# 46: the directions then have a cosine of at least 0.999 with those of an exact fit, and all answers are the same).
+_ITERATIONS, _TOLERANCE = 60, 1e-5
 
 
 class Classifier(NamedTuple):
@@ -91,9 +94,11 @@ def probe(x: Floats, language: Codes, count: int) -> Classifier:
         value = -(share * (truth * log_p).sum(axis=1)).sum() + 0.5 * _PENALTY * (w[:, :-1] ** 2).sum()
         return float(value), gradient.ravel()
 
-    w = minimize(
-        loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}
-    ).x.reshape(shape)
+    options = {"maxiter": _ITERATIONS, "gtol": _TOLERANCE}
+    # numpy and scipy have a BLAS library each, whose threads take the cores from each other: with 2 threads, the fit
+    # takes 8 times as long as with 1.
+    with threadpool_limits(1, user_api="blas"):
+        w = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
     weight = (w[:, :-1] - w[:, :-1].mean(axis=0)) / spread
     return Classifier(weight, w[:, -1] - w[:, -1].mean() - weight @ centre, others)
 

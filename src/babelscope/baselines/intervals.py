@@ -10,6 +10,8 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 REFERENCE = "features"
+# Resamples of the languages.
+RESAMPLES = 1000
 
 
 def accuracies(right: Mapping[str, Bools], resamples: int, seed: int) -> pl.DataFrame:
@@ -41,6 +43,13 @@ def accuracies(right: Mapping[str, Bools], resamples: int, seed: int) -> pl.Data
     return found.with_columns(
         difference=pl.Series(difference), difference_low=pl.Series(low), difference_high=pl.Series(high)
     )
+
+
+def mean(values: Floats) -> dict[str, float]:
+    """The mean of the languages' `values` (key: ""), and its 95 % interval over resamples of them ("_low", "_high")."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return {"": float(values.mean()), "_low": float(low), "_high": float(high)}
 
 
 def effects(

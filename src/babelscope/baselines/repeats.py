@@ -9,10 +9,12 @@ from babelscope.baselines import directions, selection
 from babelscope.baselines.directions import Floats
 from babelscope.baselines.selection import ALL, Dictionary
 from babelscope.config import Config
+from babelscope.features import stability
 from babelscope.models import tokens
 from babelscope.sae.autoencoder import SAE
 
 REPEATS = {"method": pl.String, "language": pl.String, "cosine": pl.Float64, "agreement": pl.Float64}
+REPEATS |= {"matched": pl.Float64}
 
 
 def repeats(
@@ -22,9 +24,11 @@ def repeats(
 
     `cosine`: of what marks a language with the same after the repetition. For SAEs, that is `sum_u z_u W_dec[u]` over
     the selected units, averaged over the language's training tokens (null for features: stage `stability` has it).
-    `agreement`: the share of the language's held-out texts that both identify as the same language.
+    `agreement`: the share of the language's held-out texts that both identify as the same language. `matched`: of SAEs,
+    the share of the language's units whose one-to-one partner has at least the cosine `stability.cosine` with them in
+    decoder and encoder (null for features: stage `stability` has it).
     """
-    rows: list[tuple[str, str, float | None, float | None]] = []
+    rows: list[tuple[str, str, float | None, float | None, float | None]] = []
     train, held_out = (texts.filter(split=split) for split in ("train", "eval"))
     place_in_language = train.select(pl.col("text_id").rank("ordinal").over("language"))["text_id"]
     halves = [((place_in_language % 2) == half).to_numpy() for half in (0, 1)]
@@ -35,7 +39,7 @@ def repeats(
             cosines = (both[0].directions * both[1].directions).sum(axis=1)
             found, again = (pl.Series(one.scores(x["eval"]).argmax(axis=1)) for one in both)
             same = alike(found, again, held_out["language"])
-            rows += [(name, language, float(c), same.get(language))
+            rows += [(name, language, float(c), same.get(language), None)
                      for language, c in zip(params.languages, cosines, strict=True)]  # fmt: skip
 
     def answers(one: Dictionary, dictionary: SAE, units: pl.DataFrame) -> pl.Series:
@@ -49,16 +53,23 @@ def repeats(
         found = answers(one, one.sae, one.units[ALL])
         for other in one.again.values():
             same = alike(found, answers(one, other.sae, other.units), held_out["language"])
+            if other.counted is not None:
+                cosines = stability.match(*((each.W_dec, each.encoder) for each in (one.sae, other.sae)))
+                is_matched = (torch.stack(cosines) >= params.stability.cosine).all(0).cpu().numpy()
             for language in params.languages:
-                cosine = None
+                cosine = matched = None
                 if other.counted is not None:
                     first = write(one.sae, one.counted, one.units[ALL], language)
                     second = write(other.sae, other.counted, other.units, language)
                     if first.any() and second.any():
                         cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
-                rows.append((one.name, language, cosine, same.get(language)))
+                        units = one.units[ALL].filter(language=language)["unit"].to_numpy()
+                        matched = float(is_matched[units].mean())
+                rows.append((one.name, language, cosine, same.get(language), matched))
     table = pl.DataFrame(rows, schema=REPEATS, orient="row")
-    return table.group_by("method", "language", maintain_order=True).agg(pl.col("cosine", "agreement").mean())
+    return table.group_by("method", "language", maintain_order=True).agg(
+        pl.col("cosine", "agreement", "matched").mean()
+    )
 
 
 def alike(first: pl.Series, second: pl.Series, language: pl.Series) -> dict[str, float]:

@@ -106,9 +106,10 @@ def trained(
     """A dictionary with its firings; `name`: `intervals.REFERENCE` or one of `baselines.dictionaries`."""
     size = params.encode.chunk_tokens
     at = paths if name == intervals.REFERENCE else dictionaries.at(paths, name)
-    read = dictionaries.neurons_of(hookpoint) if name == "neurons" else hookpoint
     if at.activations != paths.activations:
-        stored = stored._replace(store=ActivationStore(place(at.activations, read)))
+        [folder] = at.activations.iterdir()
+        stored = stored._replace(store=ActivationStore(folder))
+    read = stored.store.index["hookpoint"]
     if name == "neurons":
         return Dictionary(name, read, stored, None, selection.counts(stored, None, read, size, device))
     first = sae.load(at.saes, hookpoint).to(device)
@@ -304,9 +305,10 @@ def figures(
     `accuracy/<method>` and `difference/<method>` (to the features) on all languages and texts, each with `_low` and
     `_high`; `accuracy/<method>/<languages>` of pairs; `accuracy/<method>/<trained on>/<evaluated on>` of domains, on
     all languages; `own/<method>` and `others/<method>` (nats/token) without what marks the language, with intervals;
-    `repeat/<method>` (mean cosine) and `agreement/<method>` (mean over the languages); `correlation/<method>` of the
-    removal with that of the first SAE; `survive/<domain>/<other>` and `same_language/<domain>/<other>`, the share of
-    the features selected on one domain that the other selects, or that belong to the same language there.
+    `repeat/<method>` (mean cosine), `agreement/<method>` and `matched/<method>` of `repeats` (means over the languages)
+    with intervals; `correlation/<method>` of the removal with that of the first SAE; `survive/<domain>/<other>` and
+    `same_language/<domain>/<other>`, the share of the features selected on one domain that the other selects, or that
+    belong to the same language there.
     """
     numbers: dict[str, float] = {}
     for row in identification.iter_rows(named=True):
@@ -325,11 +327,10 @@ def figures(
         pair = "" if row["trained_on"] == row["evaluated_on"] == ALL else f"/{row['trained_on']}/{row['evaluated_on']}"
         known = [key for key in list(REMOVAL)[3:] if row[key] is not None]
         numbers |= {f"{key}/{row['method']}{pair}": row[key] for key in known}
-    means = repeats.group_by("method", maintain_order=True).agg(pl.col("cosine", "agreement").mean())
-    for key, column in (("repeat", "cosine"), ("agreement", "agreement")):
-        numbers |= {
-            f"{key}/{name}": mean for name, mean in means.drop_nulls(column).select("method", column).iter_rows()
-        }
+    for (name,), rows in repeats.group_by("method", maintain_order=True):
+        for key, column in (("repeat", "cosine"), ("agreement", "agreement"), ("matched", "matched")):
+            if len(values := rows[column].drop_nulls()):
+                numbers |= {f"{key}{end}/{name}": value for end, value in intervals.mean(values.to_numpy()).items()}
     for (one, other), rows in transfer.group_by("selected_on", "domain", maintain_order=True):
         numbers[f"survive/{one}/{other}"] = rows["selected"].mean()  # type: ignore[assignment]
         numbers[f"same_language/{one}/{other}"] = rows["same_language"].mean()  # type: ignore[assignment]

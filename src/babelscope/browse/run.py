@@ -17,7 +17,7 @@ from babelscope.activations.store import ActivationStore, place
 from babelscope.browse import tables
 from babelscope.browse.effects import effects
 from babelscope.browse.firings import Firings
-from babelscope.browse.lens import extremes, readable, tokens_of
+from babelscope.browse.lens import Extremes, extremes, readable, tokens_of
 from babelscope.browse.units import KEY, probabilities, units
 from babelscope.config import Config
 from babelscope.core import resume, stage
@@ -165,20 +165,23 @@ def read_passes(
 
 def lens(model: Any, tokenizer: Any, saes: Mapping[str, Any], features: pl.DataFrame, count: int) -> pl.DataFrame:
     """The tokens that each feature's direction promotes and suppresses, if it lies in the residual stream."""
-    found = {}
-    has_text = tokens_of(tokenizer, model.get_output_embeddings().weight.shape[0])
-    with torch.inference_mode():
-        for name, dictionary in saes.items():
-            if dictionary.d != logit_lens.width(model):
-                log.warning("%s: not as wide as the residual stream, so that its features have no logit lens", name)
-                continue
-            units = features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch()
-            directions = dictionary.W_dec[units.to(dictionary.b_dec.device)]
+    wide = [name for name in saes if saes[name].d == logit_lens.width(model)]
+    for name in (name for name in saes if name not in wide):
+        log.warning("%s: not as wide as the residual stream, so that its features have no logit lens", name)
+    units = [features.filter(hookpoint=name)["unit"].cast(pl.Int64).to_torch() for name in wide]
+    found: dict[str, Extremes] = {}
+    if wide:
+        has_text = tokens_of(tokenizer, model.get_output_embeddings().weight.shape[0])
+        with torch.inference_mode():
+            rows = [saes[name].W_dec[each.to(saes[name].b_dec.device)] for name, each in zip(wide, units, strict=True)]
             try:
-                found[name] = extremes(logit_lens.direct_logits(model, directions), count, has_text)
+                # All hookpoints together: the lens is checked once, and each product reads the whole unembedding.
+                ends = extremes(logit_lens.direct_logits(model, torch.cat(rows)), count, has_text)
             except UserError as error:
                 log.warning("browse: no tokens are listed: %s", error)
-                break
+            else:
+                parts = [torch.split(each, [len(one) for one in units]) for each in ends]
+                found = {name: Extremes(*part) for name, *part in zip(wide, *parts, strict=True)}
     ids = {token for ends in found.values() for side in ends[::2] for token in side.flatten().tolist()}
     return tables.tokens(features, found, readable(tokenizer, ids))
 

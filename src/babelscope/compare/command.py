@@ -1,11 +1,14 @@
 """`babelscope compare A B`: decides whether SAEs or states of the repository are compared."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from babelscope.compare import states
 from babelscope.config.values import expanded
 from babelscope.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def main(first: str, second: str, hookpoints: Sequence[str], cosine: float, html: Path) -> None:
@@ -15,7 +18,12 @@ def main(first: str, second: str, hookpoints: Sequence[str], cosine: float, html
     ------
     UserError: one of the two is an SAE and the other a revision.
     """
-    commits = [None if expanded(name).is_dir() else states.resolve(name, Path()) for name in (first, second)]
+    commits = [states.resolve(name, Path()) for name in (first, second)]
+    for number, name in enumerate((first, second)):
+        if expanded(name).is_dir():
+            if commits[number] is not None:
+                log.warning("%s is a folder and a git revision: the folder is taken (the branch: heads/%s)", name, name)
+            commits[number] = None
     if None not in commits:
         from babelscope.compare import page
 

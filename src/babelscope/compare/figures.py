@@ -46,6 +46,11 @@ class Block:
     decimals: int = 3
     at: dict[str, float] | None = None
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether a figure has an interval."""
+        return any(value is not None and value.low is not None for pair in self.rows.values() for value in pair)
+
 
 def wilson(share: float, count: int) -> Value:
     """A share of `count` cases with its 95 % score interval (Wilson 1927, eq. 7), which stays in 0..1."""

@@ -14,10 +14,11 @@ import vl_convert
 
 from babelscope.compare.figures import Block, Pair, Value, apart, blocks, changed
 from babelscope.compare.states import State, read
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.core.files import write_atomically
 from babelscope.report import charts
 from babelscope.report.assets import asset, environment
+from babelscope.report.names import called
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Table
 
@@ -54,7 +55,7 @@ def build(first: State, second: State) -> str:
         .render(
             style=asset("page.css"),
             names=names,
-            states=[(name, local_name(one.params.get("model", {}).get("name", "")), one.commit[:10] or "not committed")
+            states=[(name, model_title(one.params.get("model", {})), one.commit[:10] or "not committed")
                     for name, one in zip(names, (first, second), strict=True)],
             tiles=[(tile[0], tuple(_tile(one, tile) for one in (first, second))) for tile in _TILES],
             params=params,
@@ -96,7 +97,8 @@ def table(block: Block, names: Sequence[str]) -> Table:
         difference = other.value - one.value if one is not None and other is not None else None
         separate = apart(pair)
         rows.append([
-            name, *(_cell(value, block.decimals) for value in pair), plain(difference, block.decimals, sign=True),
+            called(name), *(_cell(value, block.decimals) for value in pair),
+            plain(difference, block.decimals, sign=True),
             NONE if separate is None else "yes" if separate else "no",
         ])  # fmt: skip
     head = ["", *names, "difference", "intervals apart"]
@@ -129,13 +131,13 @@ def chart(block: Block, names: Sequence[str]) -> Any:
     base = alt.Chart(charts.data(frame))
     if block.at is not None:
         line = base.encode(x=alt.X("depth:Q", title="depth", scale=alt.Scale(zero=False)),
-                           y=alt.Y("value:Q", title=block.unit, scale=alt.Scale(zero=False)), color=colour)  # fmt: skip
-        return alt.layer(line.mark_line(), line.mark_point(filled=True, size=50)).properties(width=560, height=240)
-    y = alt.Y("row:N", sort=list(block.rows), title=None)
+                           y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)), color=colour)  # fmt: skip
+        return alt.layer(line.mark_line(), line.mark_point(filled=True, size=50)).properties(width=680, height=240)
+    y = alt.Y("row:N", sort=list(block.rows), title=None, axis=charts.languages_axis(block.rows))
     shared = base.encode(y=y, yOffset=alt.YOffset("state:N", sort=list(names)), color=colour)
     points = shared.mark_point(filled=True, size=50, opacity=1).encode(x=alt.X("value:Q", title=block.unit))
     spans = shared.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
-    return alt.layer(spans, points).properties(width=560, height=alt.Step(13))
+    return alt.layer(spans, points).properties(width=680, height=alt.Step(13))
 
 
 def picture(block: Block, names: Sequence[str]) -> dict[str, str]:
@@ -144,7 +146,8 @@ def picture(block: Block, names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name, theme in charts.THEMES.items():
         colours = [theme["style"][key]["color"] for key in ("own", "others")]
-        config = theme | {"font": "Liberation Sans", "range": {**theme["range"], "category": colours}}
+        # The padding is for the reader's font, which may be wider.
+        config = theme | {"font": "Liberation Sans", "padding": 16, "range": {**theme["range"], "category": colours}}
         svg = vl_convert.vegalite_to_svg(spec, config=config)
         found[name] = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     return found

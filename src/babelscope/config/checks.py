@@ -26,6 +26,7 @@ class Config(schema.Section):
     neurons: schema.Neurons
     stability: schema.Stability
     sharing: schema.Sharing
+    switching: schema.Switching
     identify: schema.Identify
     ablate: schema.Ablate
     baselines: schema.Baselines

@@ -232,6 +232,12 @@ class Sharing(Section):
     groups: Annotated[int, Field(ge=0, le=2**26)]
 
 
+class Switching(Section):
+    """Sentences that switch from one language to another."""
+
+    groups: Annotated[int, Field(ge=0, le=2**26)]
+
+
 class Ablate(Section):
     """Removing one language's features and measuring what it costs every language."""
 

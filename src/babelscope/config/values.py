@@ -4,6 +4,7 @@ The upper bounds are far beyond any sensible value: they reject typing errors be
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -96,6 +97,13 @@ def local_name(name: str) -> str:
     """
     folder = expanded(name)
     return folder.resolve().name if name.startswith((".", "/", "~")) or folder.is_dir() else name
+
+
+def model_title(model: Mapping[str, Any]) -> str:
+    """What people call a model, from `model` of params.yaml: a GGUF file without its quantisation, else its name."""
+    if file := model.get("gguf_file"):
+        return re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)
+    return local_name(model.get("name") or "")
 
 
 def explain(model: type[BaseModel], error: Any) -> str:

@@ -28,6 +28,7 @@ class Paths:
         self.stability = self.data / "stability/features.parquet"  # stability: which features are found again
         self.features_again = self.data / "stability/again.parquet"  # stability: the features of SAEs from other seeds
         self.sharing = self.data / "sharing/pairs.parquet"  # sharing: latents that texts share with translations
+        self.switching = self.data / "switching"  # switching: the tables `pairs` and `positions`
         self.dictionaries = self.data / "dictionaries"  # dictionary: one folder per name, see `dictionary`
         self.baselines = self.data / "baselines"  # baselines: `identification`, `removal`, `repeats`, `transfer`
         self.script = self.data / "script"  # script: the tables `features` and `nll`

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from babelscope.config.schema import Model
 from babelscope.config.values import expanded
@@ -86,7 +87,7 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
     name = "-".join([content, *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
     advice = "set HF_HOME to a writable folder"
     try:
-        folder = cached_assets_path("babelscope", "gguf") / name
+        folder = cached_assets_path("babelscope", "unpacked") / name
         if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder.parent}: not writable")
     except OSError as error:  # such as a read-only or missing home folder
@@ -112,7 +113,7 @@ def _gguf_files(section: Model, source: str) -> list[Path]:
 
 
 def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: Path) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoTokenizer, GgufConfig
 
     plain = {**options, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
@@ -130,7 +131,9 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
         joined.unlink(missing_ok=True)
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        # Of tied weights only the one that transformers expects, which it would else initialise first (1 s).
+        weights = {name: w for name, w in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         if not folder.is_dir():  # else another process was faster
             temporary.rename(folder)
     finally:
@@ -166,6 +169,20 @@ def load_tokenizer(section: Model) -> Any:
         raise _refusal(section, "tokenizer", error) from None
 
 
+class _NoRandomWeights(TorchFunctionMode):
+    """While open, nothing is drawn from a normal distribution.
+
+    transformers draws weights that the file lacks. Those that are tied to others (an unembedding of 168 M numbers in
+    Gemma 3 270M) are then replaced, and a model that lacks others is refused.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if getattr(func, "__name__", "") != "normal_":
+            return func(*args, **options)
+        return args[0] if args else options["tensor"]  # torch.nn.init passes it by name
+
+
 def _read_weights(source: str, **options: Any) -> Any:
     """Load the model, and check that all of its weights come from the file.
 
@@ -177,9 +194,10 @@ def _read_weights(source: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with _NoRandomWeights():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     # Tied weights are not in the report. A missing buffer keeps the value that the model's code sets.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing, unused = sorted(parameters & set(report["missing_keys"])), sorted(report["unexpected_keys"])

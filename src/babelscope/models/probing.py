@@ -65,12 +65,12 @@ def can_restart(model: Any, layers: Sequence[int]) -> bool:
     mask, order = torch.ones_like(ids), [1, 0]
     try:
         with hooks.block_inputs(model, layers) as inputs:
-            whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            whole = hooks.body_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         hidden = dict(inputs)
         for layer in layers:
             with hooks.starting_at(model, layer, hidden[layer][order]):
-                logits = model(input_ids=ids[order], attention_mask=mask, use_cache=False).logits
-            if not agree(logits, whole[order]):
+                found = hooks.body_of(model)(input_ids=ids[order], attention_mask=mask, use_cache=False)[0]
+            if not agree(found, whole[order]):
                 return False
     except Exception as error:  # a model with custom code may raise any error
         return declined(model, "passes that start at a hookpoint", error)

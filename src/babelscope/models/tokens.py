@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, pairwise
 from typing import Any
 
@@ -259,15 +259,19 @@ def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
-def within(texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None) -> list[TokenizedText]:
+def within(
+    texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None, *, cut: bool = False
+) -> list[TokenizedText]:
     """Take texts of each language, in the order of their ids (hashes), until they have `limit` content tokens.
 
-    `language` maps a text's id to its language. If `limit` is None, all texts are taken.
+    `language` maps a text's id to its language. If `limit` is None, all texts are taken. `cut`: whether the last text
+    is cut, so that a language has no more than `limit` tokens.
     """
     taken: Counter[str] = Counter()
     chosen = []
     for text in sorted(texts, key=lambda text: text.text_id):
-        if limit is None or taken[language[text.text_id]] < limit:
+        left = text.content_tokens if limit is None else limit - taken[language[text.text_id]]
+        if limit is None or left > 0:
             taken[language[text.text_id]] += text.content_tokens
-            chosen.append(text)
+            chosen.append(replace(text, ids=text.ids[: text.special + left]) if cut else text)
     return chosen

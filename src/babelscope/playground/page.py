@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
 from babelscope.playground.reading import STRONGEST, Reader, Reading
@@ -71,7 +71,7 @@ def build(
             style=asset("page.css") + own_asset("playground.css"),
             script=script,
             data=embedded(data),
-            model=local_name(params.model.name),
+            model=model_title(params.model.model_dump()),
             live=live,
             report=browser is not None and live,
         )

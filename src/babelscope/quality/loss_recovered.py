@@ -11,7 +11,8 @@ Only content tokens are changed, as in ablation: the SAE was not trained on spec
 computed once; the two passes of a hookpoint start at its block if the model allows it (`probing.can_restart`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from babelscope.core import resume
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.nll import head_of, target_count, targets, text_nll
+from babelscope.models.nll import head_of, target_count, targets, text_nll, text_nlls
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
@@ -31,9 +32,9 @@ from babelscope.sae.cache import CachedSAE, SAECache
 # Bootstrap resamples of the texts for the 95 % intervals.
 RESAMPLES = 1000
 
-# With few texts, few have similar lengths. Padding costs less than more passes: it takes time in the blocks only, since
-# the NLL is computed for real tokens only, but every pass reads all weights.
-_MOST_PADDING = 1.0
+# With few texts, few have similar lengths. Padding takes time in the blocks only, since the NLL is computed for real
+# tokens only, but every pass reads all weights of the blocks.
+_MOST_PADDING = 0.3
 
 SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "language": pl.String, "tokens": pl.Int64, "nll_clean": pl.Float64,
@@ -128,14 +129,16 @@ def _sums(
         clean = text_nll(model, ids, mask, special)
     hidden = dict(inputs)
 
-    def nll(name: str, edit: hooks.Edit) -> Tensor:
+    @contextmanager
+    def changed(name: str, edit: hooks.Edit) -> Iterator[None]:
         layer = hooks.layer_of(name)
         with hooks.starting_at(model, layer, hidden.get(layer)), hooks.editing(model, {name: edit}):
-            return text_nll(model, ids, mask, special)
+            yield
 
     with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.is_transcoder]) as entering:
-        spliced = torch.stack([nll(name, splice(sae, content, entering, name)) for name, sae in saes.items()])
-    zeroed = torch.stack([nll(name, zero(content)) for name in saes])
+        edits = [changed(name, splice(sae, content, entering, name)) for name, sae in saes.items()]
+        edits += [changed(name, zero(content)) for name in saes]
+        spliced, zeroed = torch.split(text_nlls(model, ids, mask, special, edits), len(saes))
     sums = {"clean": clean, "sae": spliced, "zero": zeroed, "tokens": targets(mask, special).sum(1)}
     return {key: value.cpu().contiguous() for key, value in sums.items()}
 

@@ -18,7 +18,7 @@ def run(params: Config, paths: Paths) -> None:
     language = dict(corpus.select("text_id", "language").iter_rows())
     ids, texts = corpus["text_id"].to_list(), corpus["text"].to_list()
     every = tokens.tokenize(loading.load_tokenizer(params.model), ids, texts, params.corpus.max_tokens)
-    measured = tokens.by_length(tokens.within(every, language, params.quality.tokens))
+    measured = tokens.by_length(tokens.within(every, language, params.quality.tokens, cut=True))
     saes = sae.SAECache(paths.saes, params.hookpoints, device)
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)

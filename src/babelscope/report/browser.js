@@ -71,7 +71,7 @@
     const hits = (all) => new Set(all.flatMap((text, place) => (words && text.includes(words) ? [place] : [])));
     const texts = hits(searched.texts), tokens = hits(searched.tokens);
     // 0: its name, its own texts or its tokens; 1: its texts of other languages; 2: no match.
-    const match = (one) => (!words || one.id.toLowerCase().includes(words) || [...one.own, ...one.sample].some(([text]) => texts.has(text)) ||
+    const match = (one) => (!words || [one.id, brief(one)].some((name) => name.toLowerCase().includes(words)) || [...one.own, ...one.sample].some(([text]) => texts.has(text)) ||
       [...one.promoted, ...one.suppressed].some(([token]) => tokens.has(token))) ? 0 : one.other.some(([text]) => texts.has(text)) ? 1 : 2;
     for (const one of data.features) one.match = match(one);
     const value = COMPARED[sorting.key] ?? ((one) => one[sorting.key]), way = sorting.down ? -1 : 1;
@@ -110,11 +110,10 @@
     body.replaceChildren(...space(from), ...rows, ...space(shown.length - to));
   }
 
-  // Shorten a long name in the middle: its layer and unit stay.
-  function brief(one) {
-    const [name, unit] = [data.hookpoints[one.at], one.unit];
-    return one.id.length > 20 ? `${name.slice(0, 9).replace(/\.$/, "")}…/${unit}` : one.id;
-  }
+  // Layer and unit, as on the terminal, if no two hookpoints have the same layer.
+  const layers = data.hookpoints.map((name) => name.match(/\d+/)?.[0] ?? name);
+  const short = new Set(layers).size === layers.length ? layers : data.hookpoints;
+  const brief = (one) => `${short[one.at]}/${one.unit}`;
 
   function row(one, place) {
     const languages = one.names.length > 3 ? `${one.names.length} languages` : one.names.join(" ");
@@ -126,7 +125,7 @@
       make("td", { title: `entropy ${number(one.entropy, 3)} nats` }, number(Math.exp(one.entropy), 2)),
       make("td", {}, percent(one.rate)),
       delta,
-      make("td", {}, one.latin === null ? "–" : percent(one.latin)));
+      make("td", {}, one.latin === null ? "–" : `${number(100 * one.latin, 0)} %`));
     if (one === current) line.setAttribute("aria-current", "true");
     return line;
   }
@@ -341,7 +340,8 @@
   function near(one) {
     const row = ([unit, cosine]) => {
       const id = `${data.hookpoints[one.at]}/${unit}`, other = byId.get(id);
-      return make("tr", {}, make("td", {}, other ? make("a", { href: address(other) }, id) : id),
+      const text = brief({ at: one.at, unit });
+      return make("tr", {}, make("td", { title: id }, other ? make("a", { href: address(other) }, text) : text),
         make("td", { class: "label" }, other ? other.names.map(called).join(", ") : "not a feature shown here"), make("td", {}, number(cosine, 2)));
     };
     return make("div", {}, ...(one.near.length ? [make("h3", {}, "Latents with the nearest decoder directions (cosine)"),

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.report import charts, headline, verdict
 from babelscope.report.assets import asset, environment, source_hash
 from babelscope.report.parts import Picture, ReportInputs
@@ -11,7 +11,16 @@ from babelscope.report.parts import Picture, ReportInputs
 # `section(inputs)`, which returns a Section or None; a part without a section is left out.
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
-    "The evidence: what they do": ("ablation", "own", "control", "curve", "identification", "baselines", "steering"),
+    "The evidence: what they do": (
+        "ablation",
+        "own",
+        "control",
+        "curve",
+        "identification",
+        "baselines",
+        "steering",
+        "switching",
+    ),
     "The doubt: what else could explain it?": (
         "script",
         "stability",
@@ -39,7 +48,7 @@ def build(inputs: ReportInputs) -> str:
     pictures = [block for block in blocks if isinstance(block, Picture)]
     specs = {picture.name: picture.chart.to_dict() for picture in pictures}  # checked against Vega-Lite's schema
     scripts = [charts.javascript(), asset("page.js")]
-    model = local_name(inputs.params.get("model", {}).get("name", "the model"))
+    model = model_title(inputs.params.get("model", {})) or "the model"
     return (
         environment()
         .from_string(asset("page.html.j2"))

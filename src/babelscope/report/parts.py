@@ -23,6 +23,8 @@ COLUMNS = {
     "generations": "method language slot decoding prompt text predicted",
     "similarity": "language other units jaccard",
     "sharing": "hookpoint layer language other groups translations random typology",
+    "switching": "language other groups cost effect effect_low effect_high switched stayed host alone",
+    "switch_positions": "language other position host intruder",
     "baselines": "method trained_on evaluated_on languages texts accuracy low high difference difference_low "
     "difference_high",
     "script": "hookpoint unit language script_bound",
@@ -57,6 +59,8 @@ class ReportInputs:
     generations: pl.DataFrame | None = None
     similarity: pl.DataFrame | None = None
     sharing: pl.DataFrame | None = None
+    switching: pl.DataFrame | None = None
+    switch_positions: pl.DataFrame | None = None
     baselines: pl.DataFrame | None = None
     script: pl.DataFrame | None = None
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)

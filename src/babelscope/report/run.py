@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.config import Config
-from babelscope.config.values import local_name
+from babelscope.config.values import local_name, model_title
 from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically, write_json
@@ -55,7 +55,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
     alone = ("sample", "extract", "quality", "score", "stability", "sharing", "identify", "ablate", "baselines",
-             "script", "steer")  # fmt: skip
+             "script", "steer", "switching")  # fmt: skip
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -65,6 +65,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         "confusion": paths.identification / "confusion.parquet", "similarity": paths.similarity,
         "generations": paths.generations, "baselines": paths.baselines / "identification.parquet",
         "sharing": paths.sharing, "script": paths.script / "features.parquet",
+        "switching": paths.switching / "pairs.parquet", "switch_positions": paths.switching / "positions.parquet",
     }  # fmt: skip
     _check([*needed.values(), *metrics.values()], "the stages before `report` write it")
     frames = needed | {name: path for name, path in optional.items() if path.is_file()}
@@ -101,7 +102,7 @@ def read_features(params: Config, paths: Paths, inputs: ReportInputs | None = No
     frames = {name: read_table(path) for name, path in files.items()}
     facts, cells = ({}, {}) if inputs is None else (about.about(inputs), about.cells(inputs))
     selected = 0 if inputs is None or inputs.members > 1 else found(inputs)
-    model = local_name(params.model.name)
+    model = model_title(params.model.model_dump())
     return browser.BrowserInputs(params.languages, params.hookpoints, model, frames, selected, facts, cells)
 
 

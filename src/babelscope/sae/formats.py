@@ -196,11 +196,13 @@ def _linear(_config: Settings, tensors: Tensors) -> SAE:
 
 
 def _circuit_tracer(_config: Settings, tensors: Tensors) -> SAE:
-    """The transcoders of circuit-tracer (ReLU or JumpReLU), with or without a skip connection `[d, d]`."""
+    """The transcoders of circuit-tracer (ReLU, JumpReLU or TopK), with or without a skip connection `[d, d]`."""
     encoder, W_dec, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    b_in, skip = torch.zeros(encoder.shape[1]), tensors.get("W_skip")
+    if "k" in tensors:
+        return SAE(encoder, W_dec, b_enc, b_dec, int(tensors["k"]), b_in=b_in, W_skip=skip)
     threshold = tensors.get("activation_function.threshold", torch.zeros_like(b_enc)).float().clamp(min=0)
-    b_in = torch.zeros(encoder.shape[1])
-    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in, W_skip=tensors.get("W_skip"))
+    return SAE(encoder, W_dec, b_enc, b_dec, threshold=threshold, b_in=b_in, W_skip=skip)
 
 
 def _llama_scope(config: Settings, tensors: Tensors) -> SAE:

@@ -7,16 +7,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from babelscope.activations.store import ActivationStore, place
-from babelscope.core.files import read_table
-from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features.examples import Features
 from babelscope.models.forward import read_batches
 from babelscope.models.tokens import TokenizedTexts
 
-# Stored tokens encoded at once, which bounds the memory.
-_CHUNK = 8192
 # The rule, fixed before any result was seen. A feature still fires on a version of the texts if its rate there is at
 # least this share of its rate on the texts as they are: the default of `score.ratio`, by which SAE-LAPE tells members
 # from other languages. A feature is script-bound if it does not still fire on the romanised texts.
@@ -43,20 +38,6 @@ def nothing(texts: int, features: Mapping[str, Features]) -> Fired:
     return Fired(
         torch.zeros(texts, dtype=torch.int64), {name: torch.zeros(texts, each.count) for name, each in features.items()}
     )
-
-
-@torch.no_grad()
-def read_stored(found: Fired, text_ids: pl.Series, features: Mapping[str, Features], paths: Paths) -> None:
-    """Add the stored activations of the texts, in the order of `text_ids`, to `found`."""
-    numbers = pl.DataFrame({"text_id": text_ids, "number": range(len(text_ids))}, schema_overrides={"number": pl.Int64})
-    table = read_table(paths.tokens).join(numbers, on="text_id", maintain_order="left")
-    row, text = table["row"].to_torch(), table["number"].to_torch()
-    found.tokens.index_add_(0, text, torch.ones_like(text))
-    for name, each in features.items():
-        activations = ActivationStore(place(paths.activations, each.reads(name)))
-        for part in torch.split(torch.arange(len(row)), _CHUNK):
-            fires = each.activations(activations.gather(row[part])) > 0
-            found.fired[name].index_add_(0, text[part], fires.float().cpu())
 
 
 @torch.no_grad()

@@ -49,16 +49,16 @@ def measure(
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, float]]:
     """The tables of `features` and of the NLLs, and the figures."""
     device = hardware.prepare(params.hardware)
-    tokenizer, model = loading.load_tokenizer(params.model), loading.load_model(params.model, params.ablate.dtype)
-    model.to(device)
-    matmul.use_in(model)
+    tokenizer = loading.load_tokenizer(params.model)
     corpus = sample(read_table(paths.texts).filter(split="eval"), tokenizer, params, params.script.tokens)
     saes = sae.SAECache(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
     chosen = {
         name: Features(saes[name], features.filter(hookpoint=name)["unit"].unique().sort().cast(pl.Int64).to_torch())
         for name in saes
     }
-    found = firing_rates(model, tokenizer, corpus, chosen, features, params, paths)
+    # In the precision in which the features were found; all versions, so that they differ by their texts only.
+    model = loading.load_model(params.model, params.extract.dtype).to(device)
+    found = firing_rates(model, tokenizer, corpus, chosen, features, params)
     replaced = {
         str(name): replaced_share("".join(rows["text"])) for (name,), rows in corpus["original"].group_by("language")
     }
@@ -69,6 +69,9 @@ def measure(
         log.warning("script: nothing is removed, since transcoders read the input of their hookpoint's module")
     effects = pl.DataFrame(schema=NLL)
     if params.script.ablation_tokens and tested and not is_transcoder:
+        if params.ablate.dtype != params.extract.dtype:
+            model = loading.load_model(params.model, params.ablate.dtype).to(device)
+        matmul.use_in(model)
         effects = removed(model, tokenizer, saes, features, tested, params, paths)
     return found, effects, figures(found, effects, replaced, params.languages)
 
@@ -92,25 +95,20 @@ def sample(corpus: pl.DataFrame, tokenizer: Any, params: Config, limit: int) -> 
 
 def firing_rates(
     model: Any, tokenizer: Any, corpus: Mapping[str, pl.DataFrame], chosen: Mapping[str, Features],
-    features: pl.DataFrame, params: Config, paths: Paths,
+    features: pl.DataFrame, params: Config,
 ) -> pl.DataFrame:  # fmt: skip
     """`features` with each version's rate, the share of their language's tokens on which they fire."""
     language = tokens.codes(corpus["original"]["language"], params.languages)
-    original = firings.nothing(len(language), chosen)
+    found = original = firings.nothing(len(language), chosen)
     for version, frame in corpus.items():
-        if version == "original" and params.train.source != "stream":
-            firings.read_stored(original, frame["text_id"], chosen, paths)
-            found = original
-        else:
-            # Texts that are the same as the original fire as it does. Of romanised texts, which have more tokens, all
-            # tokens are used: the same text is compared.
-            is_new = frame["text"] != corpus["original"]["text"] if version != "original" else None
-            changed = frame.with_row_index("index") if is_new is None else frame.with_row_index("index").filter(is_new)
-            texts = tokens.tokenize_corpus(tokenizer, changed, 2**31)
-            tokens.check_fits(model, texts)
-            dtype = loading.DTYPES[params.extract.store_dtype]
-            found = firings.count(original, model, texts, chosen, dtype, params.extract.batch_tokens)
-            original = found if version == "original" else original
+        # Texts that are the same as the original fire as it does. Of romanised texts, which have more tokens, all
+        # tokens are used: the same text is compared.
+        is_new = pl.lit(True) if version == "original" else frame["text"] != corpus["original"]["text"]
+        texts = tokens.tokenize_corpus(tokenizer, frame.with_row_index("index").filter(is_new), 2**31)
+        tokens.check_fits(model, texts)
+        dtype = loading.DTYPES[params.extract.store_dtype]
+        found = firings.count(original, model, texts, chosen, dtype, params.extract.batch_tokens)
+        original = found if version == "original" else original
         parts = []
         for (name,), rows in features.group_by("hookpoint", maintain_order=True):
             column = rows["unit"].unique().sort().search_sorted(rows["unit"]).cast(pl.Int64).to_torch()

@@ -181,9 +181,8 @@ def open_store(experiment: str) -> Store:
         found = client.get_experiment_by_name(experiment)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    tags = view.experiment_tags(found.experiment_id)
-    for key, value in tags.items():  # the note may be the user's own
-        if key not in found.tags or (key == view.TAG and found.tags[key] != value):
+    for key, value in view.experiment_tags(found.experiment_id).items():
+        if key not in found.tags:  # the note may be the user's own, and `sync` fits the view to the runs
             client.set_experiment_tag(found.experiment_id, key, value)
     if path is not None and found.artifact_location != _artifacts(experiment):
         _follow(path, found.artifact_location, experiment)

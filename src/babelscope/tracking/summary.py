@@ -9,11 +9,11 @@ from typing import Any
 
 import polars as pl
 
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.core.files import read_json, read_table
 from babelscope.core.paths import Paths
 from babelscope.models.names import parts_of
-from babelscope.report.numbers import plain, significant
+from babelscope.report.numbers import percent, plain, significant
 from babelscope.tracking import view
 
 Metrics = Mapping[str, Mapping[str, Any]]  # the content of metrics/<name>.json by <name>: `<stage>[.<hookpoint>]`
@@ -161,7 +161,7 @@ def language_table(values: Figures, languages: Sequence[str]) -> dict[str, list[
 
 def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
     """A description of the run in a few lines, with the figures of the report's headline."""
-    score, ablate = metrics.get("score", {}), metrics.get("ablate", {})
+    score, ablate, known = (metrics.get(name, {}) for name in ("score", "ablate", "summary"))
     members = params["score"]["members"]
     kind = "language-specific features" if members == 1 else f"features shared by exactly {members} languages"
     sentences = [
@@ -169,14 +169,19 @@ def note(params: Mapping[str, Any], metrics: Metrics, state_hash: str) -> str:
         f" at {len(params['hookpoints'])} hookpoints."
     ]
     if "effective_languages" in score:
-        sentences.append(f"Effective languages of a feature: {plain(score['effective_languages'], 2)}.")
+        value = plain(score["effective_languages"], 2)
+        sentences.append(f"Effective languages of a feature (exp of the mean entropy): {value}.")
     if {"own", "others_abs"} <= set(ablate):
         sentences.append(
             f"Ablating a language's features changes its loss by {significant(ablate['own'], sign=True)} nats/token,"
             f" each other language's by {significant(ablate['others_abs'], digits=2)} on average (absolute value)."
         )
+    if "dnll_control" in known:
+        sentences.append(f"Random latents that fire as often: {significant(known['dnll_control'], sign=True)}.")
+    if "matched" in known:
+        sentences.append(f"Found one to one in an SAE from another seed: {percent(known['matched'])}.")
     # Quoted as code: MLflow shows a note as Markdown, in which a name could load an image.
-    model = " ".join(local_name(params["model"]["name"]).replace("`", "'").split())
+    model = " ".join(model_title(params["model"]).replace("`", "'").split())
     return (
         f"`{model}`: {' '.join(sentences)}\n\n"
         f"DVC state `{state_hash}`; its dvc.lock and params.yaml are among the artifacts."

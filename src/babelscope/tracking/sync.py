@@ -140,6 +140,8 @@ def _summary(opened: store.Store, paths: Paths, params: Mapping[str, Any], state
         _collect(paths, Path(copies))
         opened.client.log_artifacts(run_id, copies)
     opened.client.set_terminated(run_id, "FINISHED")
+    before = opened.client.get_experiment(opened.experiment_id).tags.get(view.TAG, "")
+    opened.client.set_experiment_tag(opened.experiment_id, view.TAG, view.saved(series, params["languages"], before))
     return True
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from babelscope.config import Config
-from babelscope.config.values import local_name
+from babelscope.config.values import model_title
 from babelscope.tracking import store
 
 log = logging.getLogger(__name__)
@@ -169,10 +168,7 @@ def describe(params: Mapping[str, Any]) -> str:
     A GGUF model has the file's name without the quantisation, any other the last part of its hub id.
     """
     flat = store.flatten(params)
-    name, file = flat.get("model.name", ""), flat.get("model.gguf_file", "null")
-    words = [name and local_name(name).rpartition("/")[2]]
-    if file != "null":
-        words = [re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)]
+    words = [model_title(params.get("model", {})).rpartition("/")[2]]
     if flat.get("train.source") == "pretrained":
         words.append(flat["pretrained.name"].rpartition("/")[2])
     else:

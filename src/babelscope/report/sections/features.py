@@ -28,6 +28,7 @@ SHOWN_PER_LANGUAGE = 10
 def section(inputs: ReportInputs) -> Section:
     """Features by language and layer, and the first ones of each language."""
     limit = inputs.params.get("score", {}).get("max_entropy")
+    random = inputs.figure("score", "features_on_random_tokens")
     caption = how_to_read(
         """<p>Each cell is the number of latents of one layer’s SAE that are features of the language in that row. A 0
 means that no latent passed the thresholds; it does not mean that the model lacks the language. The line below the cells
@@ -35,11 +36,12 @@ is the sum over all languages.</p>
 <p>A latent is considered if it fires in enough texts and on enough tokens of at least one language
 (<code>score.example_rate</code>, <code>score.token_rate</code>). It belongs to each language in which its firing rate
 is at least <code>score.ratio</code> times its highest firing rate. Only latents that belong to exactly {members}{limit}
-are counted. Such a latent may also fire in other languages, but at a lower rate. A few features that fire often can
-matter more than many that fire rarely: the ablation below measures their effect. A click on a cell opens its features
-in the feature browser.</p>""",
+are counted{random}. Such a latent may also fire in other languages, but at a lower rate. A few features that fire often
+can matter more than many that fire rarely: the ablation below measures their effect. A click on a cell opens its
+features in the feature browser.</p>""",
         members="one language" if inputs.members == 1 else f"{inputs.members} languages",
         limit="" if limit is None else f" and have at most {math.exp(limit):.2f} effective languages",
+        random="" if random is None else f", without {plain(random)} that fire on random tokens as on their language",
     )
     link = prose(
         """<p>The <a href="features.html">feature browser</a> shows every feature and where it fires, and has a page for

@@ -18,13 +18,15 @@ def section(inputs: ReportInputs) -> Section | None:
     frame = by_language(inputs)
     if frame.is_empty():
         return None
+    seeds = len(inputs.params.get("stability", {}).get("seeds", []))
     result = prose(
         """<p>{matched} of {features} features have a partner of their own in the other SAE whose decoder and encoder
 directions are both similar; of all latents, {latents} have. So treat a single feature as one of many ways to divide the
-space, and the features of a language together as the result.</p>""",
+space, and the features of a language together as the result.{seeds}</p>""",
         matched=percent(inputs.figure("stability", "features_matched_share")),
         features=plain(inputs.figure("stability", "stability_features")),
         latents=percent(inputs.figure("stability", "latents_matched_share")),
+        seeds=f" All figures are means over the SAEs of {seeds} other seeds." if seeds > 1 else "",
     )
     reading = how_to_read(
         """<p>Circle: how much the directions of a language’s features span the same subspace in both SAEs (mean squared

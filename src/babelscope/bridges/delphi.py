@@ -1,4 +1,4 @@
-"""`babelscope delphi TARGET [HOOKPOINT ...]`: all firings of latents, in delphi's cache format.
+"""`--format delphi`: all firings of latents, in delphi's cache format.
 
 delphi (Paulo et al. 2024, arXiv 2410.13928) explains and scores latents from such a cache. It has a folder for each
 hookpoint with `config.json` and a file `<first>_<last>.safetensors` for each range of latents: `locations`

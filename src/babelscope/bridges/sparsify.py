@@ -1,4 +1,4 @@
-"""`babelscope export TARGET [HOOKPOINT ...]`: SAEs of `data/sae` in the format of EleutherAI/sparsify.
+"""`--format sparsify`: SAEs of `data/sae` in the format of EleutherAI/sparsify.
 
 SAELens needs no export: `sae_lens.SAE.load_from_disk` reads `data/sae/<hookpoint>`.
 """
@@ -8,14 +8,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from babelscope import sae
-from babelscope.core.errors import UserError, nearest
+from babelscope.bridges.dictionaries import chosen, encoder_bias
+from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically, write_json
+from babelscope.core.paths import Paths
 from babelscope.sae import SAE, formats
 
-SAES = Path("data/sae")
 
-
-def write_sparsify(dictionary: SAE, folder: Path) -> None:
+def write(dictionary: SAE, folder: Path) -> None:
     """Write `cfg.json` and `sae.safetensors` as `sparsify.SparseCoder.load_from_disk` reads them.
 
     Raises
@@ -24,11 +24,8 @@ def write_sparsify(dictionary: SAE, folder: Path) -> None:
     """
     if dictionary.k is None:
         raise UserError(f"{folder.name}: sparsify has no JumpReLU, BatchTopK or ReLU SAEs; allowed: TopK")
-    b_enc = dictionary.b_enc.detach()
-    if dictionary.b_in is not None:  # sparsify subtracts nothing from a transcoder's input
-        b_enc = (b_enc.double() - formats.product(dictionary.encoder, dictionary.b_in)).float()
     weights = {
-        "encoder.weight": dictionary.encoder, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
+        "encoder.weight": dictionary.encoder, "encoder.bias": encoder_bias(dictionary), "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
     }  # fmt: skip
     if dictionary.W_skip is not None:
@@ -50,10 +47,5 @@ def main(target: Path, hookpoints: list[str]) -> None:
     ------
     UserError: there are no SAEs, one of `hookpoints` has none, or sparsify's format cannot hold one.
     """
-    have = sorted(path.name for path in SAES.glob("*") if path.is_dir())
-    if not have:
-        raise UserError(f"{SAES}: no SAEs; `dvc repro` trains them")
-    for name in hookpoints or have:
-        if name not in have:
-            raise UserError(f"{SAES / name}: no such folder; {nearest(name, have)}")
-        write_sparsify(sae.load(SAES, name), target / name)
+    for name in chosen(hookpoints):
+        write(sae.load(Paths().saes, name), target / name)
