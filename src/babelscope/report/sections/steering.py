@@ -34,10 +34,10 @@ def section(inputs: ReportInputs) -> Section | None:
     steer = inputs.params.get("steer", {})
     caption = prose(
         """<p>Each method adds a language’s vector, less that of the prompt’s language, to the model’s states at every
-token of a prompt and of the answer, so that the model answers in another language. <em>Forcing</em> is the share of answers
-that fastText identifies as the language. <em>Relevance</em> is the share of answers {relevant}. The score is their
-harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place and strength were chosen on
-other prompts. Bars are 95&nbsp;% intervals over the prompts; small dots are languages.</p>
+token of a prompt and of the answer, so that the model answers in another language. <em>Forcing</em> is the share of
+answers that fastText identifies as the language. <em>Relevance</em> is the share of answers {relevant}. The score is
+their harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place and strength were
+chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small dots are languages.</p>
 <p>{verdict}</p>""",
         prompts=", ".join(steer.get("prompt_languages", [])),
         relevant=_RELEVANT[steer.get("relevance", "encoder")],
