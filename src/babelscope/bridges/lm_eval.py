@@ -24,12 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def amplified(place: str, vector: Tensor, strength: float) -> dict[str, Any]:
-    """What `steer` adds: `x + strength v`; `vector` v is float32 `[d]`."""
+    """What `steer` adds for a language, `x + strength v`; `vector` v is float32 `[d]`.
+
+    `steer` also takes off the vector of the prompt's language, which is not known here.
+    """
     return _file(place, vector, strength)
 
 
 def removed(place: str, vector: Tensor) -> dict[str, Any]:
-    """The language's mean becomes that of the others: `x - v`, if `vector` v is DiffMean; other methods have its length.
+    """`x - v`: if `vector` v is DiffMean, the language's mean becomes that of the others; other methods have its length.
 
     The action `clamp` to 0 would move the other languages as well, whose mean along the vector is not 0.
     """
