@@ -32,7 +32,7 @@ def amplified(place: str, vector: Tensor, strength: float) -> dict[str, Any]:
 
 
 def removed(place: str, vector: Tensor) -> dict[str, Any]:
-    """`x - v`: if `vector` v is DiffMean, the language's mean becomes that of the others; other methods have its length.
+    """`x - v`: if `vector` v is DiffMean, the language's mean becomes that of the others; all methods have its length.
 
     The action `clamp` to 0 would move the other languages as well, whose mean along the vector is not 0.
     """
