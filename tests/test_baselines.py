@@ -266,6 +266,22 @@ def test_dictionaries(ready: Paths) -> None:
     assert "matched/neurons" not in numbers and "matched/probe" not in numbers
 
 
+def test_a_dictionary_without_units_is_left_out(ready: Paths, monkeypatch: Any, caplog: Any) -> None:
+    prepare(dictionaries=["frozen_encoder"], ablation_tokens=20)
+    stage("dictionary", "frozen_encoder")
+    choose = run.choose
+
+    def none(one: run.Dictionary, *rest: Any) -> pl.DataFrame:
+        return choose(one, *rest).clear() if one.name == "frozen_encoder" else choose(one, *rest)
+
+    monkeypatch.setattr(run, "choose", none)
+    stage("baselines")
+    assert "frozen_encoder: no unit is specific to a language" in caplog.text
+    for table in ("identification", "removal", "repeats"):
+        found = set(pl.read_parquet(f"data/baselines/{table}.parquet")["method"])
+        assert "frozen_encoder" not in found and "diff_mean" in found
+
+
 def test_without_a_hookpoint_there_is_nothing(ready: Paths) -> None:
     set_params()
     stage("baselines")

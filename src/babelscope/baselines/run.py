@@ -66,6 +66,10 @@ def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFr
         for domain in (ALL, *domains):
             if domain not in one.units:
                 one.units[domain] = choose(one, one.counted, domain, len(selected), params)
+    for one in every[1:]:
+        if one.units[ALL].is_empty():
+            log.warning("%s: no unit is specific to a language by the rules of params.yaml: score; left out", one.name)
+            every.remove(one)
     x = {split: selection.text_means(stored, split, size) for split in ("train", "eval")}
     found = {
         "identification": identification(every, x, stored.texts, domains, params, paths, device),

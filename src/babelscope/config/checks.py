@@ -177,9 +177,11 @@ def _steer(params: Config) -> Iterator[str]:
     for key, name in [*named, *([] if section.removal is None else [("removal", section.removal)])]:
         if name not in params.languages:
             yield f"steer.{key}: {name!r} is not one of languages; allowed: {', '.join(params.languages)}"
-    for name in section.hookpoints:
+    for name in section.hookpoints or ():
         if name not in params.hookpoints:
             yield f"steer.hookpoints: {name!r} is not one of hookpoints; {nearest(name, params.hookpoints)}"
+    if section.relevance == "endpoint" and params.explain.endpoint is None:
+        yield "steer.relevance: 'endpoint' asks explain.endpoint, which is null; allowed without it: encoder"
     if "neurons" in section.methods and not params.neurons.hookpoints:
         yield "steer.methods: 'neurons' steers by neurons, but neurons.hookpoints is empty; allowed: any other method"
 

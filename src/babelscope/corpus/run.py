@@ -71,8 +71,8 @@ def read_all(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame
     if section.source == "huggingface":
         with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:
             return hub.read(section.datasets, languages, advance=progress.update)
-    reader = gettext_catalogs.read if section.source == "gettext" else text_files.read
-    texts = reader(section, languages)
+    gettext = section.source == "gettext"
+    texts = gettext_catalogs.read(section, languages) if gettext else text_files.read(str(section.path), languages)
     return texts, [{"path": name, "revision": None, "license": None} for name in sorted(set(texts["source"]))]
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from babelscope import sae
 from babelscope.activations.rows import read_rows
 from babelscope.activations.store import opened
-from babelscope.config import Config, schema
-from babelscope.config.values import expanded
+from babelscope.config import Config
 from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
+from babelscope.corpus import further
 from babelscope.corpus.lid import FastText
 from babelscope.identification import metrics
 from babelscope.identification.classify import identify
@@ -62,21 +62,8 @@ def read_also(params: Config) -> pl.DataFrame | None:
     also = params.identify.also
     if also is None:
         return None
-    from babelscope.corpus import hub, sampling, text_files
-
-    if isinstance(also, schema.Dataset):
-        raw, [record] = hub.read([also], params.languages, key="identify.also")
-        name = str(record["path"])
-    else:
-        if not expanded(also).is_dir():
-            raise UserError(f"params.yaml: identify.also: no folder {also!r}")
-        section = params.corpus.model_copy(update={"source": "files", "path": also, "packages": []})
-        raw, name = text_files.read(section, params.languages), also
-    texts = sampling.clean(raw, min_characters=1)
+    texts = further.read(also, params.languages, "identify.also")
     chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)
-    missing = [name for name in params.languages if name not in set(chosen["language"])]
-    if missing:
-        raise UserError(f"params.yaml: identify.also: {name!r} has no text in {', '.join(missing)}")
     return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
 
 
