@@ -29,7 +29,7 @@ def amplified(place: str, vector: Tensor, strength: float) -> dict[str, Any]:
 
 
 def removed(place: str, vector: Tensor) -> dict[str, Any]:
-    """The language's mean becomes that of the others: `x - v`, if `vector` v is DiffMean; other methods have its length.
+    """`x - v`: if `vector` v is DiffMean, the language's mean becomes that of the others; all methods have its length.
 
     The action `clamp` to 0 would move the other languages as well, whose mean along the vector is not 0.
     """
