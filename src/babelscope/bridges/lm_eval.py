@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def amplified(place: str, vector: Tensor, strength: float) -> dict[str, Any]:
-    """What `steer` adds: `x + strength v`; `vector` v is float32 `[d]`."""
+    """What `steer` adds for a language, `x + strength v`; `vector` v is float32 `[d]`.
+
+    `steer` also takes off the vector of the prompt's language, which is not known here.
+    """
     return _file(place, vector, strength)
 
 
