@@ -6,16 +6,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from babelscope.config.schema import Corpus
 from babelscope.core.errors import UserError
 from babelscope.corpus import text_files
 
 
 def read(folder: Path, *languages: str) -> pl.DataFrame:
-    section = Corpus(source="files", packages=[], path=str(folder), domain=None, source_language="en",
-                     datasets=[], lid=None, min_characters=1, max_tokens=64, train_tokens=100,
-                     eval_tokens=10)  # fmt: skip
-    return text_files.read(section, languages)
+    return text_files.read(str(folder), languages)
 
 
 def write_jsonl(path: Path, *rows: object) -> None:

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, Any] = {
                   "text": f"{c} page {i}"}, ["train"]),
     "tatoeba": ({"de": "en-de", "zh-CN": "en-zh"}, lambda c, i: {"english": f"sentence {i}", "non_english":
                 f"{c} sentence {i}"}, ["train"]),
+    "clas-bench": ({"de": "de", "zh-CN": "zh", "no": "no"}, lambda c, i: {"id": f"{c}_{i}", "language_code": c,
+                   "language": "L", "question_id": i, "question": f"{c} question {i}?"}, ["train"]),
 }  # fmt: skip
 
 

@@ -150,7 +150,7 @@ UNTESTED = {
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
-    "dvc exp run -S switching.groups=10 report": "test_switching.py runs the stage; `dvc exp run -S` is run in "
+    "dvc exp run -S switching.groups=6 report": "test_switching.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
     "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc exp run -S ablate.script_draws=2": "minutes; test_knobs_run.py runs the stage with this param",

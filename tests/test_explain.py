@@ -17,9 +17,10 @@ from test_browse_stage import WIDE, folder  # noqa: F401
 from test_neurons_stages import SAE_AT, model, set_params, stage  # noqa: F401
 
 from babelscope import config
+from babelscope.core import endpoint as client
+from babelscope.core.endpoint import Client, Request, tokens, verdicts
 from babelscope.core.errors import UserError
-from babelscope.explain import client, prompts
-from babelscope.explain.client import Client, Request, tokens
+from babelscope.explain import prompts
 from babelscope.explain.scores import balanced_accuracy, fuzzed
 from babelscope.features import examples
 from babelscope.features.examples import Features, choose
@@ -54,7 +55,7 @@ def test_the_question_shows_marks_and_strengths() -> None:
     ],
 )
 def test_answers_are_read_or_left_out(answer: str, read: list[bool] | None) -> None:
-    assert prompts.verdicts(answer, 3) == read
+    assert verdicts(answer, 3) == read
 
 
 def test_balanced_accuracy_by_hand() -> None:

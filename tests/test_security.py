@@ -28,10 +28,10 @@ from tokenizers.models import WordLevel
 from babelscope import config, sae
 from babelscope.activations.store import ActivationStore, write_index, write_shard
 from babelscope.config import schema
+from babelscope.core.endpoint import Client, Request, answer_in
 from babelscope.core.errors import UserError
 from babelscope.core.redact import SECRETS, redact
 from babelscope.corpus import hub, text_files
-from babelscope.explain.client import Client, Request, answer_in
 from babelscope.models import loading
 from babelscope.report import browser
 from babelscope.sae.training.loop import resumable

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ import transformers
 from closure import ROOT
 from test_neurons_stages import tokenizer
 
+from babelscope import config
 from babelscope.core.errors import UserError
 from babelscope.core.files import write_json
 from babelscope.models import hookpoints as hooks
@@ -18,6 +20,8 @@ from babelscope.models.tokens import TokenizedText
 from babelscope.models.top_tokens import TopTokens
 from babelscope.sae.autoencoder import SAE
 from babelscope.steering import development, generation, judge, prompts, removal, statistics, vectors
+from babelscope.steering.answers import ROWS, Answers
+from babelscope.steering.run import hookpoints_of
 
 
 def build(vocabulary: int = 60):
@@ -164,6 +168,7 @@ def test_vectors_are_read_as_they_were_written(tmp_path):
     found = vectors.read(tmp_path / "diffmean.safetensors")
     assert found.keys() == {"layers.1", "layers.2"} and found["layers.1"]["pt-BR"].tolist() == [1.0, 2.0]
     assert vectors.place_of("layers.12.post_feedforward_layernorm") == "layers.12" == vectors.place_of("layers.12")
+    assert vectors.place_of("layers.12.input") == "layers.12.input"  # before the block
 
 
 def test_prompts_end_in_a_line_break_and_begin_with_special_tokens(monkeypatch):
@@ -171,6 +176,7 @@ def test_prompts_end_in_a_line_break_and_begin_with_special_tokens(monkeypatch):
     rows = [("a", "en", "1", "5 6 7 8"), ("b", "en", "2", "5 6 7 9"), ("c", "en", "3", "5"), ("d", "de", "1", "4 4")]
     texts = pl.DataFrame(rows, schema=["text_id", "language", "group", "text"], orient="row")
     lines = prompts.Lines(tokenizer, 3)
+    assert prompts.Lines(tokenizer, 3, 2).prompts(texts)[0].ids == (1, 5, 6, 7, 42, 5, 6, 7, 42)
     found = prompts.choose(lines, texts, ["en", "de"], 1)
     assert [prompt.ids for prompt in found["en"]] == [(1, 5, 6, 7, 42)] and found["de"][0].content == (4, 4)
     assert lines.after(found["en"][0], ["x", "y"]) == (1, 7, 42, 7, 42, 5, 6, 7, 42)
@@ -196,7 +202,22 @@ def test_embeddings_are_the_means_of_the_states_of_content_tokens(model):
     found = judge.embed(model, "layers.1", [[5, 6], [7, 8, 9]], [1], 100)
     states = hooks.read(model, ["layers.1"], input_ids=torch.tensor([[1, 7, 8, 9]]))["layers.1"][0, 1:]
     torch.testing.assert_close(found[1], states.mean(0), atol=1e-5, rtol=0)
-    assert judge.encoder_place(model, "layers.0") == "layers.1"
+    assert judge.encoder_place(model, "layers.0") == "layers.1" == judge.encoder_place(model, "layers.0.input")
+
+
+def test_the_vector_of_the_prompts_language_is_taken_off():
+    of = {"m": {"layers.1": {"de": torch.tensor([3.0, 1.0]), "en": torch.tensor([1.0, 0.0])}}}
+    asked = [prompts.Prompt(name, "g", (1,), (5,), (1, 5)) for name in ("en", "fi")]
+    model = torch.nn.Linear(1, 1)
+    found = Answers(SimpleNamespace(model=model), None, of, asked, None, 2, 2, 2, 0, None)
+    rows = [("m", "de", "layers.1", 2.0, 0, prompt, 0.0) for prompt in (0, 1)] + [("n", "de", None, None, 0, 0, 0.0)]
+    added = found._added(pl.DataFrame(rows, schema=ROWS, orient="row"))
+    # No vector of Finnish is known.
+    assert added["layers.1"].tolist() == [[4.0, 2.0], [6.0, 2.0], [0.0, 0.0]]
+    params = config.load(ROOT / "params.yaml")
+    for chosen, wanted in ((None, params.hookpoints[3:4]), ([], params.hookpoints), (["x"], ["x"])):
+        section = params.steer.model_copy(update={"hookpoints": chosen})
+        assert hookpoints_of(params.model_copy(update={"steer": section})) == wanted
 
 
 def test_development_halves_the_settings():
@@ -209,9 +230,13 @@ def test_development_halves_the_settings():
     assert table["score"].to_list() == pytest.approx(
         [5 / 6, 2 * 0.5 * (5 / 6) / (0.5 + 5 / 6), 2 / 6 * (5 / 6), 0.625], abs=0.05
     )
-    assert development.places(table)["place"].to_list() == ["a", "b"]
-    assert development.promising(table).select("place", "strength").rows() == [("a", 1.0), ("a", 2.0)]
+    tried = development.settings(table).select("place", "strength").rows()
+    assert tried == [("a", 1.0), ("a", 2.0), ("b", 1.0), ("a", 3.0)] or tried[0] == ("a", 1.0)
     assert development.best(table, 1)["strength"].to_list() == [1.0]
+    # The second language has a vector at b only, and a setting counts with all languages.
+    more = pl.concat([table, table.filter(place="b").with_columns(language=pl.lit("fi"), score=0.9)])
+    assert development.settings(more)["score"][0] == pytest.approx((0.625 + 0.9) / 2)
+    assert development.best(more, 1).select("language", "place").rows() == [("de", "b"), ("fi", "b")]
 
 
 def test_figures_and_verdict_by_hand():
@@ -264,13 +289,14 @@ def test_the_means_do_not_depend_on_the_order_of_groups():
 def test_the_lines_of_the_page_steer_as_the_stage_does(model, tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steering.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    vector = torch.randn(16, generator=torch.Generator().manual_seed(3)) * 2
-    vectors.write(Path("data/vectors"), {"diffmean": {"layers.1": {"de": vector}}})
+    difference, wrong = torch.randn(16, generator=torch.Generator().manual_seed(3)) * 2, torch.arange(16.0)
+    table = {"de": difference + wrong, "en": wrong}
+    vectors.write(Path("data/vectors"), {"diffmean": {"layers.1": table}})
     write_json(Path("data/vectors/settings.json"), {"diffmean": {"de": {"hookpoint": "layers.1", "strength": 1.5}}})
     ids = torch.tensor([PROMPTS[0]])
     names = {"model": model, "prompt": "p", "tokenizer": lambda *_, **__: {"input_ids": ids}}
     exec(block, names)  # noqa: S102
-    edits = {"layers.1": generation.Change(1.5 * vector.unsqueeze(0))}
+    edits = {"layers.1": generation.Change(1.5 * (table["de"] - wrong).unsqueeze(0))}
     wanted = generate(model, PROMPTS[:1], edits, 10)[0].tolist()
     found = names["answer"][0, len(PROMPTS[0]) :].tolist()
     assert found == wanted[: len(found)] and found != generate(model, PROMPTS[:1], {}, 10)[0].tolist()[: len(found)]
@@ -286,7 +312,6 @@ def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
     corpus = pl.DataFrame(rows, schema=["text_id", "language", "split", "group", "text"], orient="row")
     monkeypatch.setattr(prompts, "content_ids", lambda _, texts: [[4]] * len(texts))
     lines = prompts.Lines(tokenizer, 5)
-    answers = {"none": "a b", "diffmean": "б"}
     directions = removal.directions(
         {"diffmean": {"layers.1": {"en": torch.tensor([2.0] + [0.0] * 15)}}},
         pl.DataFrame({"method": ["diffmean"], "place": ["layers.1"]}), "en",
@@ -294,19 +319,20 @@ def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
     assert directions["none"] is None and directions["diffmean"].unit[0] == 1
     seen = []
 
-    def answer(_top, _lines, _asked, before, direction, _new_tokens):
-        seen.append(before)
-        return [answers["none" if direction is None else "diffmean"]]
+    def answer(_top, ids, special, direction, new_tokens, rows):
+        seen.append((ids, special, new_tokens, rows))
+        return ["a b" if direction is None else "б"]
 
     monkeypatch.setattr(removal, "_answers", answer)
+    monkeypatch.setattr(lines, "tokenizer", SimpleNamespace(batch_decode=lambda rows, skip_special_tokens: rows))
     monkeypatch.setattr(removal, "_latin", lambda _: {"ru": 0.0, "en": 1.0})
     texts = {name: [TokenizedText(name, (1, 5, 6, 7), 1)] for name in ("en", "ru")}
     table = removal.measure(
         TopTokens(model), Lid(), {"en": "en", "ru": "ru"}, lines, corpus, "en", directions, prompts=2, new_tokens=3,
-        texts=texts, batch_tokens=64,
+        texts=texts, batch_tokens=64, batch_rows=5,
     )  # fmt: skip
     numbers = removal.figures(table, "en")
-    assert seen[0] == ["5 6"] and table.filter(language="en")["line_pass"].null_count() == 2
+    assert seen[0] == ([(1, 4, 4, 9, 9, 4)], 1, 3, 5) and table.filter(language="en")["line_pass"].null_count() == 2
     assert numbers["removal/none/line_pass"] == 0 and numbers["removal/none/in_removed"] == 1
     assert numbers["removal/diffmean/line_pass"] == 1 == numbers["removal/diffmean/word_pass"]
     plain = model(input_ids=torch.tensor([[1, 5, 6, 7]])).logits[0].log_softmax(-1)

@@ -31,14 +31,13 @@ from safetensors.torch import save as safetensors_bytes
 from babelscope import config
 from babelscope.activations.store import ActivationStore, write_index, write_shard
 from babelscope.config.schema import Corpus
+from babelscope.core.endpoint import answer_in, verdicts
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table
 from babelscope.core.resume import read_part
 from babelscope.corpus import gettext_catalogs, text_files
 from babelscope.corpus.languages import require
 from babelscope.corpus.messages import running_text
-from babelscope.explain.client import answer_in
-from babelscope.explain.prompts import verdicts
 from babelscope.models.hookpoints import layer_of
 from babelscope.sae import checkpoint
 from babelscope.tracking import state
@@ -141,7 +140,7 @@ def texts(draw: random.Random, folder: Path) -> object:
     else:
         content = damage(draw, TEXTS[name])
     (folder / name).write_bytes(content)
-    return text_files.read(section(folder, "files"), ["de"])
+    return text_files.read(str(folder), ["de"])
 
 
 D, N = 4, 8

@@ -122,14 +122,21 @@ def load(path: Path = Path("params.yaml")) -> Config:
 
 def _folders(params: Config) -> dict[str, str | None]:
     """The values that may be paths of folders, by key."""
-    also = params.identify.also
     entries = {f"corpus.datasets.{number}.path": entry.path for number, entry in enumerate(params.corpus.datasets)}
-    return entries | {
-        "model.name": params.model.name if params.model.source == "huggingface" else None,
-        "corpus.path": params.corpus.path,
-        "pretrained.name": params.pretrained.name,
-        "identify.also": also.path if isinstance(also, Dataset) else also,
-    }
+    return (
+        entries
+        | {
+            "model.name": params.model.name if params.model.source == "huggingface" else None,
+            "corpus.path": params.corpus.path,
+            "pretrained.name": params.pretrained.name,
+        }
+        | {key: one.path if isinstance(one, Dataset) else one for key, one in _texts(params).items()}
+    )
+
+
+def _texts(params: Config) -> dict[str, str | Dataset | None]:
+    """Texts besides those of the corpus, by key."""
+    return {"identify.also": params.identify.also, "steer.prompts_from": params.steer.prompts_from}
 
 
 def check_folders(params: Config) -> None:
@@ -139,10 +146,10 @@ def check_folders(params: Config) -> None:
     ------
     UserError: names the key and the folder.
     """
-    also = params.identify.also
-    folders = {"identify.also": also} if isinstance(also, str) else {}
+    texts = _texts(params)
+    folders = {key: one for key, one in texts.items() if isinstance(one, str)}
     # These may also be names on the Hugging Face hub.
-    names = {"identify.also.path": also.path} if isinstance(also, Dataset) else {}
+    names = {f"{key}.path": one.path for key, one in texts.items() if isinstance(one, Dataset)}
     if params.train.source == "pretrained":
         names["pretrained.name"] = params.pretrained.name
     folders |= {key: name for key, name in names.items() if name and name.startswith((".", "/", "~"))}

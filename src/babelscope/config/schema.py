@@ -45,7 +45,9 @@ class Model(Section):
 class Dataset(Section):
     """A data set in the Hugging Face hub's format: the name of an entry in `corpus.hub`, or a path with columns."""
 
-    name: Literal["flores-plus", "xnli", "paws-x", "wili-2018", "wikipedia", "fineweb-2", "tatoeba"] | None = None
+    name: (
+        Literal["flores-plus", "xnli", "paws-x", "wili-2018", "wikipedia", "fineweb-2", "tatoeba", "clas-bench"] | None
+    ) = None
     path: Name | None = None
     revision: Name | None = None
     subset: Name | None = None
@@ -80,6 +82,7 @@ class Corpus(Section):
     max_tokens: Annotated[Size, Field(ge=2)]
     train_tokens: Positive
     eval_tokens: Positive
+    train_languages: Annotated[Languages, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Corpus":
@@ -302,17 +305,20 @@ SteeringMethod = Literal[
 class Steer(Section):
     """Vectors that make the model answer in a language, compared on prompts in other languages."""
 
-    hookpoints: Hookpoints
+    hookpoints: Hookpoints | None
     methods: Annotated[list[SteeringMethod], Field(min_length=1)]
     tokens: Positive
     strengths: Annotated[list[Factor], Field(min_length=1)]
     prompt_languages: Annotated[Languages, Field(min_length=1)]
     prompts: Size
+    prompts_from: Name | Dataset | None
     prompt_tokens: Annotated[Size, Field(ge=2)]
+    copies: Annotated[int, Field(ge=1, le=100)]
     new_tokens: Annotated[Size, Field(ge=2)]
     sampled: Annotated[int, Field(ge=0, le=2**26)]
     temperature: Amount
     bootstrap: Annotated[int, Field(gt=0, le=1_000_000)]
+    relevance: Literal["encoder", "endpoint"]
     removal: Name | None
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_rows: Size

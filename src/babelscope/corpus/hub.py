@@ -56,6 +56,11 @@ _ENTRIES: dict[str, dict[str, Any]] = {
         "path": "sentence-transformers/parallel-sentences-tatoeba", "subset": f"en-{LANGUAGE}", "splits": ["train"],
         "text": ["non_english"], "group": "english",
     },
+    # 70 open questions in 32 languages (arXiv 2601.08331): prompts, too short to compare languages on.
+    "clas-bench": {
+        "path": "DGurgurov/CLaS-Bench", "subset": LANGUAGE, "splits": ["train"], "text": ["question"],
+        "group": "question_id",
+    },
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import polars as pl
 
-from babelscope.config.schema import Corpus
 from babelscope.config.values import expanded
 from babelscope.core.errors import UserError
 from babelscope.core.files import check_parquet
@@ -16,8 +15,8 @@ from babelscope.corpus.languages import match, normalise, require
 _ALL = ("texts.parquet", "texts.jsonl")
 
 
-def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
-    """Read the texts of `languages` from the folder `section.path`.
+def read(path: str, languages: Sequence[str], key: str = "corpus.path") -> pl.DataFrame:
+    """Read the texts of `languages` from the folder `path`; `key` is its key in params.yaml.
 
     The folder holds `<lang>.parquet` or `<lang>.jsonl` (column or key `text`, and optionally `group` or `id`, which
     translations of each other share), `<lang>.txt` (UTF-8, one text per line), or `texts.parquet` / `texts.jsonl` with
@@ -32,12 +31,12 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
     ------
     UserError: the folder does not exist, holds no such files or lacks a language, or a file cannot be read.
     """
-    folder = expanded(str(section.path))
+    folder = expanded(path)
     if not folder.is_dir():
-        raise UserError(f"params.yaml: corpus.path: no folder {str(section.path)!r}; set it to one with texts")
+        raise UserError(f"params.yaml: {key}: no folder {path!r}; set it to one with texts")
     paths = sorted(path for path in folder.iterdir() if path.suffix in _READERS and path.is_file())
     if not paths:
-        raise UserError(f"params.yaml: corpus.path: {str(section.path)!r} holds no <language>.parquet, .jsonl or .txt, "
+        raise UserError(f"params.yaml: {key}: {path!r} holds no <language>.parquet, .jsonl or .txt, "
                         "and no texts.parquet or texts.jsonl")  # fmt: skip
     source = f"files:{folder.resolve().name}"
     tables = [_table(path, language=None) for path in paths if path.name in _ALL]

@@ -1,10 +1,8 @@
-"""The prompts for the explaining model, and how its answers are read."""
+"""The prompts for the explaining model."""
 
-import json
-import re
 from collections.abc import Sequence
 
-Message = dict[str, str]
+from babelscope.core.endpoint import Message
 
 _UNIT = (
     "You study single units inside a language model. A unit is active on some tokens of a text and silent on others. "
@@ -56,15 +54,3 @@ def judge(task: str, explanation: str, texts: Sequence[str]) -> list[Message]:
     """Ask of every text whether the explanation fits; `task` is `DETECT` or `FUZZ`."""
     lines = [f"The unit is active on: {explanation}", *(f"{n}. {text}" for n, text in enumerate(texts, 1))]
     return [{"role": "system", "content": task}, {"role": "user", "content": "\n".join(lines)}]
-
-
-def verdicts(answer: str, count: int) -> list[bool] | None:
-    """The list of 0 and 1 in an answer; None if there is none of the right length."""
-    for found in re.findall(r"\[[^\[\]]*\]", answer):
-        try:
-            values = json.loads(found)
-        except (ValueError, RecursionError):
-            continue
-        if len(values) == count and all(value in (0, 1) and not isinstance(value, float) for value in values):
-            return [bool(value) for value in values]
-    return None

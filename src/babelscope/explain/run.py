@@ -12,7 +12,6 @@ import polars as pl
 
 from babelscope.config import Config
 from babelscope.core import resume, stage
-from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
@@ -33,7 +32,7 @@ def run(params: Config, paths: Paths) -> None:
         write([], paths)
         log.info("explain: none to explain (params.yaml: explain.endpoint)")
         return
-    from babelscope.explain.client import Client
+    from babelscope.core.endpoint import Client
     from babelscope.explain.texts import collect  # imports torch
 
     # Answers are kept by request: with other features or a higher max_cost, only new requests are sent.
@@ -44,11 +43,13 @@ def run(params: Config, paths: Paths) -> None:
 
 def ask(cases: Sequence[Any], client: Any, params: Config) -> list[tuple[Any, ...]]:
     """Explain and score the cases; `check_cost` comes before the first request."""
+    from babelscope.core.endpoint import check_cost
     from babelscope.explain.scores import judge, scores, trials
 
     questions = [case.question() for case in cases]
     groups = [group for number, case in enumerate(cases) for group in trials(number, case, params.seed)]
-    check_cost(questions + [judge(group, "x" * LONGEST) for group in groups], params)
+    requests = questions + [judge(group, "x" * LONGEST) for group in groups]
+    check_cost(requests, params.explain, "explain", "explain.per_language, examples or scored")
     with Progress("explain", len(questions) + len(groups), "requests") as progress:
         explanations = [short(answer) for answer in client.ask(questions, progress.update)]
         answers = client.ask([judge(group, explanations[group[0].case]) for group in groups], progress.update)
@@ -59,28 +60,6 @@ def ask(cases: Sequence[Any], client: Any, params: Config) -> list[tuple[Any, ..
 def short(answer: str) -> str:
     """An explanation in one line of at most `LONGEST` bytes."""
     return " ".join(answer.split()).encode()[:LONGEST].decode(errors="ignore")
-
-
-def check_cost(requests: Sequence[Any], params: Config) -> None:
-    """Log what the requests will cost at most.
-
-    Raises
-    ------
-    UserError: more than `explain.max_cost`.
-    """
-    from babelscope.explain.client import tokens
-
-    section, (sent, back) = params.explain, tokens(requests)
-    cost = (sent * section.price_in + back * section.price_out) / 1e6
-    log.info(
-        "explain: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
-        len(requests), sent, back, cost,
-    )  # fmt: skip
-    if cost > section.max_cost:
-        raise UserError(
-            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {section.max_cost}. Raise it, "
-            "or lower explain.per_language, examples or scored"
-        )
 
 
 def write(rows: list[tuple[Any, ...]], paths: Paths) -> None:

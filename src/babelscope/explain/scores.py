@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from babelscope.core.endpoint import Request, verdicts
 from babelscope.explain import prompts
-from babelscope.explain.client import Request
 
 # Texts in one request, and tokens of an answer that is a sentence or a list.
 TOGETHER, SENTENCE, LIST = 5, 80, 40
@@ -70,8 +70,8 @@ def scores(groups: Sequence[Sequence[Trial]], answers: Sequence[str], cases: int
         {prompts.DETECT: [], prompts.FUZZ: []} for _ in range(cases)
     ]
     for group, answer in zip(groups, answers, strict=True):
-        verdicts: Sequence[bool | None] = prompts.verdicts(answer, len(group)) or [None] * len(group)
-        for trial, verdict in zip(group, verdicts, strict=True):
+        found: Sequence[bool | None] = verdicts(answer, len(group)) or [None] * len(group)
+        for trial, verdict in zip(group, found, strict=True):
             results[trial.case][trial.task].append((trial.truth, verdict))
     return [
         (

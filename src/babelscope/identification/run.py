@@ -10,14 +10,15 @@ import polars as pl
 from torch import Tensor
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
-from babelscope.config import Config, schema
-from babelscope.config.values import expanded
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
+from babelscope.config import Config
 from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
+from babelscope.corpus import further
 from babelscope.corpus.lid import FastText
 from babelscope.identification import metrics
 from babelscope.identification.classify import identify
@@ -61,21 +62,8 @@ def read_also(params: Config) -> pl.DataFrame | None:
     also = params.identify.also
     if also is None:
         return None
-    from babelscope.corpus import hub, sampling, text_files
-
-    if isinstance(also, schema.Dataset):
-        raw, [record] = hub.read([also], params.languages, key="identify.also")
-        name = str(record["path"])
-    else:
-        if not expanded(also).is_dir():
-            raise UserError(f"params.yaml: identify.also: no folder {also!r}")
-        section = params.corpus.model_copy(update={"source": "files", "path": also, "packages": []})
-        raw, name = text_files.read(section, params.languages), also
-    texts = sampling.clean(raw, min_characters=1)
+    texts = further.read(also, params.languages, "identify.also")
     chosen = texts.filter(pl.int_range(pl.len()).over("language") < params.identify.also_texts)
-    missing = [name for name in params.languages if name not in set(chosen["language"])]
-    if missing:
-        raise UserError(f"params.yaml: identify.also: {name!r} has no text in {', '.join(missing)}")
     return chosen.sort(pl.col("language").cast(pl.Enum(params.languages)), maintain_order=True)
 
 
@@ -94,14 +82,14 @@ def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str]
     if not hookpoints:
         return
     numbers = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
-    table = read_table(paths.tokens).filter(split="eval")
+    table = read_rows(paths, corpus["language"].unique().to_list()).filter(split="eval")
     table = table.join(numbers, on="text_id", how="left", maintain_order="left")
     if table["text"].null_count():
         raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")
     row, text = table["row"].to_torch(), table["text"].to_torch()
     with Progress("identify", len(row) * len(hookpoints), "tokens") as progress:
         for hookpoint in hookpoints:
-            store = ActivationStore(place(paths.activations, held_out.reads(hookpoint)))
+            store = opened(paths, held_out.reads(hookpoint))
             for first in range(0, len(row), CHUNK):
                 part = slice(first, first + CHUNK)
                 held_out.add(hookpoint, store.gather(row[part]), text[part])

@@ -33,6 +33,8 @@ class Judge:
     mean: the mean state of each language there, `[d]`.
     asked: the embeddings of the prompts, without the mean of their language, `[prompts, d]`.
     pool: see `judge.relevant`.
+    texts: of the prompts.
+    endpoint: says instead of the embeddings whether an answer is relevant; None: they do.
     """
 
     identifier: lid.FastText
@@ -41,15 +43,20 @@ class Judge:
     mean: Mapping[str, Tensor]
     asked: Tensor
     pool: Tensor
+    texts: Sequence[str]
+    endpoint: judge.Endpoint | None = None
 
     def __call__(self, rows: pl.DataFrame, embeddings: Tensor) -> pl.DataFrame:
         """`rows` (`language`, `prompt`, `text`) with `predicted`, `forced` (null: no target) and `relevant`."""
         predicted = self.identifier.predict(rows["text"].to_list())["predicted"]
         language = {label: name for name, label in self.label.items()}
-        answers = judge.centred(embeddings, [language.get(name) for name in predicted], self.mean)
-        relevant = judge.relevant(answers, self.asked, rows["prompt"].to_torch(), self.pool)
+        if self.endpoint is not None:
+            relevant = self.endpoint([self.texts[number] for number in rows["prompt"]], rows["text"].to_list())
+        else:
+            answers = judge.centred(embeddings, [language.get(name) for name in predicted], self.mean)
+            relevant = judge.relevant(answers, self.asked, rows["prompt"].to_torch(), self.pool).tolist()
         wanted = pl.col("language").replace_strict(dict(self.label), default=None, return_dtype=pl.String)
-        return rows.with_columns(predicted=predicted, relevant=pl.Series(relevant.numpy())).with_columns(
+        return rows.with_columns(predicted=predicted, relevant=pl.Series(relevant, dtype=pl.Boolean)).with_columns(
             forced=pl.col("predicted") == wanted
         )
 
@@ -140,14 +147,18 @@ class Answers:
         return {"generated": generated.contiguous(), "nll": nll, "embedding": embedding}
 
     def _added(self, rows: pl.DataFrame) -> dict[str, Tensor]:
-        """By place, what is added to each row's states, `[rows, d]`."""
+        """By place, what is added to each row's states: the language's vector less the prompt language's, `[rows, d]`.
+
+        Where a method has no vector of the prompt's language, the language's alone is added.
+        """
         found: dict[str, Tensor] = {}
-        for number, (method, language, place, strength) in enumerate(
-            rows.select("method", "language", "place", "strength").iter_rows()
+        for number, (method, language, place, strength, prompt) in enumerate(
+            rows.select("method", "language", "place", "strength", "prompt").iter_rows()
         ):
-            vector = self.vectors.get(method, {}).get(place, {}).get(language)
-            if vector is not None:
+            vectors = self.vectors.get(method, {}).get(place, {})
+            if language in vectors:
+                vector, away = vectors[language], vectors.get(self.prompts[prompt].language)
                 table = found.setdefault(place, torch.zeros((len(rows), len(vector))))
-                table[number] = strength * vector
+                table[number] = strength * (vector if away is None else vector - away)
         device = next(self.top.model.parameters()).device
         return {place: table.to(device) for place, table in found.items()}

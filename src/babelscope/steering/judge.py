@@ -1,4 +1,4 @@
-"""What is made of a generated text: is it in the language, is it about the prompt, is it fluent?
+"""What is made of a generated text: is it in the language, and is it about the prompt?
 
 Two rules, fixed before any result was seen. *Forced*: fastText's most probable language of all 176 is the target.
 *Relevant*: of `prompts.CHOICES` prompts, the text's own is the most similar, by the cosine of the unsteered model's
@@ -6,23 +6,39 @@ states two thirds up its blocks (mean over the tokens, minus the mean of the lan
 relevant in one of eight cases.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
 from torch import Tensor
 
+from babelscope.config import Config
+from babelscope.core.endpoint import Client, Message, Request, check_cost, verdicts
+from babelscope.core.progress import Progress
 from babelscope.models import hookpoints as hooks
 from babelscope.models.forward import collate, content_activations
+from babelscope.models.names import INPUT
 from babelscope.models.tokens import TokenizedText, batches, by_length
 from babelscope.steering.prompts import CHOICES
+
+log = logging.getLogger(__name__)
+
+# Answers in one request to an endpoint.
+TOGETHER = 5
+_ABOUT = (
+    "You are shown numbered prompts, each with an answer, which may be in another language, cut off or ungrammatical. "
+    "Say of each answer whether it is about what its prompt is about. Answer with a JSON list of 0 (no) and 1 (yes) "
+    "alone, one number per answer."
+)
 
 
 def encoder_place(model: Any, place: str) -> str:
     """The residual stream two thirds up the blocks, named as `place` is: `layers.11` of 18 blocks."""
     number = max(0, round(len(hooks.blocks(model)) * 2 / 3) - 1)
-    return f"{place.rpartition('.')[0]}.{number}"
+    return f"{place.removesuffix(INPUT).rpartition('.')[0]}.{number}"
 
 
 @torch.inference_mode()
@@ -74,6 +90,38 @@ def centred(embeddings: Tensor, languages: Sequence[str | None], mean: Mapping[s
     """`embeddings` minus the mean state of each text's language; minus the mean of all for an unknown language."""
     overall = torch.stack(list(mean.values())).mean(0)
     return embeddings - torch.stack([mean.get(name or "", overall) for name in languages])
+
+
+def _messages(pairs: Sequence[str]) -> list[Message]:
+    numbered = "\n".join(f"{number}. {pair}" for number, pair in enumerate(pairs, 1))
+    return [{"role": "system", "content": _ABOUT}, {"role": "user", "content": numbered}]
+
+
+class Endpoint:
+    """Asks a model behind `explain.endpoint` whether answers are about their prompts; `folder` keeps its replies."""
+
+    def __init__(self, params: Config, folder: Path) -> None:
+        self.section, self.asked = params.explain, list[Request]()
+        self.client = Client(str(self.section.endpoint), str(self.section.model), folder, params.hardware.parallel)
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Whether each answer is about its prompt; those on which a reply says nothing are not.
+
+        Raises
+        ------
+        UserError: all requests so far could cost more than `explain.max_cost`; or see `Client.ask`.
+        """
+        pairs = [f"Prompt: {prompt}\nAnswer: {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+        groups = [pairs[first : first + TOGETHER] for first in range(0, len(pairs), TOGETHER)]
+        requests = [Request(_messages(group), 8 * TOGETHER) for group in groups]
+        self.asked += requests
+        check_cost(self.asked, self.section, "steer", "steer.prompts")
+        with Progress("judge", len(requests), "requests") as progress:
+            replies = self.client.ask(requests, progress.update)
+        found = [verdicts(reply, len(group)) for reply, group in zip(replies, groups, strict=True)]
+        if unread := found.count(None):
+            log.warning("steer: %d of %d replies of the judge are no list of verdicts", unread, len(found))
+        return [value for one, group in zip(found, groups, strict=True) for value in one or [False] * len(group)]
 
 
 def harmonic(forced: pl.Expr, relevant: pl.Expr) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Prompts: whole texts, each followed by a line break, after which the model answers."""
+"""Prompts: texts, each followed by a line break, after which the model answers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Prompt(NamedTuple):
     group: the text's parallel group.
     special: ids that the tokenizer puts before every text.
     content: token ids of the text.
-    ids: what the model is given: special tokens, the text, a line break.
+    ids: what the model is given: special tokens, and the text and a line break, as often as `Lines.copies` says.
     """
 
     language: str
@@ -32,10 +32,13 @@ class Prompt(NamedTuple):
 
 
 class Lines:
-    """Makes token ids of lines: the tokenizer's special tokens, and every text followed by a line break."""
+    """Makes token ids of lines: the tokenizer's special tokens, and every text followed by a line break.
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    Texts are cut to `max_tokens`. A prompt has its text `copies` times.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int, copies: int = 1) -> None:
+        self.tokenizer, self.max_tokens, self.copies = tokenizer, max_tokens, copies
         [self.end] = content_ids(tokenizer, ["\n"])
 
     def prompts(self, texts: pl.DataFrame) -> list[Prompt]:
@@ -45,15 +48,16 @@ class Lines:
         for row, language, group in zip(rows, texts["language"], texts["group"], strict=True):
             if row.content_tokens > 1:
                 special, content = row.ids[: row.special], row.ids[row.special :]
-                found.setdefault(row.ids, Prompt(language, group, special, content, (*row.ids, *self.end)))
+                ids = (*special, *(*content, *self.end) * self.copies)
+                found.setdefault(row.ids, Prompt(language, group, special, content, ids))
         return list(found.values())
 
     def after(self, prompt: Prompt, examples: Sequence[str]) -> tuple[int, ...]:
-        """The ids of a prompt that follows `examples`, each in a line of its own."""
+        """The ids of a prompt's text, once, that follows `examples`, each in a line of its own."""
         lines = [
             token for ids in content_ids(self.tokenizer, examples) for token in (*ids[: self.max_tokens], *self.end)
         ]
-        return (*prompt.special, *lines, *prompt.ids[len(prompt.special) :])
+        return (*prompt.special, *lines, *prompt.content, *self.end)
 
 
 def choose(
@@ -74,6 +78,16 @@ def choose(
             raise UserError(f"params.yaml: {key}: {count} prompts in {language!r} wanted; there are {len(rows)}")
         found[language] = rows[: max(count, CHOICES)]
     return found
+
+
+def split(texts: pl.DataFrame) -> pl.DataFrame:
+    """Texts that are not the corpus's, with `split`: "train" for those of development, "eval" for those of the test.
+
+    Development gets the first `CHOICES` texts of each language by text_id (a hash), and their translations.
+    """
+    first = texts.sort("text_id").group_by("language", maintain_order=True).head(CHOICES)["group"]
+    developed = pl.col("group").is_in(first.unique().to_list())
+    return texts.with_columns(split=pl.when(developed).then(pl.lit("train")).otherwise(pl.lit("eval")))
 
 
 def example(texts: pl.DataFrame, prompt_language: str, language: str, avoid: set[str]) -> list[str]:

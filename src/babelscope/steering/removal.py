@@ -4,6 +4,7 @@ Measured as in the Language Confusion Benchmark (Marchisio et al. 2024, arXiv 24
 other language that follow a line in the removed one, which provokes answers in it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from babelscope.models.nll import target_count, text_nll
 from babelscope.models.tokens import TokenizedText, batches, by_length, pad
 from babelscope.models.top_tokens import TopTokens
 from babelscope.steering import generation
-from babelscope.steering.prompts import Lines, Prompt
+from babelscope.steering.prompts import Lines
 from babelscope.steering.vectors import Vectors
 
 NONE = "none"
@@ -51,7 +52,7 @@ def directions(vectors: Vectors, chosen: pl.DataFrame, language: str) -> dict[st
 def measure(
     top: TopTokens, identifier: lid.FastText, label: dict[str, str], lines: Lines, corpus: pl.DataFrame, removed: str,
     methods: dict[str, Direction | None], *, prompts: int, new_tokens: int, texts: dict[str, list[TokenizedText]],
-    batch_tokens: int,
+    batch_tokens: int, batch_rows: int,
 ) -> pl.DataFrame:  # fmt: skip
     """The pass rates of every method and language, and the NLL of held-out texts with the direction removed.
 
@@ -67,6 +68,7 @@ def measure(
     new_tokens: tokens of an answer, greedily generated.
     texts: held-out texts by language.
     batch_tokens: tokens in one pass over them.
+    batch_rows: answers at once.
 
     Returns
     -------
@@ -75,21 +77,31 @@ def measure(
     answer passes); `in_removed`, share of the answers identified as the removed language; `nll`, nats per token of
     `texts`. For the removed language itself only `nll`.
     """
-    rows, first = [], corpus.filter(split="train", language=removed).sort("text_id")["text"].to_list()
+    first = corpus.filter(split="train", language=removed).sort("text_id")["text"].to_list()
+    held_out, rows = corpus.filter(split="eval").sort("text_id"), []
+    asked = {
+        language: lines.prompts(held_out.filter(language=language))[:prompts]
+        for language in texts if language != removed and language in label
+    }  # fmt: skip
+    ids = [
+        lines.after(prompt, first[number : number + 1]) for own in asked.values() for number, prompt in enumerate(own)
+    ]
+    special = max((len(prompt.special) for own in asked.values() for prompt in own), default=0)
     latin = _latin(corpus)
     for method, direction in methods.items():
+        generated = _answers(top, ids, special, direction, new_tokens, batch_rows)
+        answers = iter(lines.tokenizer.batch_decode(generated, skip_special_tokens=True))
         for language, own in texts.items():
             nll = _nll(top, own, direction, batch_tokens)
-            asked = lines.prompts(corpus.filter(split="eval", language=language).sort("text_id"))[:prompts]
-            if language == removed or not asked or language not in label:
+            mine = [next(answers) for _ in asked.get(language, ())]
+            if not mine:
                 rows.append((method, language, 0, None, None, None, nll))
                 continue
-            answers = _answers(top, lines, asked, first, direction, new_tokens)
-            passes = [_passes(identifier, answer, label[language]) for answer in answers]
-            others = identifier.predict(answers)["predicted"] == label.get(removed, removed)
-            words = [not _has_latin(answer) for answer, passed in zip(answers, passes, strict=True) if passed]
+            passes = [_passes(identifier, answer, label[language]) for answer in mine]
+            others = identifier.predict(mine)["predicted"] == label.get(removed, removed)
+            words = [not _has_latin(answer) for answer, passed in zip(mine, passes, strict=True) if passed]
             word = None if latin[language] > _LATIN_SHARE or not words else sum(words) / len(words)
-            rows.append((method, language, len(asked), sum(passes) / len(asked), word, float(others.mean()), nll))  # type: ignore[arg-type]
+            rows.append((method, language, len(mine), sum(passes) / len(mine), word, float(others.mean()), nll))  # type: ignore[arg-type]
     return pl.DataFrame(rows, schema=COLUMNS, orient="row")
 
 
@@ -108,14 +120,19 @@ def figures(table: pl.DataFrame, removed: str) -> dict[str, float]:
 
 
 def _answers(
-    top: TopTokens, lines: Lines, asked: list[Prompt], before: list[str], direction: Direction | None, new_tokens: int
-) -> list[str]:
-    ids = [lines.after(prompt, before[number : number + 1]) for number, prompt in enumerate(asked)]
-    generated = generation.generate(
-        top, ids, _changes(top, direction), special=len(asked[0].special), new_tokens=new_tokens,
-        temperature=[0.0] * len(ids), seeds=[[0]] * len(ids),
-    )  # fmt: skip
-    return [str(text) for text in lines.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+    top: TopTokens, ids: Sequence[Sequence[int]], special: int, direction: Direction | None, new_tokens: int, rows: int
+) -> list[list[int]]:
+    """The greedy answers to `ids`, which begin with `special` special tokens, `rows` at once."""
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # prompts of one length need no padding
+    found: dict[int, list[int]] = {}
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        generated = generation.generate(
+            top, [ids[number] for number in batch], _changes(top, direction), special=special,
+            new_tokens=new_tokens, temperature=[0.0] * len(batch), seeds=[[0]] * len(batch),
+        )  # fmt: skip
+        found |= zip(batch, generated.tolist(), strict=True)
+    return [found[number] for number in range(len(ids))]
 
 
 def _changes(top: TopTokens, direction: Direction | None) -> dict[str, generation.Change]:

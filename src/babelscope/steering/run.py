@@ -14,7 +14,7 @@ from babelscope.config import Config
 from babelscope.core import resume, stage
 from babelscope.core.files import read_json, read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
-from babelscope.corpus import lid
+from babelscope.corpus import further, lid
 from babelscope.models import hardware, hookpoints, loading, matmul
 from babelscope.models.tokens import check_fits, tokenize, tokenize_corpus, within
 from babelscope.models.top_tokens import TopTokens
@@ -68,7 +68,7 @@ def run(params: Config, paths: Paths) -> None:
     inputs += [paths.neurons] if params.neurons.hookpoints else []
     inputs += [path for path in [paths.ablation / "ranking.parquet"] if path.is_file()]
     with resume.kept("steer", depends, inputs) as folder:
-        places = {name: vectors.place_of(name) for name in section.hookpoints or params.hookpoints}
+        places = {name: vectors.place_of(name) for name in hookpoints_of(params)}
         encoder = judge.encoder_place(model, next(iter(places.values())))
         reading = list(dict.fromkeys([*places.values(), encoder]))
         hookpoints.resolve(model, reading, "steer.hookpoints")
@@ -78,10 +78,14 @@ def run(params: Config, paths: Paths) -> None:
         found = compute(params, paths, places, rows, codes)
         vectors.write(paths.vectors, found)
         mean = dict(zip(params.languages, vectors.means(rows[encoder], codes, len(params.languages)), strict=True))
-        content = [prompt.content for prompt in asked.rows]
+        content = [list(prompt.content) for prompt in asked.rows]
         embedded = judge.embed(model, encoder, content, asked.rows[0].special, params.extract.batch_tokens)
-        jury = Judge(identifier, label, encoder, mean, judge.centred(embedded, [p.language for p in asked.rows], mean),
-                     judge.pools(asked.sizes))  # fmt: skip
+        ask_endpoint = section.relevance == "endpoint"
+        jury = Judge(
+            identifier, label, encoder, mean, judge.centred(embedded, [p.language for p in asked.rows], mean),
+            judge.pools(asked.sizes), tokenizer.batch_decode(content, skip_special_tokens=True),
+            judge.Endpoint(params, folder / "judge") if ask_endpoint else None,
+        )  # fmt: skip
         answers = Answers(
             TopTokens(model), tokenizer, found, asked.rows, jury, section.new_tokens, section.batch_rows,
             params.extract.batch_tokens, params.seed, folder,
@@ -93,12 +97,23 @@ def run(params: Config, paths: Paths) -> None:
         write(params, paths, tried, chosen, judged, removed, targets)
 
 
+def hookpoints_of(params: Config) -> list[str]:
+    """`steer.hookpoints`; if it is null, the hookpoint two thirds down the list of all; if it is empty, all."""
+    every, chosen = params.hookpoints, params.steer.hookpoints
+    return [every[round((len(every) - 1) * 2 / 3)]] if chosen is None else chosen or every
+
+
 def ask(tokenizer: Any, corpus: pl.DataFrame, languages: list[str], params: Config) -> Asked:
     """The prompts: of the training split for development, held-out ones for the test, none in the target language."""
-    section, lines = params.steer, prompts.Lines(tokenizer, params.steer.prompt_tokens)
+    section = params.steer
+    lines = prompts.Lines(tokenizer, section.prompt_tokens, section.copies)
     rows: list[prompts.Prompt] = []
     sizes, slots = [], []
-    development = ("train", FIRST + SECOND, "corpus.train_tokens")  # no setting changes how many are wanted
+    key = "corpus.train_tokens"  # no setting changes how many are wanted for development
+    if section.prompts_from is not None:
+        key = "steer.prompts_from"
+        corpus = prompts.split(further.read(section.prompts_from, section.prompt_languages, key))
+    development = ("train", FIRST + SECOND, key)
     for split, count, key in (development, ("eval", section.prompts, "steer.prompts")):
         numbers = {}
         chosen = prompts.choose(lines, corpus.filter(split=split), section.prompt_languages, count, key)
@@ -183,7 +198,7 @@ def develop(
             forced=pl.lit(True), relevant=pl.lit(True), distinct_2=pl.lit(1.0)))  # fmt: skip
     first = answers("first round", frame(settings, asked.development, range(FIRST)))
     table = development.scores(first)
-    kept = development.promising(table)
+    kept = development.best(table, development.KEPT)
     again = kept.select("method", "language", "place", "strength").rows()
     second = answers("second round", frame(again, asked.development, range(FIRST, FIRST + SECOND)))
     both = development.scores(pl.concat([first, second]))
@@ -234,9 +249,7 @@ def test(
     columns = [*ROWS, "text", "predicted", "forced", "relevant", "distinct_2", "nll"]
     decoding = pl.when(pl.col("temperature") > 0).then(pl.lit("sampled")).otherwise(pl.lit("greedy"))
     asked_in = pl.col("prompt").replace_strict({n: p.language for n, p in enumerate(asked.rows)})
-    text = pl.col("prompt").replace_strict(
-        dict(enumerate(answers.tokenizer.batch_decode([list(p.content) for p in asked.rows], skip_special_tokens=True)))
-    )
+    text = pl.col("prompt").replace_strict(dict(enumerate(answers.judge.texts)))
     return pl.concat([part.select(columns) for part in (*found, *without, joined)]).with_columns(
         decoding=decoding, prompt_language=asked_in, prompt=text
     )
@@ -259,6 +272,7 @@ def remove(answers: Answers, chosen: pl.DataFrame, corpus: pl.DataFrame, params:
         answers.top, answers.judge.identifier, dict(answers.judge.label), lines, corpus, language,
         removal.directions(answers.vectors, chosen, language), prompts=section.prompts,
         new_tokens=section.new_tokens, texts=texts, batch_tokens=params.extract.batch_tokens,
+        batch_rows=section.batch_rows,
     )  # fmt: skip
 
 
@@ -289,8 +303,9 @@ def write(
         if head in ("harmonic", "forcing", "relevance", "distinct_2"):
             numbers[f"{head}_sampled/{method}"] = value
     inside = tried.filter(~pl.col("language").is_in(section.prompt_languages), pl.col("place").is_not_null())
-    names = {vectors.place_of(name): name for name in section.hookpoints or params.hookpoints}
-    for method, place, score in development.places(inside).sort("method", "place").iter_rows():
+    names = {vectors.place_of(name): name for name in hookpoints_of(params)}
+    at_best = development.settings(inside).unique(["method", "place"], keep="first", maintain_order=True)
+    for method, place, score in at_best.select("method", "place", "score").sort("method", "place").iter_rows():
         hookpoint = place if place in params.hookpoints else names.get(place, place)
         numbers[f"development/{hookpoint}/{method}"] = score
     if section.removal is not None:

@@ -29,9 +29,12 @@ _SHRINKAGE = 0.1
 
 
 def place_of(hookpoint: str) -> str:
-    """The residual stream after the block of a hookpoint: `layers.12` for `layers.12.post_feedforward_layernorm`."""
+    """The residual stream after the block of a hookpoint: `layers.12` for `layers.12.post_feedforward_layernorm`.
+
+    `layers.12.input` is the residual stream before the block, and is its own place.
+    """
     parts = parts_of(hookpoint)
-    return hookpoint if parts is None or not parts[1] else hookpoint.removesuffix(f".{parts[1]}")
+    return hookpoint if parts is None or parts[1] in ("", "input") else hookpoint.removesuffix(f".{parts[1]}")
 
 
 def collect(

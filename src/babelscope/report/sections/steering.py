@@ -20,6 +20,11 @@ _VERDICTS = {
     "undecided": "cannot be told from the difference of means",
 }  # fmt: skip
 
+_RELEVANT = {
+    "encoder": "whose own prompt is the most similar of eight, so an answer about nothing has 1 in 8",
+    "endpoint": "that a language model behind an endpoint finds to be about their prompt",
+}
+
 
 def section(inputs: ReportInputs) -> Section | None:
     """The methods' scores and some answers; None if no text was generated."""
@@ -28,14 +33,14 @@ def section(inputs: ReportInputs) -> Section | None:
         return None
     steer = inputs.params.get("steer", {})
     caption = prose(
-        """<p>Each method adds a vector to the model’s states at every token of a prompt and of the answer, so that the
-model answers in another language. <em>Forcing</em> is the share of answers that fastText identifies as the language.
-<em>Relevance</em>
-is the share of answers whose own prompt is the most similar of eight, so an answer about nothing has 1 in 8. The score
-is their harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place and strength were
+        """<p>Each method adds a language’s vector, less that of the prompt’s language, to the model’s states at every
+token of a prompt and of the answer, so that the model answers in another language. <em>Forcing</em> is the share of
+answers that fastText identifies as the language. <em>Relevance</em> is the share of answers {relevant}. The score is
+their harmonic mean, averaged over the languages that no prompt is in (prompts: {prompts}). Place and strength were
 chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small dots are languages.</p>
 <p>{verdict}</p>""",
         prompts=", ".join(steer.get("prompt_languages", [])),
+        relevant=_RELEVANT[steer.get("relevance", "encoder")],
         verdict=verdict(inputs),
     )
     picture = Picture("steering", "Score by method", chart(table, by_language(inputs)), [caption, scores(table)])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
@@ -17,7 +19,10 @@ from urllib3.exceptions import InvalidHeader
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_json
 from babelscope.core.redact import redact
-from babelscope.explain.prompts import Message
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
 
 KEY = "OPENAI_API_KEY"
 # Tokens that the chat format adds to a message.
@@ -38,6 +43,28 @@ def tokens(asked: Sequence[Request]) -> tuple[int, int]:
     """Upper bounds of the tokens sent and received: with any tokenizer, a token has at least one byte."""
     sent = sum(len(m["content"].encode()) + _AROUND for one in asked for m in one.messages)
     return sent, sum(one.max_tokens for one in asked)
+
+
+def check_cost(asked: Sequence[Request], section: Any, what: str, fewer: str) -> None:
+    """Log what the requests will cost at most, at the prices of `section` (`explain`).
+
+    `what` names the stage in messages, `fewer` the settings that make fewer requests.
+
+    Raises
+    ------
+    UserError: more than `explain.max_cost`.
+    """
+    sent, back = tokens(asked)
+    cost = (sent * section.price_in + back * section.price_out) / 1e6
+    log.info(
+        "%s: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
+        what, len(asked), sent, back, cost,
+    )  # fmt: skip
+    if cost > section.max_cost:
+        raise UserError(
+            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {section.max_cost}. Raise it, "
+            f"or lower {fewer}"
+        )
 
 
 class _Retry(Retry):
@@ -134,3 +161,15 @@ def answer_in(reply: bytes) -> str | None:
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
     return str(text or "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
+def verdicts(answer: str, count: int) -> list[bool] | None:
+    """The list of 0 and 1 in an answer; None if there is none of the right length."""
+    for found in re.findall(r"\[[^\[\]]*\]", answer):
+        try:
+            values = json.loads(found)
+        except (ValueError, RecursionError):
+            continue
+        if len(values) == count and all(value in (0, 1) and not isinstance(value, float) for value in values):
+            return [bool(value) for value in values]
+    return None
