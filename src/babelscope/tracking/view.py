@@ -26,6 +26,7 @@ _CLOSED = (
     *("Model metrics", "features", "dnll_own", "nll_clean", "tokens", "l0_by_layer", "tokens_by_layer"),
     *("train_tokens", "train_texts", "eval_tokens", "eval_texts"),
 )
+_PLAIN = "Model metrics"  # the section of metrics without `/`; trainings have no others
 _LIMIT = 5000  # characters of a tag
 
 
@@ -85,13 +86,19 @@ def _packed(name: str, kind: str, columns: Sequence[str], charts: list[dict[str,
     # Two columns: in MLflow's three, titles are cut off before the language, which distinguishes the charts.
     section = {"isReordered": True, "deleted": False, "isGenerated": True, "columns": 2, "cardHeight": 320}
     bars = {"columns": 4, "cardHeight": 220}
-    names = dict.fromkeys([*_OPEN, *_CLOSED, *(chart["metricSectionId"] for chart in charts)])
+    names = dict.fromkeys([*_OPEN, *_CLOSED, *(chart["metricSectionId"] for chart in charts)] if charts else [_PLAIN])
     state: dict[str, Any] = {
         "searchFilter": f"tags.`babelscope.kind` = '{kind}'",
         "selectedColumns": [f"metrics.`{column}`" for column in columns],
         "compareRunCharts": charts,
         "compareRunSections": [
-            {"uuid": name, "name": name, "display": name in _OPEN, **section, **(bars if name == "headline" else {})}
+            {
+                "uuid": name,
+                "name": name,
+                "display": name in _OPEN or not charts,
+                **section,
+                **(bars if name == "headline" else {}),
+            }
             for name in names
         ],
         "isAccordionReordered": True,
