@@ -49,7 +49,8 @@ def lay_out(folder: Path, stage: str) -> None:
     for name in ("counts", "neurons", "sae", "scores", "stream"):
         (folder / "data" / name).symlink_to(ROOT / "data" / name)
     texts = pl.read_parquet(ROOT / "data/corpus/texts.parquet").gather_every(STEP[stage])
-    texts.write_parquet(folder / "data/corpus/texts.parquet")
+    for name in ("texts", "train"):
+        texts.write_parquet(folder / f"data/corpus/{name}.parquet")
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
     params["ablate"] |= CHANGES

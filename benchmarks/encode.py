@@ -98,7 +98,7 @@ def seconds(dictionary: SAE, params: config.Config, table: pl.DataFrame, activat
     root = Path.cwd()
 
     def stage() -> None:
-        run_encode.encode(HOOKPOINT, params, Paths(), Paths().saes)
+        run_encode.run(params, Paths(), HOOKPOINT)
 
     def without_screening() -> None:
         with patch("babelscope.sae.autoencoder.suits", lambda *_: False):

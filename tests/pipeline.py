@@ -201,7 +201,7 @@ class Pipeline:
         for language in languages:
             assert numbers["score", f"features/{language}"] == features.filter(language=language).height
         for hookpoint in params["hookpoints"]:
-            counts, totals = self.table(f"counts/{hookpoint}"), self.table(f"counts/{hookpoint}.totals")
+            counts, totals = self.table(f"encoded/{hookpoint}"), self.table(f"encoded/{hookpoint}.totals")
             assert numbers[f"encode.{hookpoint}", "l0"] == counts["tokens"].sum() / totals["tokens"].sum()
             assert math.isfinite(numbers[f"train.{hookpoint}", "fvu"])
         together = self.table("ablation/nll").filter(pl.col("control").is_null())

@@ -35,6 +35,6 @@ def build(folder: Path) -> dict[str, Any]:
     (folder / "params.yaml").write_text(json.dumps(params, ensure_ascii=False))
     os.environ.pop("DVC_ROOT", None)
     for name in ("sample", "extract", *(f"{name} {at}" for name in ("train", "encode") for at in HOOKPOINTS),
-                 "score", "browse"):  # fmt: skip
+                 "extend", "score", "browse"):  # fmt: skip
         stage(*name.split())
     return params

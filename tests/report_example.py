@@ -285,6 +285,8 @@ def metrics() -> dict[str, dict[str, Any]]:
     for place, hookpoint in enumerate(HOOKPOINTS):
         fvu = {f"fvu/{name}": 0.2 + 0.015 * place + 0.006 * i for i, name in enumerate(LANGUAGES)}
         sae = {"fvu": 0.23 + 0.015 * place, "l0": 32.0, "dead_share": 0.004 * place, "tokens": 360000}
+        added = {f"added_fvu/{hookpoint}/{LANGUAGES[-1]}": fvu.pop(f"fvu/{LANGUAGES[-1]}")}  # it trains no SAE
+        result["extend"] = result.get("extend", {}) | added
         result[f"train.{hookpoint}"] = {**sae, "layer": LAYERS[place], **fvu}
         result[f"encode.{hookpoint}"] = {"tokens": 180000, "fired": 4500 - place}
     return result

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelscope.activations import extraction, store
+from babelscope.activations.rows import read_rows
 from babelscope.config.schema import Hardware
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
 from babelscope.features import count
 from babelscope.features.counter import Counter, whole_texts
 from babelscope.models import hookpoints, tokens
@@ -62,6 +64,22 @@ def test_int8_is_off_by_half_a_step_at_most(tmp_path):
     safetensors.torch.save_file(shapes, tmp_path / "shard-00000.safetensors")
     with pytest.raises(UserError, match="shard-00000.safetensors: scales, mean, deviation do not have the shapes"):
         store.ActivationStore(tmp_path)
+
+
+def test_rows_of_both_stages_are_numbered_through(tmp_path):
+    paths = Paths(tmp_path)
+    x = torch.arange(20).half().view(10, 2)
+    for folder, part in ((paths.activations, x[:6]), (paths.extended, x[6:])):
+        write_store(store.place(folder, "layers.1"), part)
+    for path, languages in ((paths.tokens, ["en"] * 4 + ["de"] * 2), (paths.extended_tokens, ["nl"] * 4)):
+        values = {"row": range(len(languages)), "text_id": "t", "language": languages, "split": "train"}
+        pl.DataFrame(values).write_parquet(path)
+    found = read_rows(paths, ["de", "nl"])
+    assert found["row"].to_list() == [4, 5, 6, 7, 8, 9]
+    both = store.opened(paths, "layers.1")
+    assert both.rows == 10 and torch.equal(both.gather(found["row"].to_torch()), x[4:])
+    assert torch.equal(both.gather(torch.tensor([9, 0, 6, 5])), x[[9, 0, 6, 5]])
+    assert read_rows(paths, columns=["text_id"]).shape == (10, 1)
 
 
 def test_damaged_stores_are_refused_by_name(tmp_path):

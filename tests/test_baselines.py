@@ -161,7 +161,8 @@ def ready(folder: Path, monkeypatch: Any) -> Paths:  # noqa: F811
     """The folder with texts of two domains, and the stability hookpoint set."""
     monkeypatch.setattr(run, "FastText", Lid)
     sources = pl.when(pl.int_range(pl.len()) % 8 < 4).then(pl.lit("gettext:one")).otherwise(pl.lit("gettext:two"))
-    corpus().with_columns(source=sources).write_parquet("data/corpus/texts.parquet")
+    for name in ("texts", "train"):
+        corpus().with_columns(source=sources).write_parquet(f"data/corpus/{name}.parquet")
     Path("data/dictionaries").mkdir(exist_ok=True)
     return Paths()
 
@@ -200,7 +201,7 @@ def test_the_stage(ready: Paths) -> None:
     # The features are those of `score`, whose totals `identify` compares, too.
     counts = pl.read_parquet(f"data/counts/{SAE_AT}.parquet")
     params = config.load()
-    stored = run.read_stored(SAE_AT, ready)
+    stored = run.read_stored(SAE_AT, params.languages, ready)
     one = run.trained("features", SAE_AT, stored, params, ready, torch.device("cpu"))
     sums = one.counted.group_by("unit", "language").agg(pl.col("tokens", "texts").sum()).sort("unit", "language")
     assert sums.equals(counts.select("unit", "language", "tokens", "texts").sort("unit", "language"))
@@ -263,6 +264,22 @@ def test_dictionaries(ready: Paths) -> None:
         numbers["repeat_low/frozen_decoder"] < numbers["repeat/frozen_decoder"] < numbers["repeat_high/frozen_decoder"]
     )
     assert "matched/neurons" not in numbers and "matched/probe" not in numbers
+
+
+def test_a_dictionary_without_units_is_left_out(ready: Paths, monkeypatch: Any, caplog: Any) -> None:
+    prepare(dictionaries=["frozen_encoder"], ablation_tokens=20)
+    stage("dictionary", "frozen_encoder")
+    choose = run.choose
+
+    def none(one: run.Dictionary, *rest: Any) -> pl.DataFrame:
+        return choose(one, *rest).clear() if one.name == "frozen_encoder" else choose(one, *rest)
+
+    monkeypatch.setattr(run, "choose", none)
+    stage("baselines")
+    assert "frozen_encoder: no unit is specific to a language" in caplog.text
+    for table in ("identification", "removal", "repeats"):
+        found = set(pl.read_parquet(f"data/baselines/{table}.parquet")["method"])
+        assert "frozen_encoder" not in found and "diff_mean" in found
 
 
 def test_without_a_hookpoint_there_is_nothing(ready: Paths) -> None:

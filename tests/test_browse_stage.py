@@ -67,14 +67,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[Pat
         patch.setattr(loading, "load_skeleton", lambda section: model)
         patch.setattr(loading, "load_model", lambda section, dtype: copy.deepcopy(model))
         Path("data/corpus").mkdir(parents=True)
-        corpus().write_parquet("data/corpus/texts.parquet")
+        for name in ("texts", "train"):
+            corpus().write_parquet(f"data/corpus/{name}.parquet")
         g = torch.Generator().manual_seed(2)
         for name, d in ((SAE_AT, 16), (WIDE, 24)):
             decoder = F.normalize(torch.randn(64, d, generator=g), dim=1)
             dictionary = SAE(decoder * 0.7, decoder, torch.zeros(64), torch.zeros(d), 3)
             checkpoint.save(dictionary, Path("data/sae") / name, {"model_name": "tiny", "hook_name": name})
         browse()
-        for name in ("extract", f"encode {SAE_AT}", f"encode {WIDE}", "score", "browse"):
+        for name in ("extract", f"encode {SAE_AT}", f"encode {WIDE}", "extend", "score", "browse"):
             stage(*name.split())
         yield Path.cwd()
 
@@ -227,7 +228,8 @@ def test_transcoders_are_read_at_their_input_and_none_is_removed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/corpus").mkdir(parents=True)
-    corpus().write_parquet("data/corpus/texts.parquet")
+    for name in ("texts", "train"):
+        corpus().write_parquet(f"data/corpus/{name}.parquet")
     g = torch.Generator().manual_seed(2)
     encoder, decoder = (F.normalize(torch.randn(64, 16, generator=g), dim=1) for _ in range(2))
     dictionary = SAE(encoder, decoder, torch.zeros(64), torch.zeros(16), 3, b_in=torch.zeros(16))
@@ -237,7 +239,7 @@ def test_transcoders_are_read_at_their_input_and_none_is_removed(
         set_params(
             train={"source": source, "transcode": True}, ablate={"methods": ["directional"]}, browse={"texts": 2}
         )
-        for name in ("extract", f"encode {SAE_AT}", "score", "browse") if source == "stored" else ("browse",):
+        for name in ("extract", f"encode {SAE_AT}", "extend", "score", "browse") if source == "stored" else ("browse",):
             stage(*name.split())
         found.append(tables())
     for name, frame in found[1].items():

@@ -236,7 +236,7 @@ def test_without_the_table_the_figures_have_no_intervals(repo: Path, caplog: pyt
     assert "HEAD: DVC does not have its ablation table here" in caplog.text
     block = Block("a", "A", "unit", "", {"en": (Value(0.5), None)})
     assert page.verdict(block, ["a", "b"]) == "No row has a figure in both states."
-    assert page.table(block, ["a", "b"]).rows == [["en", "0.500", "–", "–", "–"]]
+    assert page.table(block, ["a", "b"]).rows == [["English (en)", "0.500", "–", "–", "–"]]
 
 
 def test_what_is_neither_or_not_of_a_kind_is_refused(repo: Path) -> None:

@@ -170,6 +170,28 @@ def test_int8_is_for_stored_activations():
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.source", "stream", r"corpus.train_languages: train.source 'stream' .*; allowed with it: null"),
+        (
+            "baselines.dictionaries",
+            ["neurons"],
+            r"baselines.dictionaries: 'neurons' .*: frozen_decoder, frozen_encoder",
+        ),
+        ("corpus.train_languages", [], "corpus.train_languages: "),
+    ],
+)
+def test_languages_that_train_need_stored_activations(key, value, message):
+    content = changed("corpus.train_languages", ["en", "de"])
+    config.parse(content)
+    section, _, name = key.partition(".")
+    content[section][name] = value
+    content["stability"]["hookpoints"] = [] if value == "stream" else content["stability"]["hookpoints"]
+    with pytest.raises(UserError, match=f"^params.yaml: {message}"):
+        config.parse(content)
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"ablate.rank_tokens": 60, "ablate.methods": ["mean", "swap"]},

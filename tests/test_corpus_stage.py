@@ -80,6 +80,33 @@ def test_the_same_input_gives_the_same_bytes(run: Any) -> None:
     assert hashes[0] == hashes[1]
 
 
+def test_a_language_more_or_less_changes_no_text_of_those_that_train(run: Any) -> None:
+    texts = {language: [f"{language} text number {i}" for i in range(100)] for language in ("en", "de")}
+    run(texts, ["en", "de"])
+    trained, before = Path("data/corpus/train.parquet").read_bytes(), pl.read_parquet("data/corpus/texts.parquet")
+    held_out, training = (before.filter(split=split)["group"][0] for split in ("eval", "train"))
+    dutch = [f"nl text number {i}" for i in range(100)]
+    dutch[int(held_out)] = dutch[int(training)] = "nl text that joins two groups"
+    dutch[3] = before.filter(language="de")["text"][0]  # in two languages: without the list, both are dropped
+    with_dutch = texts | {"nl": dutch}
+    run(with_dutch, ["en", "nl", "de"], train_languages=["de", "en"])
+    after = pl.read_parquet("data/corpus/texts.parquet")
+    assert after["language"].unique(maintain_order=True).to_list() == ["en", "nl", "de"]
+    assert Path("data/corpus/train.parquet").read_bytes() == trained
+    assert after.filter(pl.col("language") != "nl").equals(before)
+    found = after.filter(language="nl")
+    assert set(found["split"]) == {"eval", "train"} and set(found["text"]) <= set(dutch) - {
+        "nl text that joins two groups", dutch[3]
+    }  # fmt: skip
+    assert after.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    run(with_dutch, ["nl", "de"], train_languages=["en", "de"])
+    assert Path("data/corpus/train.parquet").read_bytes() == trained
+    assert pl.read_parquet("data/corpus/texts.parquet")["language"].unique(maintain_order=True).to_list() == [
+        "nl",
+        "de",
+    ]
+
+
 def test_an_unknown_language_leaves_no_output(run: Any) -> None:
     with pytest.raises(UserError, match="has no 'nn'; it offers: no"):
         run({"no": ["en tekst på norsk"]}, ["no", "nn"])

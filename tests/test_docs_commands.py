@@ -150,7 +150,7 @@ UNTESTED = {
     "dvc exp run -S ablate.additive_factor=0.2": "wants the hub; `dvc exp run -S` is run in test_tracking.py",
     "dvc exp run -S sharing.groups=100 report": "test_sharing.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
-    "dvc exp run -S switching.groups=10 report": "test_switching.py runs the stage; `dvc exp run -S` is run in "
+    "dvc exp run -S switching.groups=6 report": "test_switching.py runs the stage; `dvc exp run -S` is run in "
     "test_tracking.py",
     "dvc exp run -S 'baselines.dictionaries=": "six trainings; test_baselines.py runs the stages",
     "dvc exp run -S ablate.script_draws=2": "minutes; test_knobs_run.py runs the stage with this param",
@@ -162,6 +162,7 @@ UNTESTED = {
     "dvc dag": "a command of DVC's own, which only prints",
     "dvc unprotect": "a command of DVC's own",
     "uv ": "wants uv; another way to the environment of `make repro`",
+    "mlflow ui": "what `make ui` starts, with an app of its own",
     "make lock": "asks the registry for the hashes; test_release.py compares the lock file with what it locks",
     "touch .venv/.ready": "the last step of that way",
     "dvc pull": "a command of DVC's own; test_cluster.py runs `dvc pull`",

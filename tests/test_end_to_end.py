@@ -31,6 +31,7 @@ CLOSING = {
     "encode": "hookpoint tokens latents that fired L0",
     "retrain": "hookpoint seed FVU (last batch)",
     "prune": "prune: nothing to delete",
+    "extend": "extend: no language to add (params.yaml: corpus.train_languages)",
     "quality": "hookpoint NLL with the SAE with zeros recovered 95 % least of a language",
     "score": "language features effective languages mean entropy mean probability",
     "stability": "cosine >= 0.7 features found (others) cosine (others) overlap (others)",
@@ -264,7 +265,7 @@ def test_a_score_threshold_runs_score_and_what_follows_and_back_is_free(repo):
 def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo):
     set_params(repo, {"hookpoints": [*SMALL["hookpoints"], "layers.29.mlp"]})
     done = ran(run(repo, "dvc", "repro"))
-    after = ["prune", "quality", "score", "sharing", *AFTER_SCORE]
+    after = ["prune", "extend", "quality", "score", "sharing", *AFTER_SCORE]
     assert sorted(done) == sorted(["extract", "stream", "train@layers.29.mlp", "encode@layers.29.mlp", *after])
     for path in repo.glob("mlflow.db*"):
         path.unlink()
@@ -274,6 +275,19 @@ def test_a_new_hookpoint_trains_one_sae_only_and_a_lost_database_is_rebuilt(repo
     assert ran(run(repo, "dvc", "repro")) == ["prune", "track"]
     assert not list(repo.glob("*/*layers.29*")) and not list(repo.glob("data/*/*layers.29*"))
     assert runs(repo) == [("summary", "FINISHED")] * 2 + [("training", "FINISHED")] * 3
+
+
+def test_a_language_more_trains_nothing(repo):
+    before, languages = hashes(repo), SMALL["languages"]
+    set_params(repo, {"languages": [*languages, "fi"], "corpus.train_languages": languages})
+    assert sorted(ran(run(repo, "dvc", "repro", "score"))) == ["extend", "neurons", "sample", "score", "stream"]
+    kept = ("data/activations", "data/corpus/train", "data/encoded", "data/sae")
+    assert [path for path, md5 in hashes(repo).items() if path.startswith(kept) and md5 != before[path]] == []
+    totals = pl.read_parquet(repo / f"data/counts/{SMALL['hookpoints'][0]}.totals.parquet")
+    assert totals["language"].to_list() == [*languages, "fi"] and totals["tokens"].min() > 1000
+    set_params(repo, {"languages": languages, "corpus.train_languages": None})
+    assert ran(run(repo, "dvc", "repro")) == ["track"]
+    assert hashes(repo) == before
 
 
 def test_without_stored_activations_the_outputs_are_the_same_files(repo):

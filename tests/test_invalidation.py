@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clone import SMALL, clone, run
+from clone import SMALL, clone, run, set_params
 from closure import ROOT
 
 from babelscope import config
@@ -63,6 +63,14 @@ def test_another_message_in_a_package_that_computes_nothing_runs_no_stage(repo: 
     # The pages are `report`'s own output.
     assert changed(repo) <= ({"report"} if package == "report" else set())
     subprocess.run(["git", "checkout", "-q", "--", f"src/babelscope/{package}"], cwd=repo, check=True)
+
+
+def test_a_language_that_trains_no_sae_repeats_nothing_for_those_that_do(repo: Path) -> None:
+    languages = SMALL["languages"]
+    set_params(repo, {"languages": [*languages, "fi"], "corpus.train_languages": languages})
+    ran = changed(repo)
+    assert {"sample", "extend", "score"} <= ran and not ran & {"extract", "train", "retrain", "encode", "dictionary"}
+    subprocess.run(["git", "checkout", "-q", "--", "params.yaml"], cwd=repo, check=True)
 
 
 def test_code_that_computes_runs_what_depends_on_it(repo: Path) -> None:

@@ -1,5 +1,7 @@
 """Hookpoints on tiny randomly initialised models of several families."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -67,6 +69,19 @@ def test_an_edit_that_changes_nothing_changes_no_bit_and_one_that_does_is_undone
         other = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
     assert not torch.allclose(clean, other)
     assert torch.equal(clean, model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits)
+
+
+def test_a_module_that_was_replaced_is_edited_in_its_new_place(model):
+    """The search for modules is done once, but not if another module has taken the place."""
+    name, before = names(model)[0], []
+    with hookpoints.editing(model, {name: lambda x: before.append(x) or x}):
+        model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    block = hookpoints.blocks(model)[1]
+    block.mlp = copy.deepcopy(block.mlp)
+    seen = hookpoints.read(model, [name], input_ids=IDS, attention_mask=MASK)
+    assert torch.equal(seen[name], before[0])
+    with pytest.raises(UserError, match="the model has no"):
+        hookpoints.read(model, [name, "layers.9.mlp"], input_ids=IDS, attention_mask=MASK)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])

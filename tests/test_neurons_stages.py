@@ -118,7 +118,8 @@ def test_neurons_from_the_texts_to_identification_and_ablation(
     monkeypatch.setattr(loading, "load_model", lambda section, dtype: copy.deepcopy(model))
     texts = corpus()
     Path("data/corpus").mkdir(parents=True)
-    texts.write_parquet("data/corpus/texts.parquet")
+    for name in ("texts", "train"):
+        texts.write_parquet(f"data/corpus/{name}.parquet")
     g = torch.Generator().manual_seed(2)
     decoder = F.normalize(torch.randn(64, 16, generator=g), dim=1)
     dictionary = SAE(decoder * 0.7, decoder, torch.zeros(64), torch.zeros(16), 3)
@@ -129,7 +130,7 @@ def test_neurons_from_the_texts_to_identification_and_ablation(
         return {name: pl.read_parquet(f"data/{name}.parquet") for name in names}
 
     set_params()
-    for name in ("extract", "neurons", "encode", "score", "identify", "ablate"):
+    for name in ("extract", "neurons", "encode", "extend", "score", "identify", "ablate"):
         stage(name, *([SAE_AT] if name == "encode" else []))
     alone = tables()
     set_params(neurons={"hookpoints": NEURONS}, ablate={"methods": ["feature", "neuron"]})
@@ -219,7 +220,8 @@ def test_texts_that_do_not_fit_the_model_are_named_before_the_pass(
     monkeypatch.setattr(small, "forward", lambda **inputs: pytest.fail("a pass"))
     monkeypatch.setattr(small.model, "forward", lambda **inputs: pytest.fail("a pass"))
     Path("data/corpus").mkdir(parents=True)
-    corpus().write_parquet("data/corpus/texts.parquet")
+    for file in ("texts", "train"):
+        corpus().write_parquet(f"data/corpus/{file}.parquet")
     set_params(neurons={"hookpoints": NEURONS}, train={"source": "stream" if name == "stream" else "stored"})
     with pytest.raises(UserError, match=message):
         stage(name)

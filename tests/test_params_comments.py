@@ -23,6 +23,7 @@ LISTS = {
     "pretrained.folder": "elsewhere",
     "neurons.hookpoints": "[layers.1.mlp.act_fn]",
     "stability.hookpoints": "[layers.1.mlp]",
+    "stability.seeds": "[5,6]",
     "identify.also": "{name: wili-2018}",
     "ablate.methods": "[feature,directional]",
     "baselines.dictionaries": "[frozen_decoder,neurons]",

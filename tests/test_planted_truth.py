@@ -124,6 +124,7 @@ class Repo:
     def selected(self) -> pl.DataFrame:
         """Count and score by the labels of the token table: what is selected, `language` and `unit` among the rest."""
         self.run("encode", HOOKPOINT)
+        self.run("extend")
         self.run("score")
         return pl.read_parquet(self.folder / "data/scores/features.parquet")
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import browse_example
@@ -23,6 +22,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from babelscope.core.errors import UserError
+from babelscope.core.files import write_atomically
+from babelscope.core.paths import Paths
 from babelscope.report import about, charts, page, run
 from babelscope.report.numbers import NONE, p_value, percent, plain, significant
 from babelscope.report.parts import Picture, ReportInputs, Table, browser_link, layer_labels
@@ -343,7 +344,7 @@ def test_a_missing_column_is_named() -> None:
         inputs(by_layer=example.nll())
 
 
-def test_bits_per_byte_are_nats_per_token_over_the_bytes() -> None:
+def test_bits_per_byte_are_nats_per_token_over_the_bytes(tmp_path: Path) -> None:
     given_ = dataclasses.replace(two_languages(small([("a", "a", 0.5), ("b", "b", 0.5)])), bytes_per_token={"a": 4.0})
     assert own.own_and_others(given_)["bits"].to_list() == [None, pytest.approx(0.5 / math.log(2) / 4)]
     panels = specs_of(page.build(given_))["own"]["vconcat"][0]["hconcat"]
@@ -351,11 +352,11 @@ def test_bits_per_byte_are_nats_per_token_over_the_bytes() -> None:
     texts = pl.DataFrame({"text_id": ["1", "2", "3", "4"], "language": ["a", "a", "b", "a"],
                           "text": ["äb", "abc", "x", "long"], "split": ["eval", "eval", "eval", "train"]})  # fmt: skip
     rows = pl.DataFrame({"text_id": ["1"] * 2 + ["2"] * 1 + ["3"] * 5 + ["4"] * 2})
-    paths = SimpleNamespace(tokens="tokens", texts="texts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "read_table", lambda path, columns=None: {"tokens": rows, "texts": texts}[path])
-        # b's only text has 5 tokens, as many as texts are cut at.
-        assert run.bytes_per_token(paths, 5) == {"a": 6 / 3}  # type: ignore[arg-type]
+    paths = Paths(tmp_path)
+    for path, table in ((paths.texts, texts), (paths.tokens, rows[:3]), (paths.extended_tokens, rows[3:])):
+        write_atomically(path, table.write_parquet)
+    # b's only text has 5 tokens, as many as texts are cut at.
+    assert run.bytes_per_token(paths, 5) == {"a": 6 / 3}
 
 
 def test_headings_state_what_the_figures_are(html: str) -> None:

@@ -356,7 +356,7 @@ def test_each_sae_has_feature_sets_of_its_own_and_figures_are_means_over_seeds(
         meta = {"model_name": "made-up", "hook_name": HOOKPOINT}
         checkpoint.save(dictionary, folder / f"data/{name}" / HOOKPOINT, meta)
     use(monkeypatch, hookpoints=[HOOKPOINT])
-    for name in ("encode", "score"):
+    for name in ("encode", "extend", "score"):
         load_stage(name).main()
 
     def found(*seeds: int) -> tuple[pl.DataFrame, dict[str, float]]:

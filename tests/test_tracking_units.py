@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from params_texts import CONTENTS
 
 from babelscope import config
+from babelscope.config.values import model_title
 from babelscope.core.errors import UserError
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
@@ -284,6 +285,18 @@ def test_the_name_of_a_state_says_the_model_and_what_was_changed(changes: dict[s
     last = SimpleNamespace(data=SimpleNamespace(params=store.flatten(before)))
     opened: Any = SimpleNamespace(search=lambda **tags: [last])
     assert sync._name(opened, before | changes, "1a2b3c4d5e") == name
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ({"name": "org/Llama-3.2-1B"}, "org/Llama-3.2-1B"),
+        ({"gguf_file": "gemma-3-270m-Q4_K_M.gguf"}, "gemma-3-270m"),
+        ({}, ""),
+    ],
+)
+def test_a_model_is_called_as_people_call_it(model: dict[str, str], title: str) -> None:
+    assert model_title(model) == title
 
 
 def test_root_is_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

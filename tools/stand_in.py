@@ -43,7 +43,7 @@ def main() -> None:
     hookpoints = [f"layers.{number}.mlp" for number in range(args.layers)]
     stages = [("sample",), ("extract",)]
     stages += [(stage, name) for name in hookpoints for stage in ("train", "encode")]
-    stages += [(name,) for name in ("neurons", "score", "quality", "identify", "ablate", "steer", "browse")]
+    stages += [(name,) for name in ("neurons", "extend", "score", "quality", "identify", "ablate", "steer", "browse")]
     results = folder / "stages.json"
     found = json.loads(results.read_text()) if results.exists() else {}
     for stage in stages:

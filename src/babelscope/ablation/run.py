@@ -31,6 +31,7 @@ from babelscope.core.progress import Progress
 from babelscope.core.resume import scratch
 from babelscope.models import hardware, hookpoints, loading, matmul, tokens
 from babelscope.models.nll import target_count
+from babelscope.models.partial import suits
 from babelscope.models.tokens import TokenizedText
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def run(params: Config, paths: Paths) -> None:
     model = loading.load_model(params.model, section.dtype).to(device)
     matmul.use_in(model)
     hookpoints.resolve(model, list(counts))
+    suits(model, max((len(text.ids) for text in texts), default=0))  # once, for the longest text of all steps
 
     keep = _scratch(params, paths)
     primary = schema.primary_method(section.methods)

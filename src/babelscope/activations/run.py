@@ -1,4 +1,4 @@
-"""Stage `extract`: activations at every hookpoint, from one forward pass over the sampled texts.
+"""Stage `extract`: activations at every hookpoint, from one forward pass over the texts that train the SAEs.
 
 If `train.source` is `stream`, no activations are kept: only the token table and empty stores with the widths are
 written.
@@ -6,6 +6,9 @@ written.
 
 import logging
 import shutil
+from pathlib import Path
+
+import polars as pl
 
 from babelscope.activations import extraction, store
 from babelscope.config import Config, check_folders
@@ -23,9 +26,26 @@ log = logging.getLogger(__name__)
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.activations` with `paths.tokens`, and the stage's metrics."""
     check_folders(params)
+    numbers = store_pass(params, read_table(paths.train_texts), paths.tokens, "extract", paths.train_texts)
+    if numbers:
+        write_json(paths.metrics("extract"), numbers)
+
+
+def store_pass(params: Config, corpus: pl.DataFrame, token_table: Path, name: str, source: Path) -> dict[str, float]:
+    """Write the activations of the texts `corpus` at every hookpoint, and their token table.
+
+    Parameters
+    ----------
+    token_table: the path of the token table, in whose folder the activations are.
+    name: of the stage.
+    source: the file in which the texts are.
+
+    Returns
+    -------
+    The stage's figures; an empty dict in processes of the run other than the first.
+    """
     hardware.prepare(params.hardware)
     loading.check_hookpoints(params.model, params.hookpoints)
-    corpus = read_table(paths.texts)
     texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     shards = extraction.plan(texts, params.extract.batch_tokens)
     model = loading.load_model(params.model, params.extract.dtype)
@@ -35,23 +55,23 @@ def run(params: Config, paths: Paths) -> None:
     widths = forward.widths(model, names)
 
     depends = params.model_dump(include={"hookpoints", "model", "extract"}) | {"max_tokens": params.corpus.max_tokens}
-    depends["transcode"] = params.train.transcode
-    resume = scratch(fingerprint("extract", depends, {str(paths.texts): dvc_md5(paths.texts)}))
+    depends |= {"transcode": params.train.transcode, "languages": corpus["language"].unique().sort().to_list()}
+    resume = scratch(fingerprint(name, depends, {str(source): dvc_md5(source)}))
     stored = shards if params.train.source != "stream" else []
     dtype = params.extract.store_dtype
     if not extraction.extract(model, texts, stored, names, resume, dtype, params.hardware):
-        return
+        return {}
     rows = [shard.rows for shard in stored]
     sizes = []
-    for name in names:
-        source, target = store.place(resume, name), store.place(paths.activations, name)
+    for hookpoint in names:
+        source, target = store.place(resume, hookpoint), store.place(token_table.parent, hookpoint)
         files = [target / store.shard_name(shard.number) for shard in stored]
         for file in files:
             move(source / file.name, file)
-        store.write_index(target, rows, widths[name], dtype, local_name(params.model.name), name)
-        sizes.append([name, widths[name], f"{sum(file.stat().st_size for file in files) / 1e6:,.1f}"])
+        store.write_index(target, rows, widths[hookpoint], dtype, local_name(params.model.name), hookpoint)
+        sizes.append([hookpoint, widths[hookpoint], f"{sum(file.stat().st_size for file in files) / 1e6:,.1f}"])
     table = extraction.token_table(texts, shards)
-    write_atomically(paths.tokens, table.write_parquet)
+    write_atomically(token_table, table.write_parquet)
     shutil.rmtree(resume, ignore_errors=True)
     numbers = {
         "tokens": len(table),
@@ -60,7 +80,7 @@ def run(params: Config, paths: Paths) -> None:
         "hookpoints": len(params.hookpoints),
         "layers": len(hookpoints.blocks(model)),
     }
-    write_json(paths.metrics("extract"), numbers | {f"d/{name}": widths[name] for name in params.hookpoints})
-    log.info("extract: %s tokens of %s texts, %.1f %% padding",
+    log.info("%s: %s tokens of %s texts, %.1f %% padding", name,
              f"{len(table):,}", f"{len(texts):,}", 100 * numbers["padding_share"])  # fmt: skip
     stage.table(["hookpoint", "width", "MB stored"], sizes)
+    return numbers | {f"d/{hookpoint}": widths[hookpoint] for hookpoint in params.hookpoints}

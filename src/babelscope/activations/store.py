@@ -13,6 +13,7 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, write_atomically, write_json
+from babelscope.core.paths import Paths
 
 _KEY = "activations"
 # Names of the tensors in an int8 shard, in the order of `Quantised`'s fields.
@@ -96,6 +97,14 @@ def write_index(folder: Path, shard_rows: Sequence[int], d: int, dtype: str, mod
     write_json(folder / "index.json", content | {"shape": [sum(shard_rows), d]})
 
 
+def opened(paths: Paths, hookpoint: str) -> "ActivationStore":
+    """All stored activations at a hookpoint (see `place`); the rows are those of `rows.read_rows`."""
+    found, further = ActivationStore(place(paths.activations, hookpoint)), place(paths.extended, hookpoint)
+    if further.is_dir():
+        found.append(ActivationStore(further))
+    return found
+
+
 class ActivationStore:
     """The activations of one hookpoint, memory-mapped: only the requested rows are read.
 
@@ -136,6 +145,12 @@ class ActivationStore:
         if parts and [part.shape for part in parts[1:]] != [(rows,), (self.d,), (self.d,)]:
             raise UserError(f"{path}: {', '.join(_QUANTISED[1:])} do not have the shapes of {(rows, self.d)} in int8")
         return Quantised(*parts) if parts else whole
+
+    def append(self, other: "ActivationStore") -> None:
+        """Let the rows of `other`, which has the same d and dtype, follow those of this store."""
+        self._shards += other._shards
+        self._starts = torch.cat([self._starts, other._starts[1:] + self.rows])
+        self.rows += other.rows
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The given rows (int64 `[n]`, any order) as `[n, d]` in `dtype`; ascending rows are written to `out`."""

@@ -81,7 +81,7 @@ def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str)
 
     They are those of the random model at `hookpoint`, or of the neurons in its block.
     """
-    corpus = read_table(paths.texts)
+    corpus = read_table(paths.train_texts)
     texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
     shards = extraction.plan(texts, params.extract.batch_tokens)
     model = loading.load_model(params.model, params.extract.dtype)
@@ -91,7 +91,7 @@ def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str)
         randomise(model, params.seed)
     depends = params.model_dump(include={"model", "extract", "seed"})
     depends |= {"max_tokens": params.corpus.max_tokens, "name": name, "read": read}
-    with kept("dictionary", depends, [paths.texts]) as folder:
+    with kept("dictionary", depends, [paths.train_texts]) as folder:
         if not extraction.extract(model, texts, shards, [read], folder, params.extract.store_dtype, params.hardware):
             return
         source, target = store.place(folder, read), store.place(own.activations, read)

@@ -11,7 +11,8 @@ import polars as pl
 import torch
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import ActivationStore, opened
 from babelscope.baselines import dictionaries, directions, intervals, removal, selection
 from babelscope.baselines.directions import Classifier, Floats
 from babelscope.baselines.repeats import REPEATS, repeats
@@ -55,7 +56,7 @@ def run(params: Config, paths: Paths) -> None:
 def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFrame]:
     """The tables of the stage."""
     device, size, languages = hardware.prepare(params.hardware), params.encode.chunk_tokens, params.languages
-    stored = read_stored(hookpoint, paths)
+    stored = read_stored(hookpoint, params.languages, paths)
     domains = shared_domains(stored.texts, languages)
     every = [trained(name, hookpoint, stored, params, paths, device)
              for name in (intervals.REFERENCE, *params.baselines.dictionaries)]  # fmt: skip
@@ -65,6 +66,10 @@ def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFr
         for domain in (ALL, *domains):
             if domain not in one.units:
                 one.units[domain] = choose(one, one.counted, domain, len(selected), params)
+    for one in every[1:]:
+        if one.units[ALL].is_empty():
+            log.warning("%s: no unit is specific to a language by the rules of params.yaml: score; left out", one.name)
+            every.remove(one)
     x = {split: selection.text_means(stored, split, size) for split in ("train", "eval")}
     found = {
         "identification": identification(every, x, stored.texts, domains, params, paths, device),
@@ -77,9 +82,9 @@ def compare(hookpoint: str, params: Config, paths: Paths) -> dict[str, pl.DataFr
     return found
 
 
-def read_stored(hookpoint: str, paths: Paths) -> Stored:
+def read_stored(hookpoint: str, languages: Sequence[str], paths: Paths) -> Stored:
     """The stored activations of a hookpoint with the texts, whose `domain` is the last part of their `source`."""
-    table = read_table(paths.tokens, columns=["row", "text_id", "language", "split"])
+    table = read_rows(paths, languages)
     texts = table.group_by("text_id", maintain_order=True).agg(
         pl.col("language", "split").first(), tokens=pl.len().cast(pl.Int64)
     )
@@ -88,7 +93,7 @@ def read_stored(hookpoint: str, paths: Paths) -> Stored:
         domain=pl.col("source").str.extract(r"([^:/]+)/?$").str.replace_all(r"[^\w.-]", "_")
     )
     return Stored(
-        ActivationStore(place(paths.activations, hookpoint)), texts, table["row"].to_torch(),
+        opened(paths, hookpoint), texts, table["row"].to_torch(),
         table["text_id"].rle_id().cast(pl.Int64).to_torch(),
     )  # fmt: skip
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from babelscope import config, sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import SCHEMA, read_rows
+from babelscope.activations.store import opened
 from babelscope.config.values import local_name
 from babelscope.core import stage
 from babelscope.core.errors import UserError, nearest
-from babelscope.core.files import read_table, write_atomically, write_json
+from babelscope.core.files import write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.models import loading
@@ -64,7 +65,7 @@ def export(hookpoint: str, target: Path, table: pl.DataFrame, pad: int, about: d
     """Write the cache of one hookpoint; returns the number of firings."""
     paths = Paths()
     dictionary = sae.load(paths.saes, hookpoint)
-    store = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
+    store = opened(paths, dictionary.input_name(hookpoint))
     tokens, context, position = contexts(table, pad)
     rows = table["row"].to_torch()
     locations, activations, too_large = [], [], 0
@@ -100,7 +101,7 @@ def main(target: Path, hookpoints: list[str]) -> None:
             raise UserError(f"params.yaml: hookpoints: no {name!r}; {nearest(name, params.hookpoints)}")
     if params.train.source == "stream":
         raise UserError("params.yaml: train.source: 'stream' stores no activations; allowed here: stored, pretrained")
-    table = read_table(Paths().tokens).filter(split="train")
+    table = read_rows(Paths(), columns=list(SCHEMA)).filter(split="train")
     tokenizer = loading.load_tokenizer(params.model)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     about = {

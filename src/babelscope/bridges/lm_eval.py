@@ -1,8 +1,8 @@
 """`--format lm-eval`: the vectors of stage `steer` as files for the model `steered` of lm-evaluation-harness.
 
 `lm_eval --model steered --model_args pretrained=...,steer_path=FILE` runs any of its tasks on the changed model. A file
-holds, by the path of a module below the model's body, what is done to its output at every position: `add` the vector
-times the coefficient, or `clamp` the component along the vector to the coefficient.
+holds, by the path of a module below the model's body, what is done to its output at every position: here `add` the
+vector times the coefficient.
 """
 
 import io
@@ -28,16 +28,19 @@ def amplified(place: str, vector: Tensor, strength: float) -> dict[str, Any]:
 
     `steer` also takes off the vector of the prompt's language, which is not known here.
     """
-    return _file(place, vector, strength, "add")
+    return _file(place, vector, strength)
 
 
 def removed(place: str, vector: Tensor) -> dict[str, Any]:
-    """What `steer.removal` takes out: `x - (x . v) v` with `|v| = 1`; `vector` is float32 `[d]` of any length."""
-    return _file(place, vector, 0.0, "clamp")
+    """`x - v`: if `vector` v is DiffMean, the language's mean becomes that of the others; all methods have its length.
+
+    The action `clamp` to 0 would move the other languages as well, whose mean along the vector is not 0.
+    """
+    return _file(place, vector, -1.0)
 
 
-def _file(place: str, vector: Tensor, coefficient: float, action: str) -> dict[str, Any]:
-    entry = {"steering_vector": vector.clone(), "steering_coefficient": coefficient, "action": action}
+def _file(place: str, vector: Tensor, coefficient: float) -> dict[str, Any]:
+    entry = {"steering_vector": vector.clone(), "steering_coefficient": coefficient, "action": "add"}
     return {place: entry | {"bias": None, "head_index": None}}
 
 

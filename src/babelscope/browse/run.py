@@ -13,7 +13,8 @@ import polars as pl
 import torch
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.browse import tables
 from babelscope.browse.effects import effects
 from babelscope.browse.firings import Firings
@@ -40,7 +41,7 @@ def run(params: Config, paths: Paths) -> None:
     device = hardware.prepare(params.hardware)
     features, rates = choose(params, paths)
     saes = sae.SAECache(paths.saes, features["hookpoint"].unique(maintain_order=True).to_list(), device)
-    corpus, tokenizer = read_texts(paths), loading.load_tokenizer(params.model)
+    corpus, tokenizer = read_texts(paths, params.languages), loading.load_tokenizer(params.model)
     texts = part_of(corpus, paths, params.browse.train_tokens)
     firings = collectors(features, saes, params)
     if params.train.source != "stream":
@@ -116,7 +117,7 @@ def part_of(corpus: pl.DataFrame, paths: Paths, train_tokens: int | None) -> pl.
     train = corpus.filter(split="train")
     if train_tokens is None:
         return train
-    sizes = read_table(paths.tokens, columns=["text_id"]).group_by("text_id").len("tokens")
+    sizes = read_rows(paths, columns=["text_id"]).group_by("text_id").len("tokens")
     sized = train.join(sizes, on="text_id", how="left", maintain_order="left").sort("text_id")
     before = (pl.col("tokens").cum_sum() - pl.col("tokens")).over("language")
     chosen = sized.filter(before < train_tokens)
@@ -132,7 +133,7 @@ def held_out_texts(corpus: pl.DataFrame, count: int) -> dict[str, list[str]]:
 
 def read_stored(firings: Mapping[str, Firings], texts: pl.DataFrame, params: Config, paths: Paths) -> None:
     """Read the activations of `texts` that `extract` stored."""
-    table = read_table(paths.tokens, columns=["row", "text_id"])
+    table = read_rows(paths, columns=["row", "text_id"])
     table = table.join(
         texts.select("text_id", "language").with_row_index("text"), on="text_id", how="inner", maintain_order="left"
     )
@@ -140,7 +141,7 @@ def read_stored(firings: Mapping[str, Firings], texts: pl.DataFrame, params: Con
     language = tokens.codes(table["language"], params.languages)
     with Progress("browse", len(row) * len(firings), "tokens") as progress:
         for hookpoint, collector in firings.items():
-            store = ActivationStore(place(paths.activations, collector.features.reads(hookpoint)))
+            store = opened(paths, collector.features.reads(hookpoint))
             for start, end in whole_texts(text, params.encode.chunk_tokens):
                 part = slice(start, end)
                 collector.add(store.gather(row[part]), text[part], language[part])

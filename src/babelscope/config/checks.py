@@ -99,6 +99,11 @@ def _sources(params: Config) -> Iterator[str]:
             "extract.store_dtype: 'int8' saves disk, and train.source 'stream' stores nothing; "
             "allowed with it: float16, bfloat16"
         )
+    if params.train.source == "stream" and params.corpus.train_languages is not None:
+        yield (
+            "corpus.train_languages: train.source 'stream' trains and counts in one pass over all languages; "
+            "allowed with it: null"
+        )
     if params.train.source == "stream" and params.sharing.groups:
         yield "sharing.groups: it reads stored activations, and train.source 'stream' stores none; allowed with it: 0"
     if params.train.source == "stream" and params.explain.endpoint is not None:
@@ -133,6 +138,13 @@ def _baselines(params: Config) -> Iterator[str]:
         )
     if params.baselines.dictionaries and params.train.transcode:
         yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
+
+    own = [name for name in params.baselines.dictionaries if name in ("neurons", "random_model")]
+    if own and params.corpus.train_languages is not None:
+        yield (
+            f"baselines.dictionaries: {own[0]!r} reads the model anew, but only the texts that train SAEs; "
+            "allowed with corpus.train_languages: frozen_decoder, frozen_encoder"
+        )
 
 
 def _script(params: Config) -> Iterator[str]:

@@ -82,6 +82,7 @@ class Corpus(Section):
     max_tokens: Annotated[Size, Field(ge=2)]
     train_tokens: Positive
     eval_tokens: Positive
+    train_languages: Annotated[Languages, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Corpus":

@@ -103,7 +103,7 @@ def model_title(model: Mapping[str, Any]) -> str:
     """What people call a model, from `model` of params.yaml: a GGUF file without its quantisation, else its name."""
     if file := model.get("gguf_file"):
         return re.sub(r"[-._]i?q\d\w*$", "", Path(file).stem, flags=re.IGNORECASE)
-    return local_name(model.get("name") or "")
+    return local_name(name) if (name := model.get("name")) else ""
 
 
 def explain(model: type[BaseModel], error: Any) -> str:

@@ -12,15 +12,18 @@ class Paths:
     def __init__(self, root: Path = Path()) -> None:
         self.root, self.data, self.reports = root, root / "data", root / "reports"
         self.texts = self.data / "corpus/texts.parquet"  # sample
+        self.train_texts = self.data / "corpus/train.parquet"  # sample: those of the languages that train SAEs
         self.sources = self.data / "corpus/sources.json"  # sample: where the texts come from, versions and licences
         self.activations = self.data / "activations"  # extract: one folder of shards per hookpoint
         self.tokens = self.activations / "tokens.parquet"  # extract: the row order of every activation file
+        self.extended = self.data / "extended"  # extend: the same for languages that train no SAE
+        self.extended_tokens = self.extended / "tokens.parquet"
         self.neurons = self.data / "neurons"  # neurons: counts of the model's own neurons
         self.stream = self.data / "stream"  # stream: files that `train` and `encode` copy
         self.stream_mode = self.stream / "mode.json"  # stream: what `train.source` was
         self.saes = self.data / "sae"  # train: one folder per hookpoint
         self.saes_again = self.data / "sae_again"  # retrain: by seed, SAEs of some hookpoints
-        self.all_counts = self.data / "counts"  # encode: the folder of `counts` and `totals`
+        self.all_counts = self.data / "counts"  # extend: the folder of `counts` and `totals`
         self.hookpoints = self.data / "hookpoints.json"  # prune: the hookpoints that params.yaml lists
         self.loss_recovered = self.data / "quality/loss_recovered.parquet"  # quality: per SAE and language
         self.features = self.data / "scores/features.parquet"  # score: the selected features
@@ -41,12 +44,17 @@ class Paths:
         self.summary = root / "metrics/summary.json"  # report: the headline figures, DVC's only metrics
         self.explanations = self.data / "explain/explanations.parquet"  # explain: explanations of features
 
+    def encoded(self, hookpoint: str) -> tuple[Path, Path]:
+        """`counts` and `totals` of the languages that train SAEs (stage `encode`)."""
+        folder = self.data / "encoded"
+        return folder / f"{hookpoint}.parquet", folder / f"{hookpoint}.totals.parquet"
+
     def counts(self, hookpoint: str) -> Path:
-        """How often every latent of a hookpoint fires on every language (stage `encode`)."""
+        """How often every latent of a hookpoint fires on every language (stage `extend`)."""
         return self.all_counts / f"{hookpoint}.parquet"
 
     def totals(self, hookpoint: str) -> Path:
-        """Tokens and texts per language behind `counts` (stage `encode`)."""
+        """Tokens and texts per language behind `counts` (stage `extend`)."""
         return self.all_counts / f"{hookpoint}.totals.parquet"
 
     def dictionary(self, name: str) -> Path:

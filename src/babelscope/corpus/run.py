@@ -1,6 +1,7 @@
 """Stage `sample`: the texts of every language, split for training and evaluation."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -22,30 +23,50 @@ log = logging.getLogger(__name__)
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.texts`, `paths.sources` (origin, revision and licence of the texts) and the stage's metrics."""
     check_folders(params)
-    section = params.corpus
-    lid = FastText()
+    section, lid = params.corpus, FastText()
+    trained = section.train_languages or params.languages
+    added = [name for name in params.languages if name not in trained]
     for language, reason in lid.match(params.languages)[1].items():
         log.warning("%s: excluded from steering and from the comparison with fastText (identify): %s", language, reason)
-    texts, sources = read(section, params.languages)
-    foreign = None if section.lid is None else contaminated(texts, params.languages, section.lid, lid)
-    if foreign is not None:
-        texts = texts.filter(~foreign)
+    texts, sources, foreign = read(section, trained, lid)
     tokenizer = loading.load_tokenizer(params.model)
-    with Progress("sample", len(params.languages), "languages") as progress:
-        chosen, totals = sampling.sample(
-            texts, params.languages, section, params.seed, lambda batch: content_ids(tokenizer, batch),
-            advance=progress.update,
-        )  # fmt: skip
+    tokenize = partial(content_ids, tokenizer)
+    with Progress("sample", len(trained) + len(added), "languages") as progress:
+        chosen, totals = sampling.sample(texts, trained, section, params.seed, tokenize, progress.update)
+        # A further language changes no text of those that train SAEs: these texts are drawn as if it were not there.
+        write_atomically(paths.train_texts, chosen.sort("language", maintain_order=True).write_parquet)
+        if added:
+            texts, sources, foreign = read(section, [*trained, *added], lid)
+            more = sampling.sample(texts, added, section, params.seed, tokenize, progress.update, taken=chosen)
+            chosen, totals = pl.concat([chosen, more[0]]), pl.concat([totals, more[1]])
+    chosen, totals = (ordered(table, params.languages) for table in (chosen, totals))
     write_atomically(paths.texts, chosen.write_parquet)
     write_json(paths.sources, {"sources": sources})
     numbers = metrics(totals, {"train": section.train_tokens, "eval": section.eval_tokens})
-    if foreign is not None:
-        numbers["dropped_by_lid"] = int(foreign.sum())
+    if section.lid is not None:
+        numbers["dropped_by_lid"] = foreign
     write_json(paths.metrics("sample"), numbers)
     report(totals)
 
 
-def read(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
+def ordered(table: pl.DataFrame, languages: list[str]) -> pl.DataFrame:
+    """The rows of `languages`, in their order."""
+    kept = table.filter(pl.col("language").is_in(languages))
+    return kept.sort(pl.col("language").cast(pl.Enum(languages)), maintain_order=True)
+
+
+def read(
+    section: schema.Corpus, languages: list[str], lid: FastText
+) -> tuple[pl.DataFrame, list[dict[str, str | None]], int]:
+    """The texts of the languages, a record per source, and the number of texts that `corpus.lid` dropped."""
+    texts, sources = read_all(section, languages)
+    if section.lid is None:
+        return texts, sources, 0
+    foreign = contaminated(texts, languages, section.lid, lid)
+    return texts.filter(~foreign), sources, int(foreign.sum())
+
+
+def read_all(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame, list[dict[str, str | None]]]:
     """All texts of the languages, and a record per source."""
     if section.source == "huggingface":
         with Progress("read", len(section.datasets) * len(languages) * hub.ROWS, "rows") as progress:

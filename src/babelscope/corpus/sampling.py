@@ -33,6 +33,7 @@ def sample(
     seed: int,
     tokenize: Tokenize,
     advance: Callable[[int], None] = lambda languages: None,
+    taken: pl.DataFrame | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Clean `texts`, split them by parallel group, and draw texts of each language until its token budgets are full.
 
@@ -49,6 +50,8 @@ def sample(
     seed: seed of the draw.
     tokenize: returns the ids of the content tokens in each text.
     advance: called with 1 after each language.
+    taken: an earlier sample (text_id, split) of other languages, whose texts are among `texts`. Texts that are parallel
+        to one of its texts, but fall in the other split, are not drawn.
 
     Returns
     -------
@@ -70,12 +73,14 @@ def sample(
                 f"languages with texts: {', '.join(rest) or 'none'}"
             )
     used = UsedTokens(tokenize, section.max_tokens)
-    chosen = _draw(ready, languages, section, seed, used, advance)
+    if taken is not None:
+        used.count(ready.join(taken, on="text_id", how="semi"))
+    chosen = _draw(ready, languages, section, seed, used, taken, advance)
     # Tokenizing may show that texts are equal in the tokens used. They are merged, and the draw is repeated, until no
     # two are equal.
     while (merged := merge(ready, used.digests)).height < ready.height:
         ready = merged
-        chosen = _draw(ready, languages, section, seed, used)
+        chosen = _draw(ready, languages, section, seed, used, taken)
     sources = texts["source"].unique().sort().to_list()
     totals = []
     for language, name, budget in _parts(languages, section):
@@ -147,10 +152,13 @@ def _draw(
     section: Corpus,
     seed: int,
     used: UsedTokens,
+    taken: pl.DataFrame | None,
     advance: Callable[[int], None] = lambda languages: None,
 ) -> pl.DataFrame:
     """The texts that fill the budgets, with `split` and `tokens`."""
     drawn = split(ready, eval_share(section.train_tokens, section.eval_tokens), seed)
+    if taken is not None:
+        drawn = apart(drawn, taken)
     parts = []
     for number, (language, name, budget) in enumerate(_parts(languages, section)):
         parts.append(fill(drawn.filter(pl.col("language") == language, pl.col("split") == name), budget, used))
@@ -187,6 +195,15 @@ def split(texts: pl.DataFrame, share: float, seed: int) -> pl.DataFrame:
                           schema={"group": pl.String, "hash": pl.UInt64})  # fmt: skip
     name = pl.when(pl.col("hash") < int(share * 2**64)).then(pl.lit("eval")).otherwise(pl.lit("train"))
     return texts.join(hashes, on="group").with_columns(split=name).sort("hash", "group", "text_id").drop("hash")
+
+
+def apart(texts: pl.DataFrame, taken: pl.DataFrame) -> pl.DataFrame:
+    """`texts` (with `group`, `split`) without groups that hold a text of `taken` (text_id, split) in the other split.
+
+    `taken` was split without some of the languages, one of whose texts may have joined two of its groups.
+    """
+    held = texts.join(taken.select("text_id", taken="split"), on="text_id").filter(pl.col("taken") != pl.col("split"))
+    return texts.join(held, on="group", how="anti", maintain_order="left")
 
 
 def fill(texts: pl.DataFrame, budget: int, used: UsedTokens) -> pl.DataFrame:

@@ -6,7 +6,8 @@ import polars as pl
 import torch
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
@@ -24,7 +25,7 @@ def collect(params: Config, paths: Paths) -> list[Case]:
     first = read_table(paths.features).filter(kind="sae").filter(order <= params.explain.per_language)
     rows, chosen = zip(*choose_all(first, params, paths), strict=True) if len(first) else ((), ())
 
-    texts = read_texts(paths).filter(split="train")
+    texts = read_texts(paths, params.languages).filter(split="train")
     used = sorted({shown.text for sides in chosen for side in sides for shown in side})
     shown = texts[used]
     tokenizer = loading.load_tokenizer(params.model)
@@ -40,7 +41,7 @@ def collect(params: Config, paths: Paths) -> list[Case]:
 def choose_all(features: pl.DataFrame, params: Config, paths: Paths) -> list[tuple[dict[str, object], Chosen]]:
     """The texts of every feature, hookpoint by hookpoint, by their numbers in the training split."""
     device, section = hardware.prepare(params.hardware), params.explain
-    table = read_table(paths.tokens).filter(split="train").select("row", "text_id")
+    table = read_rows(paths, params.languages).filter(split="train").select("row", "text_id")
     row, text = table["row"].to_torch(), table["text_id"].rle_id().cast(pl.Int64).to_torch()
     hookpoints = features["hookpoint"].unique(maintain_order=True).to_list()
     found: list[tuple[dict[str, object], Chosen]] = []
@@ -49,7 +50,7 @@ def choose_all(features: pl.DataFrame, params: Config, paths: Paths) -> list[tup
             of_hookpoint = features.filter(hookpoint=name)
             units = of_hookpoint["unit"].to_list()
             latents = Features(sae.load(paths.saes, name).to(device), torch.tensor(units))
-            store = ActivationStore(place(paths.activations, latents.reads(name)))
+            store = opened(paths, latents.reads(name))
             chosen = choose(
                 latents, lambda rows, store=store: store.gather(row[rows]), text, section.examples, section.scored,  # type: ignore[misc]
                 [[params.seed, unit] for unit in units], progress.update,

@@ -1,6 +1,6 @@
 """The activations of some features of an SAE, and texts in which the features fire."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from babelscope.activations.rows import read_rows
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
@@ -20,14 +21,14 @@ from babelscope.sae.cache import CachedSAE
 CHUNK = 8192
 
 
-def read_texts(paths: Paths) -> pl.DataFrame:
-    """`text_id`, `language`, `split`, `text`, in the order of the stored activations.
+def read_texts(paths: Paths, languages: Sequence[str]) -> pl.DataFrame:
+    """Of the texts in `languages`: `text_id`, `language`, `split`, `text`, in the order of the stored activations.
 
     Raises
     ------
     UserError: the corpus lacks one of the texts.
     """
-    stored = read_table(paths.tokens, columns=["text_id"]).unique(maintain_order=True)
+    stored = read_rows(paths, languages, ["text_id"]).unique(maintain_order=True)
     texts = stored.join(read_table(paths.texts), on="text_id", how="left", maintain_order="left")
     if texts["text"].null_count():
         raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")

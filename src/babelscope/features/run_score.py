@@ -22,7 +22,7 @@ COLUMNS = ["kind", *KEY, "language", "probability", "entropy", "members", "monol
 
 def run(params: Config, paths: Paths) -> None:
     """Write `paths.features`, `paths.similarity` and the stage's metrics."""
-    writers = {paths.totals(name): f"encode@{name}" for name in params.hookpoints}
+    writers = {paths.totals(name): "extend" for name in params.hookpoints}
     if params.neurons.hookpoints:
         writers[paths.neurons / "totals.parquet"] = "neurons"
     totals = read_totals(writers, params.languages)

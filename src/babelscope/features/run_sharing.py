@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -36,7 +37,7 @@ def run(params: Config, paths: Paths) -> None:
         texts = sharing.parallel_texts(read_table(paths.texts), params.languages, params.sharing.groups)
         if texts.is_empty():
             raise UserError(f"params.yaml: sharing.groups: {paths.texts} has no text in two languages; set it to 0")
-        tokens = read_table(paths.tokens, columns=["row", "text_id"]).join(
+        tokens = read_rows(paths, columns=["row", "text_id"]).join(
             texts.with_row_index("text").select("text_id", pl.col("text").cast(pl.Int64)), on="text_id"
         )
         tokens = tokens.sort("text", "row")
@@ -69,7 +70,7 @@ def measure(
     """The latents that fire on each text, `[texts, latents]`, and each language's mean activation, `[languages, d]`."""
     device = hardware.prepare(params.hardware)
     dictionary = sae.load(paths.saes, hookpoint).to(device)
-    activations = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
+    activations = opened(paths, dictionary.input_name(hookpoint))
     rows, text = tokens["row"].to_torch(), tokens["text"].to_torch()
     present = [name for name in params.languages if name in set(texts["language"])]
     code = texts["language"].cast(pl.Enum(present)).to_physical().cast(pl.Int64).to_torch()

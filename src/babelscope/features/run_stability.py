@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -97,9 +99,9 @@ def latents(params: Config, paths: Paths, hookpoint: str, seed: int) -> pl.DataF
     weights, others = ((dictionary.W_dec, dictionary.encoder) for dictionary in (first, second))
     matched = stability.match(weights, others)
     by_chance = stability.match(weights, stability.random_latents(others, params.seed))
-    activations = ActivationStore(place(paths.activations, first.input_name(hookpoint)))
+    activations = opened(paths, first.input_name(hookpoint))
     overlap = stability.Overlap(partner, second.latents)
-    held_out = read_table(paths.tokens).filter(split="eval")["row"].to_torch()
+    held_out = read_rows(paths, params.languages).filter(split="eval")["row"].to_torch()
     with Progress(f"stability {hookpoint}", len(held_out), "tokens") as progress:
         for rows in torch.split(held_out, _CHUNK):
             x = activations.gather(rows).to(device)
@@ -139,7 +141,13 @@ def compare_sets(
     """
     folders = (paths.saes, paths.saes_again / str(seed))
     decoders = [sae.load(folder, hookpoint).W_dec.detach() for folder in folders]
-    counts, totals = encode(hookpoint, params, paths, folders[1])
+
+    def counted(folder: Path, split: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        dictionary, rows = sae.load(folder, hookpoint), read_rows(paths, params.languages).filter(split=split)
+        activations = opened(paths, dictionary.input_name(hookpoint))
+        return encode(hookpoint, dictionary, activations, rows, params.languages, params)
+
+    counts, totals = counted(folders[1], "train")
     if params.score.random_tokens:
         rates = random_tokens.firing(params, paths, folders[1], [hookpoint]).drop("hookpoint")
         counts = random_tokens.without(counts, totals, rates, params.score.ratio).collect()
@@ -151,7 +159,7 @@ def compare_sets(
         return table
 
     tokens = dense(counts, "tokens", len(decoders[1]))
-    held_out = [encode(hookpoint, params, paths, folder, "eval")[0] for folder in folders]
+    held_out = [counted(folder, "eval")[0] for folder in folders]
     sums = [dense(table, "sum", len(rows)) for table, rows in zip(held_out, decoders, strict=True)]
     found = {}
     for code, language in enumerate(params.languages):

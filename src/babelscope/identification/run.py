@@ -10,7 +10,8 @@ import polars as pl
 from torch import Tensor
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.rows import read_rows
+from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
@@ -81,14 +82,14 @@ def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str]
     if not hookpoints:
         return
     numbers = corpus.select("text_id", text=pl.int_range(pl.len(), dtype=pl.Int64))
-    table = read_table(paths.tokens).filter(split="eval")
+    table = read_rows(paths, corpus["language"].unique().to_list()).filter(split="eval")
     table = table.join(numbers, on="text_id", how="left", maintain_order="left")
     if table["text"].null_count():
         raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")
     row, text = table["row"].to_torch(), table["text"].to_torch()
     with Progress("identify", len(row) * len(hookpoints), "tokens") as progress:
         for hookpoint in hookpoints:
-            store = ActivationStore(place(paths.activations, held_out.reads(hookpoint)))
+            store = opened(paths, held_out.reads(hookpoint))
             for first in range(0, len(row), CHUNK):
                 part = slice(first, first + CHUNK)
                 held_out.add(hookpoint, store.gather(row[part]), text[part])

@@ -6,9 +6,10 @@ suffix `.input` means the module's input: `layers.14.self_attn.o_proj.input` are
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ def resolve(model: Any, hookpoints: Sequence[str], key: str = "hookpoints") -> d
     return {name: modules[path] for name, path in paths.items()}
 
 
+# By model, the modules that were resolved: passes over parts of texts need the same few hundreds of times.
+_resolved: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
+
+
+def _modules(model: Any, hookpoints: Sequence[str]) -> dict[str, nn.Module]:
+    """`resolve`, whose search is done once for modules that are still in their places."""
+    known, body = _resolved.setdefault(model, {}), body_of(model)
+    with suppress(AttributeError):  # there is no such module: `resolve` says so
+        if all(known.get(name) is body.get_submodule(module_of(name)[0]) for name in hookpoints):
+            return {name: known[name] for name in hookpoints}
+    known |= (found := resolve(model, hookpoints))
+    return found
+
+
 def body_of(model: Any) -> Any:
     """The model without its unembedding."""
     return getattr(model, "base_model", model)
@@ -86,7 +101,7 @@ def editing(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(body_of(model).register_forward_pre_hook(note, with_kwargs=True).remove)
-        for name, module in resolve(model, list(edits)).items():
+        for name, module in _modules(model, list(edits)).items():
 
             def changed(activations: Tensor, edit: Edit = edits[name]) -> Tensor:
                 if activations.dim() == 2 and len(activations) == shape[0].numel():

@@ -87,7 +87,7 @@ def _source(section: Model) -> tuple[str, dict[str, Any]]:
     name = "-".join([content, *(f"{package}-{importlib.metadata.version(package)}" for package in _READERS)])
     advice = "set HF_HOME to a writable folder"
     try:
-        folder = cached_assets_path("babelscope", "unpacked") / name
+        folder = cached_assets_path("babelscope", "gguf") / name
         if not folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder.parent}: not writable")
     except OSError as error:  # such as a read-only or missing home folder
@@ -113,7 +113,7 @@ def _gguf_files(section: Model, source: str) -> list[Path]:
 
 
 def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save_model
     from transformers import AutoTokenizer, GgufConfig
 
     plain = {**options, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
@@ -131,9 +131,7 @@ def _unpack(files: list[Path], section: Model, options: dict[str, Any], folder: 
         joined.unlink(missing_ok=True)
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        # Of tied weights only the one that transformers expects, which it would else initialise first (1 s).
-        weights = {name: w for name, w in model.state_dict().items() if name not in model.all_tied_weights_keys}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         if not folder.is_dir():  # else another process was faster
             temporary.rename(folder)
     finally:

@@ -5,8 +5,8 @@ log-sum-exp of all, so logits are computed for chunks of the vocabulary that sta
 Milakov & Gimelshein 2018, arXiv 1805.02867). Models whose logits `Head` does not reproduce compute all of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,8 +23,6 @@ from babelscope.models.tokens import TokenizedText
 ROWS, COLUMNS = 512, 2048
 # Rows are padded to a multiple of this, so that products have few shapes.
 _MULTIPLE = 64
-# Tokens of several passes that are multiplied by the unembedding together.
-_TOGETHER = 8 * ROWS
 # If a logit in the first chunk is larger, each row's largest logit there is subtracted from all logits of the row.
 _LARGE = 32.0
 # Sums of exponentials below this are computed again with the largest logit subtracted.
@@ -269,27 +267,6 @@ def output_nll(model: Any, found: Tensor, ids: Tensor, target: Tensor) -> Tensor
     nll = torch.zeros(target.shape, device=ids.device)
     nll[target] = _output_nll(model, found[:, :-1][target], ids[:, 1:][target])
     return nll
-
-
-def text_nlls(
-    model: Any, ids: Tensor, mask: Tensor, special: Tensor, edits: Sequence[AbstractContextManager[None]]
-) -> Tensor:
-    """`text_nll` under each of several edits, which are open one after the other: float64 `[edits, texts]`.
-
-    It multiplies the tokens of several passes by the unembedding together, since each product reads all of its weights.
-    """
-    target, found = targets(mask, special), []
-    wanted = ids[:, 1:][target]
-    passes = 1 if head_of(model) is None else max(1, _TOGETHER // max(1, len(wanted)))
-    for first in range(0, len(edits), passes):
-        last = []
-        for edit in edits[first : first + passes]:
-            with edit:
-                last.append(outputs(model, ids, mask)[:, :-1][target])
-        found.append(_output_nll(model, torch.cat(last), wanted.repeat(len(last))))
-    nll = torch.zeros((len(edits), *target.shape), device=ids.device)
-    nll[:, target] = torch.cat(found).view(len(edits), len(wanted))
-    return nll.double().sum(2)
 
 
 def backward(model: Any, ids: Tensor, mask: Tensor, target: Tensor) -> None:

@@ -11,8 +11,7 @@ Only content tokens are changed, as in ablation: the SAE was not trained on spec
 computed once; the two passes of a hookpoint start at its block if the model allows it (`probing.can_restart`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.nn import functional
 from babelscope.core import resume
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
-from babelscope.models.nll import head_of, target_count, targets, text_nll, text_nlls
+from babelscope.models.nll import head_of, target_count, targets, text_nll
 from babelscope.models.tokens import TokenizedText, batches, pad
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.cache import CachedSAE, SAECache
@@ -32,9 +31,9 @@ from babelscope.sae.cache import CachedSAE, SAECache
 # Bootstrap resamples of the texts for the 95 % intervals.
 RESAMPLES = 1000
 
-# With few texts, few have similar lengths. Padding takes time in the blocks only, since the NLL is computed for real
-# tokens only, but every pass reads all weights of the blocks.
-_MOST_PADDING = 0.3
+# With few texts, few have similar lengths. Padding costs less than more passes: it takes time in the blocks only, since
+# the NLL is computed for real tokens only, but every pass reads all weights.
+_MOST_PADDING = 0.6
 
 SCHEMA = {
     "hookpoint": pl.String, "layer": pl.Int32, "language": pl.String, "tokens": pl.Int64, "nll_clean": pl.Float64,
@@ -129,16 +128,14 @@ def _sums(
         clean = text_nll(model, ids, mask, special)
     hidden = dict(inputs)
 
-    @contextmanager
-    def changed(name: str, edit: hooks.Edit) -> Iterator[None]:
+    def nll(name: str, edit: hooks.Edit) -> Tensor:
         layer = hooks.layer_of(name)
         with hooks.starting_at(model, layer, hidden.get(layer)), hooks.editing(model, {name: edit}):
-            yield
+            return text_nll(model, ids, mask, special)
 
     with hooks.inputs_of(model, [name for name, sae in saes.items() if sae.is_transcoder]) as entering:
-        edits = [changed(name, splice(sae, content, entering, name)) for name, sae in saes.items()]
-        edits += [changed(name, zero(content)) for name in saes]
-        spliced, zeroed = torch.split(text_nlls(model, ids, mask, special, edits), len(saes))
+        spliced = torch.stack([nll(name, splice(sae, content, entering, name)) for name, sae in saes.items()])
+    zeroed = torch.stack([nll(name, zero(content)) for name in saes])
     sums = {"clean": clean, "sae": spliced, "zero": zeroed, "tokens": targets(mask, special).sum(1)}
     return {key: value.cpu().contiguous() for key, value in sums.items()}
 

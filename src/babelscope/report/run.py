@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from babelscope.activations.rows import read_rows
 from babelscope.config import Config
 from babelscope.config.values import local_name, model_title
 from babelscope.core import stage
@@ -54,8 +55,8 @@ def read(params: Config, paths: Paths) -> ReportInputs:
     ------
     UserError: a file is missing that the page cannot do without, or one is damaged.
     """
-    alone = ("sample", "extract", "quality", "score", "stability", "sharing", "identify", "ablate", "baselines",
-             "script", "steer", "switching")  # fmt: skip
+    alone = ("sample", "extract", "extend", "quality", "score", "stability", "sharing", "identify", "ablate",
+             "baselines", "script", "steer", "switching")  # fmt: skip
     metrics = {name: paths.metrics(name) for name in alone}
     metrics |= {f"{name}.{at}": paths.metrics(name, at) for name in ("train", "encode") for at in params.hookpoints}
     needed = {"features": paths.features, "nll": paths.ablation / "nll.parquet"}
@@ -84,7 +85,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
 
 def bytes_per_token(paths: Paths, max_tokens: int) -> dict[str, float]:
     """UTF-8 bytes per token of each language's held-out texts; without those that `max_tokens` cut."""
-    sizes = read_table(paths.tokens, columns=["text_id"]).group_by("text_id").len("tokens")
+    sizes = read_rows(paths, columns=["text_id"]).group_by("text_id").len("tokens")
     texts = read_table(paths.texts).filter(split="eval").join(sizes, on="text_id").filter(pl.col("tokens") < max_tokens)
     size = pl.col("text").str.len_bytes().sum() / pl.col("tokens").sum()
     return dict(texts.group_by("language").agg(size).sort("language").iter_rows())

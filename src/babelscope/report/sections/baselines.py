@@ -91,10 +91,12 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
             row["name"], percent(row["accuracy"]), f"{percent(row['low'])} to {percent(row['high'])}", difference,
             *map(percent, alone), *effects, plain(mean_write_cosine(inputs) if method == "features" else repeat, 3),
             percent(inputs.figure("baselines", f"agreement/{method}")),
+            percent(inputs.figure("stability", "features_matched_share") if method == "features" else
+                    inputs.figure("baselines", f"matched/{method}")),
         ])  # fmt: skip
     head = [
         "method", "accuracy", "95 %", "points over the features (95 %)", *pairs, "ΔNLL of itself when removed (95 %)",
-        "ΔNLL of others (95 %)", "cosine when repeated", "same answers when repeated",
+        "ΔNLL of others (95 %)", "cosine when repeated", "same answers when repeated", "units found again",
     ]  # fmt: skip
     return Table("Identification of all languages and of close pairs; removal; repetition", head, lines)
 

@@ -48,7 +48,12 @@ def finding(inputs: ReportInputs) -> str:
 def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
     """Fraction of variance unexplained: `language`, `hookpoint`, `layer`, `value`; empty without such figures."""
     grid = inputs.grid()
-    values = [inputs.figure(f"train.{h}", f"fvu/{lang}") for lang, h in grid.select("language", "hookpoint").rows()]
+    values = []
+    for language, hookpoint in grid.select("language", "hookpoint").rows():
+        value = inputs.figure(f"train.{hookpoint}", f"fvu/{language}")
+        if value is None:  # the language trained no SAE
+            value = inputs.figure("extend", f"added_fvu/{hookpoint}/{language}")
+        values.append(value)
     if all(value is None for value in values):
         return pl.DataFrame()
     return grid.with_columns(pl.Series("value", values, dtype=pl.Float64))

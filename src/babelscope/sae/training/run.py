@@ -27,12 +27,12 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
     if params.train.source != "pretrained":
         numbers["tokens"] = -(-params.train.tokens // params.train.batch) * params.train.batch
     write_json(paths.metrics("train", hookpoint), numbers)
-    report(hookpoint, numbers, params.languages)
+    report(hookpoint, numbers)
 
 
-def report(hookpoint: str, numbers: dict[str, float], languages: list[str]) -> None:
+def report(hookpoint: str, numbers: dict[str, float]) -> None:
     """Log a table of the figures."""
-    by_language = sorted((numbers[f"fvu/{name}"], name) for name in languages if f"fvu/{name}" in numbers)
+    by_language = sorted((fvu, key.removeprefix("fvu/")) for key, fvu in numbers.items() if key.startswith("fvu/"))
     ends = [f"{fvu:.3f} {name}" for fvu, name in (by_language[0], by_language[-1])] if by_language else ["-", "-"]
     shown = f"{numbers['fvu']:.3f}", *ends, f"{numbers['l0']:.1f}", f"{100 * numbers['dead_share']:.1f} %"
     head = ["hookpoint", "tokens", "FVU (held out)", "lowest", "highest", "L0", "dead latents"]
@@ -72,7 +72,7 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
 def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
     """Train the SAE with a live MLflow run, and return its figures (None on ranks other than the first)."""
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
-    name, used = f"train@{hookpoint}", params.model_dump(include={"languages", "seed", "train"})
+    name, used = f"train@{hookpoint}", params.model_dump(include={"seed", "train"})
     work = fingerprint(name, used, {str(path): dvc_md5(path) for path in data.files})
     folder, batches = scratch(work), data.batches(params.seed)
 

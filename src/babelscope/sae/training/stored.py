@@ -5,7 +5,6 @@ from pathlib import Path
 from threading import Thread
 
 import polars as pl
-import torch
 
 from babelscope.activations.batches import Batches
 from babelscope.activations.store import ActivationStore, place
@@ -15,6 +14,7 @@ from babelscope.core.files import read_table, write_atomically
 from babelscope.core.paths import Paths
 from babelscope.models import hardware
 from babelscope.models.names import input_name
+from babelscope.models.tokens import codes
 from babelscope.sae import SAE, checkpoint
 from babelscope.sae.metrics import quality
 
@@ -28,7 +28,7 @@ class StoredActivations:
     """
 
     def __init__(self, params: Config, paths: Paths, hookpoint: str) -> None:
-        self.train, self.hookpoint, self.languages = params.train, hookpoint, params.languages
+        self.train, self.hookpoint = params.train, hookpoint
         self.device = hardware.prepare(params.hardware)
         self.files = place(paths.activations, hookpoint), paths.tokens
         self.store, table = ActivationStore(self.files[0]), read_table(paths.tokens)
@@ -60,7 +60,6 @@ class StoredActivations:
 
     def figures(self, sae: SAE) -> dict[str, float]:
         """FVU, L0 and share of dead latents on the held-out rows, in all and per language."""
-        code = self.eval_rows["language"].cast(pl.Enum(self.languages)).to_physical().cast(pl.Int64).to_torch()
-        rows: torch.Tensor = self.eval_rows["row"].to_torch()
-        found = quality(sae.to(self.device), self.store, rows, code, len(self.languages), self.inputs)
-        return found.figures(self.languages)
+        languages = self.eval_rows["language"].unique().sort().to_list()
+        code, rows = codes(self.eval_rows["language"], languages), self.eval_rows["row"].to_torch()
+        return quality(sae.to(self.device), self.store, rows, code, len(languages), self.inputs).figures(languages)
