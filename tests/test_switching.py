@@ -13,7 +13,6 @@ import transformers
 from closure import ROOT
 
 from babelscope import config
-from babelscope.ablation.ablate import TextNLL
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.models import loading
@@ -69,8 +68,7 @@ def test_changes_by_hand() -> None:
     clean = torch.tensor([5.0, 20, 15, 10, 7], dtype=torch.float64)
     without_en = clean + torch.tensor([10.0, -1, 4, 2, 8], dtype=torch.float64)
     without_de = clean + torch.tensor([1.0, 8, math.nan, 5, 3], dtype=torch.float64)
-    nll = TextNLL(clean, torch.stack([without_en, without_de]), torch.full((5,), 6), 0, 0, 0)
-    found = switching.changes(frame, nll, ["en", "de"], 20, 0)
+    found = switching.changes(frame, clean, torch.stack([without_en, without_de]), ["en", "de"], 20, 0)
     # The second group has one language only.
     assert found.select("language", "other", "groups").rows() == [("en", "de", 1), ("de", "en", 1)]
     first, second = found.select(switching.CHANGES).rows()
@@ -88,9 +86,7 @@ def test_the_interval_is_over_the_groups() -> None:
     clean = torch.ones(20, dtype=torch.float64)
     change = torch.zeros(2, 20, dtype=torch.float64)
     change[1, 5:10] = torch.tensor([1.0, 2, 3, 4, 5])
-    found = switching.changes(
-        frame, TextNLL(clean, clean + change, torch.full((20,), 6), 0, 0, 0), ["en", "de"], 500, 0
-    )
+    found = switching.changes(frame, clean, clean + change, ["en", "de"], 500, 0)
     low, mean, high = found.select("effect_low", "effect", "effect_high").row(0)
     assert mean == pytest.approx(0.6) and 0.2 < low < 0.5 and 0.7 < high < 1.0
     assert found.select("effect_low", "effect", "effect_high").row(1) == (0, 0, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from babelscope import sae
-from babelscope.ablation.ablate import TextNLL, ablate
+from babelscope.ablation.ablate import ablate
 from babelscope.ablation.interventions import FeatureAblation
 from babelscope.ablation.statistics import ENOUGH, means
 from babelscope.config import Config
@@ -79,7 +79,7 @@ def measure(
         }
         nll = removed(model, {name: FeatureAblation(saes[name], sets) for name, sets in units.items()}, texts,
                       languages, params, paths)  # fmt: skip
-        pairs = changes(texts.frame, nll, languages, params.ablate.bootstrap, params.seed)
+        pairs = changes(texts.frame, *nll, languages, params.ablate.bootstrap, params.seed)
     return pairs, positions, figures(pairs, positions, texts.frame)
 
 
@@ -175,8 +175,8 @@ def directions(
 def removed(
     model: Any, interventions: Mapping[str, FeatureAblation], texts: tokens.TokenizedTexts, languages: list[str],
     params: Config, paths: Paths,
-) -> TextNLL:  # fmt: skip
-    """The NLL at the switch, in the order of `texts`, with the features of each language removed.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The NLL at the switch in nats: clean `[texts]`, and without each language's features `[languages, texts]`.
 
     They are removed from the last token of the first part on, since that token predicts the first one of the second
     part; texts and their contexts before that are unchanged. Each sentence is measured without the features of both of
@@ -199,12 +199,12 @@ def removed(
         found = ablate(model, interventions, ready, params.ablate.batch_tokens, asked=asked, keep=folder,
                        advance=progress.update)  # fmt: skip
     back = order.argsort()
-    return dataclasses.replace(
-        found, clean=found.clean[back], ablated=found.ablated[:, back], tokens=found.tokens[back]
-    )
+    return found.clean[back], found.ablated[:, back]
 
 
-def changes(frame: pl.DataFrame, nll: TextNLL, languages: list[str], resamples: int, seed: int) -> pl.DataFrame:
+def changes(
+    frame: pl.DataFrame, nll: Tensor, without: Tensor, languages: list[str], resamples: int, seed: int
+) -> pl.DataFrame:
     """The rows of `PAIR_SCHEMA`, each a language and another one to which sentences switch.
 
     With parallel texts of parts a1 a2 and b1 b2, all in nats per token of the second part, means over the groups:
@@ -218,7 +218,8 @@ def changes(frame: pl.DataFrame, nll: TextNLL, languages: list[str], resamples: 
 
     Parameters
     ----------
-    frame: `group`, `language`, `other` of each text of `nll`, whose conditions are the removed `languages`.
+    frame: `group`, `language`, `other` of each text.
+    nll, without: of each text, see `removed`; `without` may be nan where a change is not needed.
     resamples, seed: of the bootstrap over the groups.
     """
     count = len(languages)
@@ -226,8 +227,8 @@ def changes(frame: pl.DataFrame, nll: TextNLL, languages: list[str], resamples: 
     first, second = (tokens.codes(frame[name], languages).numpy() for name in ("language", "other"))
     clean = np.full((group.max() + 1, count, count), np.nan)
     change = np.full((count, *clean.shape), np.nan)
-    clean[group, first, second] = nll.clean.numpy()
-    change[:, group, first, second] = (nll.ablated - nll.clean).numpy()
+    clean[group, first, second] = nll.numpy()
+    change[:, group, first, second] = (without - nll).numpy()
     rows = []
     for a, b in ((a, b) for a in range(count) for b in range(count) if a != b):
         known = np.flatnonzero(~np.isnan(clean[:, a, b]))
