@@ -74,7 +74,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit_and_one_that_does_is_undone
 def test_a_module_that_was_replaced_is_edited_in_its_new_place(model):
     """The search for modules is done once, but not if another module has taken the place."""
     name, before = names(model)[0], []
-    with hookpoints.editing(model, {name: lambda x: before.append(x) or x}):
+    with hookpoints.editing(model, {name: lambda x: before.append(x.clone()) or x}):
         model(input_ids=IDS, attention_mask=MASK, use_cache=False)
     block = hookpoints.blocks(model)[1]
     block.mlp = copy.deepcopy(block.mlp)
