@@ -126,7 +126,7 @@ def test_an_endpoint_judges_within_the_cost(tmp_path, endpoint, caplog):
     assert asked(["p"] * 7, ["a" * number for number in range(1, 8)]) == [False, True] * 3 + [False]
     endpoint.script = [(200, test_explain.completion("yes"))]
     assert asked(["q"], ["aa"]) == [False] and "1 of 1 replies" in caplog.text
-    dear = section.model_copy(update={"price_in": 1000.0, "max_cost": 0.5})
+    dear = section.model_copy(update={"price_in": 100_000.0, "max_cost": 0.5})
     before = len(endpoint.seen)
     with pytest.raises(UserError, match=r"explain\.max_cost: this would cost up to .*, or lower steer\.prompts"):
         judge.Endpoint(params.model_copy(update={"explain": dear}), tmp_path)(["new"], ["prompt"])

@@ -324,7 +324,7 @@ def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
         return ["a b" if direction is None else "б"]
 
     monkeypatch.setattr(removal, "_answers", answer)
-    monkeypatch.setattr(lines, "tokenizer", SimpleNamespace(batch_decode=lambda rows, skip_special_tokens: rows))
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda rows, skip_special_tokens: rows, raising=False)
     monkeypatch.setattr(removal, "_latin", lambda _: {"ru": 0.0, "en": 1.0})
     texts = {name: [TokenizedText(name, (1, 5, 6, 7), 1)] for name in ("en", "ru")}
     table = removal.measure(
