@@ -46,7 +46,8 @@ def corpus() -> pl.DataFrame:
             ids = torch.randint(2 + 30 * code, 34 + 30 * code, (4 + number % 6,), generator=g).tolist()
             split = "eval" if number % 4 == 0 else "train"
             rows.append((f"{language}{number:02d}", language, split, str(number), " ".join(map(str, ids))))
-    return pl.DataFrame(rows, schema=["text_id", "language", "split", "group", "text"], orient="row")
+    columns = ["text_id", "language", "split", "group", "text"]
+    return pl.DataFrame(rows, schema=columns, orient="row").with_columns(source=pl.lit("made"))
 
 
 @pytest.fixture(scope="module")
