@@ -16,14 +16,12 @@ FREE = {"models/packaged.py", "core/stage.py", "tracking/sync.py"}
 
 
 def test_every_output_is_written_by_the_atomic_functions() -> None:
-    """Each of these calls is an argument of `write_atomically`, an import, or makes no file (`write_csv()`, a buffer)."""
+    """Each of these calls is an argument of `write_atomically`, an import, or makes no file (to a buffer, or a string)."""
     package, found = ROOT / "src/babelscope", []
     for path in package.rglob("*.py"):
         name = path.relative_to(package).as_posix()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            is_harmless = re.search(
-                r"write_atomically|import |write_csv\(\)|torch\.save\(.*, buffer\)|^\s*def |`", line
-            )
+            is_harmless = re.search(r"write_atomically|import |write_csv\(\)|, buffer\)|^\s*def |`", line)
             if WRITES.search(line) and not is_harmless and name not in FREE:
                 found.append(f"{name}:{number}: {line.strip()}")
     assert found == []
