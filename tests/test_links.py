@@ -16,7 +16,7 @@ FREE = {"models/packaged.py", "core/stage.py", "tracking/sync.py"}
 
 
 def test_every_output_is_written_by_the_atomic_functions() -> None:
-    """Each of these calls is an argument of `write_atomically`, an import, or makes no file (to a buffer, or a string)."""
+    """Each of these calls is an argument of `write_atomically`, an import, or makes no file (a buffer or a string)."""
     package, found = ROOT / "src/babelscope", []
     for path in package.rglob("*.py"):
         name = path.relative_to(package).as_posix()

@@ -302,6 +302,12 @@ def test_the_lines_of_the_page_steer_as_the_stage_does(model, tmp_path, monkeypa
     assert found == wanted[: len(found)] and found != generate(model, PROMPTS[:1], {}, 10)[0].tolist()[: len(found)]
 
 
+def test_removal_lowers_a_component_to_the_level_and_raises_none():
+    change = generation.Change(removed=torch.tensor([[1.0, 0.0]]), level=0.5)
+    states = torch.tensor([[[2.0, 3.0], [0.25, 3.0], [-1.0, 3.0]]])
+    assert change(states).tolist() == [[[0.5, 3.0], [0.25, 3.0], [-1.0, 3.0]]]
+
+
 def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
     class Lid:
         def predict(self, texts):
@@ -314,9 +320,9 @@ def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
     lines = prompts.Lines(tokenizer, 5)
     directions = removal.directions(
         {"diffmean": {"layers.1": {"en": torch.tensor([2.0] + [0.0] * 15)}}},
-        pl.DataFrame({"method": ["diffmean"], "place": ["layers.1"]}), "en",
+        pl.DataFrame({"method": ["diffmean"], "place": ["layers.1"]}), "en", {"layers.1": torch.full((16,), -9.0)},
     )  # fmt: skip
-    assert directions["none"] is None and directions["diffmean"].unit[0] == 1
+    assert directions["none"] is None and directions["diffmean"].unit[0] == 1 and directions["diffmean"].level == -9
     seen = []
 
     def answer(_top, ids, special, direction, new_tokens, rows):

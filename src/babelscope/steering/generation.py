@@ -23,23 +23,25 @@ TOP_K = 64
 
 
 class Change(NamedTuple):
-    """A change of the states at one place: first a component is taken out, then a vector is added.
+    """A change of the states at one place: first a component is lowered, then a vector is added.
 
     Attributes
     ----------
     added: float32 `[rows, d]` (or `[1, d]`, for all rows), or None.
-    removed: unit vectors in the same form, or None.
+    removed: unit vectors in the same form, or None: a state's component along its vector falls to `level`, if higher.
+    level: in the units of the states.
     """
 
     added: Tensor | None = None
     removed: Tensor | None = None
+    level: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` `[rows, positions, d]`, changed at every position; same dtype."""
         found = x.float()
         if self.removed is not None:
             along = (found * self.removed.unsqueeze(1)).sum(2, keepdim=True)
-            found = found - along * self.removed.unsqueeze(1)
+            found = found - (along - self.level).clamp_min(0) * self.removed.unsqueeze(1)
         return (found if self.added is None else found + self.added.unsqueeze(1)).to(x.dtype)
 
 

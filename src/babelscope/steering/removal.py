@@ -1,4 +1,7 @@
-"""Removal: the model answers in the wrong language, and that language's direction is taken out of its states.
+"""Removal: the model answers in the wrong language, and what marks that language is taken out of its states.
+
+Along the language's direction, states keep a component up to the mean of the other languages. A component of 0 would be
+far from every language where the states have a large common mean, and would harm all of them.
 
 Measured as in the Language Confusion Benchmark (Marchisio et al. 2024, arXiv 2406.20052), on held-out prompts of every
 other language that follow a line in the removed one, which provokes answers in it.
@@ -30,22 +33,29 @@ COLUMNS = {"method": pl.String, "language": pl.String, "prompts": pl.Int64, "lin
 
 
 class Direction(NamedTuple):
-    """A unit vector `[d]` and the place at which states lose their component along it."""
+    """A unit vector `[d]`, and the place at which a component along it that is above `level` falls to `level`."""
 
     place: str
     unit: Tensor
+    level: float
 
 
-def directions(vectors: Vectors, chosen: pl.DataFrame, language: str) -> dict[str, Direction | None]:
+def directions(
+    vectors: Vectors, chosen: pl.DataFrame, language: str, others: dict[str, Tensor]
+) -> dict[str, Direction | None]:
     """By method, the direction of `language` at the method's place; `none` removes nothing.
 
-    The place is that of `chosen` (`method`, `place`), the settings of the development.
+    Parameters
+    ----------
+    chosen: `method`, `place`: the settings of the development.
+    others: by place, the mean over the other languages of their mean states, float32 `[d]`: it has the level.
     """
     found: dict[str, Direction | None] = {NONE: None}
     for method, place in chosen.unique("method", maintain_order=True).select("method", "place").iter_rows():
         vector = vectors.get(method, {}).get(place, {}).get(language)
         if vector is not None:
-            found[method] = Direction(place, F.normalize(vector, dim=0))
+            unit = F.normalize(vector, dim=0)
+            found[method] = Direction(place, unit, float(others[place] @ unit))
     return found
 
 
@@ -54,7 +64,7 @@ def measure(
     methods: dict[str, Direction | None], *, prompts: int, new_tokens: int, texts: dict[str, list[TokenizedText]],
     batch_tokens: int, batch_rows: int,
 ) -> pl.DataFrame:  # fmt: skip
-    """The pass rates of every method and language, and the NLL of held-out texts with the direction removed.
+    """The pass rates of every method and language, and the NLL of held-out texts after the removal.
 
     Parameters
     ----------
@@ -139,7 +149,7 @@ def _changes(top: TopTokens, direction: Direction | None) -> dict[str, generatio
     if direction is None:
         return {}
     unit = direction.unit.unsqueeze(0).to(hooks.device_of(top.model))
-    return {direction.place: generation.Change(removed=unit)}
+    return {direction.place: generation.Change(removed=unit, level=direction.level)}
 
 
 def _passes(identifier: lid.FastText, answer: str, label: str) -> bool:

@@ -16,7 +16,7 @@ from babelscope.core.files import read_json, read_table, write_atomically, write
 from babelscope.core.paths import Paths
 from babelscope.corpus import further, lid
 from babelscope.models import hardware, hookpoints, loading, matmul
-from babelscope.models.tokens import check_fits, tokenize, tokenize_corpus, within
+from babelscope.models.tokens import TokenizedTexts, check_fits, tokenize, tokenize_corpus, within
 from babelscope.models.top_tokens import TopTokens
 from babelscope.steering import development, judge, prompts, removal, statistics, vectors
 from babelscope.steering.answers import ROWS, Answers, Judge
@@ -93,7 +93,7 @@ def run(params: Config, paths: Paths) -> None:
         tried = develop(answers, asked, found, targets, section.strengths)
         chosen = development.best(tried.filter(pl.col("prompts") == FIRST + SECOND), 1)
         judged = test(answers, asked, chosen, targets, corpus, prompts.Lines(tokenizer, section.prompt_tokens), params)
-        removed = remove(answers, chosen, corpus, params)
+        removed = remove(answers, chosen, corpus, train, params)
         write(params, paths, tried, chosen, judged, removed, targets)
 
 
@@ -255,7 +255,9 @@ def test(
     )
 
 
-def remove(answers: Answers, chosen: pl.DataFrame, corpus: pl.DataFrame, params: Config) -> pl.DataFrame:
+def remove(
+    answers: Answers, chosen: pl.DataFrame, corpus: pl.DataFrame, train: TokenizedTexts, params: Config
+) -> pl.DataFrame:
     """The table of `removal.measure`; empty if no language is removed."""
     section, language = params.steer, params.steer.removal
     if language is None:
@@ -268,9 +270,15 @@ def remove(answers: Answers, chosen: pl.DataFrame, corpus: pl.DataFrame, params:
     of = dict(held_out.select("text_id", "language").iter_rows())
     some = within([row for row in rows if row.content_tokens], of, section.tokens)
     texts = {name: [row for row in some if of[row.text_id] == name] for name in params.languages}
+    states, codes = vectors.collect(
+        answers.top.model, train, params.languages, chosen["place"].unique(maintain_order=True).to_list(),
+        section.tokens, params.extract.batch_tokens,
+    )  # fmt: skip
+    code, count = params.languages.index(language), len(params.languages)
+    others = {place: vectors.others(vectors.means(rows, codes, count))[code] for place, rows in states.items()}
     return removal.measure(
         answers.top, answers.judge.identifier, dict(answers.judge.label), lines, corpus, language,
-        removal.directions(answers.vectors, chosen, language), prompts=section.prompts,
+        removal.directions(answers.vectors, chosen, language, others), prompts=section.prompts,
         new_tokens=section.new_tokens, texts=texts, batch_tokens=params.extract.batch_tokens,
         batch_rows=section.batch_rows,
     )  # fmt: skip
