@@ -61,7 +61,7 @@ def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model)
             def change(_module, _inputs, output, row=row, first=first):
                 output = output.clone()
                 x = output[:, first:]
-                x -= (x @ removed[row]).unsqueeze(-1) * removed[row]
+                x -= (x @ removed[row]).clamp_min(0).unsqueeze(-1) * removed[row]
                 x += added[row]
                 return output
 
@@ -72,6 +72,30 @@ def test_cached_and_batched_generation_is_that_of_whole_passes_one_by_one(model)
             ids.append(int(logits.argmax()))
         assert found[row].tolist() == ids[len(PROMPTS[row]) :]
     assert found[0].tolist() != found[2].tolist()
+
+
+@pytest.mark.parametrize("place", ["layers.1", "layers.2.mlp", "layers.2.input"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_equal_prompts_share_the_blocks_below_the_change(kind, place, monkeypatch):
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8}  # fmt: skip
+    config = {
+        "llama": transformers.LlamaConfig(**sizes),
+        # Prompts longer than the window, in blocks below and above the change.
+        "gemma3": transformers.Gemma3TextConfig(**sizes, sliding_window=3, layer_types=[
+            "sliding_attention", "full_attention", "sliding_attention"]),
+    }[kind]  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    prompts, seen = [(3, 4, 5, 9, 8, 7), (6, 7, 8)] * 3, []
+    changes = {place: generation.Change(torch.randn(6, 16) * 3)}
+    run_blocks = generation.hooks.run_blocks
+    monkeypatch.setattr(generation.hooks, "run_blocks", lambda *a, **k: seen.append(a[1]) or run_blocks(*a, **k))
+    shared = generate(model, prompts, changes)
+    assert seen == [range(2 if place == "layers.2.mlp" else 1)]
+    monkeypatch.setattr(generation, "_restarts", lambda *_: False)
+    assert shared.tolist() == generate(model, prompts, changes).tolist() and len(seen) == 1
+    assert len({tuple(row) for row in shared.tolist()}) > 2
 
 
 def test_sampling_depends_on_the_seed_only_and_leaves_the_global_one(model):

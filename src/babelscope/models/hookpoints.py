@@ -153,7 +153,7 @@ def read(model: Any, hookpoints: Sequence[str], **inputs: Any) -> dict[str, Tens
 
     with editing(model, {name: partial(keep, name=name) for name in hookpoints}):
         try:
-            body_of(model)(**inputs, use_cache=False)
+            body_of(model)(**({"use_cache": False} | inputs))
         except _DeepestReached:
             return seen
     missing = sorted(set(hookpoints) - set(seen))
@@ -287,7 +287,8 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
     model: a causal language model.
     layers: consecutive blocks, at least one.
     hidden: the residual stream before them, `[batch, tokens, d]`; None: the embeddings (`layers` starts at 0).
-    inputs: arguments of the model's forward (`input_ids`, `position_ids`); `input_ids` is `[batch, tokens]`.
+    inputs: arguments of the model's forward (`input_ids`, `position_ids`); `input_ids` is `[batch, tokens]`. Without
+        `use_cache`, no keys and values are kept.
     """
     after: list[Tensor] = []
 
@@ -299,7 +300,7 @@ def run_blocks(model: Any, layers: range, hidden: Tensor | None, **inputs: Any) 
         stack.callback(blocks(model)[layers[-1]].register_forward_hook(stop).remove)
         stack.enter_context(starting_at(model, layers[0], hidden))
         try:
-            body_of(model)(**inputs, use_cache=False)
+            body_of(model)(**({"use_cache": False} | inputs))
         except _DeepestReached:
             return after[0]
     raise UserError(f"params.yaml: model.name: {type(model).__name__} never runs its block {layers[-1]}")

@@ -4,9 +4,11 @@ A change is made at every position of the prompt but the special tokens in front
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints as hooks
+from babelscope.models import probing
+from babelscope.models.names import layer_of
 from babelscope.models.nll import text_nll
 from babelscope.models.top_tokens import TopTokens
 
@@ -96,10 +100,12 @@ def generate(
     drawn = [value > 0 for value in temperature]
     ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=torch.int64).flatten().tolist()
     found: list[Tensor] = []
+    count = _unchanged_blocks(model, prompts, changes, cache)
     with hooks.editing(model, {name: partial(edit, change=change) for name, change in changes.items()}):
         for step in range(new_tokens):
             position = (mask.cumsum(1) - 1).clamp_min(0)[:, -token.shape[1] :]
-            logits, tokens = top(TOP_K, input_ids=token, **_inputs(model, mask, position, cache))
+            with nullcontext() if step else _shared(model, prompts, count, token, mask, position, cache):
+                logits, tokens = top(TOP_K, input_ids=token, **_inputs(model, mask, position, cache))
             if not step:
                 _check(model, cache, longest)
             for end in ends:
@@ -112,6 +118,51 @@ def generate(
             found.append(token.cpu())
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
     return torch.cat(found, dim=1)
+
+
+def _unchanged_blocks(model: Any, prompts: Sequence[Sequence[int]], changes: Mapping[str, Change], cache: Any) -> int:
+    """How many blocks are below all changes; 0 if few prompts are equal, or if no pass can start above these blocks."""
+    lowest = min((layer_of(name) - name.endswith(".input") for name in changes), default=0)
+    is_worthwhile = lowest > 0 and 2 * len(set(map(tuple, prompts))) <= len(prompts)
+    return lowest if is_worthwhile and _restarts(model, cache, lowest) else 0
+
+
+@contextmanager
+def _shared(
+    model: Any, prompts: Sequence[Sequence[int]], count: int, token: Tensor, mask: Tensor, position: Tensor, cache: Any
+) -> Iterator[None]:
+    """Compute the first `count` blocks once for equal prompts, not once per row; the pass inside starts above them.
+
+    Afterwards `cache` has the keys and values of all blocks.
+    """
+    if not count:
+        yield
+        return
+    row = {tuple(ids): number for number, ids in enumerate(prompts)}
+    place = {ids: number for number, ids in enumerate(row)}
+    which = torch.tensor([place[tuple(ids)] for ids in prompts], device=token.device)
+    one = torch.tensor(list(row.values()), device=token.device)
+    below = type(cache)(config=model.config)
+    hidden = hooks.run_blocks(
+        model, range(count), None, input_ids=token[one], **_inputs(model, mask[one], position[one], below)
+    )
+    with hooks.starting_at(model, count, hidden[which]):
+        yield
+    for number in range(count):
+        below.layers[number].batch_select_indices(which)
+        cache.layers[number] = below.layers[number]
+
+
+_can_restart: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+
+
+def _restarts(model: Any, cache: Any, layer: int) -> bool:
+    """Whether a pass may start before block `layer`, and the cache has a part for each block."""
+    known = _can_restart.setdefault(model, {})
+    if layer not in known:
+        per_block = len(getattr(cache, "layers", ())) == len(hooks.blocks(model))
+        known[layer] = per_block and probing.can_restart(model, [layer])
+    return known[layer]
 
 
 def _check(model: Any, cache: Any, wanted: int) -> None:
