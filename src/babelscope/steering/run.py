@@ -25,7 +25,7 @@ from babelscope.steering.statistics import FEATURES, NOTHING, PROMPT
 log = logging.getLogger(__name__)
 
 # Prompts per setting in the two rounds of development, and prompts per method and language whose NLL is measured.
-FIRST, SECOND, WITH_NLL = 2, 4, 2
+FIRST, SECOND, WITH_NLL = 2, 4, 1
 # Methods whose vectors need activations alone.
 DENSE = ("diffmean", "pca", "probe")
 
