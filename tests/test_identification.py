@@ -222,10 +222,10 @@ def test_without_two_languages_that_fasttext_knows_the_units_are_alone(tmp_path:
 
 
 def test_each_source_of_texts_has_its_own_accuracy() -> None:
-    source = pl.DataFrame({"text_id": list("stuv"), "source": ["x", "x", "x", "y"]})
+    source = pl.DataFrame({"text_id": list("stuv"), "source": ["x/a", "x/a", "x/a", "y"]})
     columns = {"text_id": list("stuv"), "language": ["de", "de", "en", "en"], "predicted": ["de", "en", "en", "de"]}
     predictions = pl.DataFrame(columns).with_columns(method=pl.lit("ours"), normalize=pl.lit("none"))
-    numbers = {"source/x/accuracy/ours/none": 2 / 3, "source/x/texts": 3,
+    numbers = {"source/x/a/accuracy/ours/none": 2 / 3, "source/x/a/texts": 3,
                "source/y/accuracy/ours/none": 0.0, "source/y/texts": 1}  # fmt: skip
     assert by_source(predictions, source) == numbers
     assert by_source(predictions.head(3), source.head(3)) == {}

@@ -369,3 +369,12 @@ def test_removal_measures_the_passes_and_the_cost(model, monkeypatch):
     by_hand = -sum(plain[i, token] for i, token in enumerate((5, 6, 7))) / 3
     assert numbers["removal/none/nll"] == pytest.approx(by_hand.item(), rel=1e-4)
     assert numbers["removal/diffmean/nll"] != pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_prompts_longer_than_the_models_positions_are_refused():
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20, n_positions=8)
+    small = transformers.AutoModelForCausalLM.from_config(config)
+    prompt = prompts.Prompt("en", "1", (1,), (3, 4), (1, 3, 4, 5, 3, 4, 5))
+    prompts.check_fits(small, [prompt], 1)
+    with pytest.raises(UserError, match=r"steer\.prompt_tokens: a prompt and its answer have 9 tokens .* 8 positions"):
+        prompts.check_fits(small, [prompt], 2)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 NEAR = 20
 # How many of a language's units are removed for the curve of the effect over their number.
 TOP = (1, 2, 5, 10)
-# CLDR's codes for scripts that consist of Han characters, in whole or in part.
+# CLDR's codes for scripts that are written with many Han characters.
 _HAN = ("Hans", "Hant", "Jpan")
 
 

@@ -63,8 +63,8 @@ def repeats(
                     second = write(other.sae, other.counted, other.units, language)
                     if first.any() and second.any():
                         cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
-                        units = one.units[ALL].filter(language=language)["unit"].to_numpy()
-                        matched = float(is_matched[units].mean())
+                    units = one.units[ALL].filter(language=language)["unit"].to_numpy()
+                    matched = float(is_matched[units].mean()) if len(units) else None
                 rows.append((one.name, language, cosine, same.get(language), matched))
     table = pl.DataFrame(rows, schema=REPEATS, orient="row")
     return table.group_by("method", "language", maintain_order=True).agg(

@@ -140,10 +140,10 @@ def _baselines(params: Config) -> Iterator[str]:
         yield "baselines.dictionaries: for SAEs only, not for transcoders (train.transcode); allowed with them: []"
 
     own = [name for name in params.baselines.dictionaries if name in ("neurons", "random_model")]
-    if own and params.corpus.train_languages is not None:
+    if own and set(params.languages) - set(params.corpus.train_languages or params.languages):
         yield (
             f"baselines.dictionaries: {own[0]!r} reads the model anew, but only the texts that train SAEs; "
-            "allowed with corpus.train_languages: frozen_decoder, frozen_encoder"
+            "allowed with languages that corpus.train_languages lacks: frozen_decoder, frozen_encoder"
         )
 
 

@@ -57,12 +57,12 @@ def check_cost(asked: Sequence[Request], section: Any, what: str, fewer: str) ->
     sent, back = tokens(asked)
     cost = (sent * section.price_in + back * section.price_out) / 1e6
     log.info(
-        "%s: %d requests, at most %d tokens sent (one a byte) and %d back: %.2f at most, if none is repeated",
+        "%s: %d requests, at most %d tokens sent (one a byte) and %d back: %.2g at most, if none is repeated",
         what, len(asked), sent, back, cost,
     )  # fmt: skip
     if cost > section.max_cost:
         raise UserError(
-            f"params.yaml: explain.max_cost: this would cost up to {cost:.2f}; allowed: {section.max_cost}. Raise it, "
+            f"params.yaml: explain.max_cost: this would cost up to {cost:.2g}; allowed: {section.max_cost}. Raise it, "
             f"or lower {fewer}"
         )
 

@@ -92,7 +92,7 @@ def latents(params: Config, paths: Paths, hookpoint: str, seed: int) -> pl.DataF
     """
     counts = paths.counts(hookpoint)
     if not counts.is_file():
-        raise UserError(f"{counts}: no such file; run `dvc repro encode@{hookpoint}`")
+        raise UserError(f"{counts}: no such file; run `dvc repro extend`, which merges the counts")
     device = hardware.prepare(params.hardware)
     first, second = (sae.load(folder, hookpoint).to(device) for folder in (paths.saes, paths.saes_again / str(seed)))
     cosine, partner = stability.partners(first.W_dec, second.W_dec)

@@ -88,11 +88,11 @@ def by_source(predictions: pl.DataFrame, source: pl.DataFrame) -> dict[str, floa
     numbers: dict[str, float] = {}
     if source["source"].n_unique() < 2:
         return numbers
-    joined = predictions.join(source, on="text_id").sort("source", maintain_order=True)
+    joined = predictions.join(source, on="text_id", maintain_order="left").sort("source", maintain_order=True)
     for (name, method, normalize), rows in joined.group_by("source", "method", "normalize", maintain_order=True):
         numbers[f"source/{name}/accuracy/{method}/{normalize}"] = accuracy(rows["language"], rows["predicted"])
-        numbers[f"source/{name}/texts"] = len(rows)
-    return numbers
+    counts = joined.group_by("source", maintain_order=True).agg(pl.col("text_id").n_unique())
+    return numbers | {f"source/{name}/texts": count for name, count in counts.iter_rows()}
 
 
 def _right(truth: pl.Series, predicted: pl.Series) -> pl.Series:

@@ -85,7 +85,7 @@ def add_stored(held_out: UnitTotals, corpus: pl.DataFrame, hookpoints: list[str]
     table = read_rows(paths, corpus["language"].unique().to_list()).filter(split="eval")
     table = table.join(numbers, on="text_id", how="left", maintain_order="left")
     if table["text"].null_count():
-        raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract`")
+        raise UserError(f"{paths.tokens}: holds texts that {paths.texts} lacks; run `dvc repro extract extend`")
     row, text = table["row"].to_torch(), table["text"].to_torch()
     with Progress("identify", len(row) * len(hookpoints), "tokens") as progress:
         for hookpoint in hookpoints:

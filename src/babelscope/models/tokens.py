@@ -121,6 +121,12 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
     return text, spans
 
 
+def positions_of(model: Any) -> int:
+    """The number of positions that a model has; 0 if its config names none."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+
+
 def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
     """Check that the model has embeddings and positions for all tokens of the texts.
 
@@ -128,9 +134,7 @@ def check_fits(model: Any, texts: Iterable[TokenizedText]) -> None:
     ------
     UserError: a token id is beyond the model's embeddings, or a text is longer than its positions.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+    rows, positions = model.get_input_embeddings().weight.shape[0], positions_of(model)
     for text in texts:
         if text.ids and max(text.ids) >= rows:
             raise UserError(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from babelscope.core.errors import UserError
-from babelscope.models.tokens import content_ids, tokenize
+from babelscope.models.tokens import content_ids, positions_of, tokenize
 
 # Prompts among which the relevance of an answer is decided (see `judge.relevant`).
 CHOICES = 8
@@ -53,11 +53,26 @@ class Lines:
         return list(found.values())
 
     def after(self, prompt: Prompt, examples: Sequence[str]) -> tuple[int, ...]:
-        """The ids of a prompt's text, once, that follows `examples`, each in a line of its own."""
+        """The ids of a prompt's text, as often as in the prompt, that follows `examples`, each in a line of its own."""
         lines = [
             token for ids in content_ids(self.tokenizer, examples) for token in (*ids[: self.max_tokens], *self.end)
         ]
-        return (*prompt.special, *lines, *prompt.content, *self.end)
+        return (*prompt.special, *lines, *prompt.ids[len(prompt.special) :])
+
+
+def check_fits(model: Any, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    """Check that the model has positions for every prompt and its answer.
+
+    Raises
+    ------
+    UserError: it has fewer.
+    """
+    longest, positions = max((len(prompt.ids) for prompt in prompts), default=0) + new_tokens, positions_of(model)
+    if 0 < positions < longest:
+        raise UserError(
+            f"params.yaml: steer.prompt_tokens: a prompt and its answer have {longest} tokens (steer.copies and "
+            f"steer.new_tokens count), but {type(model).__name__} has only {positions} positions; lower one of them"
+        )
 
 
 def choose(

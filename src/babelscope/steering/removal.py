@@ -172,10 +172,11 @@ def _latin(corpus: pl.DataFrame) -> dict[str, float]:
 @torch.inference_mode()
 def _nll(top: TopTokens, texts: list[TokenizedText], direction: Direction | None, batch_tokens: int) -> float:
     total = 0.0
-    device, special = hooks.device_of(top.model), max((text.special for text in texts), default=0)
+    device, special = hooks.device_of(top.model), max((text.special for text in texts), default=1)
 
     def edit(x: Tensor, change: generation.Change) -> Tensor:
-        return torch.cat([x[:, :special], change(x[:, special:])], dim=1)
+        stays = max(special, 1)  # as in `generation.generate`
+        return torch.cat([x[:, :stays], change(x[:, stays:])], dim=1)
 
     edits = {place: partial(edit, change=change) for place, change in _changes(top, direction).items()}
     with hooks.editing(top.model, edits):

@@ -60,6 +60,7 @@ def run(params: Config, paths: Paths) -> None:
     model = loading.load_model(params.model, section.dtype).to(device)
     train = tokenize_corpus(tokenizer, corpus.filter(split="train"), params.corpus.max_tokens)
     check_fits(model, train)
+    prompts.check_fits(model, asked.rows, section.new_tokens)
     matmul.use_in(model)
     depends = params.model_dump(include={"hookpoints", "languages", "model", "seed", "steer"})
     depends |= {"neurons": params.neurons.hookpoints, "max_tokens": params.corpus.max_tokens}
@@ -270,9 +271,11 @@ def remove(
     of = dict(held_out.select("text_id", "language").iter_rows())
     some = within([row for row in rows if row.content_tokens], of, section.tokens)
     texts = {name: [row for row in some if of[row.text_id] == name] for name in params.languages}
-    states, codes = vectors.collect(
-        answers.top.model, train, params.languages, chosen["place"].unique(maintain_order=True).to_list(),
-        section.tokens, params.extract.batch_tokens,
+    # Methods without a vector have no place.
+    at = [name for name in chosen["place"].unique(maintain_order=True).to_list() if name is not None]
+    states, codes = (
+        vectors.collect(answers.top.model, train, params.languages, at, section.tokens, params.extract.batch_tokens)
+        if at else ({}, torch.zeros(0))
     )  # fmt: skip
     code, count = params.languages.index(language), len(params.languages)
     others = {place: vectors.others(vectors.means(rows, codes, count))[code] for place, rows in states.items()}

@@ -75,11 +75,12 @@ def _chart(kind: str, metric: str, section: str) -> dict[str, Any]:
 
 def _ranges(view: str) -> dict[str, list[float]]:
     """The y-axes of a view, by figure."""
-    if not view:
+    try:
+        state = json.loads(zlib.decompress(base64.b64decode(json.loads(view)["state"].partition(";")[2])))
+        lines = [chart for chart in state["compareRunCharts"] if chart.get("range", {}).get("yMax") is not None]
+        return {chart["metricSectionId"]: [chart["range"]["yMin"], chart["range"]["yMax"]] for chart in lines}
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error):  # none, or from another version of MLflow
         return {}
-    state = json.loads(zlib.decompress(base64.b64decode(json.loads(view)["state"].partition(";")[2])))
-    lines = [chart for chart in state["compareRunCharts"] if chart.get("range", {}).get("yMax") is not None]
-    return {chart["metricSectionId"]: [chart["range"]["yMin"], chart["range"]["yMax"]] for chart in lines}
 
 
 def _packed(name: str, kind: str, columns: Sequence[str], charts: list[dict[str, Any]]) -> str:

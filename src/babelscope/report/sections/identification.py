@@ -105,7 +105,9 @@ def chart(frame: pl.DataFrame) -> alt.HConcatChart:
 def methods_table(inputs: ReportInputs) -> Table:
     """Every method of language identification."""
     rows, numbers = [], inputs.metrics.get("identify", {})
-    sources = sorted({key.split("/")[1] for key in numbers if key.startswith("source/")})
+    sources = sorted(
+        {key.removeprefix("source/").rpartition("/accuracy/")[0] for key in numbers if key.startswith("source/")} - {""}
+    )
     parts = [("", ""), ("all_languages/", ", among all languages")]
     for prefix, note in [*parts, *((f"source/{name}/", f", texts of {name} alone") for name in sources)]:
         texts = plain(inputs.figure("identify", f"{prefix}texts"))
