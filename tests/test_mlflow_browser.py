@@ -122,7 +122,7 @@ def test_a_click_on_the_experiment_opens_the_view_without_the_link(chromium: Any
     page = chromium.new_page(viewport={"width": 1440, "height": 2000})
     page.set_default_timeout(90_000)
     page.goto(f"{address.partition('#')[0]}#/experiments")
-    page.get_by_text("babelscope", exact=True).first.click()
+    page.get_by_role("link", name="toy", exact=True).first.click()
     page.get_by_test_id(CARD).filter(has_text="features_by_layer/en").first.wait_for()
     assert "viewStateShareKey=babelscope&" in page.url
     page.goto("about:blank")
