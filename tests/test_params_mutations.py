@@ -71,6 +71,7 @@ def change(content, path, how, value):
             place[f"{last}s"] = place.pop(last)
         case "add" if isinstance(place, dict):
             place[str(value)] = value
+            path = parents  # the message names the new key
     return ".".join(str(key) for key in path if not isinstance(key, int))
 
 
