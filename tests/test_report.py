@@ -558,7 +558,7 @@ def test_what_training_the_dictionary_buys() -> None:
     first, probe = table.rows
     assert first[3] == NONE and probe[3] == "+2.0 (+1.0 to +3.0)"
     assert table.head[4] == "ru/bg" and probe[4] == percent(0.97)
-    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800", percent(0.9)]
+    assert probe[5:] == ["+0.100 to +0.300", NONE, "0.800", percent(0.9), NONE]
     domains = baselines.domains_table(whole.baselines)
     assert domains.head[1:] == [
         "all, tested on one", "all, tested on two", "one, tested on one", "one, tested on two", "two, tested on one",

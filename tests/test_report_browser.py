@@ -40,7 +40,7 @@ def test_every_chart_is_drawn_and_the_body_never_scrolls_sideways(
     boxes = page.eval_on_selector_all(
         "[data-chart]", "all => all.map(one => one.querySelector('svg').getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == 14
+    assert len(boxes) == 15
     assert all(box["width"] > 200 and box["height"] > 60 for box in boxes)
     page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -86,7 +86,7 @@ def test_colours_follow_the_reader(chromium: Any, file: Path) -> None:
     page.emulate_media(color_scheme="dark")
     page.wait_for_selector("html[data-drawn=dark]")
     assert page.evaluate(colour) != light
-    assert page.locator("[data-chart] svg").count() == 14
+    assert page.locator("[data-chart] svg").count() == 15
     assert page.noticed == []
     page.close()
 
