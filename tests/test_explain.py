@@ -370,7 +370,7 @@ def test_too_dear_is_refused_before_the_first_request(on: Server, caplog: pytest
     explain(endpoint=on.url, model="m", price_in=5.0, price_out=20.0, max_cost=0.001)
     with (
         caplog.at_level("INFO"),
-        pytest.raises(UserError, match=r"explain\.max_cost: this would cost up to 0\.\d\d; allo"),
+        pytest.raises(UserError, match=r"explain\.max_cost: this would cost up to 0\.\d+; allo"),
     ):
         stage("explain")
     assert not on.seen and "tokens sent (one a byte)" in caplog.text

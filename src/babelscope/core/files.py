@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,7 +40,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     ------
     UserError: the disk is full or cannot be written to. Nothing of the new file is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two threads may write the same file, such as the answer to one question that was asked twice.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
