@@ -24,10 +24,13 @@ class Source(Protocol):
     Attributes
     ----------
     steps, size: number of batches, and rows in a batch over all devices.
+    processes: number of processes that each get whole batches of their own hookpoints only (number i is that of process
+        i % processes); 1: every process gets its share of the rows, at all hookpoints.
     """
 
     steps: int
     size: int
+    processes: int
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
         """For every hookpoint, the moments of the activations to reconstruct, and of those to encode if they differ."""
@@ -57,6 +60,8 @@ class Batches:
     inputs: the activations to encode (transcoders), row for row; None: `store`.
     pin: read into page-locked memory, from which a GPU copies while it computes.
     """
+
+    processes = 1
 
     def __init__(
         self,
