@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -20,10 +21,14 @@ from pipeline import changed
 
 from babelscope import config
 from babelscope.activations import streaming
+from babelscope.config.schema import Hardware
+from babelscope.core.errors import UserError
+from babelscope.models import hardware
+from babelscope.sae.training import loop
 
 # Three for two processes: the first trains two SAEs. The blocks are small, so that many passes are divided.
 HOOKPOINTS = ["layers.0.mlp", "layers.1", "layers.2.mlp"]
-SCRIPT = f"""
+SCRIPT = """
 import os, sys
 from babelscope import config
 from babelscope.activations import streaming
@@ -121,6 +126,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("strategy", "devices", "nodes", "processes"),
+    [("auto", 2, 1, 2), ("auto", 1, 3, 3), ("auto", 2, 2, 1), ("auto", 1, 1, 1), ("ddp", 2, 1, 1), ("fsdp", 2, 1, 1)],
+)
+def test_devices_train_different_saes_if_there_are_enough(
+    strategy: str, devices: int, nodes: int, processes: int
+) -> None:
+    content = config.read_yaml(ROOT / "params.yaml")["hardware"]
+    content |= {"strategy": strategy, "devices": devices, "num_nodes": nodes, "accelerator": "cpu"}
+    assert hardware.divides(Hardware(**content), len(HOOKPOINTS)) == processes
+
+
 def copy(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
 
@@ -152,6 +169,9 @@ def test_a_killed_run_resumes_on_any_number_of_devices(tmp_path: Path) -> None:
     state = torch.load(path, weights_only=True)
     assert (state["parts"], state["global_step"]) == (2, 5) and list(state["histories"]) == [0, 2]
     assert {part.name for part in path.parent.glob("last-*")} == {"last-5-1.ckpt", "last-10-1.ckpt"}
+    stub = SimpleNamespace(CHECKPOINT_HYPER_PARAMS_KEY="hyper_parameters", hparams=state["hyper_parameters"], steps=40)
+    with pytest.raises(UserError, match="which fsdp cannot read; set it to auto, or delete the file"):
+        loop.resumable(path, stub, "fsdp")  # type: ignore[arg-type]
     finish(start(first, 1, "kill"), (3,))
     third = copy(second, tmp_path / "three")
     for folder, devices in ((second, 2), (third, 1), (first, 2)):

@@ -42,9 +42,9 @@ class Stream:
     with 40 MiB for the forward pass and 51 MiB for caches that stage `stream` bounds (else they grew 50 MiB a block).
 
     Several processes can divide the hookpoints: each computes a share of the forward passes, keeps the block at its own
-    hookpoints only (in the formula, D is their widths' sum for the block; a pass takes 10 D batch_tokens with the D of
-    all, plus 4 D batch_tokens per process with its own), and gets whole batches there. Otherwise each of several
-    devices computes every block in full and takes its share of each batch.
+    hookpoints only, and gets whole batches there. D is then the sum of all widths for a forward pass, which takes
+    20 D batch_tokens bytes (what is sent and received included), and that of the own ones for the block and batches.
+    Otherwise each of several devices computes every block in full and takes its share of each batch.
 
     Parameters
     ----------
