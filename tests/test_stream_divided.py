@@ -106,7 +106,7 @@ def start(folder: Path, devices: int, mode: str = "", nodes: int = 1, **variable
 
 
 def finish(process: subprocess.Popen[str], code: Sequence[int] = (0,)) -> str:
-    error = process.communicate(timeout=200)[1]
+    error = process.communicate(timeout=600)[1]
     assert process.returncode in code, error[-5000:]
     return error
 
