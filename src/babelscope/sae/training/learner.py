@@ -131,9 +131,10 @@ class Learner(nn.Module):
         ----------
         y: [rows, d], activations to reconstruct, as stored.
         """
-        error = self.target.inverse(result.error)
-        deviation = y.float() - self.target.mean
-        parts = result.loss, error.square().sum(), deviation.square().sum(), result.l0, self.dead().float().mean()
+        # Sums of rows first, since the number of threads changes how the sum of a whole matrix is rounded.
+        error = self.target.inverse(result.error).square().sum(-1).sum()
+        deviation = (y.float() - self.target.mean).square().sum(-1).sum()
+        parts = result.loss, error, deviation, result.l0, self.dead().float().mean()
         return torch.stack(parts)
 
     def _step(self, x: Tensor, y: Tensor | None) -> Step:

@@ -1,0 +1,87 @@
+"""Two trainings side by side on a CPU, although DVC runs one stage after the other.
+
+One thread takes 1.5 times as long as two for a step of a small SAE, so that two trainings with one thread each take less
+time than one after the other with two. The stage of one hookpoint therefore trains the next one in a second process,
+which leaves its result in that stage's scratch folder; the stage of that hookpoint then only moves the files.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from babelscope.core import resume, stage
+
+log = logging.getLogger(__name__)
+
+# The file that is written last, so that it proves that the others are complete.
+FIGURES = "figures.json"
+# Weights of the encoder above which a step keeps all cores busy, and a second training takes too much memory (16 bytes
+# for each weight of the encoder and of the decoder).
+_SMALL = 2**22
+
+
+def threads(weights: int) -> int:
+    """CPU threads of a training, whether or not another one runs beside it: the number decides how sums are rounded.
+
+    A training that runs alone with two threads gives the bytes of one thread, see `tests/test_ahead.py`.
+
+    Parameters
+    ----------
+    weights: number of weights of the encoder.
+    """
+    every = torch.get_num_threads()
+    return every if weights > _SMALL or every <= 2 else every // 2
+
+
+@contextmanager
+def beside(name: str, others: Sequence[str], weights: int) -> Iterator[None]:
+    """Train one of `others` in a second process meanwhile, if DVC runs this stage and would run that one next.
+
+    Parameters
+    ----------
+    name: the stage, such as `train`.
+    others: the other hookpoints.
+    weights: number of weights of the encoder.
+    """
+    every = torch.get_num_threads()
+    torch.set_num_threads(threads(weights))
+    other = _next(name, others) if weights <= _SMALL and every > 1 else None
+    second = None
+    if other is not None:
+        torch.set_num_threads(every // 2)
+        quiet = os.environ | {stage.AHEAD: "1", "OMP_NUM_THREADS": str(every), "TQDM_DISABLE": "1"}
+        command = [sys.executable, sys.argv[0], other]
+        second = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log.info("%s: %s is trained at the same time", name, other)
+    elif stage.is_ahead():
+        torch.set_num_threads(max(1, every // 2))
+    try:
+        yield
+        if second is not None:
+            second.wait()  # if it has failed, the stage of that hookpoint trains again, and shows the error
+    finally:
+        torch.set_num_threads(every)
+        if second is not None:
+            second.kill()
+
+
+def _next(name: str, others: Sequence[str]) -> str | None:
+    """The first of the hookpoints that DVC would train, and that is not trained yet; None if there is none."""
+    if "DVC_ROOT" not in os.environ or stage.is_ahead() or stage.is_distributed():
+        return None
+    waiting = [one for one in others if not any(resume.scratch_root().glob(f"{name}@{one}.*/{FIGURES}"))]
+    try:
+        from dvc.repo import Repo
+
+        with Repo(str(Path.cwd())) as repo:
+            changed = repo.status(targets=[f"{name}@{one}" for one in waiting]) if waiting else {}
+    except Exception as error:  # DVC is locked, or its internals have changed
+        log.debug("%s: nothing is trained at the same time (%s)", name, error)
+        return None
+    return next((one for one in waiting if f"{name}@{one}" in changed), None)
