@@ -26,22 +26,11 @@ FIGURES = "figures.json"
 _SMALL = 2**22
 
 
-def threads(weights: int) -> int:
-    """CPU threads of a training, whether or not another one runs beside it: the number decides how sums are rounded.
-
-    A training that runs alone with two threads gives the bytes of one thread, see `tests/test_ahead.py`.
-
-    Parameters
-    ----------
-    weights: number of weights of the encoder.
-    """
-    every = torch.get_num_threads()
-    return every if weights > _SMALL or every <= 2 else every // 2
-
-
 @contextmanager
-def beside(name: str, others: Sequence[str], weights: int) -> Iterator[None]:
+def beside(name: str, others: Sequence[str], weights: int) -> Iterator[bool]:
     """Train one of `others` in a second process meanwhile, if DVC runs this stage and would run that one next.
+
+    Yields whether another training runs at the same time.
 
     Parameters
     ----------
@@ -49,26 +38,41 @@ def beside(name: str, others: Sequence[str], weights: int) -> Iterator[None]:
     others: the other hookpoints.
     weights: number of weights of the encoder.
     """
+    suits = weights <= _SMALL and torch.get_num_threads() > 1
+    other = _next(name, others) if suits else None
+    if other is None:
+        yield stage.is_ahead()
+        return
+    quiet = os.environ | {stage.AHEAD: "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, sys.argv[0], other]
+    second = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log.info("%s: %s is trained at the same time", name, other)
+    try:
+        yield True
+        second.wait()  # if it has failed, the stage of that hookpoint trains again, and shows the error
+    finally:
+        second.kill()
+
+
+@contextmanager
+def shared_threads(weights: int, paired: bool) -> Iterator[None]:
+    """Lower the number of CPU threads to that of one of two trainings, for a small SAE.
+
+    The number decides how sums are rounded, so that a training that runs alone has as many; but with two threads, the
+    bytes are those of one (`tests/test_ahead.py`).
+
+    Parameters
+    ----------
+    weights: number of weights of the encoder.
+    paired: whether another training runs at the same time.
+    """
     every = torch.get_num_threads()
-    torch.set_num_threads(threads(weights))
-    other = _next(name, others) if weights <= _SMALL and every > 1 else None
-    second = None
-    if other is not None:
-        torch.set_num_threads(every // 2)
-        quiet = os.environ | {stage.AHEAD: "1", "OMP_NUM_THREADS": str(every), "TQDM_DISABLE": "1"}
-        command = [sys.executable, sys.argv[0], other]
-        second = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log.info("%s: %s is trained at the same time", name, other)
-    elif stage.is_ahead():
+    if weights <= _SMALL and (paired or every > 2):
         torch.set_num_threads(max(1, every // 2))
     try:
         yield
-        if second is not None:
-            second.wait()  # if it has failed, the stage of that hookpoint trains again, and shows the error
     finally:
         torch.set_num_threads(every)
-        if second is not None:
-            second.kill()
 
 
 def _next(name: str, others: Sequence[str]) -> str | None:

@@ -85,7 +85,8 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     # The gradients of the other activation functions are sums over rows, which the number of threads rounds differently.
     pairs = data.device.type == "cpu" and params.train.activation in ("topk", "batchtopk")
     others = [one for one in params.hookpoints if one != hookpoint]
-    with ahead.beside("train", others, params.train.latents * data.store.d) if pairs else nullcontext():
+    weights = params.train.latents * data.store.d
+    with ahead.beside("train", others, weights) if pairs else nullcontext(False) as paired:
         batches = data.batches(params.seed)
 
         from babelscope.sae.training.loop import Write, is_first_process, train
@@ -97,7 +98,8 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
                 resumes = (folder / "last.ckpt").exists()
                 run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
                 write = stack.enter_context(run).log
-            result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
+            with ahead.shared_threads(weights, paired) if pairs else nullcontext():
+                result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
             if result is None:
                 return None
             [(sae, history)] = result
