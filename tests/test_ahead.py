@@ -53,8 +53,8 @@ def test_the_number_of_threads_depends_on_the_machine_and_the_size_alone(threads
         torch.set_num_threads(every)
         for weights, expected in ((1152 * 640, {False: alone, True: paired}), (2**23, {False: every, True: every})):
             for company, count in expected.items():
-                with ahead.shared_threads(weights, company):
-                    assert torch.get_num_threads() == count
+                with ahead.shared_threads(weights, company) as given:
+                    assert torch.get_num_threads() == given == count
                 assert torch.get_num_threads() == every
 
 

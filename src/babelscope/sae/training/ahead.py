@@ -1,8 +1,8 @@
 """Two trainings side by side on a CPU, although DVC runs one stage after the other.
 
-One thread takes 1.5 times as long as two for a step of a small SAE, so that two trainings with one thread each take less
-time than one after the other with two. The stage of one hookpoint therefore trains the next one in a second process,
-which leaves its result in that stage's scratch folder; the stage of that hookpoint then only moves the files.
+For a step of a small SAE, one thread takes 1.5 times as long as two, so that two trainings with one thread each take
+less time than one after the other with two. The stage of one hookpoint therefore trains the next one in a second
+process, which leaves its result in that stage's scratch folder; the stage of that hookpoint then only copies the files.
 """
 
 import logging
@@ -55,8 +55,8 @@ def beside(name: str, others: Sequence[str], weights: int) -> Iterator[bool]:
 
 
 @contextmanager
-def shared_threads(weights: int, paired: bool) -> Iterator[None]:
-    """Lower the number of CPU threads to that of one of two trainings, for a small SAE.
+def shared_threads(weights: int, paired: bool) -> Iterator[int]:
+    """Lower the number of CPU threads to that of one of two trainings, for a small SAE, and yield it.
 
     The number decides how sums are rounded, so that a training that runs alone has as many; but with two threads, the
     bytes are those of one (`tests/test_ahead.py`).
@@ -70,7 +70,7 @@ def shared_threads(weights: int, paired: bool) -> Iterator[None]:
     if weights <= _SMALL and (paired or every > 2):
         torch.set_num_threads(max(1, every // 2))
     try:
-        yield
+        yield torch.get_num_threads()
     finally:
         torch.set_num_threads(every)
 

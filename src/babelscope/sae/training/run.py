@@ -74,7 +74,7 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
 def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
     """Train the SAE with a live MLflow run, and return its figures (None on ranks other than the first).
 
-    If another training has trained it meanwhile (see `ahead`), its files are moved.
+    If another training has trained it meanwhile (see `ahead`), its files are copied.
     """
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
     name, used = f"train@{hookpoint}", params.model_dump(include={"seed", "train"})
@@ -82,7 +82,7 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     folder = scratch(work)
     if (folder / ahead.FIGURES).is_file():
         return None if stage.is_ahead() else _taken(folder, out)
-    # The gradients of the other activation functions are sums over rows, which the number of threads rounds differently.
+    # Not for the other activation functions, whose gradients the number of threads rounds differently.
     pairs = data.device.type == "cpu" and params.train.activation in ("topk", "batchtopk")
     others = [one for one in params.hookpoints if one != hookpoint]
     weights = params.train.latents * data.store.d
@@ -98,8 +98,9 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
                 resumes = (folder / "last.ckpt").exists()
                 run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
                 write = stack.enter_context(run).log
-            with ahead.shared_threads(weights, paired) if pairs else nullcontext():
-                result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
+            with ahead.shared_threads(weights, paired) if pairs else nullcontext(params.hardware.threads) as threads:
+                machine = params.hardware.model_copy(update={"threads": threads})
+                result = train(batches, params.train, machine, seed=params.seed, folder=folder, write=write)
             if result is None:
                 return None
             [(sae, history)] = result
@@ -116,7 +117,7 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
 
 
 def _taken(folder: Path, out: Path) -> dict[str, float]:
-    """Move a finished SAE from the scratch folder, and return its figures."""
+    """Copy a finished SAE from the scratch folder, and return its figures."""
     figures = read_json(folder / ahead.FIGURES)
     for file in sorted((folder / "sae").iterdir()):
         copy_file(file, out / file.name)
