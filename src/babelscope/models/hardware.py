@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -47,6 +49,17 @@ def prepare_own(hardware: Hardware) -> torch.device:
         device = torch.device("cuda", hardware.devices[number] if isinstance(hardware.devices, list) else number)
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one CPU thread, for products so narrow that the number of threads changes how they are rounded."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def device_count(hardware: Hardware) -> int:
