@@ -78,6 +78,17 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
         sys.exit(1)
 
 
+def script(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorator of a stage script's `main`: `run` it if its file is the program, do nothing if the file is imported.
+
+    A script imports the package of its stage inside `main`, after params.yaml: that import takes seconds, and a fault
+    of params.yaml is shown at once.
+    """
+    if main.__module__ == "__main__":
+        run(main)
+    return main
+
+
 def keep_caches() -> None:
     """Let libraries keep their caches below `.scratch/` if the home folder is read-only or does not exist.
 
