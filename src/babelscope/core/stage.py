@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from babelscope.core import resume
 from babelscope.core.errors import UserError
 from babelscope.core.redact import redact
+from babelscope.core.terminal import aligned
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +196,5 @@ def alone() -> Iterator[None]:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> None:
     """Log a table with aligned columns: the first `labels` columns are text, the others figures."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = zip(line, widths, strict=True)
-        aligned = (cell.ljust(width) if i < labels else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-        log.info("%s", "  ".join(aligned).rstrip())
+    for line in aligned(lines, right=range(labels, len(head))):
+        log.info("%s", line)

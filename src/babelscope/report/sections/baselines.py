@@ -4,7 +4,7 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, percent, plain, significant
+from babelscope.report.numbers import NONE, mean, percent, plain, significant
 from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, how_to_read
 
 ALL = "all"
@@ -77,10 +77,9 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
     lines = []
     for row in rows.iter_rows(named=True):
         method = row["method"]
-        gap = "difference"
         difference = NONE
-        if row[gap] is not None and method != "features":
-            ends = [plain(100 * row[f"{gap}{end}"], 1, sign=True) for end in ("", "_low", "_high")]
+        if row["difference"] is not None and method != "features":
+            ends = [plain(100 * row[f"difference{end}"], 1, sign=True) for end in ("", "_low", "_high")]
             difference = f"{ends[0]} ({ends[1]} to {ends[2]})"
         alone = [inputs.figure("baselines", f"accuracy/{method}/{pair.replace('/', '-')}") for pair in pairs]
         effects = [NONE if inputs.figure("baselines", f"{key}/{method}") is None else " to ".join(
@@ -103,9 +102,7 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
 
 def mean_write_cosine(inputs: ReportInputs) -> float | None:
     """The mean over the languages of what features of another seed write, from stage `stability`."""
-    found = [inputs.figure("stability", f"write_cosine/{name}") for name in inputs.languages]
-    known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean(inputs.each("stability", "write_cosine"))
 
 
 def domains_table(frame: pl.DataFrame) -> Table:
@@ -132,11 +129,6 @@ def transfer_table(inputs: ReportInputs) -> Table:
             same = inputs.figure("baselines", f"same_language/{pair}")
             selected = plain(inputs.figure("baselines", f"selected/{one}"))
             lines.append([one, other, selected, percent(inputs.figure("baselines", key)), percent(same)])
-    head = [
-        "selected on",
-        "looked at on",
-        "features",
-        "selected there, too",
-        "most frequent in the same language there",
-    ]
+    head = ["selected on", "looked at on", "features", "selected there, too"]
+    head += ["most frequent in the same language there"]
     return Table("Features selected on one domain, on the texts of another", head, lines, labels=2)

@@ -94,14 +94,8 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
             point = marks.mark_point(style=key, shape=shape, size=44, filled=True, opacity=1)
             layers += [marks.mark_line(style=key, strokeWidth=2), point]
     entries = [("own", "circle", "the language itself"), ("others", "diamond", "other languages")]
-    curves = (
-        [
-            alt.layer(*layers).properties(width=alt.Step(charts.column_width(len(means))), height=120),
-            charts.legend(*entries),
-        ]
-        if layers
-        else []
-    )
+    size = {"width": alt.Step(charts.column_width(len(means))), "height": 120}
+    curves = [alt.layer(*layers).properties(**size), charts.legend(*entries)] if layers else []
     return charts.below(cells, *curves, description=text)
 
 

@@ -6,7 +6,7 @@ import polars as pl
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, layer_labels, prose
-from babelscope.report.relatives import relation
+from babelscope.report.relatives import means_by_relation, relation
 
 
 def section(inputs: ReportInputs) -> Section | None:
@@ -27,7 +27,7 @@ large share and separable in one with a small share, and the layer to steer is t
         **dict(zip(("layer", "share"), steered(frame), strict=True)),
     )
     parts = [caption, rule] if frame["first_component"].count() else [caption]
-    if likeness := by_relation(inputs):
+    if likeness := means_by_relation(excess(inputs).select("relation", value="excess")):
         kinds = "; ".join(f"{kind} {plain(value, 3, sign=True)}" for kind, value in likeness.items())
         parts.append(prose("<p>Translations minus random pairs, mean over the layers: {kinds}.</p>", kinds=kinds))
     label = "Share of latents that fire on both of two texts, for translations and for random pairs"
@@ -45,7 +45,7 @@ def by_layer(inputs: ReportInputs) -> pl.DataFrame:
     labels = layer_labels(inputs.hookpoints)
     frame = pl.DataFrame({"hookpoint": list(labels), "layer": list(labels.values())})
     extra = {
-        name: pl.Series([inputs.figure("sharing", f"{key}/{at}") for at in labels], dtype=pl.Float64)
+        name: pl.Series(inputs.each("sharing", key, labels), dtype=pl.Float64)
         for name, key in (("first_component", "first_component"), ("correlation", "typology_correlation"))
     }
     return frame.join(means, on="hookpoint", maintain_order="left").with_columns(**extra)
@@ -75,13 +75,6 @@ def excess(inputs: ReportInputs) -> pl.DataFrame:
     )
     known = pl.Series([relation(*row) for row in frame.select("language", "other").rows()], dtype=pl.String)
     return frame.with_columns(excess=pl.col("translations") - pl.col("random"), relation=known)
-
-
-def by_relation(inputs: ReportInputs) -> dict[str, float]:
-    """Mean excess of the pairs of the same branch, of the same script only, and of neither."""
-    means = dict(excess(inputs).group_by("relation").agg(pl.col("excess").mean()).iter_rows())
-    names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
-    return {name: means[kind] for kind, name in names.items() if kind in means}
 
 
 def chart(frame: pl.DataFrame) -> alt.LayerChart:
