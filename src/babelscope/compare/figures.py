@@ -76,11 +76,6 @@ def _plain(state: State, stage: str, key: str) -> Value | None:
     return None if value is None else Value(float(value))
 
 
-def languages_of(states: Sequence[State]) -> list[str]:
-    """The languages of all states, in the order of the first."""
-    return list(dict.fromkeys(name for state in states for name in state.params.get("languages", [])))
-
-
 def own_effects(state: State) -> dict[str, Value]:
     """By language, the change of the own loss without its features, with the interval from the ablation's table."""
     if state.nll is None:
@@ -96,7 +91,7 @@ def own_effects(state: State) -> dict[str, Value]:
 def blocks(first: State, second: State) -> list[Block]:
     """Every part for which one of the two states has figures."""
     states = (first, second)
-    languages = languages_of(states)
+    languages = dict.fromkeys(name for state in states for name in state.params.get("languages", []))
 
     def by_language(stage: str, key: str, count: str | None = None) -> dict[str, Pair]:
         def one(state: State, name: str) -> Value | None:

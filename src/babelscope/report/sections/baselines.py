@@ -74,6 +74,7 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
     """Every method: identification, removal, repetition."""
     assert inputs.baselines is not None
     pairs = inputs.baselines.filter(pl.col("languages") != ALL)["languages"].unique(maintain_order=True).to_list()
+    again = mean(inputs.each("stability", "write_cosine"))  # of what features of another seed write
     lines = []
     for row in rows.iter_rows(named=True):
         method = row["method"]
@@ -85,10 +86,10 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
         effects = [NONE if inputs.figure("baselines", f"{key}/{method}") is None else " to ".join(
             significant(inputs.figure("baselines", f"{key}_{end}/{method}"), sign=True) for end in ("low", "high"))
             for key in ("own", "others")]  # fmt: skip
-        repeat = inputs.figure("baselines", f"repeat/{method}")
+        repeat = again if method == "features" else inputs.figure("baselines", f"repeat/{method}")
         lines.append([
             row["name"], percent(row["accuracy"]), f"{percent(row['low'])} to {percent(row['high'])}", difference,
-            *map(percent, alone), *effects, plain(mean_write_cosine(inputs) if method == "features" else repeat, 3),
+            *map(percent, alone), *effects, plain(repeat, 3),
             percent(inputs.figure("baselines", f"agreement/{method}")),
             percent(inputs.figure("stability", "features_matched_share") if method == "features" else
                     inputs.figure("baselines", f"matched/{method}")),
@@ -98,11 +99,6 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
         "ΔNLL of others (95 %)", "cosine when repeated", "same answers when repeated", "units found again",
     ]  # fmt: skip
     return Table("Identification of all languages and of close pairs; removal; repetition", head, lines)
-
-
-def mean_write_cosine(inputs: ReportInputs) -> float | None:
-    """The mean over the languages of what features of another seed write, from stage `stability`."""
-    return mean(inputs.each("stability", "write_cosine"))
 
 
 def domains_table(frame: pl.DataFrame) -> Table:
