@@ -94,6 +94,13 @@ def by_language(frame: pl.DataFrame, *fields: str | tuple[str, ...]) -> alt.Char
     )
 
 
+def curve(base: alt.Chart, key: str, style: str, shape: str, **y: Any) -> list[alt.Chart]:
+    """A line through points over the x of `base`; `y`: options of its axis."""
+    marks = base.encode(y=alt.Y(f"{key}:Q", **y))
+    points = marks.mark_point(style=style, shape=shape, size=44, filled=True, opacity=1)
+    return [marks.mark_line(style=style, strokeWidth=2), points]
+
+
 def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
     """A legend as a chart of its own, one row: (style, shape, text) of each mark, as the marks are drawn.
 

@@ -84,14 +84,11 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         tooltip=charts.tips("hookpoint:N", ("translations:Q", "translations", ".3f"),
                             ("random:Q", "random pairs", ".3f"), ("first_component:Q", "first component", ".2f")),
     )  # fmt: skip
-    axis, lines = alt.Axis(title="Jaccard index", tickCount=4, grid=True), []
-    for key, style, shape in (("translations", "own", "circle"), ("random", "others", "diamond")):
-        marks = base.encode(y=alt.Y(f"{key}:Q", axis=axis, scale=alt.Scale(zero=True, nice=True)))
-        point = marks.mark_point(style=style, shape=shape, size=44, filled=True, opacity=1)
-        lines += [marks.mark_line(style=style, strokeWidth=2), point]
-    text = (
-        "Jaccard index of the latents of translations and of random pairs by layer; the table holds the same figures."
-    )
+    y = {"axis": alt.Axis(title="Jaccard index", tickCount=4, grid=True), "scale": alt.Scale(zero=True, nice=True)}
+    lines = charts.curve(base, "translations", "own", "circle", **y)
+    lines += charts.curve(base, "random", "others", "diamond", **y)
+    what = "Jaccard index of the latents of translations and of random pairs by layer"
+    text = f"{what}; the table holds the same figures."
     return alt.layer(*lines, name="sharing", description=text).properties(width=alt.Step(60), height=200)
 
 
