@@ -38,7 +38,7 @@ _OF_CONTROL = ("control", "control_high", "detectable")
 
 
 class Measured(NamedTuple):
-    """The NLLs of one method, and what tables are made with.
+    """The NLLs of one method, and all else that its tables need.
 
     Attributes
     ----------

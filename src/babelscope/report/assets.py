@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 @cache
 def asset(name: str, package: str = "report") -> str:
-    """The text of a file of a package."""
+    """The text of a file of the package `babelscope.<package>`."""
     return resources.files(f"babelscope.{package}").joinpath(name).read_text(encoding="utf-8")
 
 

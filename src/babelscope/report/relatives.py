@@ -37,7 +37,7 @@ def relation(first: str, second: str) -> str | None:
 
 
 def means_by_relation(pairs: pl.DataFrame) -> dict[str, float]:
-    """The mean `value` of the pairs of languages of each `relation` that occurs, by what the page calls it."""
+    """The mean `value` of the pairs of languages of each `relation` that occurs, which has the page's name for it."""
     means = dict(pairs.drop_nulls("value").group_by("relation").agg(pl.col("value").mean()).iter_rows())
     names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
     return {name: means[kind] for kind, name in names.items() if kind in means}
