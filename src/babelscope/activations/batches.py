@@ -56,7 +56,6 @@ class Batches:
     rows: int64 [m], the rows of `store` to train on.
     size: rows in a batch over all devices.
     steps: number of batches. They take as many passes over the rows as needed, each in another order.
-    seed: seed of the orders.
     inputs: the activations to encode (transcoders), row for row; None: `store`.
     pin: read into page-locked memory, from which a GPU copies while it computes.
     """

@@ -1,7 +1,6 @@
 """Texts from gettext catalogs (.mo, .po) in installed packages or in a folder."""
 
 import hashlib
-import importlib.metadata
 import logging
 import re
 import struct
@@ -17,6 +16,7 @@ from babelscope.config.values import expanded
 from babelscope.core.errors import UserError, nearest
 from babelscope.corpus.languages import match, normalise, require
 from babelscope.corpus.messages import running_text
+from babelscope.models.packaged import files_of
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,11 @@ def _packages(section: Corpus) -> Iterator[tuple[str, list[Catalog]]]:
         name = folder.resolve().name
         yield name, _catalogs(name, paths, "path", folder)
     for name in section.packages:
-        try:
-            files = importlib.metadata.distribution(name).files or []
-        except (importlib.metadata.PackageNotFoundError, ValueError):
+        files = files_of(name)
+        if files is None:
             raise UserError(f"params.yaml: corpus.packages: no installed package {name!r}; install it, or set "
-                            "corpus.path to a folder of catalogs") from None  # fmt: skip
-        paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
-        yield name, _catalogs(name, paths, "packages")
+                            "corpus.path to a folder of catalogs")  # fmt: skip
+        yield name, _catalogs(name, [path for path in files if path.suffix in (".mo", ".po")], "packages")
 
 
 def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None) -> list[Catalog]:

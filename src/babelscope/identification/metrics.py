@@ -53,7 +53,6 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
     Parameters
     ----------
     predictions: `text_id`, `language` (true), `method`, `normalize`, `predicted`.
-    languages: order of the languages.
     baseline: the `method` with which the others are compared, if it has rows.
 
     Returns

@@ -143,7 +143,6 @@ def clean_pass(
 
     Parameters
     ----------
-    model: a causal language model.
     ids: int64 `[texts, longest]`.
     here: bool `[texts, longest]`, mask of each text's tokens; they come first, and padding follows.
     layers: blocks before which the residual stream is kept.
@@ -180,7 +179,6 @@ def partial_pass(
 
     Parameters
     ----------
-    model: the model of the clean pass.
     memory: the result of that pass.
     tokens: tokens to compute. The result is exact if all other tokens that they attend to are as in the clean pass.
     hidden: `[tokens, d]`, the residual stream before `layers`.

@@ -263,6 +263,21 @@ def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
+def texts_of(
+    corpus: pl.DataFrame, tokenizer: Any, limit: int | None, max_tokens: int, *, cut: bool = False
+) -> tuple[list[TokenizedText], list[str]]:
+    """Texts of about `limit` tokens per language (see `within`), in `by_length` order, and the language of each.
+
+    `corpus`: `text_id`, `language`, `text`. `max_tokens`: of a text.
+    """
+    if limit is not None:  # every text has a token
+        corpus = corpus.sort("text_id").group_by("language", maintain_order=True).head(limit)
+    language = dict(corpus.select("text_id", "language").iter_rows())
+    ready = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), max_tokens)
+    texts = by_length(within(ready, language, limit, cut=cut))
+    return texts, [language[text.text_id] for text in texts]
+
+
 def within(
     texts: Sequence[TokenizedText], language: Mapping[str, str], limit: int | None, *, cut: bool = False
 ) -> list[TokenizedText]:
