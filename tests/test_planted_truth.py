@@ -32,6 +32,7 @@ HOOKPOINT, D = "layers.0.mlp", 128
 OWN, EVERYONES, PAIRS = 4, 30, 10  # directions of each language, of all languages, and of two languages
 # Directions of all languages of a script, two of each: decoys, since they tell these languages from all others.
 SCRIPTS = {"Latin": ("en", "de", "fr", "it", "pt-BR", "es", "tr", "vi", "fi"), "Cyrillic": ("ru", "bg")}
+PLANTED = int(os.environ.get("PLANTED_SEED", "0"))  # seed of the directions and tokens
 SEED = 1000  # of the other SAE
 K = 4  # directions in each token: one of its language's own, the others shared
 TEXTS, HELD_OUT, LENGTH = 45, 5, 30  # texts of each language, how many of them are held out, and their tokens
@@ -84,7 +85,7 @@ class Repo:
 
     def plant(self) -> Tensor:
         """Write the activations and their token table; returns the directions, [directions, D]."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(PLANTED)
         count = len(self.languages)
         planted = OWN * count + EVERYONES + PAIRS + 2 * len(SCRIPTS)
         directions = functional.normalize(torch.randn(planted, D, generator=generator))
