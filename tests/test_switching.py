@@ -18,9 +18,8 @@ from babelscope.core.paths import Paths
 from babelscope.models import loading
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
-from babelscope.switching import measure
+from babelscope.switching import measure, sentences
 from babelscope.switching import run as switching
-from babelscope.switching import sentences
 
 LANGUAGES, HOOKPOINT, WIDTH, TOKENS = ["en", "de", "fi"], "layers.0", 8, 10
 LOGIT = 3.0  # of every token of the language that the last token has, in the planted model

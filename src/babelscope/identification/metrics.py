@@ -43,7 +43,7 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
     discordant = only_first + only_second
     # In integers: scipy.stats, which has this test, takes a second to import.
     tail = sum(math.comb(discordant, count) for count in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, float(2 * tail / 2**discordant))
 
 
 def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
