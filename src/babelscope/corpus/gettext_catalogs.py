@@ -1,5 +1,6 @@
 """Texts from gettext catalogs (.mo, .po) in installed packages or in a folder."""
 
+import functools
 import hashlib
 import logging
 import re
@@ -61,7 +62,8 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
         offered[source] = {c.language for c in catalogs} | {section.source_language}
         frame = _texts(catalogs, match(languages, offered[source]), section.source_language, source)
         parts.append(frame)
-        missing = [language for language in languages if language not in set(frame["language"])]
+        present = set(frame["language"].unique())
+        missing = [language for language in languages if language not in present]
         if missing:
             log.warning("%s has no messages in %s", source, ", ".join(missing))
     require(languages, offered)
@@ -135,7 +137,7 @@ def _messages(path: Path) -> Iterator[tuple[str, str]]:
         original = original.rpartition("\x04")[2]  # without the context
         if original in _CREDITS:
             continue
-        original, translation = running_text(original), running_text(translation)
+        original, translation = _source_text(original), running_text(translation)
         if original and translation and original != translation:
             yield original, translation
 
@@ -162,6 +164,11 @@ def _check_whole(mo: bytes) -> None:
             raise ValueError("the file is cut off")
 
 
+# The catalogs of a package hold the same message ids, one catalog after the other.
+_source_text = functools.lru_cache(2**16)(running_text)
+
+
+@functools.lru_cache(2**16)
 def _group(original: str) -> str:
     words = re.sub(r"[\W_]+", " ", original).strip().casefold()
     return hashlib.blake2b((words or original).encode(), digest_size=8).hexdigest()
