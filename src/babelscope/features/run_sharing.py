@@ -5,12 +5,9 @@ import math
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 
-from babelscope import sae
 from babelscope.activations.rows import read_rows
-from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -19,7 +16,6 @@ from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features import sharing, typology
 from babelscope.features.counter import whole_texts
-from babelscope.models import hardware
 from babelscope.models.names import layer_of
 
 SCHEMA = pl.Schema({
@@ -63,11 +59,16 @@ def run(params: Config, paths: Paths) -> None:
         log.info("sharing: nothing to compare (params.yaml: sharing.groups is 0)")
 
 
-@torch.no_grad()
 def measure(
     params: Config, paths: Paths, hookpoint: str, tokens: pl.DataFrame, texts: pl.DataFrame, progress: Progress
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """The latents that fire on each text, `[texts, latents]`, and each language's mean activation, `[languages, d]`."""
+    import torch  # on demand, with what imports it: its import takes longer than a stage with nothing to compare
+
+    from babelscope import sae
+    from babelscope.activations.store import opened
+    from babelscope.models import hardware
+
     device = hardware.prepare(params.hardware)
     dictionary = sae.load(paths.saes, hookpoint).to(device)
     activations = opened(paths, dictionary.input_name(hookpoint))
@@ -78,7 +79,8 @@ def measure(
     sums = torch.zeros(len(present), activations.d, dtype=torch.float64)
     for start, end in whole_texts(text, params.encode.chunk_tokens):
         x, number = activations.gather(rows[start:end]), text[start:end]
-        values, indices = (each.cpu() for each in dictionary.encode(x.to(device)))
+        with torch.no_grad():
+            values, indices = (each.cpu() for each in dictionary.encode(x.to(device)))
         row, column = (values > 0).nonzero(as_tuple=True)
         fires[number[row], indices[row, column]] = True
         sums.index_add_(0, code[number], x.double())
