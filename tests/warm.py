@@ -109,6 +109,7 @@ def _serve() -> None:
     sys.path.pop(0)
     for name in _PACKAGES:
         import_module(name)
+    assert "babelscope" not in sys.modules  # a fork imports that of its own folder
     for line in sys.stdin:
         job = json.loads(line)
         if "ended" in job:
