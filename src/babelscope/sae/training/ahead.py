@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from babelscope.config import Config
 from babelscope.core import resume, stage
 
 log = logging.getLogger(__name__)
@@ -27,19 +28,18 @@ _SMALL = 2**22
 
 
 @contextmanager
-def beside(name: str, others: Sequence[str], weights: int) -> Iterator[bool]:
-    """Train one of `others` in a second process meanwhile, if DVC runs this stage and would run that one next.
+def beside(name: str, hookpoint: str, params: Config, weights: int) -> Iterator[bool]:
+    """Train another of `params.hookpoints` in a second process meanwhile, if DVC would run its stage after this one.
 
-    Yields whether another training runs at the same time.
+    Yields whether another training runs at the same time. The list of hookpoints changes no result.
 
     Parameters
     ----------
-    name: the stage, such as `train`.
-    others: the other hookpoints.
+    name, hookpoint: the stage, such as `train`, and its hookpoint.
     weights: number of weights of the encoder.
     """
     suits = weights <= _SMALL and torch.get_num_threads() > 1
-    other = _next(name, others) if suits else None
+    other = _next(name, [one for one in params.hookpoints if one != hookpoint]) if suits else None
     if other is None:
         yield stage.is_ahead()
         return

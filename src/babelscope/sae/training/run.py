@@ -84,9 +84,8 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
         return None if stage.is_ahead() else _taken(folder, out)
     # Not for the other activation functions, whose gradients the number of threads rounds differently.
     pairs = data.device.type == "cpu" and params.train.activation in ("topk", "batchtopk")
-    others = [one for one in params.hookpoints if one != hookpoint]
     weights = params.train.latents * data.store.d
-    with ahead.beside("train", others, weights) if pairs else nullcontext(False) as paired:
+    with ahead.beside("train", hookpoint, params, weights) if pairs else nullcontext(False) as paired:
         batches = data.batches(params.seed)
 
         from babelscope.sae.training.loop import Write, is_first_process, train
