@@ -22,10 +22,11 @@ Batch = TypeVar("Batch", bound=Sequence[Any])
 
 
 class _Work:
-    """The stage that this process runs (see `stage.alone`), and whether it holds the stage's lock."""
+    """The stage that this process runs (see `stage.alone`), whether it holds the stage's lock, and a folder to keep."""
 
     name = ""
     is_alone = False
+    keep: Path | None = None
 
 
 work = _Work()
@@ -118,13 +119,15 @@ def scratch_root() -> Path:
 
 
 def prune(keep: Path | None = None) -> None:
-    """Delete the scratch folders of this process's stage except `keep`; does nothing without the stage's lock.
+    """Delete the scratch folders of this process's stage except `keep` and `work.keep`.
+
+    It does nothing without the stage's lock.
 
     A killed run cannot delete its own folder, which may hold terabytes. The lock proves that no live process uses it.
     """
     if not work.is_alone:
         return
     for folder in scratch_root().glob("*.*"):
-        if folder.name.rpartition(".")[0] == work.name and folder != keep:
+        if folder.name.rpartition(".")[0] == work.name and folder not in (keep, work.keep):
             log.info("%s: deleted, a run with other params, inputs or code left it", folder)
             shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,9 @@ from babelscope.core.redact import redact
 
 log = logging.getLogger(__name__)
 
+# Set in a process that computes the result of a stage before DVC runs that stage (`sae.training.ahead`).
+AHEAD = "BABELSCOPE_AHEAD"
+
 # Read at import: the imports of a stage take seconds, during which DVC may be killed.
 _PARENT = os.getppid()
 
@@ -132,6 +135,16 @@ def _in_a_line(error: BaseException) -> str | None:
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
+def is_ahead() -> bool:
+    """Whether this process computes the result of a stage before DVC runs that stage."""
+    return AHEAD in os.environ
+
+
+def is_distributed() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return any(rank in os.environ for rank in _RANKS)
+
+
 def end_with_dvc() -> None:
     """Let the kernel kill this process when the DVC process that started it ends (Linux only).
 
@@ -165,6 +178,8 @@ def alone() -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if is_ahead():
+                sys.exit(0)
             pid = holder.read_text() if holder.is_file() else "unknown"
             log.warning("%s: waiting for process %s, which is still at this work; kill it to go on", name, pid)
             lock.acquire(poll_interval=0.5)

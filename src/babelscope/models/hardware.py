@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,6 +35,17 @@ def prepare(hardware: Hardware) -> torch.device:
     if wanted != "gpu":
         return torch.device(wanted)
     return torch.device("cuda", hardware.devices[0]) if isinstance(hardware.devices, list) else torch.device("cuda")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one CPU thread, for products so narrow that the number of threads changes how they are rounded."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def device_count(hardware: Hardware) -> int:

@@ -1,10 +1,13 @@
 """One SAE in training: its weights, its loss, the revival of dead latents, and the state between steps."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from babelscope.activations.moments import Normalisation
 from babelscope.config.schema import Train
+from babelscope.models.hardware import one_thread
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import SAE, initialise
 from babelscope.sae.kernels import fused
@@ -17,6 +20,9 @@ from babelscope.sae.training.step import Step, sparse_step
 _AUX_ROWS, _AUX_LATENTS = 256, 8192
 # The default of `train.dead_after`, as a multiple of the average number of tokens between two firings of a latent.
 _WAITS = 32
+# Below this number of columns, MKL divides the sum of a product's rows among the threads, so that the number of threads
+# decides how it is rounded (measured for widths from 128 to 4,096).
+_NARROW = 16
 # Rows of the decoder projected at once, which bounds the memory.
 _CHUNK = 4096
 # PI controller of the sparsity weight: _INTEGRAL is the change of its logarithm over a run per unit of relative L0
@@ -112,9 +118,9 @@ class Learner(nn.Module):
         sample = slice(None, None, max(1, len(x) * world // _AUX_ROWS))
         dead = dead[:: -(-len(dead) // _AUX_LATENTS)]
         rows = [weight[dead].detach().requires_grad_() for weight in (self.sae.encoder, self.sae.W_dec, self.sae.b_enc)]
-        with torch.enable_grad():
+        with torch.enable_grad(), one_thread() if len(dead) < _NARROW else nullcontext():
             loss = auxiliary_loss(self.sae.centre(x[sample]).detach(), error[sample], *rows)
-        return dead, torch.autograd.grad(self.settings.aux_k_coefficient * loss, rows)
+            return dead, torch.autograd.grad(self.settings.aux_k_coefficient * loss, rows)
 
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` tokens: bool [n]."""
@@ -131,9 +137,10 @@ class Learner(nn.Module):
         ----------
         y: [rows, d], activations to reconstruct, as stored.
         """
-        error = self.target.inverse(result.error)
-        deviation = y.float() - self.target.mean
-        parts = result.loss, error.square().sum(), deviation.square().sum(), result.l0, self.dead().float().mean()
+        # Sums of rows first, since the number of threads changes how the sum of a whole matrix is rounded.
+        error = self.target.inverse(result.error).square().sum(-1).sum()
+        deviation = (y.float() - self.target.mean).square().sum(-1).sum()
+        parts = result.loss, error, deviation, result.l0, self.dead().float().mean()
         return torch.stack(parts)
 
     def _step(self, x: Tensor, y: Tensor | None) -> Step:

@@ -1,11 +1,12 @@
 """Stage `train <hookpoint>`: the SAE of one hookpoint, trained here, trained by stage `stream`, or released."""
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 from babelscope.config import Config, check_folders
 from babelscope.config.values import local_name
-from babelscope.core import stage
+from babelscope.core import resume, stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import copy_file, read_json, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
@@ -13,6 +14,7 @@ from babelscope.core.paths import Paths
 from babelscope.core.resume import scratch
 from babelscope.models.names import layer_of
 from babelscope.sae import checkpoint
+from babelscope.sae.training import ahead
 from babelscope.sae.training.stored import StoredActivations
 
 
@@ -70,27 +72,53 @@ def fetched(params: Config, paths: Paths, hookpoint: str) -> dict[str, float]:
 
 
 def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | None:
-    """Train the SAE with a live MLflow run, and return its figures (None on ranks other than the first)."""
+    """Train the SAE with a live MLflow run, and return its figures (None on ranks other than the first).
+
+    If another training has trained it meanwhile (see `ahead`), its files are copied.
+    """
     data, out = StoredActivations(params, paths, hookpoint), paths.saes / hookpoint
     name, used = f"train@{hookpoint}", params.model_dump(include={"seed", "train"})
     work = fingerprint(name, used, {str(path): dvc_md5(path) for path in data.files})
-    folder, batches = scratch(work), data.batches(params.seed)
+    folder = scratch(work)
+    if (folder / ahead.FIGURES).is_file():
+        return None if stage.is_ahead() else _taken(folder, out)
+    # Not for the other activation functions, whose gradients the number of threads rounds differently.
+    pairs = data.device.type == "cpu" and params.train.activation in ("topk", "batchtopk")
+    weights = params.train.latents * data.store.d
+    with ahead.beside("train", hookpoint, params, weights) if pairs else nullcontext(False) as paired:
+        batches = data.batches(params.seed)
 
-    from babelscope.sae.training.loop import Write, is_first_process, train
-    from babelscope.tracking.training import TrainingRun
+        from babelscope.sae.training.loop import Write, is_first_process, train
+        from babelscope.tracking.training import TrainingRun
 
-    with ExitStack() as stack:
-        write: Write | None = None
-        if is_first_process():
-            resumes = (folder / "last.ckpt").exists()
-            run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
-            write = stack.enter_context(run).log
-        result = train(batches, params.train, params.hardware, seed=params.seed, folder=folder, write=write)
-        if result is None:
-            return None
-        [(sae, history)] = result
-        data.save(sae, history, out)
-        run.finish(dvc_md5(out), history)
+        with ExitStack() as stack:
+            write: Write | None = None
+            if is_first_process():
+                resumes = (folder / "last.ckpt").exists()
+                run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
+                write = stack.enter_context(run).log
+            with ahead.shared_threads(weights, paired) if pairs else nullcontext(params.hardware.threads) as threads:
+                machine = params.hardware.model_copy(update={"threads": threads})
+                result = train(batches, params.train, machine, seed=params.seed, folder=folder, write=write)
+            if result is None:
+                return None
+            [(sae, history)] = result
+            target = folder / "sae" if stage.is_ahead() else out
+            data.save(sae, history, target)
+            run.finish(dvc_md5(target), history)
     figures = data.figures(sae)
+    if stage.is_ahead():
+        resume.work.keep = folder
+        write_json(folder / ahead.FIGURES, figures)
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    return figures
+
+
+def _taken(folder: Path, out: Path) -> dict[str, float]:
+    """Copy a finished SAE from the scratch folder, and return its figures."""
+    figures = read_json(folder / ahead.FIGURES)
+    for file in sorted((folder / "sae").iterdir()):
+        copy_file(file, out / file.name)
     shutil.rmtree(folder, ignore_errors=True)
     return figures

@@ -115,7 +115,7 @@ class _Sparse(torch.autograd.Function):
         last = error[:, -1]
         ctx.mark_non_differentiable(last, activity, l0, least)
         ctx.set_materialize_grads(False)
-        return error.square().sum() / (len(x) * error.shape[1]), last, activity, l0, least
+        return error.square().sum(-1).sum() / (len(x) * error.shape[1]), last, activity, l0, least
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
