@@ -242,7 +242,7 @@ def test_without_the_table_the_figures_have_no_intervals(repo: Path, caplog: pyt
 
 def test_what_is_neither_or_not_of_a_kind_is_refused(repo: Path) -> None:
     (repo / "saes").mkdir()
-    with pytest.raises(UserError, match="HEAD names a git revision, but saes names SAEs; allowed: two of a kind"):
+    with pytest.raises(UserError, match="HEAD is a git revision, but saes is no git revision; allowed: two revisions"):
         command.main("HEAD", "saes", [], 0.7, Path("x.html"))
     with pytest.raises(UserError, match="nothing: no git revision, no DVC experiment"):
         states.read("nothing", repo)

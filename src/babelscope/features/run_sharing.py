@@ -33,7 +33,10 @@ def run(params: Config, paths: Paths) -> None:
 
         texts = sharing.parallel_texts(read_table(paths.texts), params.languages, params.sharing.groups)
         if texts.is_empty():
-            raise UserError(f"params.yaml: sharing.groups: {paths.texts} has no text in two languages; set it to 0")
+            raise UserError(
+                f"params.yaml: sharing.groups: {paths.texts} has no text in two languages (translations of each other "
+                "share a `group`); set it to 0"
+            )
         tokens = read_rows(paths, columns=["row", "text_id"]).join(
             texts.with_row_index("text").select("text_id", pl.col("text").cast(pl.Int64)), on="text_id"
         )

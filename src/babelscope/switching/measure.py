@@ -74,7 +74,7 @@ def made(tokenizer: Any, languages: list[str], params: Config, paths: Paths) -> 
         least = sentences.BEFORE + sentences.AFTER
         raise UserError(
             f"params.yaml: switching.groups: {paths.texts} has no held-out text of at least {least} tokens in two "
-            "languages; set it to 0"
+            "languages (translations of each other share a `group`); set it to 0"
         )
     parts = chosen.join(corpus.select("text_id", "text", "switch"), on="text_id", maintain_order="left")
     cut = tokens.tokenize_corpus(tokenizer, parts, params.corpus.max_tokens)

@@ -63,8 +63,11 @@ def chart(rows: pl.DataFrame) -> alt.LayerChart:
         tooltip=charts.tips("name:N", "texts:Q", ("accuracy:Q", "accuracy", ".1%"), *charts.ends(".1%")),
     )
     axis = alt.Axis(title="accuracy", format="%", grid=True, tickCount=5)
+    # Of a domain without a width (all methods are right about all texts), Vega makes an axis of rounding errors.
+    same = rows["low"].min() == rows["high"].max()
+    scale = alt.Scale(domain=[0, 1]) if same else alt.Scale(zero=False)
     return alt.layer(
-        base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", axis=axis, scale=alt.Scale(zero=False)), x2="high:Q"),
+        base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", axis=axis, scale=scale), x2="high:Q"),
         base.mark_point(style="own", filled=True, size=50, opacity=1).encode(x="accuracy:Q"),
         description="Accuracy of every method with its interval; the table below holds the same figures.",
     ).properties(width=480, height=alt.Step(28))

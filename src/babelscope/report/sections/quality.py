@@ -30,7 +30,7 @@ latent has at most one, has a similar decoder and a similar encoder direction.</
         description = "Fraction of variance that the SAEs leave unexplained; the table holds the same figures."
         chart = charts.heat_map(frame, name="fvu", title="FVU", decimals=2, zero=False, description=description)
         by_language = Table.grid("FVU per language and hookpoint", frame, 3, "FVU per language and layer")
-        text = [Picture("fvu", "FVU per language and layer", chart, [table(inputs), terms, caption]), by_language]
+        text = [Picture("fvu", "FVU per language and layer", chart, [terms, caption]), table(inputs), by_language]
     return Section("quality", "SAE quality", finding(inputs), text)
 
 
