@@ -91,9 +91,8 @@ class TopTokens:
         assert self.codes is not None
         rows = x.float() / self.size
         states = (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127).round().to(torch.int8)
-        largest = [
-            torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1) for codes in torch.split(self.codes, _COLUMNS)
-        ]
+        parts = torch.split(self.codes, _COLUMNS)
+        largest = [torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1) for codes in parts]
         group = (torch.cat(largest, 1) * self.scale).topk(groups, dim=1).indices
         width = _COLUMNS // _GROUP
         start = group // width * _COLUMNS + group % width
