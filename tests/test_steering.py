@@ -134,6 +134,16 @@ def test_the_screened_vocabulary_gives_the_largest_logits(dtype):
     assert (whole.amax(1) - whole.gather(1, tokens[:, :1])[:, 0] <= (0 if dtype == torch.float32 else 0.01)).all()
 
 
+def test_large_dimensions_do_not_hide_the_others_from_the_screen():
+    model = build(3 * 4096)
+    with torch.no_grad():
+        model.model.norm.weight[0] = 500  # its weights differ little: this dimension decides nothing
+        model.lm_head.weight[:, 0] = 0.02
+    ids = torch.randint(5, 3000, (64, 4), generator=torch.Generator().manual_seed(0))
+    _, tokens = TopTokens(model)(1, input_ids=ids, use_cache=False)
+    assert torch.equal(tokens[:, 0], model(input_ids=ids, use_cache=False).logits[:, -1].argmax(1))
+
+
 def test_fluency_by_hand(model):
     generated = torch.tensor([[9, 9, 9, 9], [9, 8, 7, 6], [1, 2, 1, 2]])
     assert generation.distinct_2(generated) == pytest.approx([1 / 3, 1.0, 2 / 3])

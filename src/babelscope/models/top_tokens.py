@@ -1,8 +1,12 @@
 """The most probable next tokens, without the logits of the whole vocabulary in float32.
 
 With a vocabulary of 262,144, the logits take twice as long as all blocks of a small model. On a CPU, the vocabulary is
-therefore screened by an int8 product (symmetric, one scale per token and per state), which is four times as fast, and
-only the best candidates get exact logits.
+therefore screened by an int8 product, which is four times as fast, and only the best candidates get exact logits.
+
+The codes are symmetric, with one scale per state and per group of tokens. States of some families are a hundred times
+as large in a few dimensions as in the others, of which a code would keep nothing. So the states are divided by a size
+in each dimension and the unembedding is multiplied by it, after which both vary equally from dimension to dimension
+(SmoothQuant, arXiv 2211.10438).
 """
 
 from typing import Any
@@ -12,11 +16,15 @@ from torch import Tensor
 
 from babelscope.models import hookpoints as hooks
 from babelscope.models.nll import entering_unembedding, head_of
+from babelscope.models.probing import probe_ids
 
 # Entries of the vocabulary in one int8 product: 448 x 4,096 int32 scores are 7 MB.
 _COLUMNS = 4096
-# Entries that share a maximum in the screen, and groups per state whose entries all get exact logits.
-_GROUP, _GROUPS = 16, 16
+# Entries that share a maximum in the screen. All entries of some groups get exact logits: of as many groups as tokens
+# are wanted, and `_MORE`, but of at most `_GROUPS`.
+_GROUP, _GROUPS, _MORE = 16, 16, 6
+# States in one product of exact logits, so that the weights of their candidates stay small.
+_ROWS = 32
 
 
 class TopTokens:
@@ -39,10 +47,23 @@ class TopTokens:
         weight = self.head.unembedding.weight
         if len(weight) % _COLUMNS or len(weight) < 2 * _COLUMNS or weight.shape[1] % 8:
             return
-        self.scale: Tensor = weight.abs().amax(1).float().clamp_min(1e-30) / 127
-        # In parts, since a float copy of the unembedding may be as large as the model.
-        parts = zip(weight.split(_COLUMNS), self.scale.split(_COLUMNS), strict=True)
-        self.codes = torch.cat([(rows.float() / size.unsqueeze(1)).round().to(torch.int8) for rows, size in parts])
+        with torch.inference_mode(), entering_unembedding(model, stop=True) as entered:
+            model(input_ids=probe_ids(model, 8, 16), use_cache=False)
+        # The first token is an attention sink, whose state is unlike the others.
+        states = entered[0][:, 1:].float().square().mean((0, 1))
+        entries = torch.stack([part.float().square().mean(0) for part in weight.split(_COLUMNS)]).mean(0)
+        self.size: Tensor = (states.clamp_min(1e-30) / entries.clamp_min(1e-30)) ** 0.25
+        codes: list[Tensor] = []
+        scales: list[Tensor] = []
+        # In parts, since a float copy of the unembedding may be as large as the model. A group is every
+        # (_COLUMNS / _GROUP)-th entry of a part, so that maxima are over whole vectors.
+        for part in weight.split(_COLUMNS):
+            rows = (part.float() * self.size).view(_GROUP, -1, weight.shape[1])
+            scale = rows.abs().amax((0, 2)).clamp_min(1e-30) / 127
+            codes.append((rows / scale.unsqueeze(1)).round().to(torch.int8).flatten(0, 1))
+            scales.append(scale)
+        self.codes = torch.cat(codes)
+        self.scale: Tensor = torch.cat(scales)
 
     def __call__(self, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Run one pass with `inputs`; float32 logits and int64 token ids, `[rows, k]` each, in descending order."""
@@ -53,8 +74,10 @@ class TopTokens:
         x = entered[0][:, -1]
         if self.codes is None:
             return self._sorted(self.head.logits(x, 0, self.head.unembedding.out_features), k)
-        tokens = self._candidates(x)
-        found = torch.bmm(self.head.unembedding.weight[tokens].float(), x.float().unsqueeze(2)).squeeze(2)
+        tokens = self._candidates(x, min(_GROUPS, k + _MORE))
+        weight = self.head.unembedding.weight
+        parts = zip(torch.split(x.float().unsqueeze(2), _ROWS), torch.split(tokens, _ROWS), strict=True)
+        found = torch.cat([torch.bmm(weight[some].float(), states).squeeze(2) for states, some in parts])
         logits, order = self._sorted(self.head.finish(found), k)
         return logits, tokens.gather(1, order)
 
@@ -63,18 +86,15 @@ class TopTokens:
         values, index = logits.topk(min(k, logits.shape[1]), dim=1)
         return values, index
 
-    def _candidates(self, x: Tensor) -> Tensor:
-        """Token ids that hold the largest logits of states `x` `[rows, d]`; int64 `[rows, _GROUP * _GROUPS]`."""
+    def _candidates(self, x: Tensor, groups: int) -> Tensor:
+        """Token ids that hold the largest logits of states `x` `[rows, d]`; int64 `[rows, _GROUP * groups]`."""
         assert self.codes is not None
-        rows = x.float()
+        rows = x.float() / self.size
         states = (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127).round().to(torch.int8)
-        largest = []
-        for first in range(0, len(self.codes), _COLUMNS):
-            scores = torch._int_mm(states, self.codes[first : first + _COLUMNS].T).float()
-            scores *= self.scale[first : first + _COLUMNS]
-            # A group is every (_COLUMNS / _GROUP)-th entry of the chunk, so that maxima are over whole vectors.
-            largest.append(scores.view(len(x), _GROUP, -1).amax(1))
-        group = torch.cat(largest, 1).topk(_GROUPS, dim=1).indices
+        parts = torch.split(self.codes, _COLUMNS)
+        largest = [torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1) for codes in parts]
+        group = (torch.cat(largest, 1) * self.scale).topk(groups, dim=1).indices
         width = _COLUMNS // _GROUP
         start = group // width * _COLUMNS + group % width
-        return (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        tokens: Tensor = (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        return tokens

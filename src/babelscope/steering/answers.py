@@ -110,8 +110,9 @@ class Answers:
         wanted = list(with_nll) or [False] * len(rows)
         # Prompts of one length need no padding.
         order = sorted(range(len(rows)), key=lambda number: (len(given[number]), given[number], number))
-        starts = range(0, len(rows), self.batch_rows)
-        batches = [order[first : first + self.batch_rows] for first in starts]
+        # Of equal size, since a step of few answers takes almost as long as one of many.
+        count = -(-len(rows) // self.batch_rows)
+        batches = [order[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
 
         def compute(batch: list[int]) -> dict[str, Tensor]:
             return self._batch(rows[batch], [given[number] for number in batch], [wanted[number] for number in batch])
@@ -143,7 +144,8 @@ class Answers:
             nll[chosen] = generation.continuation_nll(
                 self.top.model, [given[number] for number in chosen], generated[chosen]
             )
-        embedding = judge.embed(self.top.model, self.judge.place, generated.tolist(), special, self.batch_tokens)
+        texts, which = torch.unique(generated, dim=0, return_inverse=True)  # weak vectors often change nothing
+        embedding = judge.embed(self.top.model, self.judge.place, texts.tolist(), special, self.batch_tokens)[which]
         return {"generated": generated.contiguous(), "nll": nll, "embedding": embedding}
 
     def _added(self, rows: pl.DataFrame) -> dict[str, Tensor]:

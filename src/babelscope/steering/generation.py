@@ -99,13 +99,14 @@ def generate(
     uniform = np.stack([np.random.default_rng(list(seed)).random(new_tokens, np.float32) for seed in seeds])
     drawn = [value > 0 for value in temperature]
     ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=torch.int64).flatten().tolist()
+    wanted = TOP_K if any(drawn) else 1 + len(ends)
     found: list[Tensor] = []
     count = _unchanged_blocks(model, prompts, changes, cache)
     with hooks.editing(model, {name: partial(edit, change=change) for name, change in changes.items()}):
         for step in range(new_tokens):
             position = (mask.cumsum(1) - 1).clamp_min(0)[:, -token.shape[1] :]
             with nullcontext() if step else _shared(model, prompts, count, token, mask, position, cache):
-                logits, tokens = top(TOP_K, input_ids=token, **_inputs(model, mask, position, cache))
+                logits, tokens = top(wanted, input_ids=token, **_inputs(model, mask, position, cache))
             if not step:
                 _check(model, cache, longest)
             for end in ends:

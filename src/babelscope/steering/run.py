@@ -221,10 +221,13 @@ def test(
     settings = chosen.select("method", "language", "place", "strength").rows()
     every, some = range(section.prompts), range(min(section.sampled, section.prompts))
     parts = [frame(settings, asked.test, every), frame(settings, asked.test, some, section.temperature)]
-    rows = pl.concat(parts[: 1 if section.temperature == 0 else 2])
-    found = []
-    if len(rows):
-        found.append(answers("test", rows, with_nll=measured(rows)))
+    steered = pl.concat(parts[: 1 if section.temperature == 0 else 2])
+    unsteered = frame([(NOTHING, name, None, None) for name in targets], asked.test, every)
+    # Unsteered answers are the same for all targets.
+    once = unsteered.unique("prompt", keep="first", maintain_order=True)
+    both = answers("test", pl.concat([steered, once]), measured(steered) + [True] * len(once))
+    found = [both[: len(steered)]]
+    same = both[len(steered) :].select("prompt", "text", "predicted", "relevant", "distinct_2", "nll")
     if PROMPT in section.methods:
         rows = frame([(PROMPT, name, None, None) for name in targets], asked.test, every)
         train, avoid = corpus.filter(split="train"), {prompt.group for prompt in asked.rows}
@@ -233,14 +236,8 @@ def test(
             prompt = asked.rows[number]
             ids.append(lines.after(prompt, prompts.example(train, prompt.language, language, avoid)))
         found.append(answers("prompting", rows, measured(rows), ids))
-    # Unsteered answers are the same for all targets.
-    rows = frame([(NOTHING, name, None, None) for name in targets], asked.test, every)
-    once = rows.unique("prompt", keep="first", maintain_order=True)
-    same = answers("unsteered", once, [True] * len(once)).select(
-        "prompt", "text", "predicted", "relevant", "distinct_2", "nll"
-    )
     wanted = pl.col("language").replace_strict(dict(answers.judge.label), return_dtype=pl.String)
-    joined = rows.join(same, on="prompt", how="left", maintain_order="left").with_columns(
+    joined = unsteered.join(same, on="prompt", how="left", maintain_order="left").with_columns(
         forced=pl.col("predicted") == wanted
     )
     # A method without a vector for a language does not steer to it.

@@ -98,7 +98,10 @@ def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool
         log.warning("track: %s: no such file; the run of %s is not logged; run `dvc checkout`", history, entry.stage)
         return None
     points = read_history(history)
-    run_id, known = _unfinished(opened, entry, points) or (_backfilled(opened, entry), {})
+    run_id, known = _unfinished(opened, entry, points) or ("", {})
+    if not run_id:
+        tags = {"dvc.stage": entry.stage, "babelscope.kind": "training", "babelscope.backfilled": "true"}
+        run_id = opened.create(training_name(entry.stage, entry.params), entry.params, tags)
     _log(opened, run_id, {key: value for key, value in points.items() if key not in known})
     opened.conclude(run_id, entry.stage, entry.output_md5)
     return True
@@ -109,11 +112,6 @@ def read_history(path: Path) -> store.Points:
     table = pl.read_csv(path).with_columns(pl.all().exclude("step").cast(pl.Float64))
     points = table.unpivot(index="step").select("variable", "step", "value").iter_rows()
     return {(name, step): value for name, step, value in points if value is not None and math.isfinite(value)}
-
-
-def _backfilled(opened: store.Store, entry: states.Training) -> str:
-    tags = {"dvc.stage": entry.stage, "babelscope.kind": "training", "babelscope.backfilled": "true"}
-    return opened.create(training_name(entry.stage, entry.params), entry.params, tags)
 
 
 def _unfinished(opened: store.Store, entry: states.Training, points: store.Points) -> tuple[str, store.Points] | None:
