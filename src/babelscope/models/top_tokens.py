@@ -61,7 +61,8 @@ class TopTokens:
             scale = rows.abs().amax((0, 2)).clamp_min(1e-30) / 127
             codes.append((rows / scale.unsqueeze(1)).round().to(torch.int8).flatten(0, 1))
             scales.append(scale)
-        self.codes, self.scale = torch.cat(codes), torch.cat(scales)
+        self.codes = torch.cat(codes)
+        self.scale: Tensor = torch.cat(scales)
 
     def __call__(self, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Run one pass with `inputs`; float32 logits and int64 token ids, `[rows, k]` each, in descending order."""
@@ -72,9 +73,8 @@ class TopTokens:
         x = entered[0][:, -1]
         if self.codes is None:
             return self._sorted(self.head.logits(x, 0, self.head.unembedding.out_features), k)
-        tokens = self._candidates(x, min(_GROUPS, k + _MORE))
-        weight = self.head.unembedding.weight
-        parts = zip(x.float().unsqueeze(2).split(_ROWS), tokens.split(_ROWS), strict=True)
+        tokens, weight = self._candidates(x, min(_GROUPS, k + _MORE)), self.head.unembedding.weight
+        parts = zip(torch.split(x.float().unsqueeze(2), _ROWS), torch.split(tokens, _ROWS), strict=True)
         found = torch.cat([torch.bmm(weight[some].float(), states).squeeze(2) for states, some in parts])
         logits, order = self._sorted(self.head.finish(found), k)
         return logits, tokens.gather(1, order)
@@ -90,7 +90,8 @@ class TopTokens:
         rows = x.float() / self.size
         states = (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127).round().to(torch.int8)
         largest = [
-            torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1) for codes in self.codes.split(_COLUMNS)
+            torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1)
+            for codes in torch.split(self.codes, _COLUMNS)
         ]
         group = (torch.cat(largest, 1) * self.scale).topk(groups, dim=1).indices
         width = _COLUMNS // _GROUP

@@ -144,7 +144,7 @@ class Answers:
             nll[chosen] = generation.continuation_nll(
                 self.top.model, [given[number] for number in chosen], generated[chosen]
             )
-        texts, which = generated.unique(dim=0, return_inverse=True)  # weak vectors often change nothing
+        texts, which = torch.unique(generated, dim=0, return_inverse=True)  # weak vectors often change nothing
         embedding = judge.embed(self.top.model, self.judge.place, texts.tolist(), special, self.batch_tokens)[which]
         return {"generated": generated.contiguous(), "nll": nll, "embedding": embedding}
 
