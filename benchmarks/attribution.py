@@ -16,8 +16,9 @@ import torch
 from babelscope import config, sae
 from babelscope.ablation.ablate import ablate
 from babelscope.ablation.interventions import FeatureAblation
-from babelscope.ablation.run import rank, texts_of
+from babelscope.ablation.run import rank
 from babelscope.models import hardware, loading, matmul
+from babelscope.models.tokens import texts_of
 
 
 def main() -> None:

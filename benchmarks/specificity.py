@@ -13,7 +13,7 @@ import race
 import torch
 
 from babelscope import config
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.store import ActivationStore
 from babelscope.core.paths import Paths
 from babelscope.features import sae_lape
 from babelscope.features.counter import Counter, whole_texts
@@ -34,7 +34,7 @@ def main() -> None:
     labels = [language, *(by_text[torch.randperm(len(by_text), generator=draw)][text] for _ in range(SHUFFLES))]
     frames: list[list[pl.DataFrame]] = [[] for _ in labels]
     for hookpoint in params.hookpoints:
-        sae, store = checkpoint.load(paths.saes, hookpoint), ActivationStore(place(paths.activations, hookpoint))
+        sae, store = checkpoint.load(paths.saes, hookpoint), ActivationStore(paths.activations / hookpoint)
         counters, rows = [Counter(names, sae.latents) for _ in labels], table["row"].to_torch()
         for start, end in whole_texts(text, params.encode.chunk_tokens):
             values, indices = sae.encode(store.gather(rows[start:end]))

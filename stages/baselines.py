@@ -4,12 +4,9 @@ from babelscope import config
 from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
     params = config.load()
-    from babelscope.baselines.run import run  # its imports take seconds, so params.yaml is checked first
+    from babelscope.baselines.run import run
 
     run(params, paths.Paths())
-
-
-if __name__ == "__main__":
-    stage.run(main)

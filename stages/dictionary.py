@@ -4,12 +4,9 @@ from babelscope import config
 from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
     params, name = config.load_at_dictionary()
-    from babelscope.baselines.dictionaries import run  # its imports take seconds, so params.yaml is checked first
+    from babelscope.baselines.dictionaries import run
 
     run(params, paths.Paths(), name)
-
-
-if __name__ == "__main__":
-    stage.run(main)

@@ -4,12 +4,9 @@ from babelscope import config
 from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
     params, hookpoint = config.load_at_hookpoint()
-    from babelscope.features.run_encode import run  # its imports take seconds: params.yaml is checked before
+    from babelscope.features.run_encode import run
 
     run(params, paths.Paths(), hookpoint)
-
-
-if __name__ == "__main__":
-    stage.run(main)

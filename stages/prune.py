@@ -1,14 +1,12 @@
 """Stage `prune`: delete the outputs of hookpoints that params.yaml no longer lists."""
 
 from babelscope import config
-from babelscope.core import stage
-from babelscope.core.paths import Paths
-from babelscope.tracking.prune import run
+from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
-    run(config.load(), Paths())
+    params = config.load()
+    from babelscope.tracking.prune import run
 
-
-if __name__ == "__main__":
-    stage.run(main)
+    run(params, paths.Paths())

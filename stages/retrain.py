@@ -4,12 +4,9 @@ from babelscope import config
 from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
     params, hookpoint, seed = config.load_at_seed()
-    from babelscope.sae.training.rerun import run  # its imports take seconds: params.yaml is checked before
+    from babelscope.sae.training.rerun import run
 
     run(params, paths.Paths(), hookpoint, seed)
-
-
-if __name__ == "__main__":
-    stage.run(main)

@@ -4,12 +4,9 @@ from babelscope import config
 from babelscope.core import paths, stage
 
 
+@stage.script
 def main() -> None:
     params = config.load()
-    from babelscope.features.run_score import run  # its imports take seconds: params.yaml is checked before
+    from babelscope.features.run_score import run
 
     run(params, paths.Paths())
-
-
-if __name__ == "__main__":
-    stage.run(main)

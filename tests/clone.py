@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm
 from closure import ROOT
 from ruamel.yaml import YAML
 
@@ -78,8 +79,16 @@ def run(repo: Path, *command: str, ok: bool = True) -> str:
     """Run a command in the clone; returns what it printed, in the order in which it did."""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=repo, env=environment(), text=True, check=False, **both)
-    text = done.stdout
-    assert (done.returncode == 0) == ok, text
+    return _checked(done.returncode, done.stdout, ok)
+
+
+def dvc(repo: Path, *arguments: str, ok: bool = True) -> str:
+    """Run `dvc` in the clone, by `warm`; returns what it printed, in the order in which it did."""
+    return _checked(*warm.dvc(repo, *arguments, env=environment()), ok)
+
+
+def _checked(code: int, text: str, ok: bool) -> str:
+    assert (code == 0) == ok, text
     assert "Traceback" not in text, text
     return text
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from clone import clone, run
+from clone import clone, dvc
 from closure import ROOT
 
 from babelscope import config, sae
@@ -139,7 +139,7 @@ class Pipeline:
             asked = offline(patch, self.folder / ".cache")
             for name, *arguments in commands(params):
                 if name == "track":  # it asks dvc.lock for the state: this writes it without running anything
-                    run(self.folder, "dvc", "commit", "--force", "--quiet")
+                    dvc(self.folder, "commit", "--force", "--quiet")
                 patch.setattr("sys.argv", [f"stages/{name}.py", *arguments])
                 runpy.run_path(str(ROOT / f"stages/{name}.py"), run_name=f"stages.{name}")["main"]()
         assert not asked

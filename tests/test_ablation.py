@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from babelscope.ablation import ablate, conditions, run, statistics
 from babelscope.ablation.interventions import Additive, Directional, FeatureAblation, NeuronAblation, basis
+from babelscope.ablation.statistics import Measured
 from babelscope.models import hookpoints, nll, partial, tokens
 from babelscope.sae.autoencoder import SAE
 
@@ -712,7 +713,7 @@ def test_controls_go_on_for_the_languages_that_are_not_decided(tmp_path):
     wanted = asked[numbers] & ~(is_half[:, None] & ~conditions.first_half(language))
     assert np.array_equal(~nll_of.ablated.isnan().numpy(), wanted) and nll_of.passes == wanted.sum()
     assert nll_of.share == 0.5 and nll_of.tokens.tolist() == [10] * 60
-    _, found = statistics.tables(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0)
+    _, found = statistics.tables(Measured(nll_of, made, "feature", language, ["en", "fi", "sv"], 200, 0))
     assert found.select("above", "draws").rows() == [(True, 2), (False, 4), (False, 2)]
     assert torch.equal(nll_of.kl.isnan(), nll_of.ablated.isnan()) and nll_of.sampled.tolist() == [2] * 60
 
@@ -740,9 +741,10 @@ def test_controls_of_the_script_go_on_for_themselves(tmp_path):
     nll_of, made = run.measure_until_decided(what, texts, language, asked, measure, tmp_path, resamples=200, seed=0)
     own, first, both = [(None, False)], [(0, False), (1, False)], [(0, True), (1, True)]
     assert steps == [own + first + both, own + both]
-    found, control = statistics.tables(nll_of, made, "feature", language, ["en", "fi"], 200, 0)
+    done = Measured(nll_of, made, "feature", language, ["en", "fi"], 200, 0)
+    found, control = statistics.tables(done)
     assert found["control"].drop_nulls().to_list() == [0, 1]  # no rows of the script's controls
-    bound = statistics.compared(nll_of, made, "feature", language, ["en", "fi"], 200, 0, script=True)
+    bound = statistics.compared(done, script=True)
     assert control["above"].to_list() == [True] and bound["above"].to_list() == [False]
     mean = float((size[3:, ::2].sum(1) / 200).mean())
     figures = statistics.against_script(bound)
@@ -760,11 +762,12 @@ def test_the_divergence_of_a_language_and_of_others_by_hand():
     kl = torch.tensor([[1.0, 2, 3, nan], [4, 5, nan, 7], [nan] * 4, [nan] * 4], dtype=torch.float64)
     nll_of = ablate.TextNLL(kl[0], kl, torch.tensor([9] * 4), 0, 0, 0, kl, torch.tensor([1, 2, 4, 3]))
     what = conditions.Conditions(keys_of(rows), {})
-    found = statistics.divergence(nll_of, what, language, ["en", "fi"])
+    done = Measured(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    found = statistics.divergence(done)
     expected = {"kl_own/en": 4 / 5, "kl_own/fi": 5 / 2, "kl_own": 1.65, "kl_others/en": 1.0, "kl_others/fi": 11 / 4}
     assert found == pytest.approx(expected | {"kl_others": 1.875})
     nll_of.sampled *= 0
-    assert statistics.divergence(nll_of, what, language, ["en", "fi"]) == {}
+    assert statistics.divergence(done) == {}
 
 
 def test_few_texts_decide_nothing():
@@ -795,7 +798,7 @@ def test_the_tables_of_a_run(model, saes):
     what = conditions.conditions(owned, counts, TOTALS, ["en", "fi"], ratio=0.5, by_layer=True, draws=2, seed=0)
     done = {name: FeatureAblation(saes[name], units) for name, units in what.units.items()}
     nll_of = ablate.ablate(model, done, texts, 40, asked=torch.from_numpy(what.asked(language, tokens_of(texts), None)))
-    found, control = statistics.tables(nll_of, what, "feature", language, ["en", "fi"], 100, 0)
+    found, control = statistics.tables(Measured(nll_of, what, "feature", language, ["en", "fi"], 100, 0))
     assert found.columns == [*statistics.COLUMNS, "hookpoint", "layer"]
     assert found["control"].dtype == pl.Int32 and found["layer"].unique().sort().to_list() == [None, 1, 2]
     assert len(found) == 2 + 4 + 2 * 2 + 2 * 4

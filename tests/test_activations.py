@@ -70,7 +70,7 @@ def test_rows_of_both_stages_are_numbered_through(tmp_path):
     paths = Paths(tmp_path)
     x = torch.arange(20).half().view(10, 2)
     for folder, part in ((paths.activations, x[:6]), (paths.extended, x[6:])):
-        write_store(store.place(folder, "layers.1"), part)
+        write_store(folder / "layers.1", part)
     for path, languages in ((paths.tokens, ["en"] * 4 + ["de"] * 2), (paths.extended_tokens, ["nl"] * 4)):
         values = {"row": range(len(languages)), "text_id": "t", "language": languages, "split": "train"}
         pl.DataFrame(values).write_parquet(path)

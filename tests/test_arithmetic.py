@@ -40,6 +40,17 @@ def test_bytes_are_those_of_the_files(dtype: str, tmp_path: Path) -> None:
     assert size == pytest.approx(4096 * shape.stored(dtype), abs=1024)  # header, mean and deviation
 
 
+def test_a_stream_on_eight_devices_by_hand() -> None:
+    shape, found = arithmetic.SHAPES[0], arithmetic.divided(arithmetic.SHAPES[0], 8)
+    # 14 of 16 hookpoints x 2,048 numbers x 2 bytes, of an eighth of the tokens.
+    assert found["each"] == 2 and found["sent"] == 14 * 2048 * 2 / 8
+    # A ring sends 2 x 7/8 of 4 bytes per weight and batch.
+    assert found["gradients"] == pytest.approx(16 * 2 * 2048 * 131072 * 4 * 2 * 7 / 8 / 8192)
+    assert found["memory"] == pytest.approx(2 * 8.59e9 + 2 * shape.weights + 1.34e9 + 2.68e9, rel=1e-3)
+    assert 1 / found["repeated"] == pytest.approx(1 / 166815 + 2 / 410308)
+    assert 1 / found["divided"] == pytest.approx(1 / 166815 / 8 + 2 / 410308)
+
+
 def test_sizes_and_times_can_be_read() -> None:
     assert [arithmetic.size(n, "B") for n in (512, 6.554e13, 2.62e15)] == ["512 B", "65.5 TB", "2.62 PB"]
     spans = [arithmetic.span(seconds / 3600) for seconds in (0.2, 90, 3600, 40 * 3600, 90 * 86400)]

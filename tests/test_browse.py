@@ -17,8 +17,8 @@ from babelscope.browse.firings import BANDS, BINS, Firings
 from babelscope.browse.units import probabilities, units
 from babelscope.features.counter import whole_texts
 from babelscope.features.examples import Features
-from babelscope.features.pieces import by_piece, cut, pieces
 from babelscope.models import hookpoints, logit_lens, tokens
+from babelscope.models.pieces import by_piece, cut, pieces
 from babelscope.sae.autoencoder import SAE
 
 D, VOCABULARY = 16, 60

@@ -14,6 +14,7 @@ from babelscope.ablation.attribution import attribute
 from babelscope.ablation.conditions import TOP, Conditions, conditions
 from babelscope.ablation.interventions import FeatureAblation, Replacement, interventions
 from babelscope.ablation.run import _mean_activation
+from babelscope.ablation.statistics import Measured
 from babelscope.models import hookpoints, nll
 from babelscope.sae.autoencoder import SAE
 
@@ -163,9 +164,8 @@ def test_the_curve_by_hand():
     units = [[0] * (20 if top is None else top) for _, _, _, top in keys]
     what = Conditions(frame, {"h": units, "i": [[]] * len(keys)})
     clean = torch.full((5,), 2.0, dtype=torch.float64)
-    found, figures = ranking.curve(
-        TextNLL(clean, ablated, tokens, 0, 0, 0, ablated, tokens), what, "feature", language, ["en", "fi"], 100, 0
-    )
+    nll = TextNLL(clean, ablated, tokens, 0, 0, 0, ablated, tokens)
+    found, figures = ranking.curve(Measured(nll, what, "feature", language, ["en", "fi"], 100, 0))
     en = found.filter(language="en")
     assert en["top"].to_list() == [1, 2, 5, 10, None] and en["features"].to_list() == [1, 2, 5, 10, 20]
     assert en["own"].to_list() == pytest.approx([1, 3, 4, 4, 6]) and en["tokens"].to_list() == [30] * 5

@@ -64,7 +64,7 @@ def test_params_are_checked_by_one_message(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text)
     done = call(tmp_path, "params", "check")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "params.yaml is valid\n")
     (tmp_path / "params.yaml").write_text(text.replace("  ratio:", "  ratoi:"))
     done = call(tmp_path, "params", "check")
     assert done.returncode == 1 and "params.yaml: score.ratoi: unknown key; allowed" in done.stderr

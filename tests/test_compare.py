@@ -17,6 +17,7 @@ from babelscope.compare import command, figures, page, saes, states
 from babelscope.compare.figures import Block, Value
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
+from babelscope.report.verdict import wilson
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.checkpoint import save
 
@@ -91,11 +92,10 @@ def test_folders_are_compared_at_the_hookpoints_that_both_have(
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
     # 81 of 263: Newcombe 1998, table I, gives 0.2553 to 0.3662.
-    value = figures.wilson(81 / 263, 263)
-    assert (round(value.low or 0, 4), round(value.high or 0, 4)) == (0.2553, 0.3662)
+    assert [round(end, 4) for end in wilson(81 / 263, 263)] == [0.2553, 0.3662]
     for share in (0.0, 1.0):
-        value = figures.wilson(share, 20)
-        assert value.value == share and 0 <= (value.low or 0) < (value.high or 0) <= 1
+        low, high = wilson(share, 20)
+        assert 0 <= low < high <= 1
     assert figures.apart((Value(1, 0.5, 1.5), Value(2, 1.6, 2.5))) is True
     assert figures.apart((Value(1, 0.5, 1.6), Value(2, 1.6, 2.5))) is False
     assert figures.apart((Value(1, 0.5, 1.5), Value(2))) is None is figures.apart((None, Value(2, 1, 3)))
@@ -190,8 +190,9 @@ def test_pairs_have_intervals_and_are_placed_by_relative_depth(repo: Path) -> No
     assert list(found) == ["features", "specificity", "ablation", "identification", "stability", "sets", "steering",
                            "own_alone", "fvu"]  # fmt: skip
     assert found["ablation"].rows["en"] == (Value(0.5, 0.45, 0.55), Value(1.5, 1.35, 1.6500000000000001))
-    assert found["identification"].rows["fasttext/none"][0] == figures.wilson(0.95, 100)
-    assert found["stability"].rows["en"][1] == figures.wilson(0.5, 10) and found["stability"].rows["tr"] == (None, None)
+    assert found["identification"].rows["fasttext/none"][0] == Value(0.95, *wilson(0.95, 100))
+    assert found["stability"].rows["en"][1] == Value(0.5, *wilson(0.5, 10))
+    assert found["stability"].rows["tr"] == (None, None)
     assert found["steering"].rows == {"pca": (Value(0.5, 0.25, 0.75), Value(0.5, 0.25, 0.75))}
     alone = found["own_alone"]
     assert alone.at == {"0.12 layers.5.mlp": 0.125, "0.25 layers.5.mlp": 0.25, "0.25 layers.10.mlp": 0.25,
@@ -241,7 +242,7 @@ def test_without_the_table_the_figures_have_no_intervals(repo: Path, caplog: pyt
 
 def test_what_is_neither_or_not_of_a_kind_is_refused(repo: Path) -> None:
     (repo / "saes").mkdir()
-    with pytest.raises(UserError, match="HEAD names a git revision, but saes names SAEs; allowed: two of a kind"):
+    with pytest.raises(UserError, match="HEAD is a git revision, but saes is no git revision; allowed: two revisions"):
         command.main("HEAD", "saes", [], 0.7, Path("x.html"))
     with pytest.raises(UserError, match="nothing: no git revision, no DVC experiment"):
         states.read("nothing", repo)

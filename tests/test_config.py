@@ -80,15 +80,15 @@ def test_the_default_is_valid_and_nothing_is_converted_silently():
         ("score.max_entropy", -0.5, "score.max_entropy: input should be greater than or equal to 0"),
         ("languages", [], "languages: the list is empty"),
         ("languages", ["en", "en"], "languages: 'en' is listed twice"),
-        ("languages", ["en", "../x"], r"languages: '../x' does not have the form"),
+        ("languages", ["en", "../x"], r"languages: '../x' is not a language code"),
         ("languages", ["en", False], "languages.1: input should be a valid string, got False"),
         (
             "hookpoints",
             ["layers.5.post_feedforward_layernorm", "layers.5.post_feedforward_layernorm"],
             "hookpoints: 'layers.5.post_feedforward_layernorm' is listed twice",
         ),
-        ("hookpoints", ["../../etc"], "hookpoints: '../../etc' does not have the form"),
-        ("neurons.hookpoints", ["a b"], "neurons.hookpoints: 'a b' does not have the form"),
+        ("hookpoints", ["../../etc"], "hookpoints: '../../etc' is not a path"),
+        ("neurons.hookpoints", ["a b"], "neurons.hookpoints: 'a b' is not a path"),
         ("neurons.hookpoints", ["h.1.mlp.act", "h.1.mlp.act"], "neurons.hookpoints: 'h.1.mlp.act' is listed twice"),
         (
             "neurons.hookpoints",

@@ -10,6 +10,8 @@ from ruamel.yaml import YAML
 
 import babelscope.models.loading
 from babelscope.core.errors import UserError
+from babelscope.core.paths import Paths
+from babelscope.tracking.sync import changed_texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +80,15 @@ def test_the_same_input_gives_the_same_bytes(run: Any) -> None:
         run(texts, ["en", "de"])
         hashes.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs])
     assert hashes[0] == hashes[1]
+
+
+def test_texts_that_change_after_they_were_read_are_noticed(run: Any) -> None:
+    texts = {language: [f"{language} text number {i}" for i in range(100)] for language in ("en", "de")}
+    params: dict[str, Any] = {"corpus": {"path": "texts"}}
+    run(texts, ["en", "de"])
+    assert changed_texts(Paths(), params) is None and changed_texts(Paths(), {"corpus": {"path": None}}) is None
+    Path("texts/en.txt").write_text("one text more, in another file\n")
+    assert changed_texts(Paths(), params) == Path("texts")
 
 
 def test_a_language_more_or_less_changes_no_text_of_those_that_train(run: Any) -> None:

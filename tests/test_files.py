@@ -257,6 +257,7 @@ def test_what_dvc_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     for name in ("shard-0", "input/shard-0", "x.tmp"):
         (folder / name).write_bytes(name.encode())
     expected = fingerprint.content_md5(folder)
+    monkeypatch.setattr(fingerprint, "_SMALL", 0)
     assert fingerprint.dvc_md5(folder) == expected
 
     import dvc_data.hashfile.hash as hashing
@@ -280,6 +281,7 @@ def test_without_dvcs_private_functions_the_hashes_are_the_same(tmp_path, monkey
                  "outside", "input/outer", "input/build/x", "build"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
+    monkeypatch.setattr(fingerprint, "_SMALL", 0)
     expected = fingerprint.dvc_md5(folder), fingerprint.content_md5(folder)
 
     def gone(*_):

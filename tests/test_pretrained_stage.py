@@ -33,7 +33,7 @@ def released() -> SAE:
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
     """Made-up activations, and the stage to be run on them with these params beside the shipped ones."""
     monkeypatch.chdir(tmp_path)
-    place = store.place(tmp_path / "data/activations", HOOKPOINT)
+    place = tmp_path / "data/activations" / HOOKPOINT
     store.write_shard(place, 0, torch.randn(300, D, generator=torch.Generator().manual_seed(1)).half())
     store.write_index(place, [300], D, "float16", "made-up", HOOKPOINT)
     splits = {"row": range(300), "language": ["en", "tr"] * 150, "split": ["train"] * 200 + ["eval"] * 100}

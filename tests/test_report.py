@@ -27,7 +27,7 @@ from babelscope.core.paths import Paths
 from babelscope.report import about, charts, page, run
 from babelscope.report.numbers import NONE, p_value, percent, plain, significant
 from babelscope.report.parts import Picture, ReportInputs, Table, browser_link, layer_labels
-from babelscope.report.relatives import relatives
+from babelscope.report.relatives import means_by_relation, relatives
 from babelscope.report.sections import (
     ablation,
     baselines,
@@ -266,7 +266,7 @@ def test_translations_share_latents_by_layer_and_relation() -> None:
     assert frame["layer"].to_list() == [str(layer) for layer in example.LAYERS]
     assert frame["random"].to_list() == pytest.approx([0.1] * len(frame))
     assert sharing.steered(frame) == (example.HOOKPOINTS[4], "0.50")
-    means = sharing.by_relation(inputs())
+    means = means_by_relation(sharing.excess(inputs()).select("relation", value="excess"))
     assert means["same branch"] > means["neither"] == pytest.approx(means["same script, other branch"])
     assert sharing.pairs(inputs()).rows[0][:2] == ["pt-BR", "es"]
     assert sharing.section(inputs(sharing=None)) is None
@@ -303,7 +303,7 @@ def test_languages_that_are_alike_stand_side_by_side() -> None:
     assert frame.filter(language="fi", other="tr")["expected"].item() == "same script"
     assert frame.filter(language="he", other="ta")["expected"].item() == "neither"
     assert similarity.table(frame, inputs()).rows[0][:3] == ["pt-BR", "es", "0.667"]
-    assert similarity.likeness(frame)["neither"] == pytest.approx(0.05)
+    assert means_by_relation(frame.select("value", relation="expected"))["neither"] == pytest.approx(0.05)
     unknown = inputs(params=example.params() | {"languages": ["xx", "en", "de"]})
     assert similarity.similarity(unknown).filter(language="en", other="de")["expected"].item() == "same branch"
     assert similarity.similarity(inputs(params=example.params() | {"languages": ["en", "de"]})).is_empty()

@@ -103,6 +103,16 @@ def test_filters(page: Any, name: str, value: str, wanted: pl.Expr) -> None:
     assert count(page) == "60 features" and heading(page) == listed(page)[0]
 
 
+def test_what_is_not_on_a_page_of_a_part_may_be_beyond_its_limit(chromium: Any, tmp_path: Path) -> None:
+    (tmp_path / "features.html").write_text(report.build(inputs(selected=100_000)), encoding="utf-8")
+    page = visit(chromium, tmp_path / "features.html", "#layers.10.mlp/99999")
+    said = page.inner_text("#feature")
+    assert "No such feature: layers.10.mlp/99999" in said and "Of 100\u202f000 selected features" in said
+    page.fill("#filters [name=words]", "nowhere in any text")
+    assert "No feature passes the filters." in (said := page.inner_text("#feature")) and "browse.selected: null" in said
+    page.close()
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [("WORD17", [17]), ("layers.29.mlp/414", [59]), ("שורשים", None), ("குடும்ப", None), (SCRIPT, None)],

@@ -235,7 +235,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows, d, generator = 1200, 16, torch.Generator().manual_seed(0)
     on = torch.rand(rows, 24, generator=generator).argsort(dim=1) < 3
     x = (on * torch.rand(rows, 24, generator=generator)) @ torch.randn(24, d, generator=generator) + 1.0
-    place = store.place(tmp_path / "data/activations", HOOKPOINT)
+    place = tmp_path / "data/activations" / HOOKPOINT
     store.write_shard(place, 0, x.half())
     store.write_index(place, [rows], d, "float16", "made-up", HOOKPOINT)
     tokens = {"row": range(rows), "split": ["train"] * 1000 + ["eval"] * 200}
@@ -343,7 +343,7 @@ def test_each_sae_has_feature_sets_of_its_own_and_figures_are_means_over_seeds(
     own = torch.arange(4) + 4 * language[:, None]
     on = torch.cat([own.gather(1, score[:, :4].topk(2).indices), 8 + score[:, 8:].topk(2).indices], dim=1)
     x = torch.zeros(rows, 32).scatter_(1, on, 1.0 + torch.rand(rows, 4, generator=generator))
-    place = store.place(folder / "data/activations", HOOKPOINT)
+    place = folder / "data/activations" / HOOKPOINT
     store.write_shard(place, 0, x.half())
     store.write_index(place, [rows], 32, "float16", "made-up", HOOKPOINT)
     order = torch.randperm(32, generator=generator)

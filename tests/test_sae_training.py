@@ -138,7 +138,7 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
         now[0] += 1.0
 
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(loop, "write_atomically", write)
+    monkeypatch.setattr("babelscope.sae.training.parts.write_atomically", write)
     monkeypatch.setattr(module.Learner, "before_update", step)
     hardware = HARDWARE.model_copy(update={"checkpoint_seconds": 10})
     train(batches_of(FakeStore()), SETTINGS, hardware, seed=1, folder=tmp_path / "none")
@@ -239,9 +239,9 @@ def test_moments_of_activations_far_from_zero_keep_their_digits(mean: float) -> 
 def test_a_logged_batch_without_variance_has_no_fvu() -> None:
     written: list[Mapping[str, float]] = []
     training = SAETraining(SETTINGS, steps=120, seed=1)
-    training.build([(target.normalisation(), None) for target, _ in batches_of(FakeStore()).moments()])
+    training.build({0: (batches_of(FakeStore()).moments()[0][0].normalisation(), None)})
     logger = SimpleNamespace(log_metrics=lambda metrics, step: written.append(metrics))
-    training._trainer = SimpleNamespace(world_size=1, loggers=[logger])  # type: ignore[assignment]
+    training._trainer = SimpleNamespace(world_size=1, strategy=None, loggers=[logger])  # type: ignore[assignment]
     training.record(7, 0.1, [torch.tensor([1.0, 0.5, 0.0, 4.0, 0.0])])
     training.record(14, 0.1, [torch.tensor([1.0, 0.5, 2.0, 4.0, 0.0])])
     assert math.isnan(written[0]["fvu"]) and written[1]["fvu"] == 0.25
@@ -269,7 +269,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 def test_the_rule_for_the_learning_rate_takes_over_where_none_is_given() -> None:
     settings = SETTINGS.model_copy(update={"learning_rate": None, "dead_after": None})
     training = SAETraining(settings, steps=120, seed=1)
-    training.build([(target.normalisation(), None) for target, _ in batches_of(FakeStore()).moments()])
+    training.build({0: (batches_of(FakeStore()).moments()[0][0].normalisation(), None)})
     assert training.rate == learning_rate(128, 120)
     assert training.each[0].dead_after == 32 * 128 // 4
     assert learning_rate(4096, 1000) > learning_rate(16384, 1000) > learning_rate(16384, 10000)
@@ -462,7 +462,7 @@ def test_frozen_weights_stay_as_initialised(tmp_path: Path, frozen: str) -> None
 def test_weight_decay_shortens_encoder_rows_alone() -> None:
     settings = SETTINGS.model_copy(update={"weight_decay": 2.0, "warmup": 0.0, "decay": 0.0})
     training = SAETraining(settings, steps=10, seed=1)
-    training.build([(moments([FakeStore().data]).normalisation(), None)])
+    training.build({0: (moments([FakeStore().data]).normalisation(), None)})
     optimizer = training.configure_optimizers()["optimizer"]
     before = {name: weight.detach().clone() for name, weight in training.named_parameters()}
     for weight in training.parameters():

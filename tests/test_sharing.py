@@ -65,7 +65,7 @@ def test_rank_correlation() -> None:
 def lay_out(folder: Path, groups: int) -> tuple[config.Config, Paths]:
     """Two groups in three languages, two tokens a text; latent 0 or 1 fires by group, 2 to 4 by language."""
     d, n = 8, 5
-    place = store.place(folder / "data/activations", HOOKPOINT)
+    place = folder / "data/activations" / HOOKPOINT
     place.mkdir(parents=True)
     (folder / "data/corpus").mkdir(parents=True)
     texts, rows, x = [], [], []

@@ -222,9 +222,9 @@ def extracted(model: Any, folder: Path, transcode: bool) -> tuple[pl.DataFrame, 
     shards, names = extraction.plan(texts, 64, 50), forward.names_to_read(NAMES, transcode)
     assert extraction.extract(model, texts, shards, names, folder, "float16", HARDWARE)
     for name in names:
-        place = store.place(folder, name)
+        place = folder / name
         store.write_index(place, [shard.rows for shard in shards], 16, "float16", "tiny", name)
-    stores = {name: store.ActivationStore(store.place(folder, name)) for name in names}
+    stores = {name: store.ActivationStore(folder / name) for name in names}
     return extraction.token_table(texts, shards), stores
 
 

@@ -18,8 +18,8 @@ from babelscope.core.paths import Paths
 from babelscope.models import loading
 from babelscope.sae import checkpoint
 from babelscope.sae.autoencoder import SAE
+from babelscope.switching import measure, sentences
 from babelscope.switching import run as switching
-from babelscope.switching import sentences
 
 LANGUAGES, HOOKPOINT, WIDTH, TOKENS = ["en", "de", "fi"], "layers.0", 8, 10
 LOGIT = 3.0  # of every token of the language that the last token has, in the planted model
@@ -68,7 +68,7 @@ def test_changes_by_hand() -> None:
     clean = torch.tensor([5.0, 20, 15, 10, 7], dtype=torch.float64)
     without_en = clean + torch.tensor([10.0, -1, 4, 2, 8], dtype=torch.float64)
     without_de = clean + torch.tensor([1.0, 8, math.nan, 5, 3], dtype=torch.float64)
-    found = switching.changes(frame, clean, torch.stack([without_en, without_de]), ["en", "de"], 20, 0)
+    found = measure.changes(frame, clean, torch.stack([without_en, without_de]), ["en", "de"], 20, 0)
     # The second group has one language only.
     assert found.select("language", "other", "groups").rows() == [("en", "de", 1), ("de", "en", 1)]
     first, second = found.select(switching.CHANGES).rows()
@@ -86,7 +86,7 @@ def test_the_interval_is_over_the_groups() -> None:
     clean = torch.ones(20, dtype=torch.float64)
     change = torch.zeros(2, 20, dtype=torch.float64)
     change[1, 5:10] = torch.tensor([1.0, 2, 3, 4, 5])
-    found = switching.changes(frame, clean, clean + change, ["en", "de"], 500, 0)
+    found = measure.changes(frame, clean, clean + change, ["en", "de"], 500, 0)
     low, mean, high = found.select("effect_low", "effect", "effect_high").row(0)
     assert mean == pytest.approx(0.6) and 0.2 < low < 0.5 and 0.7 < high < 1.0
     assert found.select("effect_low", "effect", "effect_high").row(1) == (0, 0, 0)
@@ -217,7 +217,7 @@ def test_pre_activations_are_means_over_a_languages_features(tmp_path: Path) -> 
     )
     features = pl.DataFrame({"hookpoint": HOOKPOINT, "unit": [0, 1, 2], "language": ["en", "en", "fi"]})
     sae = checkpoint.load(paths.saes, HOOKPOINT)
-    weight, bias = switching.directions(sae, HOOKPOINT, features, LANGUAGES, paths)
+    weight, bias = measure.directions(sae, HOOKPOINT, features, LANGUAGES, paths)
     # English: latents 0 and 1 with mean activations of 4 and 2, half of each; Finnish: latent 2 with one of 1.
     assert weight[0, :3].tolist() == pytest.approx([1 / 8, 1 / 4, 0.0])
     assert weight[2, :3].tolist() == pytest.approx([0.0, 0.0, 1.0])

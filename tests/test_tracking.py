@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import warm
 from ruamel.yaml import YAML
 from toy_pipeline import DVC_YAML, STEPS, loss
 
@@ -40,7 +41,9 @@ class Repo:
         return done.stdout + done.stderr
 
     def dvc(self, *arguments: str, fails: bool = False, **environment: str) -> str:
-        return self.run(sys.executable, "-m", "dvc", *arguments, fails=fails, **environment)
+        code, said = warm.dvc(self.folder, *arguments, env=self.environment(**environment))
+        assert (code != 0) == fails, f"dvc {' '.join(arguments)}\n{said}"
+        return said
 
     def commit(self) -> None:
         self.run("git", "add", "-A")

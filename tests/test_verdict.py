@@ -79,7 +79,7 @@ def test_text_and_html_are_the_same_sentences() -> None:
 
 def test_intervals() -> None:
     # Wilson's interval of 8 of 10, by the formula.
-    assert verdict.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert verdict.wilson(0, 5)[0] == 0.0 and verdict.wilson(5, 5)[1] == pytest.approx(1.0)
+    assert verdict.wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert verdict.wilson(0, 5)[0] == 0.0 and verdict.wilson(1, 5)[1] == pytest.approx(1.0)
     low, high = verdict.mean_interval([0.0, 2.0] * 50)
     assert low == pytest.approx(1 - 1.96 * 0.1, abs=0.03) and high == pytest.approx(1 + 1.96 * 0.1, abs=0.03)

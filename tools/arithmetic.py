@@ -13,6 +13,8 @@ RATES = Path(__file__).parent.parent / "benchmarks/results/scale.cuda.json"
 TOKENS, DEVICES = {"1 M": 10**6, "100 M": 10**8, "10 B": 10**10}, (1, 8, 64)
 PASS, STEP, COUNT = "forward pass, all hookpoints read", "SAE training step", "SAE encode and count"
 LENGTH = 128  # tokens of a text
+# Rows of a training batch, rows of a block of `stream`, tokens of one of its passes.
+BATCH, BLOCK, PASS_TOKENS = 8192, 16 * 8192, 4096
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,14 @@ class Shape:
     latents: int = 131072
 
     @property
+    def weights(self) -> float:
+        """Weights of the blocks."""
+        return self.blocks * (2 * self.d**2 * (1 + self.key_heads / self.heads) + 3 * self.d * self.inner)
+
+    @property
     def forward(self) -> float:
         """FLOPs of the blocks per token: 2 per weight, plus attention to half a text on average."""
-        weights = 2 * self.d**2 * (1 + self.key_heads / self.heads) + 3 * self.d * self.inner
-        return self.blocks * (2 * weights + 4 * self.d * LENGTH / 2)
+        return 2 * self.weights + self.blocks * 4 * self.d * LENGTH / 2
 
     @property
     def encoder(self) -> float:
@@ -70,10 +76,31 @@ def hours(shape: Shape, tokens: float, devices: int) -> dict[str, float]:
     }
 
 
+def divided(shape: Shape, devices: int) -> dict[str, float]:
+    """Stage `stream` if each device trains different SAEs: bytes of a device, bytes that it sends, tokens/s of all.
+
+    The bytes sent are per token of the corpus: a device computes 1 / devices of the passes, and sends each other device
+    what that one reads. Gradients that all devices share (DDP) are sent nearly twice per batch (a ring).
+    """
+    rate, each, others = rates(shape), math.ceil(shape.blocks / devices), (devices - 1) / devices
+    width, training = shape.blocks * shape.d, each / rate[STEP]
+    return {
+        "each": each,
+        "memory": each * shape.state
+        + 2 * shape.weights
+        + 2 * each * shape.d * (BLOCK + 4 * BATCH)
+        + 20 * width * PASS_TOKENS,
+        "sent": 2 * width * others / devices,
+        "gradients": 2 * others * shape.blocks * shape.state / 4 / BATCH,
+        "repeated": 1 / (1 / rate[PASS] + training),
+        "divided": 1 / (1 / rate[PASS] / devices + training),
+    }
+
+
 def size(number: float, unit: str) -> str:
     """Three digits and a decimal prefix."""
     prefix, value = next(
-        ((p, v) for p, v in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)) if number >= v), ("", 1)
+        ((p, v) for p, v in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= v), ("", 1)
     )
     return f"{number / value:.3g} {prefix}{unit}"
 
@@ -116,9 +143,32 @@ def spans(shape: Shape) -> list[str]:
     return lines
 
 
+def streams() -> list[str]:
+    """Memory, traffic and speed of `stream` on several devices that train different SAEs."""
+    head = (
+        "`stream` for",
+        "GPUs",
+        "SAEs each",
+        "memory of a GPU",
+        "sent by a GPU",
+        "with DDP",
+        "tokens/s",
+        "passes not divided",
+    )
+    lines = [row(*head), "|" + "---|" * len(head)]
+    for shape, counts in zip(SHAPES, ((8, 16), (8, 16, 32)), strict=True):
+        for devices in counts:
+            found = divided(shape, devices)
+            traffic = [f"{size(found[name], 'B')}/token" for name in ("sent", "gradients")]
+            speed = [f"{found[name]:,.0f}" for name in ("divided", "repeated")]
+            lines.append(row(shape.name, devices, found["each"], size(found["memory"], "B"), *traffic, *speed))
+    return lines
+
+
 def page() -> str:
     """All tables, as they stand in docs/scaling.md."""
-    return "\n".join([*measured(), *(line for shape in SHAPES for line in ("", *spans(shape)))])
+    sections = [measured(), *map(spans, SHAPES), streams()]
+    return "\n\n".join("\n".join(lines) for lines in sections)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,14 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import psutil
 from clone import clone, environment, hashes, ran, run, runs, set_params
+from warm import Dvc
 
 RESUMED = re.compile(r"resumed at step (\d+)")
 TRAININGS = ("train@", "retrain@", "stream")
 VICTIMS = ("stage", "dvc", "group")
 OUTPUTS = ("data", "metrics", "reports")
+Process = subprocess.Popen[bytes] | Dvc
+Start = Callable[[Path, Path], Process]
 _POLL = 0.02
 
 
@@ -50,7 +53,7 @@ class Kill:
     resumed: int | None = None
 
 
-def repro(repo: Path, log: Path) -> subprocess.Popen[bytes]:
+def repro(repo: Path, log: Path) -> Process:
     """`dvc repro` in its own process group; its output and that of its stages go to a file."""
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -59,7 +62,7 @@ def repro(repo: Path, log: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def follow(process: subprocess.Popen[bytes], log: Path) -> Iterator[list[str]]:
+def follow(process: Process, log: Path) -> Iterator[list[str]]:
     """Yield the stages that the process has begun so far, repeatedly until it ends."""
     while process.poll() is None:
         yield ran(log.read_text(errors="replace"))
@@ -78,7 +81,7 @@ def durations(repo: Path) -> dict[str, float]:
     return {name: end - start for name, (start, end) in zip(starts, itertools.pairwise(moments), strict=True)}
 
 
-def strike(process: subprocess.Popen[bytes], victim: str) -> bool:
+def strike(process: Process, victim: str) -> bool:
     """Kill `stage`, `dvc` or `group`, and wait for its end; false if no process of a stage runs."""
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "stage":
@@ -98,10 +101,10 @@ def strike(process: subprocess.Popen[bytes], victim: str) -> bool:
     return True
 
 
-def disturbed(repo: Path, plan: dict[str, list[float]], victim: str) -> tuple[Kill | None, str]:
+def disturbed(repo: Path, plan: dict[str, list[float]], victim: str, start: Start) -> tuple[Kill | None, str]:
     """One `dvc repro`, killed at the first moment planned for a stage that runs; returns the kill and the log."""
     log, stage, started, due = repo.with_suffix(".log"), "", 0.0, math.inf
-    process = repro(repo, log)
+    process = start(repo, log)
     for begun in follow(process, log):
         if begun and begun[-1] != stage:
             stage, started = begun[-1], time.monotonic()
@@ -133,8 +136,11 @@ def ride(
     whole: dict[str, str],
     kills: int = sys.maxsize,
     say: Callable[[str], object] = print,
+    start: Start = repro,
 ) -> list[Kill]:
     """Run the pipeline of `repo` to its end, with kills as planned; `whole`: `digests` of an undisturbed run.
+
+    `start` starts `dvc repro` in a process group of its own.
 
     Raises
     ------
@@ -142,7 +148,7 @@ def ride(
     """
     done = list[Kill]()
     while True:
-        kill, text = disturbed(repo, plan if len(done) < kills else {}, next(victims))
+        kill, text = disturbed(repo, plan if len(done) < kills else {}, next(victims), start)
         for one in done:  # the next run may have been killed before it resumed
             begun = text.partition(f"Running stage '{one.stage}'")[2].partition("Running stage")[0]
             if one.resumed is None and (found := RESUMED.search(begun)):

@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import logging
 from pathlib import Path
 
 from babelscope.core import stage
 from babelscope.core.paths import Paths
+
+log = logging.getLogger(__name__)
 
 
 def params_check() -> None:
@@ -20,6 +23,7 @@ def params_check() -> None:
 
         for hookpoint in params.hookpoints:
             directory.resolve(*params.pretrained.place_of(hookpoint, layer_of(hookpoint)))
+    log.info("params.yaml is valid")
 
 
 def params_apply(name: str) -> None:
@@ -39,6 +43,8 @@ def verify() -> None:
 def export(target: Path, hookpoints: list[str], form: str) -> None:
     """Write SAEs, firings, vectors or features in the format of another tool (docs/bridges.md)."""
     importlib.import_module(f"babelscope.bridges.{form.replace('-', '_')}").main(target, hookpoints)
+    sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
+    log.info("%s holds %d files, %.1f MB", target, len(sizes), sum(sizes) / 1e6)
 
 
 def ui() -> None:

@@ -6,9 +6,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from babelscope.ablation.ablate import TextNLL
-from babelscope.ablation.conditions import TOP, Conditions
-from babelscope.ablation.statistics import Floats, means
+from babelscope.ablation.conditions import TOP
+from babelscope.ablation.statistics import Floats, Measured, means
 
 CURVE = (
     {"method": pl.String, "language": pl.String, "top": pl.Int32, "features": pl.Int32, "tokens": pl.Int64}
@@ -50,23 +49,10 @@ def ranking(features: pl.DataFrame, effects: Mapping[str, Floats], languages: Se
     )  # fmt: skip
 
 
-def curve(
-    nll: TextNLL,
-    conditions: Conditions,
-    method: str,
-    language: Sequence[str],
-    languages: Sequence[str],
-    resamples: int,
-    seed: int,
-) -> tuple[pl.DataFrame, dict[str, float]]:
+def curve(run: Measured) -> tuple[pl.DataFrame, dict[str, float]]:
     """The effect of a language's first units by `causal_rank` together, over their number; and its figures.
 
     Every number of units, and all of them, are compared on the same texts: those of the `TOP` conditions.
-
-    Parameters
-    ----------
-    nll, conditions, language, languages, resamples, seed: as in `statistics.tables`.
-    method: the method of the ablation.
 
     Returns
     -------
@@ -78,30 +64,30 @@ def curve(
     reaches half of the effect of all (no figure if all have no effect above 0), and `languages_half_by/<top>`: the
     number of languages in which that many units do.
     """
-    change, tokens = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
-    sizes = np.sum([[len(sets) for sets in units] for units in conditions.units.values()], axis=0)
-    together = conditions.keys.filter(
+    change, tokens = (run.nll.ablated - run.nll.clean).numpy(), run.nll.tokens.numpy()
+    sizes = np.sum([[len(sets) for sets in units] for units in run.conditions.units.values()], axis=0)
+    together = run.conditions.keys.filter(
         pl.col("hookpoint").is_null(), pl.col("control").fill_null(0) == 0, ~pl.col("script")
     )
-    is_own = np.array(language, dtype=object)[None] == np.array(languages, dtype=object)[:, None]
+    is_own = np.array(run.language, dtype=object)[None] == np.array(run.languages, dtype=object)[:, None]
     number = {(name, draw, top): row for row, name, draw, top in
               together.select("condition", "ablated", "control", "top").iter_rows()}  # fmt: skip
     rows: list[dict[str, object]] = []
     resampled: dict[int | None, list[Floats]] = {top: [] for top in (*TOP, None)}
-    for code, name in enumerate(languages):
+    for code, name in enumerate(run.languages):
         known = ~np.isnan(change[number[name, None, TOP[0]]])
         mine, rest = known & is_own[code], known & ~is_own[code]
         for top in (*TOP, None):
             row, draw = number[name, None, top], number.get((name, 0, top))
             # The same resamples of the texts for every number of units.
-            (own,), (many,) = means(
-                change[[row]][:, mine], tokens[mine], resamples, np.random.default_rng([seed, code])
-            )
+            random = np.random.default_rng([run.seed, code])
+            (own,), (many,) = means(change[[row]][:, mine], tokens[mine], run.resamples, random)
             low, high = np.quantile(many, [0.025, 0.975])
             resampled[top].append(many)
             rows.append({
-                "method": method, "language": name, "top": top, "features": sizes[row], "tokens": tokens[mine].sum(),
-                "own": own, "low": low, "high": high, "others": _mean(change[row], tokens, rest),
+                "method": run.method, "language": name, "top": top, "features": sizes[row],
+                "tokens": tokens[mine].sum(), "own": own, "low": low, "high": high,
+                "others": _mean(change[row], tokens, rest),
                 "control": None if draw is None else _mean(change[draw], tokens, mine),
             })  # fmt: skip
     found = pl.DataFrame(rows, schema=CURVE)

@@ -49,7 +49,7 @@ def run(params: Config, paths: Paths) -> None:
     device = hardware.prepare(params.hardware)
     features, corpus = read_table(paths.features), read_table(paths.texts)
     tokenizer = loading.load_tokenizer(params.model)
-    texts, language = texts_of(corpus.filter(split="eval"), tokenizer, section.tokens, params.corpus.max_tokens)
+    texts, language = tokens.texts_of(corpus.filter(split="eval"), tokenizer, section.tokens, params.corpus.max_tokens)
     names_by_method = {method: hookpoints_of(method, features, params, paths) for method in section.methods}
     counts = {name: _counts(paths, method, name) for method, names in names_by_method.items() for name in names}
     saes = sae.SAECache(paths.saes, params.hookpoints if set(section.methods) != {"neuron"} else [], device)
@@ -66,7 +66,7 @@ def run(params: Config, paths: Paths) -> None:
     bounds: list[pl.DataFrame] = []
     ranks = None
     if "feature" in section.methods and section.rank_tokens:
-        chosen = texts_of(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
+        chosen = tokens.texts_of(corpus.filter(split="train"), tokenizer, section.rank_tokens, params.corpus.max_tokens)
         ranks = rank(model, saes, features.filter(kind="sae"), *chosen, languages, section.batch_tokens)
     for method, names in names_by_method.items():
         every = all_conditions(
@@ -94,16 +94,15 @@ def run(params: Config, paths: Paths) -> None:
             partial(_measure, model, intervene, method, section, languages), keep / method,
             resamples=section.bootstrap, seed=params.seed,
         )  # fmt: skip
-        found, control = statistics.tables(nll, measured, method, language, languages, section.bootstrap, params.seed)
+        done = statistics.Measured(nll, measured, method, language, languages, section.bootstrap, params.seed)
+        found, control = statistics.tables(done)
         figures = statistics.figures(found, control, languages) | {"share_computed": nll.share}
-        figures |= statistics.divergence(nll, measured, language, languages)
+        figures |= statistics.divergence(done)
         figures |= control_rates(measured, {name: counts[name] for name in names})
-        bound = statistics.compared(
-            nll, measured, method, language, languages, section.bootstrap, params.seed, script=True
-        )
+        bound = statistics.compared(done, script=True)
         figures |= statistics.against_script(bound)
         if ranks is not None and method == "feature":
-            curve, more = ranking.curve(nll, measured, method, language, languages, section.bootstrap, params.seed)
+            curve, more = ranking.curve(done)
             figures |= more
             write_atomically(paths.ablation / "ranking.parquet", ranks.write_parquet)
             write_atomically(paths.ablation / "curve.parquet", curve.write_parquet)
@@ -121,18 +120,6 @@ def run(params: Config, paths: Paths) -> None:
         write_atomically(paths.ablation / "control_script.parquet", pl.concat(bounds).write_parquet)
     write_json(paths.metrics("ablate"), numbers)
     shutil.rmtree(keep, ignore_errors=True)
-
-
-def texts_of(
-    corpus: pl.DataFrame, tokenizer: Any, limit: int | None, max_tokens: int
-) -> tuple[list[TokenizedText], list[str]]:
-    """Texts of about `limit` tokens per language, in `by_length` order, and the language of each."""
-    if limit is not None:  # every text has a token
-        corpus = corpus.sort("text_id").group_by("language", maintain_order=True).head(limit)
-    language = dict(corpus.select("text_id", "language").iter_rows())
-    ready = tokens.tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), max_tokens)
-    texts = tokens.by_length(tokens.within(ready, language, limit))
-    return texts, [language[text.text_id] for text in texts]
 
 
 def rank(

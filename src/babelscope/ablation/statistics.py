@@ -1,6 +1,7 @@
 """Tables of a run from its NLL per text: dNLL[ablated, evaluated], bootstrap intervals, controls, and key figures."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -36,36 +37,41 @@ LEVEL = 0.05
 _OF_CONTROL = ("control", "control_high", "detectable")
 
 
-def tables(
-    nll: TextNLL,
-    conditions: Conditions,
-    method: str,
-    language: Sequence[str],
-    languages: Sequence[str],
-    resamples: int,
-    seed: int,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The cells of one method, and the comparison of every language's own units with its controls.
+class Measured(NamedTuple):
+    """The NLLs of one method, and all else that its tables need.
 
-    Parameters
+    Attributes
     ----------
     nll: measured under `conditions` by `method`.
     language: of each text.
-    languages: the order of the rows within a condition.
-    resamples, seed: of the bootstrap, see `cells`.
+    languages: the order of rows.
+    resamples, seed: of the bootstrap over the texts, see `cells`.
+    """
+
+    nll: TextNLL
+    conditions: Conditions
+    method: str
+    language: Sequence[str]
+    languages: Sequence[str]
+    resamples: int
+    seed: int
+
+
+def tables(run: Measured) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The cells of one method, and the comparison of every language's own units with its controls.
 
     Returns
     -------
     `COLUMNS`, `hookpoint` (null: all) and `layer`, with `ablated` null in the clean run; and in a second frame `method`
     and the columns of `against_control`.
     """
-    clean, ablated, tokens = nll.clean.numpy(), nll.ablated.numpy(), nll.tokens.numpy()
+    clean, ablated, tokens = run.nll.clean.numpy(), run.nll.ablated.numpy(), run.nll.tokens.numpy()
     found = (
-        cells(clean, ablated, tokens, language, resamples, seed)
-        .join(conditions.keys, on="condition", how="left", maintain_order="left")
+        cells(clean, ablated, tokens, run.language, run.resamples, run.seed)
+        .join(run.conditions.keys, on="condition", how="left", maintain_order="left")
         .with_columns(
-            method=pl.lit(method),
-            kind=pl.lit("neuron" if method == "neuron" else "sae"),
+            method=pl.lit(run.method),
+            kind=pl.lit("neuron" if run.method == "neuron" else "sae"),
             layer=pl.col("hookpoint").map_elements(layer_of, return_dtype=pl.Int32),
         )
         # Controls are evaluated on few texts of other languages, which make no cells; for top units see `curve`.
@@ -74,27 +80,18 @@ def tables(
             ~pl.col("script").fill_null(False),
             pl.col("control").is_null() | (pl.col("ablated") == pl.col("evaluated")),
         )
-        .sort("condition", pl.col("evaluated").cast(pl.Enum(languages)))
+        .sort("condition", pl.col("evaluated").cast(pl.Enum(run.languages)))
         .select(*COLUMNS, "hookpoint", "layer")
     )
-    return found, compared(nll, conditions, method, language, languages, resamples, seed)
+    return found, compared(run)
 
 
-def compared(
-    nll: TextNLL,
-    conditions: Conditions,
-    method: str,
-    language: Sequence[str],
-    languages: Sequence[str],
-    resamples: int,
-    seed: int,
-    *,
-    script: bool = False,
-) -> pl.DataFrame:
-    """`method` and `against_control`, for all parameters see `tables`; `script`: against units of the same script."""
-    change, tokens = (nll.ablated - nll.clean).numpy(), nll.tokens.numpy()
-    found = against_control(change, tokens, language, pool(conditions.keys, script), languages, resamples, seed)
-    return found.select(pl.lit(method).alias("method"), pl.all())
+def compared(run: Measured, *, script: bool = False) -> pl.DataFrame:
+    """`method` and `against_control`; `script`: against units of the same script."""
+    change, tokens = (run.nll.ablated - run.nll.clean).numpy(), run.nll.tokens.numpy()
+    keys = pool(run.conditions.keys, script)
+    found = against_control(change, tokens, run.language, keys, run.languages, run.resamples, run.seed)
+    return found.select(pl.lit(run.method).alias("method"), pl.all())
 
 
 def pool(keys: pl.DataFrame, script: bool) -> pl.DataFrame:
@@ -160,25 +157,21 @@ def figures(found: pl.DataFrame, controls: pl.DataFrame, languages: Sequence[str
     return numbers
 
 
-def divergence(
-    nll: TextNLL, conditions: Conditions, language: Sequence[str], languages: Sequence[str]
-) -> dict[str, float]:
+def divergence(run: Measured) -> dict[str, float]:
     """How far the distribution of the next token moves when all units of a language are removed, by flat key.
 
     `kl_own/<language>`: mean KL divergence from the distribution of the clean run, over the sampled tokens of the
     language itself, nats/token; `kl_others/<language>`: that over those of the other languages; `kl_own`, `kl_others`:
     means over the languages. Without a sampled token, there is no figure.
-
-    `nll`, `conditions`, `language`, `languages`: as in `tables`.
     """
-    kl, of_text = nll.kl.numpy(), np.array(language, dtype=object)
-    row = dict(conditions.keys.filter(conditions.whole()).select("ablated", "condition").iter_rows())
+    kl, of_text = run.nll.kl.numpy(), np.array(run.language, dtype=object)
+    row = dict(run.conditions.keys.filter(run.conditions.whole()).select("ablated", "condition").iter_rows())
     figures: dict[str, float] = {}
     for key in ("kl_own", "kl_others"):
         found = {}
-        for name in languages:
+        for name in run.languages:
             here = np.isfinite(kl[row[name]]) & ((of_text == name) == (key == "kl_own"))
-            if count := int(nll.sampled.numpy()[here].sum()):
+            if count := int(run.nll.sampled.numpy()[here].sum()):
                 found[f"{key}/{name}"] = float(kl[row[name], here].sum() / count)
         figures |= found | ({key: float(np.mean([*found.values()]))} if found else {})
     return figures

@@ -24,10 +24,13 @@ class Source(Protocol):
     Attributes
     ----------
     steps, size: number of batches, and rows in a batch over all devices.
+    processes: number of processes that each get whole batches of their own hookpoints only (number i is that of process
+        i % processes); 1: every process gets its share of the rows, at all hookpoints.
     """
 
     steps: int
     size: int
+    processes: int
 
     def moments(self) -> list[tuple[Moments, Moments | None]]:
         """For every hookpoint, the moments of the activations to reconstruct, and of those to encode if they differ."""
@@ -53,10 +56,11 @@ class Batches:
     rows: int64 [m], the rows of `store` to train on.
     size: rows in a batch over all devices.
     steps: number of batches. They take as many passes over the rows as needed, each in another order.
-    seed: seed of the orders.
     inputs: the activations to encode (transcoders), row for row; None: `store`.
     pin: read into page-locked memory, from which a GPU copies while it computes.
     """
+
+    processes = 1
 
     def __init__(
         self,

@@ -109,7 +109,7 @@ def extract(
     dtype: str,
     hardware: Hardware,
 ) -> bool:
-    """Write `folder/<hookpoint>/shard-*.safetensors` for every missing shard (see `store.place` for inputs).
+    """Write `folder/<hookpoint>/shard-*.safetensors` for every missing shard.
 
     Each of several processes writes whole shards. The batches of a shard depend on the texts alone, so the bytes are
     those that a single process writes. Under FSDP, the devices send each other the weights of each block, so a device
@@ -149,7 +149,7 @@ def extract(
                     parts[name].append(x.cpu())
                 progress.update(len(text))
             for name, rows in parts.items():
-                store.write_shard(store.place(folder, name), shard.number, torch.cat(rows), quantised=dtype == "int8")
+                store.write_shard(folder / name, shard.number, torch.cat(rows), quantised=dtype == "int8")
         for _ in passes:
             pass
     wait()
@@ -159,4 +159,4 @@ def extract(
 
 
 def _complete(folder: Path, hookpoints: Sequence[str], shard: Shard) -> bool:
-    return all((store.place(folder, name) / store.shard_name(shard.number)).is_file() for name in hookpoints)
+    return all((folder / name / store.shard_name(shard.number)).is_file() for name in hookpoints)

@@ -64,7 +64,7 @@ def store_pass(params: Config, corpus: pl.DataFrame, token_table: Path, name: st
     rows = [shard.rows for shard in stored]
     sizes = []
     for hookpoint in names:
-        source, target = store.place(resume, hookpoint), store.place(token_table.parent, hookpoint)
+        source, target = resume / hookpoint, token_table.parent / hookpoint
         files = [target / store.shard_name(shard.number) for shard in stored]
         for file in files:
             move(source / file.name, file)

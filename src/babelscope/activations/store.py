@@ -22,11 +22,6 @@ _QUANTISED = (_KEY, "scales", "mean", "deviation")
 _CHUNK = 1024
 
 
-def place(folder: Path, hookpoint: str) -> Path:
-    """The folder in `folder` of the activations of a hookpoint or of a transcoder's input (`names.input_name`)."""
-    return folder / hookpoint
-
-
 def shard_name(number: int) -> str:
     """File name of the shard with this number."""
     return f"shard-{number:05d}.safetensors"
@@ -98,8 +93,8 @@ def write_index(folder: Path, shard_rows: Sequence[int], d: int, dtype: str, mod
 
 
 def opened(paths: Paths, hookpoint: str) -> "ActivationStore":
-    """All stored activations at a hookpoint (see `place`); the rows are those of `rows.read_rows`."""
-    found, further = ActivationStore(place(paths.activations, hookpoint)), place(paths.extended, hookpoint)
+    """All stored activations at a hookpoint, or of an input (`names.input_name`); the rows are those of `read_rows`."""
+    found, further = ActivationStore(paths.activations / hookpoint), paths.extended / hookpoint
     if further.is_dir():
         found.append(ActivationStore(further))
     return found

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from babelscope.activations.batches import Pair, permutation
 from babelscope.activations.moments import Moments, moments
-from babelscope.models.forward import names_to_read, read_batches
+from babelscope.models.forward import names_to_read, read_divided
+from babelscope.models.hookpoints import device_of
 from babelscope.models.names import input_name
+from babelscope.models.processes import rank, together
 from babelscope.models.tokens import TokenizedTexts
 
 # Rows are shuffled within blocks of this many training batches, and of at least this many rows.
@@ -39,8 +41,10 @@ class Stream:
     took 475 MiB in addition to the loaded model, 243 MiB of them for the SAEs' weights. The terms above give 476 MiB,
     with 40 MiB for the forward pass and 51 MiB for caches that stage `stream` bounds (else they grew 50 MiB a block).
 
-    Each of several devices computes every block in full and takes its share of each batch. Several devices therefore
-    shorten the SAEs' training, but not the forward pass.
+    Several processes can divide the hookpoints: each computes a share of the forward passes, keeps the block at its own
+    hookpoints only, and gets whole batches there. D is then the sum of all widths for a forward pass, which takes
+    20 D batch_tokens bytes (what is sent and received included), and that of the own ones for the block and batches.
+    Otherwise each of several devices computes every block in full and takes its share of each batch.
 
     Parameters
     ----------
@@ -53,6 +57,7 @@ class Stream:
     size, steps: rows in a batch over all devices, and number of batches.
     seed: seed of all orders.
     block_rows: rows in a block; None: the rows of 16 batches, and at least 16,384.
+    processes: the number of processes that divide the hookpoints (see `hardware.divides`); they must be all of the run.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class Stream:
         steps: int,
         seed: int,
         block_rows: int | None = None,
+        processes: int = 1,
     ) -> None:
-        self.model, self.texts, self.hookpoints = model, texts, list(hookpoints)
+        self.model, self.texts, self.processes = model, texts, processes
+        self.shares = [list(hookpoints[first::processes]) for first in range(processes)]
         self.transcode, self.dtype, self.batch_tokens = transcode, dtype, batch_tokens
         self.size, self.steps, self.seed = size, steps, seed
         self.block_rows = block_rows or max(_BATCHES * size, _ROWS)
@@ -79,6 +86,11 @@ class Stream:
         # All blocks share these buffers, since buffers of varying sizes would fragment the memory.
         self._buffers: dict[str, Tensor] = {}
 
+    @property
+    def hookpoints(self) -> list[str]:
+        """The names of the hookpoints of this process."""
+        return self.shares[rank() if self.processes > 1 else 0]
+
     def moments(self) -> list[tuple[Moments, Moments | None]]:
         """The moments of the first block, about `block_rows` tokens of randomly drawn texts, which `read` then reuses.
 
@@ -86,10 +98,13 @@ class Stream:
         """
         block = self._block(0, self._blocks(0)[0])
         parts = [(x, None) if y is None else (y, x) for x, y in block]
-        return [
-            (_moments(target, name), None if source is None else _moments(source, name))
-            for name, (target, source) in zip(self.hookpoints, parts, strict=True)
-        ]
+        return together(
+            lambda: [
+                (_moments(target, name), None if source is None else _moments(source, name))
+                for name, (target, source) in zip(self.hookpoints, parts, strict=True)
+            ],
+            device_of(self.model),
+        )
 
     def read(self, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[Pair]]:
         """Yield the batches from number `first` on: the share [size / world, d] of device `rank` at every hookpoint.
@@ -146,11 +161,11 @@ class Stream:
 
     def _compute(self, numbers: Tensor) -> None:
         """Fill the buffers with the activations of these texts, in `by_length` order."""
-        names = names_to_read(self.hookpoints, self.transcode)
+        names = [names_to_read(share, self.transcode) for share in self.shares]
         most = min(self.rows, self.block_rows + int(self.texts.lengths.max()))
         self._rows = 0
         batches = self.texts.batches(self.batch_tokens, numbers.tolist())
-        for activations, text in read_batches(self.model, self.texts, batches, names, self.dtype):
+        for activations, text in read_divided(self.model, self.texts, batches, names, self.dtype):
             end = self._rows + len(text)
             for name, x in activations.items():
                 if name not in self._buffers:

@@ -94,7 +94,7 @@ def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str)
     with kept("dictionary", depends, [paths.train_texts]) as folder:
         if not extraction.extract(model, texts, shards, [read], folder, params.extract.store_dtype, params.hardware):
             return
-        source, target = store.place(folder, read), store.place(own.activations, read)
+        source, target = folder / read, own.activations / read
         for shard in shards:
             move(source / store.shard_name(shard.number), target / store.shard_name(shard.number))
     rows = [shard.rows for shard in shards]

@@ -238,12 +238,9 @@ def removals(
     """The effect of removing what marks each language, on held-out texts of all domains and of each."""
     corpus, languages = read_table(paths.texts).filter(split="eval"), params.languages
     limit, hookpoint = params.baselines.ablation_tokens, every[0].hookpoint
-    language_of = dict(corpus.select("text_id", "language").iter_rows())
     domain_of = dict(every[0].stored.texts.select("text_id", "domain").iter_rows())
-    ready = tokens.tokenize(loading.load_tokenizer(params.model), corpus["text_id"].to_list(), corpus["text"].to_list(),
-                            params.corpus.max_tokens)  # fmt: skip
-    texts = tokens.by_length(tokens.within(ready, language_of, limit))
-    language = [language_of[text.text_id] for text in texts]
+    tokenizer = loading.load_tokenizer(params.model)
+    texts, language = tokens.texts_of(corpus, tokenizer, limit, params.corpus.max_tokens)
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
     jobs: list[tuple[str, str, str, Any]] = [

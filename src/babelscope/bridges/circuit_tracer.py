@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from babelscope import config, sae
-from babelscope.bridges.dictionaries import chosen, encoder_bias
+from babelscope.bridges.dictionaries import chosen, encoder_bias, save
 from babelscope.config.values import local_name
 from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically
@@ -28,16 +27,13 @@ def write(dictionary: SAE, path: Path) -> None:
     """Write one transcoder; `k` is a tensor without dimensions, as circuit-tracer writes it."""
     weights = {
         "W_enc": dictionary.encoder, "W_dec": dictionary.W_dec, "b_enc": encoder_bias(dictionary),
-        "b_dec": dictionary.b_dec,
+        "b_dec": dictionary.b_dec, "W_skip": dictionary.W_skip,
     }  # fmt: skip
     if dictionary.k is not None:
         weights["k"] = torch.tensor(dictionary.k)
     elif dictionary.threshold is not None and bool(dictionary.threshold.any()):
         weights["activation_function.threshold"] = dictionary.threshold
-    if dictionary.W_skip is not None:
-        weights["W_skip"] = dictionary.W_skip
-    content = {name: weight.detach().contiguous() for name, weight in weights.items()}
-    write_atomically(path, lambda temporary: save_file(content, temporary))
+    save(weights, path)
 
 
 def main(target: Path, hookpoints: list[str]) -> None:

@@ -1,8 +1,13 @@
 """The SAEs of data/sae for exporters that write weights."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
 from torch import Tensor
 
 from babelscope.core.errors import UserError, nearest
+from babelscope.core.files import write_atomically
 from babelscope.core.paths import Paths
 from babelscope.sae import SAE, formats
 
@@ -22,6 +27,12 @@ def chosen(hookpoints: list[str]) -> list[str]:
         if name not in have:
             raise UserError(f"{saes / name}: no such folder; {nearest(name, have)}")
     return hookpoints or have
+
+
+def save(weights: Mapping[str, Tensor | None], path: Path) -> None:
+    """Write the weights that there are as a safetensors file, atomically."""
+    content = {name: weight.detach().contiguous() for name, weight in weights.items() if weight is not None}
+    write_atomically(path, lambda temporary: save_file(content, temporary))
 
 
 def encoder_bias(dictionary: SAE) -> Tensor:

@@ -5,12 +5,10 @@ SAELens needs no export: `sae_lens.SAE.load_from_disk` reads `data/sae/<hookpoin
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from babelscope import sae
-from babelscope.bridges.dictionaries import chosen, encoder_bias
+from babelscope.bridges.dictionaries import chosen, encoder_bias, save
 from babelscope.core.errors import UserError
-from babelscope.core.files import write_atomically, write_json
+from babelscope.core.files import write_json
 from babelscope.core.paths import Paths
 from babelscope.sae import SAE, formats
 
@@ -26,17 +24,14 @@ def write(dictionary: SAE, folder: Path) -> None:
         raise UserError(f"{folder.name}: sparsify has no JumpReLU, BatchTopK or ReLU SAEs; allowed: TopK")
     weights = {
         "encoder.weight": dictionary.encoder, "encoder.bias": encoder_bias(dictionary), "W_dec": dictionary.W_dec,
-        "b_dec": dictionary.b_dec,
+        "b_dec": dictionary.b_dec, "W_skip": dictionary.W_skip,
     }  # fmt: skip
-    if dictionary.W_skip is not None:
-        weights["W_skip"] = dictionary.W_skip
     config = {
         "activation": "topk", "d_in": dictionary.d_in, "expansion_factor": dictionary.latents // dictionary.d_in,
         "k": dictionary.k, "multi_topk": False, "normalize_decoder": False, "num_latents": dictionary.latents,
         "skip_connection": dictionary.W_skip is not None, "transcode": dictionary.b_in is not None,
     }  # fmt: skip
-    content = {name: weight.detach().contiguous() for name, weight in weights.items()}
-    write_atomically(folder / formats.SPARSIFY.weights, lambda path: save_file(content, path))
+    save(weights, folder / formats.SPARSIFY.weights)
     write_json(folder / "cfg.json", config)
 
 

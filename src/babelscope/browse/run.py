@@ -29,9 +29,9 @@ from babelscope.core.progress import Progress
 from babelscope.features import sae_lape
 from babelscope.features.counter import whole_texts
 from babelscope.features.examples import Features, read_texts
-from babelscope.features.pieces import cut
 from babelscope.models import forward, hardware, loading, logit_lens, matmul, tokens
 from babelscope.models.nll import target_count
+from babelscope.models.pieces import cut
 
 log = logging.getLogger(__name__)
 

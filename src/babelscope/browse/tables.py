@@ -10,7 +10,7 @@ from torch.nn import functional
 from babelscope.browse.firings import BINS, Firings
 from babelscope.browse.lens import Extremes
 from babelscope.browse.units import KEY
-from babelscope.features.pieces import by_piece
+from babelscope.models.pieces import by_piece
 
 SIDES = ("own", "other", "sample")
 
@@ -21,7 +21,7 @@ def examples(
     """The texts shown of each feature.
 
     `features`: from `units`. `firings`: by hookpoint, its features in the same order. `text_ids`: by the numbers of
-    texts in `firings`. `texts`: from `babelscope.features.pieces.cut`, at least all examples.
+    texts in `firings`. `texts`: from `babelscope.models.pieces.cut`, at least all examples.
 
     Returns
     -------

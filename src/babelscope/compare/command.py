@@ -33,5 +33,8 @@ def main(first: str, second: str, hookpoints: Sequence[str], cosine: float, html
 
         saes.main(first, second, hookpoints, cosine)
     else:
-        kinds = ["SAEs" if commit is None else "a git revision" for commit in commits]
-        raise UserError(f"{first} names {kinds[0]}, but {second} names {kinds[1]}; allowed: two of a kind")
+        kinds = ["no git revision" if commit is None else "a git revision" for commit in commits]
+        raise UserError(
+            f"{first} is {kinds[0]}, but {second} is {kinds[1]}; allowed: two revisions, DVC experiments or "
+            "'workspace', or two folders or hub ids of SAEs"
+        )

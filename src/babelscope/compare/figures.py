@@ -10,9 +10,7 @@ import polars as pl
 from babelscope.compare.states import State
 from babelscope.config.schema import primary_method
 from babelscope.models.names import layer_of
-
-# The 97.5 % quantile of the normal distribution.
-_Z = 1.959963984540054
+from babelscope.report.verdict import wilson
 
 
 class Value(NamedTuple):
@@ -52,14 +50,6 @@ class Block:
         return any(value is not None and value.low is not None for pair in self.rows.values() for value in pair)
 
 
-def wilson(share: float, count: int) -> Value:
-    """A share of `count` cases with its 95 % score interval (Wilson 1927, eq. 7), which stays in 0..1."""
-    centre = share + _Z**2 / (2 * count)
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    low, high = ((centre + sign * half) / (1 + _Z**2 / count) for sign in (-1, 1))
-    return Value(share, max(0.0, low), min(1.0, high))
-
-
 def apart(pair: Pair) -> bool | None:
     """Whether the two intervals do not overlap; None if one is not known."""
     first, second = pair
@@ -72,7 +62,7 @@ def _counted(state: State, stage: str, key: str, count: float | None) -> Value |
     share = state.figure(stage, key)
     if share is None or not math.isfinite(share):
         return None
-    return wilson(share, int(count)) if count and 0 <= share <= 1 else Value(share)
+    return Value(share, *(wilson(share, int(count)) if count and 0 <= share <= 1 else ()))
 
 
 def _steered(state: State, method: str) -> Value | None:
@@ -84,11 +74,6 @@ def _steered(state: State, method: str) -> Value | None:
 def _plain(state: State, stage: str, key: str) -> Value | None:
     value = state.figure(stage, key)
     return None if value is None else Value(float(value))
-
-
-def languages_of(states: Sequence[State]) -> list[str]:
-    """The languages of all states, in the order of the first."""
-    return list(dict.fromkeys(name for state in states for name in state.params.get("languages", [])))
 
 
 def own_effects(state: State) -> dict[str, Value]:
@@ -106,7 +91,7 @@ def own_effects(state: State) -> dict[str, Value]:
 def blocks(first: State, second: State) -> list[Block]:
     """Every part for which one of the two states has figures."""
     states = (first, second)
-    languages = languages_of(states)
+    languages = dict.fromkeys(name for state in states for name in state.params.get("languages", []))
 
     def by_language(stage: str, key: str, count: str | None = None) -> dict[str, Pair]:
         def one(state: State, name: str) -> Value | None:
@@ -115,14 +100,12 @@ def blocks(first: State, second: State) -> list[Block]:
         return {name: (one(first, name), one(second, name)) for name in languages}
 
     effects = [own_effects(state) for state in states]
-    steering = dict.fromkeys(
-        key.removeprefix("harmonic/") for state in states for key in state.metrics.get("steer", {})
-        if key.startswith("harmonic/")
-    )  # fmt: skip
-    methods = dict.fromkeys(
-        key.removeprefix("accuracy/") for state in states for key in state.metrics.get("identify", {})
-        if key.startswith("accuracy/")
-    )  # fmt: skip
+
+    def named(stage: str, prefix: str) -> dict[str, None]:
+        keys = (key for state in states for key in state.metrics.get(stage, {}) if key.startswith(prefix))
+        return dict.fromkeys(key.removeprefix(prefix) for key in keys)
+
+    steering, methods = named("steer", "harmonic/"), named("identify", "accuracy/")
     texts = [state.figure("identify", "texts") for state in states]
     found = [
         Block("features", "Features per language", "features", "A count of the selected latents; it has no interval.",

@@ -4,7 +4,6 @@ import base64
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from babelscope.compare.states import State, read
 from babelscope.config.values import model_title
 from babelscope.core.files import write_atomically
 from babelscope.report import charts
-from babelscope.report.assets import asset, environment
+from babelscope.report.assets import asset, rendered
 from babelscope.report.names import called
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Table
@@ -45,22 +44,16 @@ def main(first: str, second: str, html: Path) -> None:
 
 def build(first: State, second: State) -> str:
     """The page. Charts are pictures in it, so that it has no scripts; the same states give the same bytes."""
-    names = labels(first, second)
-    found = blocks(first, second)
+    names, both = labels(first, second), (first, second)
     head = ["key", *names]
-    params = Table("Settings of params.yaml that differ", head, changed(first, second), labels=3)
-    return (
-        environment()
-        .from_string(resources.files("babelscope.compare").joinpath("compare.html.j2").read_text(encoding="utf-8"))
-        .render(
-            style=asset("page.css"),
-            names=names,
-            states=[(name, model_title(one.params.get("model", {})), one.commit[:10] or "not committed")
-                    for name, one in zip(names, (first, second), strict=True)],
-            tiles=[(tile[0], tuple(_tile(one, tile) for one in (first, second))) for tile in _TILES],
-            params=params,
-            blocks=[(block, verdict(block, names), picture(block, names), table(block, names)) for block in found],
-        )
+    return rendered(
+        asset("compare.html.j2", "compare"),
+        style=asset("page.css"), names=names,
+        states=[(name, model_title(one.params.get("model", {})), one.commit[:10] or "not committed")
+                for name, one in zip(names, both, strict=True)],
+        tiles=[(tile[0], tuple(_tile(one, tile) for one in both)) for tile in _TILES],
+        params=Table("Settings of params.yaml that differ", head, changed(*both), labels=3),
+        blocks=[(block, verdict(block, names), picture(block, names), table(block, names)) for block in blocks(*both)],
     )  # fmt: skip
 
 

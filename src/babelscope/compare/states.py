@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from babelscope.config.loading import YamlLoader
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table
+from babelscope.core.git import git
 from babelscope.core.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -47,13 +47,6 @@ class State:
         return self.metrics.get(stage, {}).get(key)
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints, or None if it fails."""
-    command = ["git", "-C", str(root), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    return done.stdout if done.returncode == 0 else None
-
-
 def resolve(name: str, root: Path) -> str | None:
     """The commit of a git revision or of a DVC experiment's name, "" for `workspace`; None if there is none.
 
@@ -63,10 +56,10 @@ def resolve(name: str, root: Path) -> str | None:
     """
     if name == WORKSPACE:
         return ""
-    if not name.startswith("-") and (found := _git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")):
+    if not name.startswith("-") and (found := git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")):
         return found.strip()
     # DVC keeps an experiment at refs/exps/<first two digits of its parent>/<other digits>/<name>.
-    listed = (_git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/") or "").splitlines()
+    listed = (git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/") or "").splitlines()
     pairs = [line.split(" ", 1) for line in listed]
     named = {commit for commit, ref in pairs if re.fullmatch(rf"refs/exps/../[^/]+/{re.escape(name)}", ref)}
     if len(named) > 1:
@@ -91,9 +84,9 @@ def read(name: str, root: Path) -> State:
         table = Paths(root).ablation / "nll.parquet"
         nll = read_table(table) if table.is_file() else None
     else:
-        params = _git(root, "show", f"{commit}:params.yaml")
-        listed = (_git(root, "ls-tree", "-r", "--name-only", commit, f"{folder}/") or "").splitlines()
-        files = {Path(path).stem: _git(root, "show", f"{commit}:{path}") for path in listed if path.endswith(".json")}
+        params = git(root, "show", f"{commit}:params.yaml")
+        listed = (git(root, "ls-tree", "-r", "--name-only", commit, f"{folder}/") or "").splitlines()
+        files = {Path(path).stem: git(root, "show", f"{commit}:{path}") for path in listed if path.endswith(".json")}
         metrics = {stem: json.loads(text) for stem, text in files.items() if text}
         nll = _from_dvc(root, commit, Paths().ablation / "nll.parquet")
     if params is None or not metrics:

@@ -13,13 +13,6 @@ from babelscope.config.loading import (
 from babelscope.config.schema import Model
 
 __all__ = [
-    "Config",
-    "Model",
-    "check_folders",
-    "load",
-    "load_at_dictionary",
-    "load_at_hookpoint",
-    "load_at_seed",
-    "parse",
+    "Config", "Model", "check_folders", "load", "load_at_dictionary", "load_at_hookpoint", "load_at_seed", "parse",
     "read_yaml",
-]
+]  # fmt: skip

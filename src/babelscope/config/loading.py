@@ -187,11 +187,8 @@ def load_at_hookpoint(arguments: Sequence[str] | None = None, path: Path = Path(
     ------
     UserError: as `load`; or there is no hookpoint, or params.yaml does not list it.
     """
-    params, (script, *rest) = load(path), sys.argv if arguments is None else arguments
-    if len(rest) != 1 or rest[0] not in params.hookpoints:
-        allowed = ", ".join(params.hookpoints)
-        raise UserError(f"usage: python {script} HOOKPOINT, one of params.yaml's hookpoints: {allowed}")
-    return params, rest[0]
+    params = load(path)
+    return params, _last(arguments, "HOOKPOINT", "hookpoints", params.hookpoints)
 
 
 def load_at_seed(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str, int]:
@@ -201,12 +198,9 @@ def load_at_seed(arguments: Sequence[str] | None = None, path: Path = Path("para
     ------
     UserError: as `load_at_hookpoint`; or there is no seed, or params.yaml does not list it.
     """
-    script, *rest = sys.argv if arguments is None else arguments
-    params, hookpoint = load_at_hookpoint([script, *rest[:1]], path)
-    if rest[1:] not in [[str(seed)] for seed in params.stability.seeds]:
-        allowed = ", ".join(map(str, params.stability.seeds))
-        raise UserError(f"usage: python {script} HOOKPOINT SEED, one of params.yaml's stability.seeds: {allowed}")
-    return params, hookpoint, int(rest[1])
+    params, hookpoint = load_at_hookpoint((sys.argv if arguments is None else arguments)[:2], path)
+    seeds = [str(seed) for seed in params.stability.seeds]
+    return params, hookpoint, int(_last(arguments, "HOOKPOINT SEED", "stability.seeds", seeds))
 
 
 def load_at_dictionary(arguments: Sequence[str] | None = None, path: Path = Path("params.yaml")) -> tuple[Config, str]:
@@ -216,8 +210,14 @@ def load_at_dictionary(arguments: Sequence[str] | None = None, path: Path = Path
     ------
     UserError: as `load`; or there is no name, or params.yaml does not list it.
     """
-    params, (script, *rest) = load(path), sys.argv if arguments is None else arguments
-    if len(rest) != 1 or rest[0] not in params.baselines.dictionaries:
-        allowed = ", ".join(params.baselines.dictionaries) or "none"
-        raise UserError(f"usage: python {script} NAME, one of params.yaml's baselines.dictionaries: {allowed}")
-    return params, rest[0]
+    params = load(path)
+    return params, _last(arguments, "NAME", "baselines.dictionaries", params.baselines.dictionaries)
+
+
+def _last(arguments: Sequence[str] | None, usage: str, key: str, allowed: Sequence[str]) -> str:
+    """The last argument of a command line that has as many as `usage` has words; `allowed` are the values of `key`."""
+    script, *rest = sys.argv if arguments is None else arguments
+    if len(rest) != len(usage.split()) or rest[-1] not in allowed:
+        names = ", ".join(allowed) or "none"
+        raise UserError(f"usage: python {script} {usage}, one of params.yaml's {key}: {names}")
+    return rest[-1]

@@ -6,7 +6,6 @@ Babelscope does not depend on it. So the lines are found by the positions that P
 and compared with the merged values before it is written.
 """
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 from babelscope.config.loading import YamlLoader, parse, read_yaml
 from babelscope.core.errors import UserError, nearest
 from babelscope.core.files import write_atomically
+from babelscope.core.git import git
 
 EXPERIMENTS = Path("experiments")
 
@@ -79,14 +79,12 @@ def apply(name: str, path: Path = Path("params.yaml"), folder: Path = EXPERIMENT
 
 def _check_committed(path: Path) -> None:
     """Refuse to overwrite what git could not give back."""
-    command = ["git", "status", "--porcelain", "--", path.name]
-    try:
-        done = subprocess.run(command, cwd=path.absolute().parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+    changes = git(path.absolute().parent, "status", "--porcelain", "--", path.name)
+    if changes is None:
         raise UserError(
             f"{path}: its changes would be lost, because this is no git repository; git init and commit first"
-        ) from None
-    if done.stdout:
+        )
+    if changes:
         raise UserError(f"{path}: its changes are not committed and would be lost; commit them, or git checkout {path}")
 
 
@@ -124,14 +122,8 @@ def _change(text: str, key: yaml.Node, node: yaml.Node, value: Any) -> tuple[int
     first, last = key.end_mark.index + 1, _end(node)
     line_end = text.find("\n", first)
     comment = text[last if last <= line_end else first : line_end]  # it stays on the key's line
-    dumped = yaml.dump(
-        {"key": value},
-        Dumper=_Dumper,
-        default_flow_style=False,
-        sort_keys=False,
-        allow_unicode=True,
-        width=float("inf"),
-    )
+    style = {"default_flow_style": False, "sort_keys": False, "allow_unicode": True, "width": float("inf")}
+    dumped = yaml.dump({"key": value}, Dumper=_Dumper, **style)
     head, *lines = dumped.partition(":")[2].rstrip().split("\n")
     indent = " " * key.start_mark.column
     new = (head + comment).rstrip() + "".join(f"\n{indent}{line}" for line in lines)

@@ -289,17 +289,9 @@ class Script(Section):
 
 
 SteeringMethod = Literal[
-    "diffmean",
-    "pca",
-    "probe",
-    "features",
-    "features-1",
-    "features-2",
-    "features-5",
-    "sae-diffmean",
-    "neurons",
+    "diffmean", "pca", "probe", "features", "features-1", "features-2", "features-5", "sae-diffmean", "neurons",
     "prompt",
-]
+]  # fmt: skip
 
 
 class Steer(Section):

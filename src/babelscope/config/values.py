@@ -37,10 +37,10 @@ def _without_credentials(url: str) -> str:
     return url
 
 
-def _different(names: list[str], form: re.Pattern[str]) -> list[str]:
+def _different(names: list[str], form: re.Pattern[str], kind: str) -> list[str]:
     for name in names:
         if not form.fullmatch(name) or len(name) > _LONGEST:
-            raise ValueError(f"{name!r:.80} does not have the form {form.pattern}")
+            raise ValueError(f"{name!r:.80} is not {kind}")
         if names.count(name) > 1:
             raise ValueError(f"{name!r} is listed twice")
     return names
@@ -68,8 +68,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A path below a folder that another key names.
 Inside = Annotated[Name, AfterValidator(_inside)]
 Url = Annotated[Name, AfterValidator(_without_credentials)]
-Hookpoints = Annotated[list[str], AfterValidator(lambda names: _different(names, _HOOKPOINT))]
-Languages = Annotated[list[str], AfterValidator(lambda names: _different(names, _LANGUAGE))]
+Hookpoints = Annotated[
+    list[str], AfterValidator(lambda names: _different(names, _HOOKPOINT, "a path of names that dots separate"))
+]
+Languages = Annotated[
+    list[str],
+    AfterValidator(lambda names: _different(names, _LANGUAGE, "a language code (BCP-47, such as tr or pt-BR)")),
+]
 
 
 def _allowed(model: Any, path: tuple[int | str, ...]) -> list[str]:

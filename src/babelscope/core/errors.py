@@ -11,18 +11,11 @@ class UserError(Exception):
     """
 
 
-def nearest(wrong: str, allowed: Iterable[str], count: int = 3) -> str:
-    """The end of an error message: the `allowed` names most similar to `wrong`, or all of them if there are few.
-
-    Parameters
-    ----------
-    wrong: what the user wrote.
-    allowed: the names that would have been accepted.
-    count: how many near misses to name.
-    """
+def nearest(wrong: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: the three `allowed` names most similar to `wrong`, or all of them if few are."""
     names = sorted(set(allowed))
-    close = difflib.get_close_matches(wrong, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.5)
     if len(names) <= 20:
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"allowed: {', '.join(names) or 'nothing'}{hint}"
-    return f"nearest: {', '.join(close or names[:count])} (of {len(names)})"
+    return f"nearest: {', '.join(close or names[:3])} (of {len(names)})"

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 # Packages that cannot change a result (tests/test_pipeline.py): no stage but `report` and `track` depends on them.
 NO_DEPENDENCIES = ("core", "config", "tracking", "report")
-# Bytes: hashing a smaller file is faster than importing DVC.
-_SMALL = 2**28
+# Bytes: hashing a smaller file or folder is faster than importing DVC.
+_SMALL = 2**27
 
 
 def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -52,7 +52,7 @@ def dvc_md5(path: Path) -> str:
     UserError: there is no such file or folder.
     """
     root = next((parent for parent in path.absolute().parents if (parent / ".dvc").is_dir()), None)
-    if root is None or (path.is_file() and path.stat().st_size < _SMALL) or not path.exists():
+    if root is None or not path.exists() or _size(path) < _SMALL:
         return content_md5(path)
     try:
         found = _dvc_hash(root, path)
@@ -70,6 +70,10 @@ def _dvc_hash(root: Path, path: Path) -> str:
     with Repo(str(root)) as repo:
         found = build(repo.cache.local, str(path.absolute()), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)[2]
         return str(found.hash_info.value)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path.absolute())))
 
 
 def content_md5(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Texts from gettext catalogs (.mo, .po) in installed packages or in a folder."""
 
+import functools
 import hashlib
-import importlib.metadata
 import logging
 import re
 import struct
@@ -17,6 +17,7 @@ from babelscope.config.values import expanded
 from babelscope.core.errors import UserError, nearest
 from babelscope.corpus.languages import match, normalise, require
 from babelscope.corpus.messages import running_text
+from babelscope.models.packaged import files_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def read(section: Corpus, languages: Sequence[str]) -> pl.DataFrame:
         offered[source] = {c.language for c in catalogs} | {section.source_language}
         frame = _texts(catalogs, match(languages, offered[source]), section.source_language, source)
         parts.append(frame)
-        missing = [language for language in languages if language not in set(frame["language"])]
+        present = set(frame["language"].unique())
+        missing = [language for language in languages if language not in present]
         if missing:
             log.warning("%s has no messages in %s", source, ", ".join(missing))
     require(languages, offered)
@@ -95,13 +97,11 @@ def _packages(section: Corpus) -> Iterator[tuple[str, list[Catalog]]]:
         name = folder.resolve().name
         yield name, _catalogs(name, paths, "path", folder)
     for name in section.packages:
-        try:
-            files = importlib.metadata.distribution(name).files or []
-        except (importlib.metadata.PackageNotFoundError, ValueError):
+        files = files_of(name)
+        if files is None:
             raise UserError(f"params.yaml: corpus.packages: no installed package {name!r}; install it, or set "
-                            "corpus.path to a folder of catalogs") from None  # fmt: skip
-        paths = [Path(str(file.locate())) for file in files if file.suffix in (".mo", ".po")]
-        yield name, _catalogs(name, paths, "packages")
+                            "corpus.path to a folder of catalogs")  # fmt: skip
+        yield name, _catalogs(name, [path for path in files if path.suffix in (".mo", ".po")], "packages")
 
 
 def _catalogs(name: str, paths: list[Path], key: str, folder: Path | None = None) -> list[Catalog]:
@@ -137,7 +137,7 @@ def _messages(path: Path) -> Iterator[tuple[str, str]]:
         original = original.rpartition("\x04")[2]  # without the context
         if original in _CREDITS:
             continue
-        original, translation = running_text(original), running_text(translation)
+        original, translation = _source_text(original), running_text(translation)
         if original and translation and original != translation:
             yield original, translation
 
@@ -164,6 +164,11 @@ def _check_whole(mo: bytes) -> None:
             raise ValueError("the file is cut off")
 
 
+# The catalogs of a package hold the same message ids, one catalog after the other.
+_source_text = functools.lru_cache(2**16)(running_text)
+
+
+@functools.lru_cache(2**16)
 def _group(original: str) -> str:
     words = re.sub(r"[\W_]+", " ", original).strip().casefold()
     return hashlib.blake2b((words or original).encode(), digest_size=8).hexdigest()

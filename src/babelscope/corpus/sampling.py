@@ -47,7 +47,6 @@ def sample(
     texts: language, group (None: the text is a group of its own), source, text; any order, repetitions allowed.
     languages: the languages to draw, in the order of the result.
     section: min_characters, max_tokens, and the budgets train_tokens and eval_tokens (tokens per language).
-    seed: seed of the draw.
     tokenize: returns the ids of the content tokens in each text.
     advance: called with 1 after each language.
     taken: an earlier sample (text_id, split) of other languages, whose texts are among `texts`. Texts that are parallel

@@ -14,8 +14,8 @@ from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.explain.scores import Case, Text
 from babelscope.features.examples import Chosen, Features, Shown, choose, read_texts
-from babelscope.features.pieces import by_piece, cut
 from babelscope.models import hardware, loading, tokens
+from babelscope.models.pieces import by_piece, cut
 
 
 def collect(params: Config, paths: Paths) -> list[Case]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from babelscope.features.counter import Counter, totals, whole_texts
-from babelscope.models.forward import names_to_read, read_batches
+from babelscope.models.forward import names_to_read, read_divided
 from babelscope.models.names import layer_of
 from babelscope.models.tokens import TokenizedTexts
 from babelscope.sae.autoencoder import SAE
@@ -40,6 +40,7 @@ def count(
     dtype: torch.dtype = torch.float32,
     batch_tokens: int = 2048,
     chunk_tokens: int = 8192,
+    shares: Sequence[Sequence[str]] = (),
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Counted]:
     """Count the firings of every latent as `extract` and `encode` do, but without stored activations.
@@ -54,13 +55,16 @@ def count(
     dtype: what activations are rounded to.
     batch_tokens: tokens in one forward pass, padding included.
     chunk_tokens: tokens encoded at once.
+    shares: if several processes divide the hookpoints, those of each; `saes` are then those of this process, and each
+        computes a share of the forward passes.
     advance: called with the number of tokens of every finished chunk.
 
     Raises
     ------
     UserError: the model has no such hookpoint, or an activation is not finite in `dtype`.
     """
-    names = names_to_read(list(saes), any(sae.is_transcoder for sae in saes.values()))
+    transcode = any(sae.is_transcoder for sae in saes.values())
+    names = [names_to_read(share, transcode) for share in shares or [list(saes)]]
     counters = {name: Counter(languages, sae.latents, sae.b_dec.device) for name, sae in saes.items()}
     sums = {name: QualitySums(sae, len(languages)) for name, sae in saes.items()}
     language, held_out = texts.codes(languages), (texts.frame["split"] == "eval").to_torch()
@@ -77,7 +81,7 @@ def count(
 
     # By split: the texts after the last full chunk.
     waiting: dict[bool, tuple[dict[str, Tensor], Tensor]] = {}
-    for activations, text in read_batches(model, texts, texts.batches(batch_tokens), names, dtype):
+    for activations, text in read_divided(model, texts, texts.batches(batch_tokens), names, dtype):
         for split in set(held_out[text].tolist()):
             mask = held_out[text] == split
             rows, numbers = {name: x[mask.to(x.device)] for name, x in activations.items()}, text[mask]

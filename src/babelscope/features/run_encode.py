@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from babelscope import sae
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.store import ActivationStore
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.files import copy_file, read_table, write_atomically, write_json
@@ -29,7 +29,7 @@ def run(params: Config, paths: Paths, hookpoint: str) -> None:
         counts, by_language = map(read_table, targets)
     else:
         table, dictionary = read_table(paths.tokens), sae.load(paths.saes, hookpoint)
-        activations = ActivationStore(place(paths.activations, dictionary.input_name(hookpoint)))
+        activations = ActivationStore(paths.activations / dictionary.input_name(hookpoint))
         languages = table["language"].unique().sort().to_list()
         counts, by_language = encode(hookpoint, dictionary, activations, table.filter(split="train"), languages, params)
         for found, target in zip((counts, by_language), targets, strict=True):
@@ -47,7 +47,7 @@ def count_added(
     """Counts and totals of languages that train no SAE, and `added_fvu/<hookpoint>/<language>` on held-out texts."""
     table, dictionary = read_table(paths.extended_tokens), sae.load(paths.saes, hookpoint)
     encoded, decoded = (
-        ActivationStore(place(paths.extended, name)) for name in (dictionary.input_name(hookpoint), hookpoint)
+        ActivationStore(paths.extended / name) for name in (dictionary.input_name(hookpoint), hookpoint)
     )
     counted = encode(hookpoint, dictionary, encoded, table.filter(split="train"), languages, params)
     held_out = table.filter(split="eval")

@@ -81,7 +81,6 @@ def read_totals(writers: Mapping[Path, str], languages: list[str]) -> pl.DataFra
     Parameters
     ----------
     writers: the stage that writes each file.
-    languages: those of params.yaml.
 
     Raises
     ------

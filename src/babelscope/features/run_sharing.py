@@ -5,12 +5,9 @@ import math
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 
-from babelscope import sae
 from babelscope.activations.rows import read_rows
-from babelscope.activations.store import opened
 from babelscope.config import Config
 from babelscope.core import stage
 from babelscope.core.errors import UserError
@@ -18,8 +15,6 @@ from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.features import sharing, typology
-from babelscope.features.counter import whole_texts
-from babelscope.models import hardware
 from babelscope.models.names import layer_of
 
 SCHEMA = pl.Schema({
@@ -34,9 +29,14 @@ def run(params: Config, paths: Paths) -> None:
     parts = [pl.DataFrame(schema=SCHEMA)]
     numbers: dict[str, float] = {}
     if params.sharing.groups:
+        from babelscope.features.on_texts import measure  # its imports take seconds, and by default it is off
+
         texts = sharing.parallel_texts(read_table(paths.texts), params.languages, params.sharing.groups)
         if texts.is_empty():
-            raise UserError(f"params.yaml: sharing.groups: {paths.texts} has no text in two languages; set it to 0")
+            raise UserError(
+                f"params.yaml: sharing.groups: {paths.texts} has no text in two languages (translations of each other "
+                "share a `group`); set it to 0"
+            )
         tokens = read_rows(paths, columns=["row", "text_id"]).join(
             texts.with_row_index("text").select("text_id", pl.col("text").cast(pl.Int64)), on="text_id"
         )
@@ -61,30 +61,6 @@ def run(params: Config, paths: Paths) -> None:
         stage.table(["hookpoint", "Jaccard of translations", "of random pairs", "first component"], rows)
     else:
         log.info("sharing: nothing to compare (params.yaml: sharing.groups is 0)")
-
-
-@torch.no_grad()
-def measure(
-    params: Config, paths: Paths, hookpoint: str, tokens: pl.DataFrame, texts: pl.DataFrame, progress: Progress
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """The latents that fire on each text, `[texts, latents]`, and each language's mean activation, `[languages, d]`."""
-    device = hardware.prepare(params.hardware)
-    dictionary = sae.load(paths.saes, hookpoint).to(device)
-    activations = opened(paths, dictionary.input_name(hookpoint))
-    rows, text = tokens["row"].to_torch(), tokens["text"].to_torch()
-    present = [name for name in params.languages if name in set(texts["language"])]
-    code = texts["language"].cast(pl.Enum(present)).to_physical().cast(pl.Int64).to_torch()
-    fires = torch.zeros(len(texts), dictionary.latents, dtype=torch.bool)
-    sums = torch.zeros(len(present), activations.d, dtype=torch.float64)
-    for start, end in whole_texts(text, params.encode.chunk_tokens):
-        x, number = activations.gather(rows[start:end]), text[start:end]
-        values, indices = (each.cpu() for each in dictionary.encode(x.to(device)))
-        row, column = (values > 0).nonzero(as_tuple=True)
-        fires[number[row], indices[row, column]] = True
-        sums.index_add_(0, code[number], x.double())
-        progress.update(end - start)
-    counts = torch.bincount(code[text], minlength=len(present))
-    return fires.numpy(), (sums / counts.unsqueeze(1)).numpy()
 
 
 def distances(languages: list[str]) -> pl.DataFrame:

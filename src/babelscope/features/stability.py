@@ -197,7 +197,6 @@ def random_latents(latents: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, T
     Parameters
     ----------
     latents: decoder rows float32 [n, d] and encoder rows float32 [n, d_in], of any norm.
-    seed: of the draw.
     """
     rows = torch.cat([functional.normalize(part) for part in latents], dim=1)
     mean, n = rows.mean(0), len(rows)

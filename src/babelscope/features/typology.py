@@ -4,7 +4,6 @@ The data come with the package lang2vec, which is optional (`pip install --no-de
 is read, and none of its code runs.
 """
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import langcodes
 import numpy as np
 from numpy.typing import NDArray
 
+from babelscope.models.packaged import files_of
+
 # Syntax, phonology and phoneme inventory, each missing value predicted from the nearest languages.
-_FILE = "lang2vec/data/feature_predictions.npz"
+_FILE = "/lang2vec/data/feature_predictions.npz"
 # Languages that URIEL has, instead of the macrolanguages that their tags stand for.
 _MEMBERS = {
     "zho": "cmn", "ara": "arb", "msa": "zsm", "fas": "pes", "est": "ekk", "lav": "lvs", "nor": "nob", "swa": "swh",
@@ -33,7 +34,7 @@ def distances(languages: Sequence[str], path: Path | None = None) -> NDArray[np.
     -------
     `[languages, languages]`, nan for a language that the database lacks; None if lang2vec is not installed.
     """
-    path = path or _installed()
+    path = path or next((file for file in files_of("lang2vec") or [] if file.as_posix().endswith(_FILE)), None)
     if path is None:
         return None
     with np.load(path, allow_pickle=False) as content:
@@ -48,11 +49,3 @@ def distances(languages: Sequence[str], path: Path | None = None) -> NDArray[np.
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     found: NDArray[np.float64] = 1 - unit @ unit.T
     return found
-
-
-def _installed() -> Path | None:
-    try:
-        files = importlib.metadata.files("lang2vec") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if str(file) == _FILE), None)

@@ -3,7 +3,6 @@
 import math
 
 import polars as pl
-from scipy.stats import binomtest
 
 from babelscope.core.errors import UserError
 
@@ -42,7 +41,9 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
     _check_lengths(first_right, second_right)
     only_first, only_second = int((first_right & ~second_right).sum()), int((~first_right & second_right).sum())
     discordant = only_first + only_second
-    return float(binomtest(min(only_first, only_second), discordant).pvalue) if discordant else 1.0
+    # In integers: scipy.stats, which has this test, takes a second to import.
+    tail = sum(math.comb(discordant, count) for count in range(min(only_first, only_second) + 1))
+    return min(1.0, float(2 * tail / 2**discordant))
 
 
 def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> dict[str, float]:
@@ -53,7 +54,6 @@ def figures(predictions: pl.DataFrame, languages: list[str], baseline: str) -> d
     Parameters
     ----------
     predictions: `text_id`, `language` (true), `method`, `normalize`, `predicted`.
-    languages: order of the languages.
     baseline: the `method` with which the others are compared, if it has rows.
 
     Returns

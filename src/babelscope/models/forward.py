@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from babelscope.core.errors import UserError
 from babelscope.models import hookpoints as hooks
 from babelscope.models import probing
 from babelscope.models.names import input_name, module_of
+from babelscope.models.processes import rank, together
 from babelscope.models.tokens import TokenizedText, TokenizedTexts, pad
 
 
@@ -56,6 +57,50 @@ def read_batches(
         ids, mask, content = (part.to(device) for part in collate(texts[numbers]))
         text = torch.tensor(numbers).repeat_interleave(texts.lengths[numbers])
         yield Rows(content_activations(model, hookpoints, (ids, mask, content), dtype), text)
+
+
+def read_divided(
+    model: Any,
+    texts: TokenizedTexts,
+    batches: Sequence[Sequence[int]],
+    hookpoints: Sequence[Sequence[str]],
+    dtype: torch.dtype,
+) -> Iterator[Rows]:
+    """Yield what `read_batches` yields for the names of this process, from passes that all processes divide.
+
+    In every round, each process runs the forward pass over one batch, and sends to every other process the activations
+    that the other reads. A batch is computed whole, so that the bits are those of a single process. Every process must
+    read to the end.
+
+    Parameters
+    ----------
+    hookpoints: for every process, the names that it reads. With one process, this is `read_batches`.
+
+    Raises
+    ------
+    UserError: see `content_activations`; a process raises it if the pass of any has failed.
+    """
+    if len(hookpoints) == 1:
+        yield from read_batches(model, texts, batches, hookpoints[0], dtype)
+        return
+    own, device = rank(), hooks.device_of(model)
+    names = [name for share in hookpoints for name in share]
+    for first in range(0, len(batches), len(hookpoints)):
+        numbers = batches[first : first + len(hookpoints)]
+        tokens = [int(texts.lengths[batch].sum()) for batch in numbers] + [0] * (len(hookpoints) - len(numbers))
+        # A process without a batch runs one of the others' and sends no row, so that it knows all widths.
+        batch = numbers[own if own < len(numbers) else 0]
+        passes = read_batches(model, texts, [batch], names, dtype)
+        read = together(lambda passes=passes: next(passes), device).activations  # type: ignore[misc]
+        widths = [sum(read[name].shape[1] for name in share) for share in hookpoints]
+        sent = torch.cat([read[name][: tokens[own]].flatten() for name in names])
+        sizes = [count * widths[own] for count in tokens]
+        received = sent.new_empty(sum(sizes))
+        distributed.all_to_all_single(received, sent, sizes, [tokens[own] * width for width in widths])
+        for batch, count, part in zip(numbers, tokens, torch.split(received, sizes), strict=False):
+            flat = torch.split(part, [count * read[name].shape[1] for name in hookpoints[own]])
+            rows = {name: x.view(count, -1) for name, x in zip(hookpoints[own], flat, strict=True)}
+            yield Rows(rows, torch.tensor(batch).repeat_interleave(texts.lengths[batch]))
 
 
 def content_activations(

@@ -1,6 +1,7 @@
 """The `hardware` section: the device, CPU threads and memory."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,19 @@ def prepare(hardware: Hardware) -> torch.device:
     return torch.device("cuda", hardware.devices[0]) if isinstance(hardware.devices, list) else torch.device("cuda")
 
 
+def prepare_own(hardware: Hardware) -> torch.device:
+    """Like `prepare`, but of several CUDA devices on the node return the one of this process, and make it the default.
+
+    The process is one that Lightning or SLURM's `srun` has started.
+    """
+    device = prepare(hardware)
+    if device.type == "cuda" and device_count(hardware) > 1:
+        number = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        device = torch.device("cuda", hardware.devices[number] if isinstance(hardware.devices, list) else number)
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute with one CPU thread, for products so narrow that the number of threads changes how they are rounded."""
@@ -53,6 +67,16 @@ def device_count(hardware: Hardware) -> int:
     if isinstance(hardware.devices, int | list):
         return hardware.devices if isinstance(hardware.devices, int) else len(hardware.devices)
     return torch.cuda.device_count() if prepare(hardware).type == "cuda" else 1
+
+
+def divides(hardware: Hardware, hookpoints: int) -> int:
+    """The number of processes that train different SAEs in stage `stream`; 1 if all train the same ones.
+
+    SAE number i is trained by process i % n: nothing has to be sent but activations, and the bits are those of one
+    device. `ddp` and `fsdp`, and fewer hookpoints than devices, divide the rows of a batch or the weights instead.
+    """
+    processes = device_count(hardware) * hardware.num_nodes
+    return processes if hardware.strategy == "auto" and processes <= hookpoints else 1
 
 
 def keep_freed_memory() -> None:

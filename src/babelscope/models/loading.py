@@ -215,8 +215,8 @@ def _read_weights(source: str, **options: Any) -> Any:
     return model
 
 
-def _first_of(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def load_skeleton(section: Model) -> torch.nn.Module | None:

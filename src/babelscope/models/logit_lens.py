@@ -29,7 +29,6 @@ def direct_logits(model: Any, directions: Tensor) -> Iterator[Tensor]:
 
     Parameters
     ----------
-    model: a causal language model.
     directions: float32 `[n, d]`, d the width of the residual stream.
 
     Yields

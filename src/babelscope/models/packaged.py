@@ -26,7 +26,7 @@ def find(package: str, file: str | None) -> list[Path]:
     UserError: the package is not installed or lacks the file, or a part is missing.
     """
     wanted = file or "config.json"
-    files = _files(package)
+    files = files_of(package)
     if files is None:
         raise UserError(
             f"params.yaml: model.name: no installed package {package!r}; install it, or set model.source to "
@@ -36,7 +36,7 @@ def find(package: str, file: str | None) -> list[Path]:
     if whole:
         return whole[:1]
     form = re.compile(re.escape(wanted) + r"\.part(\d+)")
-    required = [path for name in _required(package) for path in _files(name) or []]
+    required = [path for name in _required(package) for path in files_of(name) or []]
     found = sorted((int(match[1]), path) for path in [*files, *required] if (match := form.fullmatch(path.name)))
     if not found:
         have = [path.name for path in files if path.suffix == (".gguf" if file else ".json")]
@@ -54,7 +54,7 @@ def find(package: str, file: str | None) -> list[Path]:
 
 
 def _advice(package: str) -> str:
-    absent = [name for name in _required(package) if _files(name) is None]
+    absent = [name for name in _required(package) if files_of(name) is None]
     return f"install {', '.join(absent)}" if absent else "install the package again"
 
 
@@ -83,11 +83,11 @@ def check(path: Path, sha256: str, name: str | None = None, advice: str = "repla
         )
 
 
-def _files(package: str) -> list[Path] | None:
+def files_of(package: str) -> list[Path] | None:
     """The files of an installed package; None if it is not installed."""
     try:
-        return [Path(str(file.locate())) for file in importlib.metadata.distribution(package).files or []]
-    except importlib.metadata.PackageNotFoundError:
+        return [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # the latter: an empty name
         return None
 
 

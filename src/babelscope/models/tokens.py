@@ -1,5 +1,6 @@
 """Tokenizing texts, and batches of texts of similar length, so that there is little padding."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ def _as_text(tokenizer: Any) -> dict[str, bool]:
     return {} if type(tokenizer).__name__ == "MistralCommonBackend" else {"split_special_tokens": True}
 
 
+@functools.lru_cache(1)  # Gemma's 6,000 added tokens take 30 ms
 def _special_ids(tokenizer: Any) -> set[int]:
     """Ids of special tokens that are never text: all except the unknown token and those of a single character.
 
@@ -261,6 +263,21 @@ def pad(batch: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask `[batch, longest]` (int64), padded on the right with zeros."""
     rows = [torch.tensor(text.ids, dtype=torch.int64) for text in batch]
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def texts_of(
+    corpus: pl.DataFrame, tokenizer: Any, limit: int | None, max_tokens: int, *, cut: bool = False
+) -> tuple[list[TokenizedText], list[str]]:
+    """Texts of about `limit` tokens per language (see `within`), in `by_length` order, and the language of each.
+
+    `corpus`: `text_id`, `language`, `text`. `max_tokens`: of a text.
+    """
+    if limit is not None:  # every text has a token
+        corpus = corpus.sort("text_id").group_by("language", maintain_order=True).head(limit)
+    language = dict(corpus.select("text_id", "language").iter_rows())
+    ready = tokenize(tokenizer, corpus["text_id"].to_list(), corpus["text"].to_list(), max_tokens)
+    texts = by_length(within(ready, language, limit, cut=cut))
+    return texts, [language[text.text_id] for text in texts]
 
 
 def within(

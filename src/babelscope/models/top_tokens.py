@@ -53,7 +53,8 @@ class TopTokens:
         states = entered[0][:, 1:].float().square().mean((0, 1))
         entries = torch.stack([part.float().square().mean(0) for part in weight.split(_COLUMNS)]).mean(0)
         self.size: Tensor = (states.clamp_min(1e-30) / entries.clamp_min(1e-30)) ** 0.25
-        codes, scales = [], []
+        codes: list[Tensor] = []
+        scales: list[Tensor] = []
         # In parts, since a float copy of the unembedding may be as large as the model. A group is every
         # (_COLUMNS / _GROUP)-th entry of a part, so that maxima are over whole vectors.
         for part in weight.split(_COLUMNS):
@@ -73,7 +74,8 @@ class TopTokens:
         x = entered[0][:, -1]
         if self.codes is None:
             return self._sorted(self.head.logits(x, 0, self.head.unembedding.out_features), k)
-        tokens, weight = self._candidates(x, min(_GROUPS, k + _MORE)), self.head.unembedding.weight
+        tokens = self._candidates(x, min(_GROUPS, k + _MORE))
+        weight = self.head.unembedding.weight
         parts = zip(torch.split(x.float().unsqueeze(2), _ROWS), torch.split(tokens, _ROWS), strict=True)
         found = torch.cat([torch.bmm(weight[some].float(), states).squeeze(2) for states, some in parts])
         logits, order = self._sorted(self.head.finish(found), k)
@@ -89,11 +91,10 @@ class TopTokens:
         assert self.codes is not None
         rows = x.float() / self.size
         states = (rows / rows.abs().amax(1, keepdim=True).clamp_min(1e-30) * 127).round().to(torch.int8)
-        largest = [
-            torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1)
-            for codes in torch.split(self.codes, _COLUMNS)
-        ]
+        parts = torch.split(self.codes, _COLUMNS)
+        largest = [torch._int_mm(states, codes.T).view(len(x), _GROUP, -1).amax(1) for codes in parts]
         group = (torch.cat(largest, 1) * self.scale).topk(groups, dim=1).indices
         width = _COLUMNS // _GROUP
         start = group // width * _COLUMNS + group % width
-        return (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        tokens: Tensor = (start.unsqueeze(2) + torch.arange(_GROUP) * width).flatten(1)
+        return tokens

@@ -1,8 +1,6 @@
 """The page of `try --html` and of `serve`: a sentence token by token, as one HTML file that needs nothing else."""
 
 from dataclasses import asdict
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import polars as pl
@@ -11,16 +9,10 @@ from babelscope.config.values import model_title
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
 from babelscope.playground.reading import STRONGEST, Reader, Reading
-from babelscope.report.assets import asset, embedded, environment, source_hash
+from babelscope.report.assets import asset, embedded, rendered, source_hash
 
 # Tokens that a feature promotes, as the page shows them.
 _TOKENS = 6
-
-
-@cache
-def own_asset(name: str) -> str:
-    """The text of a file of this package."""
-    return resources.files("babelscope.playground").joinpath(name).read_text(encoding="utf-8")
 
 
 def described(reader: Reader, paths: Paths) -> list[dict[str, Any]]:
@@ -28,9 +20,8 @@ def described(reader: Reader, paths: Paths) -> list[dict[str, Any]]:
     features = [asdict(one) | {"delta": None, "promotes": []} for one in reader.features]
     by_id = {one["id"]: one for one in features}
     if (paths.browse / "features.parquet").is_file():
-        for hookpoint, unit, delta in read_table(paths.browse / "features.parquet")[
-            "hookpoint", "unit", "delta"
-        ].rows():
+        table = read_table(paths.browse / "features.parquet")
+        for hookpoint, unit, delta in table["hookpoint", "unit", "delta"].rows():
             if (one := by_id.get(f"{hookpoint}/{unit}")) is not None:
                 one["delta"] = delta
         promoted = read_table(paths.browse / "tokens.parquet").filter(pl.col("place") < _TOKENS, side="promoted")
@@ -57,25 +48,18 @@ def build(
 
     Nothing but the own server is contacted, and only by a live page: a Content-Security-Policy forbids everything else.
     """
-    script, params = own_asset("playground.js"), reader.params
+    script, params = asset("playground.js", "playground"), reader.params
     data = {
         "languages": [name for name in params.languages if name in reader.units], "browser": browser, "live": live,
         "text": text, "reading": None if reading is None else as_json(reading), "features": described(reader, paths),
         "tokens": params.steer.new_tokens, "strongest": STRONGEST,
     }  # fmt: skip
-    return (
-        environment()
-        .from_string(own_asset("playground.html.j2"))
-        .render(
-            policy=f"script-src {source_hash(script)}; " + ("connect-src 'self'" if live else "connect-src 'none'"),
-            style=asset("page.css") + own_asset("playground.css"),
-            script=script,
-            data=embedded(data),
-            model=model_title(params.model.model_dump()),
-            live=live,
-            report=browser is not None and live,
-        )
-    )
+    return rendered(
+        asset("playground.html.j2", "playground"),
+        policy=f"script-src {source_hash(script)}; " + ("connect-src 'self'" if live else "connect-src 'none'"),
+        style=asset("page.css") + asset("playground.css", "playground"), script=script, data=embedded(data),
+        model=model_title(params.model.model_dump()), live=live, report=browser is not None and live,
+    )  # fmt: skip
 
 
 def as_json(reading: Reading) -> dict[str, Any]:

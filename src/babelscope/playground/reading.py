@@ -15,10 +15,10 @@ from babelscope.core.errors import UserError
 from babelscope.core.files import read_table
 from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
-from babelscope.features.pieces import by_piece, pieces
 from babelscope.identification.classify import identify
 from babelscope.identification.unit_totals import UnitTotals, owned
 from babelscope.models import forward, hardware, loading, tokens
+from babelscope.models.pieces import by_piece, pieces
 from babelscope.models.top_tokens import TopTokens
 from babelscope.report.browser import is_right_to_left
 from babelscope.report.parts import layer_labels
@@ -66,7 +66,7 @@ class Reading:
 
     Attributes
     ----------
-    pieces: the text cut at the borders of its tokens (see `features.pieces`).
+    pieces: the text cut at the borders of its tokens (see `models.pieces`).
     fires: the features that fire on each piece, the strongest first.
     language: the one whose features fire most, or None if none fires.
     scores: firings per feature of each language.

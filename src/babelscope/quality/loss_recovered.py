@@ -55,7 +55,6 @@ def loss_recovered(
 
     Parameters
     ----------
-    model: a causal language model.
     saes: by hookpoint, on the model's device; a transcoder (`b_in` given) encodes what enters the hookpoint's module.
     texts: in `by_length` order, so that padding costs little.
     language: of each text.

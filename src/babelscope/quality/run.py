@@ -15,10 +15,8 @@ def run(params: Config, paths: Paths) -> None:
     """Measure the loss recovered at every hookpoint; write `paths.loss_recovered` and the stage's metrics."""
     device = hardware.prepare(params.hardware)
     corpus = read_table(paths.texts).filter(split="eval")
-    language = dict(corpus.select("text_id", "language").iter_rows())
-    ids, texts = corpus["text_id"].to_list(), corpus["text"].to_list()
-    every = tokens.tokenize(loading.load_tokenizer(params.model), ids, texts, params.corpus.max_tokens)
-    measured = tokens.by_length(tokens.within(every, language, params.quality.tokens, cut=True))
+    tokenizer = loading.load_tokenizer(params.model)
+    measured = tokens.texts_of(corpus, tokenizer, params.quality.tokens, params.corpus.max_tokens, cut=True)
     saes = sae.SAECache(paths.saes, params.hookpoints, device)
     model = loading.load_model(params.model, params.ablate.dtype).to(device)
     matmul.use_in(model)
@@ -28,10 +26,7 @@ def run(params: Config, paths: Paths) -> None:
     )
     depends["max_tokens"] = params.corpus.max_tokens
     with resume.kept("quality", depends, [paths.texts, paths.saes]) as folder:
-        found = loss_recovered(
-            model, saes, measured, [language[text.text_id] for text in measured], params.languages,
-            params.ablate.batch_tokens, keep=folder,
-        )  # fmt: skip
+        found = loss_recovered(model, saes, *measured, params.languages, params.ablate.batch_tokens, keep=folder)
         write_atomically(paths.loss_recovered, found.write_parquet)
         write_json(paths.metrics("quality"), figures(found))
     report(found)

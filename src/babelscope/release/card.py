@@ -1,9 +1,7 @@
 """The model card of uploaded SAEs: what they are, how to load them, from which texts, and how good they are."""
 
 import importlib.metadata
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -12,7 +10,9 @@ import yaml
 from babelscope.config import Config
 from babelscope.config.values import expanded, local_name
 from babelscope.core.files import read_json
+from babelscope.core.git import git
 from babelscope.core.paths import Paths
+from babelscope.report.assets import asset
 from babelscope.report.numbers import percent, plain
 
 _TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "multilingual", "babelscope"]
@@ -30,10 +30,9 @@ def build(repo: str, hookpoints: Sequence[str], licence: str | None, params: Con
     }
     metadata |= {} if is_local else {"base_model": name}
     metadata |= {} if licence is None else {"license": licence}
-    template = resources.files("babelscope.release").joinpath("card.md.j2").read_text(encoding="utf-8")
     # A card is Markdown, in which HTML's escapes would be shown. The values are names and figures.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701
-    body = environment.from_string(template).render(
+    body = environment.from_string(asset("card.md.j2", "release")).render(
         repo=repo, first=hookpoints[0], params=params, model=local_name(params.model.name), licence=licence,
         rows=figures(hookpoints, paths), features=features(params, paths), sources=sources(paths),
         results=results(paths), commit=commit(paths),
@@ -109,11 +108,6 @@ def licence_of(source: str) -> str | None:
 
 def commit(paths: Paths) -> str:
     """The commit of the repository, and whether files that git tracks differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(paths.root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    found = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (found or "no git repository") + (" (with uncommitted changes)" if changed else "")
+    found = git(paths.root, "rev-parse", "HEAD")
+    changed = git(paths.root, "status", "--porcelain", "--untracked-files=no")
+    return (found or "no git repository").strip() + (" (with uncommitted changes)" if changed else "")

@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.report.names import name
-from babelscope.report.numbers import percent, plain, significant
+from babelscope.report.numbers import NONE, percent, plain, significant
 from babelscope.report.parts import ReportInputs
 from babelscope.report.sections import control, identification, layers, own, similarity
 
@@ -35,23 +35,19 @@ def about(inputs: ReportInputs) -> dict[str, Facts]:
 
 
 def _language(inputs: ReportInputs, language: str) -> Facts:
-    facts: Facts = []
     row = own.own_and_others(inputs).row(by_predicate=pl.col("language") == language, named=True)
-    if row["own"] is not None:
-        facts.append(("ΔNLL of itself without them, nats/token", _with_interval(row["own"], row["low"], row["high"])))
-    if row["bits"] is not None:
-        facts.append(("the same in bits/byte", significant(row["bits"], sign=True)))
-    if row["others"] is not None:
-        facts.append(("ΔNLL of the other languages, mean", significant(row["others"], sign=True, digits=2)))
-    if row["random"] is not None:
-        ends = _with_interval(row["random"], row["random_low"], row["random_high"], "range of the draws")
-        facts.append(("ΔNLL without random latents that fire as often", ends))
+    draws = row["random"], row["random_low"], row["random_high"]
+    facts = [
+        ("ΔNLL of itself without them, nats/token", _with_interval(row["own"], row["low"], row["high"])),
+        ("the same in bits/byte", significant(row["bits"], sign=True)),
+        ("ΔNLL of the other languages, mean", significant(row["others"], sign=True, digits=2)),
+        ("ΔNLL without random latents that fire as often", _with_interval(*draws, "range of the draws")),
+    ]
     against = control.against_control(inputs)
     if not against.is_empty():
         cell = against.row(by_predicate=(pl.col("language") == language) & (pl.col("question") == "own"), named=True)
-        if cell["value"] is not None:
-            text = _with_interval(cell["value"], cell["low"], cell["high"])
-            facts.append(("own minus random latents", text))
+        facts.append(("own minus random latents", _with_interval(cell["value"], cell["low"], cell["high"])))
+    facts = [(label, text) for label, text in facts if text != NONE]
     facts += _figures(inputs, _BY_LANGUAGE, language)
     pairs = similarity.similarity(inputs)
     if not pairs.is_empty():
@@ -71,16 +67,14 @@ def _language(inputs: ReportInputs, language: str) -> Facts:
 def _hookpoint(inputs: ReportInputs, hookpoint: str) -> Facts:
     facts = _figures(inputs, _BY_HOOKPOINT, hookpoint, f".{hookpoint}")
     recovered = inputs.figure("quality", f"loss_recovered/{hookpoint}")
-    if recovered is not None:
-        facts.append(("loss recovered with the SAE’s reconstruction", percent(recovered)))
+    facts.append(("loss recovered with the SAE’s reconstruction", percent(recovered)))
     frame = layers.own_by_layer(inputs)
     if not frame.is_empty():
         means = layers.selectivity(frame).row(by_predicate=pl.col("hookpoint") == hookpoint, named=True)
-        if means["own"] is not None:
-            facts.append(("ΔNLL of the language itself, removed alone, mean", significant(means["own"], sign=True)))
+        facts.append(("ΔNLL of the language itself, removed alone, mean", significant(means["own"], sign=True)))
         if means["rows"] is not None:
             facts.append(("languages that lose most themselves", f"{means['rows']} of {len(inputs.languages)}"))
-    return facts
+    return [(label, text) for label, text in facts if text != NONE]
 
 
 def cells(inputs: ReportInputs) -> dict[str, dict[str, str]]:
@@ -102,7 +96,7 @@ def _figures(inputs: ReportInputs, keys: Any, at: str, end: str = "") -> Facts:
     return [(label, how(value)) for label, how, value in known if value is not None]
 
 
-def _with_interval(value: float, low: float | None, high: float | None, kind: str = "95 %") -> str:
+def _with_interval(value: float | None, low: float | None, high: float | None, kind: str = "95 %") -> str:
     text = significant(value, sign=True)
     if low is None or high is None:
         return text

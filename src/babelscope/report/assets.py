@@ -12,14 +12,15 @@ from markupsafe import Markup
 
 
 @cache
-def asset(name: str) -> str:
-    """The text of a file of this package."""
-    return resources.files("babelscope.report").joinpath(name).read_text(encoding="utf-8")
+def asset(name: str, package: str = "report") -> str:
+    """The text of a file of the package `babelscope.<package>`."""
+    return resources.files(f"babelscope.{package}").joinpath(name).read_text(encoding="utf-8")
 
 
-def environment() -> jinja2.Environment:
-    """Templates: every value is escaped, and a missing one is an error."""
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def rendered(template: str, **values: Any) -> str:
+    """A template with its values, each of which is escaped; a missing one is an error."""
+    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return jinja.from_string(template).render(**values)
 
 
 def source_hash(script: str) -> str:

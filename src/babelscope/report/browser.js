@@ -160,7 +160,8 @@
     const text = missing ? `No such feature: ${missing}` : data.features.length ? "No feature passes the filters." : "There is no feature.";
     const all = make("button", { type: "button" }, "Show all features");
     all.addEventListener("click", clear);
-    return make("p", { class: "none" }, text, " ", ...(data.features.length ? [all] : []));
+    const limit = document.querySelector(".limit"); // what is searched for may be beyond it
+    return make("div", {}, make("p", { class: "none" }, text, " ", ...(data.features.length ? [all] : [])), ...(limit ? [limit.cloneNode(true)] : []));
   }
 
   const heading = (language, hookpoint) => [language && called(language), hookpoint].filter(Boolean).join(" · ");

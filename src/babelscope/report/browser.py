@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.core.errors import UserError
-from babelscope.report.assets import asset, embedded, environment, source_hash
+from babelscope.report.assets import asset, embedded, rendered, source_hash
 from babelscope.report.names import called
 from babelscope.report.numbers import plain
 
@@ -97,32 +97,24 @@ def content(inputs: BrowserInputs) -> dict[str, Any]:
         features[hookpoint, unit][side].append([token_number[token], _digits(logit)])
     for hookpoint, unit, _, neighbour, cosine in _rows(frames, "neighbours", "place"):
         features[hookpoint, unit]["near"].append([neighbour, _digits(cosine)])
-    if "stability" in frames:
-        for hookpoint, unit, matched in frames["stability"].select(*_KEY, "matched").iter_rows():
-            if (hookpoint, unit) in features:
-                features[hookpoint, unit]["matched"] = matched
-    if "ranking" in frames:
-        columns = (*_KEY, "own", "others", "causal_rank")
-        for hookpoint, unit, *effect in frames["ranking"].select(columns).iter_rows():
-            if (hookpoint, unit) in features:
-                features[hookpoint, unit]["causal"] = [*map(_digits, effect[:2]), effect[2]]
-    if "explanations" in frames:
-        columns = (*_KEY, "explanation", "detection", "fuzzing")
-        for hookpoint, unit, *said in frames["explanations"].select(columns).iter_rows():
-            if (hookpoint, unit) in features:
-                features[hookpoint, unit]["said"] = said
-    if "script" in frames:
-        for hookpoint, unit, bound, kept in (
-            frames["script"].select(*_KEY, "script_bound", "kept_romanised").iter_rows()
-        ):
-            if (hookpoint, unit) in features:
-                features[hookpoint, unit]["script"] = [bound, None if kept is None else round(kept, 3)]
-    shown = [
-        {"language": code[language], "pieces": pieces, "rtl": is_right_to_left("".join(pieces))}
-        for _, language, pieces in texts
-    ]
+
+    def shown(name: str, *columns: str) -> Iterable[tuple[Any, ...]]:
+        """Of a frame that may be missing, the features that are shown, each with some columns."""
+        rows = frames[name].select(*_KEY, *columns).iter_rows() if name in frames else ()
+        return ((features[row[:2]], *row[2:]) for row in rows if row[:2] in features)
+
+    for feature, matched in shown("stability", "matched"):
+        feature["matched"] = matched
+    for feature, own, others, rank in shown("ranking", "own", "others", "causal_rank"):
+        feature["causal"] = [_digits(own), _digits(others), rank]
+    for feature, *said in shown("explanations", "explanation", "detection", "fuzzing"):
+        feature["said"] = said
+    for feature, bound, kept in shown("script", "script_bound", "kept_romanised"):
+        feature["script"] = [bound, None if kept is None else round(kept, 3)]
     return {
-        "languages": list(inputs.languages), "hookpoints": list(inputs.hookpoints), "tokens": tokens, "texts": shown,
+        "languages": list(inputs.languages), "hookpoints": list(inputs.hookpoints), "tokens": tokens,
+        "texts": [{"language": code[language], "pieces": pieces, "rtl": is_right_to_left("".join(pieces))}
+                  for _, language, pieces in texts],
         "features": list(features.values()), "names": [called(name) for name in inputs.languages],
         "about": dict(inputs.about), "cells": dict(inputs.cells),
     }  # fmt: skip
@@ -155,20 +147,11 @@ def build(inputs: BrowserInputs) -> str:
     script = asset("browser.js")
     kinds = inputs.frames["features"]["kind"]
     specific = int((kinds == "specific").sum())
-    return (
-        environment()
-        .from_string(asset("browser.html.j2"))
-        .render(
-            policy=source_hash(script),
-            script=script,
-            style=asset("page.css") + asset("browser.css"),
-            data=embedded(content(inputs)),
-            model=inputs.model,
-            specific=plain(specific),
-            shared=plain(int((kinds == "shared").sum())),
-            selected=plain(inputs.selected) if inputs.selected > specific else "",
-            languages=[called(name) for name in inputs.languages],
-            codes=inputs.languages,
-            hookpoints=inputs.hookpoints,
-        )
-    )
+    return rendered(
+        asset("browser.html.j2"),
+        policy=source_hash(script), script=script, style=asset("page.css") + asset("browser.css"),
+        data=embedded(content(inputs)), model=inputs.model, specific=plain(specific),
+        shared=plain(int((kinds == "shared").sum())),
+        selected=plain(inputs.selected) if inputs.selected > specific else "",
+        languages=[called(name) for name in inputs.languages], codes=inputs.languages, hookpoints=inputs.hookpoints,
+    )  # fmt: skip

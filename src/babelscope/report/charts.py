@@ -85,6 +85,22 @@ def languages_axis(languages: Iterable[str], **axis: Any) -> alt.Axis:
     return alt.Axis(labelExpr=labels(languages), labelLimit=220, **axis)
 
 
+def by_language(frame: pl.DataFrame, *fields: str | tuple[str, ...]) -> alt.Chart:
+    """A chart with one row per language, in the order of `frame`; the tooltip has the `fields` (see `tips`), too."""
+    languages = frame["language"].unique(maintain_order=True).to_list()
+    return alt.Chart(data(frame)).encode(
+        y=alt.Y("language:N", sort=languages, title=None, axis=languages_axis(languages)),
+        tooltip=tips("language:N", *fields),
+    )
+
+
+def curve(base: alt.Chart, key: str, style: str, shape: str, **y: Any) -> list[alt.Chart]:
+    """A line through points over the x of `base`; `y`: options of its axis."""
+    marks = base.encode(y=alt.Y(f"{key}:Q", **y))
+    points = marks.mark_point(style=style, shape=shape, size=44, filled=True, opacity=1)
+    return [marks.mark_line(style=style, strokeWidth=2), points]
+
+
 def legend(*entries: tuple[str, str, str]) -> alt.LayerChart:
     """A legend as a chart of its own, one row: (style, shape, text) of each mark, as the marks are drawn.
 
@@ -127,31 +143,30 @@ def cells(base: alt.Chart, name: str, scale: alt.Scale, text: str = "text:N") ->
 
 
 def heat_map(
-    frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, axis: str = "layer",
-    step: int | None = None, zero: bool = True,
+    frame: pl.DataFrame, *, name: str, title: str, decimals: int, description: str, zero: bool = True
 ) -> alt.LayerChart:  # fmt: skip
-    """Languages x layers (or another column, `axis`) with the values written into the cells.
+    """Languages x layers with the values written into the cells.
 
-    `frame` has `language`, `layer` (a label; or `axis`), `value` (null leaves a cell empty) and perhaps `hookpoint`,
-    `low`, `high`, `others` and `href` (what a click on the cell opens). `name` is unique within a picture, `title` says
-    what the value is, with its unit, and `description` is the text alternative. The colours start at `zero`, or at the
+    `frame` has `language`, `layer` (a label), `value` (null leaves a cell empty), `hookpoint` and perhaps `low`,
+    `high`, `others` and `href` (what a click on the cell opens). `name` is unique within a picture, `title` says what
+    the value is, with its unit, and `description` is the text alternative. The colours start at `zero`, or at the
     smallest value.
     """
     form = f",.{decimals + 2}f" if decimals else ","
-    shown: list[str | tuple[str, ...]] = ["language:N", f"{'hookpoint' if 'hookpoint' in frame.columns else axis}:N"]
-    shown += [("value:Q", title, form), *(ends(form) if {"low", "high"} <= set(frame.columns) else ())]
+    shown: list[str | tuple[str, ...]] = ["language:N", "hookpoint:N", ("value:Q", title, form)]
+    shown += ends(form) if {"low", "high"} <= set(frame.columns) else ()
     if "others" in frame.columns:
         shown.append(("others:Q", "others, mean", form))
-    columns, languages = (frame[key].unique(maintain_order=True).to_list() for key in (axis, "language"))
+    columns, languages = (frame[key].unique(maintain_order=True).to_list() for key in ("layer", "language"))
     base = alt.Chart(data(written(frame, decimals))).encode(
-        x=alt.X(f"{axis}:O", sort=columns, axis=alt.Axis(title=axis, orient="top", labelAngle=0)),
+        x=alt.X("layer:O", sort=columns, axis=alt.Axis(title="layer", orient="top", labelAngle=0)),
         y=alt.Y("language:N", sort=languages, title=None, axis=languages_axis(languages)),
         tooltip=tips(*shown),
     )
     if "href" in frame.columns:
         base = base.encode(href="href:N")
     result = alt.layer(*cells(base, name, ramp(frame, zero)), name=name, description=description)
-    return result.properties(width=alt.Step(step or column_width(len(columns))), height=alt.Step(26))
+    return result.properties(width=alt.Step(column_width(len(columns))), height=alt.Step(26))
 
 
 def column_width(columns: int) -> int:

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from babelscope.config.values import model_title
 from babelscope.report import charts, headline, verdict
-from babelscope.report.assets import asset, environment, source_hash
+from babelscope.report.assets import asset, rendered, source_hash
 from babelscope.report.parts import Picture, ReportInputs
 
 # The argument of the page, part by part. Each name is a module of `babelscope.report.sections` with a function
@@ -12,26 +12,13 @@ from babelscope.report.parts import Picture, ReportInputs
 PARTS = {
     "The question: which features belong to a language?": ("features", "layers"),
     "The evidence: what they do": (
-        "ablation",
-        "own",
-        "control",
-        "curve",
-        "identification",
-        "baselines",
-        "steering",
-        "switching",
+        "ablation", "own", "control", "curve", "identification", "baselines", "steering", "switching",
     ),
     "The doubt: what else could explain it?": (
-        "script",
-        "stability",
-        "similarity",
-        "sharing",
-        "quality",
-        "corpus",
-        "confounds",
+        "script", "stability", "similarity", "sharing", "quality", "corpus", "confounds",
     ),
     "For reference": ("reproduce",),
-}
+}  # fmt: skip
 NAMES = tuple(name for names in PARTS.values() for name in names)
 SECTIONS = [import_module(f"babelscope.report.sections.{name}") for name in NAMES]
 
@@ -49,22 +36,14 @@ def build(inputs: ReportInputs) -> str:
     specs = {picture.name: picture.chart.to_dict() for picture in pictures}  # checked against Vega-Lite's schema
     scripts = [charts.javascript(), asset("page.js")]
     model = model_title(inputs.params.get("model", {})) or "the model"
-    return (
-        environment()
-        .from_string(asset("page.html.j2"))
-        .render(
-            policy=" ".join(source_hash(script) for script in scripts),
-            scripts=scripts,
-            style=asset("page.css"),
-            charts={"specs": specs, "themes": charts.THEMES, "print": charts.PRINT},
-            parts={title: sections for title, sections in parts.items() if sections},
-            model=model,
-            title=headline.title(inputs),
-            sentences=verdict.sentences(inputs.metrics, inputs.languages),
-            claim=headline.claim(inputs, model),
-            tiles=headline.tiles(inputs),
-        )
-    )
+    return rendered(
+        asset("page.html.j2"),
+        policy=" ".join(source_hash(script) for script in scripts), scripts=scripts, style=asset("page.css"),
+        charts={"specs": specs, "themes": charts.THEMES, "print": charts.PRINT},
+        parts={title: sections for title, sections in parts.items() if sections}, model=model,
+        title=headline.title(inputs), sentences=verdict.sentences(inputs.metrics, inputs.languages),
+        claim=headline.claim(inputs, model), tiles=headline.tiles(inputs),
+    )  # fmt: skip
 
 
 def for_dvc() -> str:

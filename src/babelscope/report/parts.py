@@ -96,6 +96,10 @@ class ReportInputs:
         """The figure `key` of `metrics/<name>.json`, or None if there is none."""
         return self.metrics.get(name, {}).get(key)
 
+    def each(self, name: str, key: str, of: Iterable[str] | None = None) -> list[Any]:
+        """The figures `<key>/<one>` of `metrics/<name>.json`, by default one for each language."""
+        return [self.figure(name, f"{key}/{one}") for one in (self.languages if of is None else of)]
+
     def grid(self) -> pl.DataFrame:
         """Every pair of `language` and `hookpoint` in the order of params.yaml, `layer` (label) and `href` (link)."""
         labels = layer_labels(self.hookpoints)

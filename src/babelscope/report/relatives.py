@@ -1,6 +1,7 @@
 """What is known of a language from elsewhere: the branch of its family, and the script that it is mostly written in."""
 
 import langcodes
+import polars as pl
 
 # Branches as in Glottolog 5 (Hammarstroem et al.).
 _BRANCHES = {
@@ -33,6 +34,13 @@ def relation(first: str, second: str) -> str | None:
     if one is None or two is None:
         return None
     return "same branch" if one[0] == two[0] else "same script" if one[1] == two[1] else "neither"
+
+
+def means_by_relation(pairs: pl.DataFrame) -> dict[str, float]:
+    """The mean `value` of the pairs of languages of each `relation` that occurs, which has the page's name for it."""
+    means = dict(pairs.drop_nulls("value").group_by("relation").agg(pl.col("value").mean()).iter_rows())
+    names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
+    return {name: means[kind] for kind, name in names.items() if kind in means}
 
 
 def relatives(language: str) -> tuple[str, str] | None:

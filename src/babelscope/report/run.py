@@ -1,6 +1,5 @@
 """Stage `report`: all results as one self-contained HTML page, the features as another, pictures, and DVC's plots."""
 
-import hashlib
 import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from babelscope.config.values import local_name, model_title
 from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_json, read_table, write_atomically, write_json
+from babelscope.core.fingerprint import content_md5
 from babelscope.core.paths import Paths
 from babelscope.report import about, browser, charts, page, summary
 from babelscope.report.parts import ReportInputs
@@ -76,7 +76,7 @@ def read(params: Config, paths: Paths) -> ReportInputs:
         # Neither the hardware nor the tracking changes a result, so neither changes the page.
         params=portable(params.model_dump(exclude={"hardware", "track"}, exclude_unset=True)),
         metrics={name: read_json(path) for name, path in metrics.items()},
-        files={path.relative_to(paths.root).as_posix(): _md5(path) for path in files},
+        files={path.relative_to(paths.root).as_posix(): content_md5(path) for path in files},
         versions={package: version(package) for package in PACKAGES},
         bytes_per_token=bytes_per_token(paths, params.corpus.max_tokens),
         **tables,  # type: ignore[arg-type]
@@ -120,10 +120,6 @@ def _check(files: Iterable[Path], origin: str) -> None:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; {origin}: dvc repro report")
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def portable(content: Any) -> Any:

@@ -1,8 +1,6 @@
 """The headline figures of a state of the pipeline, by which DVC compares experiments: `metrics/summary.json`."""
 
-import math
-from typing import Any
-
+from babelscope.report.numbers import known, mean
 from babelscope.report.parts import ReportInputs
 
 # The name of a figure, its stage, and its key in `metrics/<stage>.json`.
@@ -34,10 +32,5 @@ def headline(inputs: ReportInputs) -> dict[str, float]:
         found["covered"] = len(inputs.languages) - without
     for name, stage, key in _MEANS:
         at = [(stage.format(hookpoint=each), key.format(hookpoint=each)) for each in inputs.hookpoints]
-        known = [value for place in at if _is_known(value := inputs.figure(*place))]
-        found[name] = math.fsum(known) / len(known) if known else None
-    return {name: value for name, value in found.items() if _is_known(value)}
-
-
-def _is_known(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+        found[name] = mean(inputs.figure(*place) for place in at)
+    return {name: value for name, value in found.items() if known(value)}

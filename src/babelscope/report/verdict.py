@@ -65,9 +65,9 @@ def sentences(metrics: Metrics, languages: Sequence[str]) -> list[Sentence]:
     return found
 
 
-def wilson(count: float, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    z, share = 1.959964, count / total
+def wilson(share: float, total: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `total` cases, in 0..1 (Wilson 1927, eq. 7)."""
+    z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
     middle, half = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
     return max(0.0, (middle - half) / (1 + z * z / total)), min(1.0, (middle + half) / (1 + z * z / total))
 
@@ -125,7 +125,7 @@ def _control(metrics: Metrics, languages: Sequence[str]) -> tuple[str, str] | No
     kind = "" if holm is None else " after Holm’s correction"
     plainly = "" if holm is None else f"; without it {plain(above)}"
     return _status(counted / n), (
-        f"In **{plain(counted)} of {n}** languages{kind} (95 % interval of the share {_shares(wilson(counted, n))}"
+        f"In **{plain(counted)} of {n}** languages{kind} (95 % interval of the share {_shares(wilson(counted / n, n))}"
         f"{plainly}) their removal costs more than that of random latents which fire as often."
     )
 
@@ -136,7 +136,7 @@ def _identification(metrics: Metrics, languages: Sequence[str]) -> tuple[str, st
     if share is None or not texts:
         return None
     rival = identify.get("accuracy/fasttext/none")
-    low, high = wilson(share * texts, texts)
+    low, high = wilson(share, texts)
     beside = "" if rival is None else f"; fastText is right for **{percent(rival)}**"
     status = HOLDS if high >= (rival or MOST) else IN_PART if share >= SOME else FAILS
     return status, (
@@ -156,7 +156,7 @@ def _stability(metrics: Metrics, languages: Sequence[str]) -> tuple[str, str] | 
     sets = _status(above / n)
     status = _status(share) if share >= SOME else IN_PART if sets == HOLDS else FAILS
     singly = (
-        f"**{percent(share)}** of {plain(count)} features (95 % interval {_shares(wilson(share * count, count))}) have "
+        f"**{percent(share)}** of {plain(count)} features (95 % interval {_shares(wilson(share, count))}) have "
         f"a one-to-one partner in an SAE from another seed"
     )
     together = (

@@ -217,7 +217,6 @@ def initialise(
     mean: [d], mean of the (normalised) training data; with a decoder bias of 0 instead, many latents would die.
     latents, k: width of the dictionary, and active latents per row.
     encoder_scale: norm of an encoder row; with 1.0, many active latents per token overshoot.
-    seed: seed of the directions.
     b_in: [d_in], mean of a transcoder's input; a transcoder's encoder rows have directions of their own.
     """
     generator = torch.Generator().manual_seed(seed)

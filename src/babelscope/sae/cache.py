@@ -61,7 +61,6 @@ class SAECache(Mapping[str, CachedSAE]):
     ----------
     folder: folder with one folder per hookpoint. Every SAE is read once, so that a broken one is found early.
     hookpoints: names of the SAEs, in the order of the mapping.
-    device: device on which the SAEs are used.
     max_bytes: limit; one SAE is held even if it is larger. None: 4 GiB on a CPU, half of the free memory of a GPU.
 
     Raises

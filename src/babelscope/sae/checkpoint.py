@@ -35,7 +35,6 @@ def save(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     Parameters
     ----------
     sae: an SAE in the units of the raw activations (any input normalisation is folded into the weights).
-    folder: created if missing.
     metadata: entries that SAELens keeps with the weights, at least `model_name` and `hook_name`.
     """
     names = ("encoder", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")

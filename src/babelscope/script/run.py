@@ -137,11 +137,7 @@ def removed(
     parts = []
     with resume.kept("script", depends, [paths.texts, paths.features, paths.saes]) as folder:
         for version in ("original", "romanised"):
-            rows = versions[version]
-            ready = tokens.tokenize(tokenizer, rows["text_id"].to_list(), rows["text"].to_list(), 2**31)
-            texts = tokens.by_length(ready)
-            of = dict(rows.select("text_id", "language").iter_rows())
-            language = [of[text.text_id] for text in texts]
+            texts, language = tokens.texts_of(versions[version], tokenizer, None, 2**31)
             asked = torch.tensor([[name == one for one in language] for name in languages])
             with Progress(f"script, {version}", sum(map(target_count, texts)), "tokens") as progress:
                 nll = ablate(

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sqlite3
-import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
+from babelscope.core.git import git
 from babelscope.core.redact import redact
 from babelscope.tracking import view
 
@@ -255,18 +255,9 @@ def first_line(error: Exception) -> str:
 
 def git_tags(folder: Path) -> dict[str, str]:
     """MLflow's own tags for the commit and branch that `folder` is at, and the DVC experiment that is running."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return ""  # no git, or no commit yet
-        return done.stdout.strip()
-
     tags = {
-        "mlflow.source.git.commit": git("rev-parse", "HEAD"),
-        "mlflow.source.git.branch": git("branch", "--show-current"),
+        "mlflow.source.git.commit": (git(folder, "rev-parse", "HEAD") or "").strip(),
+        "mlflow.source.git.branch": (git(folder, "branch", "--show-current") or "").strip(),
         "mlflow.source.name": "dvc.yaml",
         "mlflow.source.type": "PROJECT",
         "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),

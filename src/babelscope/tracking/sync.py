@@ -14,7 +14,9 @@ from typing import Any
 import polars as pl
 
 from babelscope.config import read_yaml
-from babelscope.core.files import read_table
+from babelscope.config.values import expanded
+from babelscope.core.files import read_json, read_table
+from babelscope.core.fingerprint import dvc_md5
 from babelscope.core.paths import Paths
 from babelscope.core.redact import redact
 from babelscope.tracking import state as states
@@ -37,6 +39,11 @@ def sync(paths: Paths) -> None:
     # Not validated, like dvc.lock: validation adds keys that the file leaves out.
     params = read_yaml(paths.root / "params.yaml")
     state, experiment = states.read(paths.root, params), params["track"]["experiment"]
+    if changed := changed_texts(paths, params):
+        log.warning(
+            "corpus.path: the files in %s are not those that `sample` read, and DVC does not watch this folder: run "
+            "`dvc repro -f -s sample`, then `dvc repro`", changed,
+        )  # fmt: skip
     if state.outdated:
         log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))
         return
@@ -66,6 +73,15 @@ def sync(paths: Paths) -> None:
     )  # fmt: skip
 
 
+def changed_texts(paths: Paths, params: Mapping[str, Any]) -> Path | None:
+    """The folder `corpus.path` if its MD5 is not the one in `paths.sources`, else None."""
+    name = params.get("corpus", {}).get("path")
+    if name is None or not paths.sources.is_file() or not (folder := paths.root / expanded(name)).is_dir():
+        return None
+    read = {entry["revision"] for entry in read_json(paths.sources)["sources"]} - {None}
+    return folder if read and dvc_md5(folder) not in read else None
+
+
 def _is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -82,7 +98,10 @@ def _training(opened: store.Store, folder: Path, entry: states.Training) -> bool
         log.warning("track: %s: no such file; the run of %s is not logged; run `dvc checkout`", history, entry.stage)
         return None
     points = read_history(history)
-    run_id, known = _unfinished(opened, entry, points) or (_backfilled(opened, entry), {})
+    run_id, known = _unfinished(opened, entry, points) or ("", {})
+    if not run_id:
+        tags = {"dvc.stage": entry.stage, "babelscope.kind": "training", "babelscope.backfilled": "true"}
+        run_id = opened.create(training_name(entry.stage, entry.params), entry.params, tags)
     _log(opened, run_id, {key: value for key, value in points.items() if key not in known})
     opened.conclude(run_id, entry.stage, entry.output_md5)
     return True
@@ -93,11 +112,6 @@ def read_history(path: Path) -> store.Points:
     table = pl.read_csv(path).with_columns(pl.all().exclude("step").cast(pl.Float64))
     points = table.unpivot(index="step").select("variable", "step", "value").iter_rows()
     return {(name, step): value for name, step, value in points if value is not None and math.isfinite(value)}
-
-
-def _backfilled(opened: store.Store, entry: states.Training) -> str:
-    tags = {"dvc.stage": entry.stage, "babelscope.kind": "training", "babelscope.backfilled": "true"}
-    return opened.create(training_name(entry.stage, entry.params), entry.params, tags)
 
 
 def _unfinished(opened: store.Store, entry: states.Training, points: store.Points) -> tuple[str, store.Points] | None:

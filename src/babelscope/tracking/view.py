@@ -40,10 +40,9 @@ def saved(series: Mapping[tuple[str, int], float] | None = None, order: Sequence
     before: the view that this one replaces; its y-axes stay inside the new ones, since older runs are drawn, too.
     """
     bars = [_chart("BAR", name, "headline") for name in _HEADLINE]
-    value = _packed(
-        "Languages over the layers", "summary", _HEADLINE, bars + _lines(series or {}, order, _ranges(before))
-    )
-    return value if len(value) < _LIMIT else _packed("Languages over the layers", "summary", _HEADLINE, bars)
+    title, lines = "Languages over the layers", _lines(series or {}, order, _ranges(before))
+    value = _packed(title, "summary", _HEADLINE, bars + lines)
+    return value if len(value) < _LIMIT else _packed(title, "summary", _HEADLINE, bars)
 
 
 def _lines(
@@ -93,13 +92,8 @@ def _packed(name: str, kind: str, columns: Sequence[str], charts: list[dict[str,
         "selectedColumns": [f"metrics.`{column}`" for column in columns],
         "compareRunCharts": charts,
         "compareRunSections": [
-            {
-                "uuid": name,
-                "name": name,
-                "display": name in _OPEN or not charts,
-                **section,
-                **(bars if name == "headline" else {}),
-            }
+            {"uuid": name, "name": name, "display": name in _OPEN or not charts}
+            | (section | bars if name == "headline" else section)
             for name in names
         ],
         "isAccordionReordered": True,

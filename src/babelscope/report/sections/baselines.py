@@ -4,7 +4,7 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, percent, plain, significant
+from babelscope.report.numbers import NONE, mean, percent, plain, significant
 from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, how_to_read
 
 ALL = "all"
@@ -63,8 +63,11 @@ def chart(rows: pl.DataFrame) -> alt.LayerChart:
         tooltip=charts.tips("name:N", "texts:Q", ("accuracy:Q", "accuracy", ".1%"), *charts.ends(".1%")),
     )
     axis = alt.Axis(title="accuracy", format="%", grid=True, tickCount=5)
+    # Of a domain without a width (all methods are right about all texts), Vega makes an axis of rounding errors.
+    same = rows["low"].min() == rows["high"].max()
+    scale = alt.Scale(domain=[0, 1]) if same else alt.Scale(zero=False)
     return alt.layer(
-        base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", axis=axis, scale=alt.Scale(zero=False)), x2="high:Q"),
+        base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", axis=axis, scale=scale), x2="high:Q"),
         base.mark_point(style="own", filled=True, size=50, opacity=1).encode(x="accuracy:Q"),
         description="Accuracy of every method with its interval; the table below holds the same figures.",
     ).properties(width=480, height=alt.Step(28))
@@ -74,22 +77,22 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
     """Every method: identification, removal, repetition."""
     assert inputs.baselines is not None
     pairs = inputs.baselines.filter(pl.col("languages") != ALL)["languages"].unique(maintain_order=True).to_list()
+    again = mean(inputs.each("stability", "write_cosine"))  # of what features of another seed write
     lines = []
     for row in rows.iter_rows(named=True):
         method = row["method"]
-        gap = "difference"
         difference = NONE
-        if row[gap] is not None and method != "features":
-            ends = [plain(100 * row[f"{gap}{end}"], 1, sign=True) for end in ("", "_low", "_high")]
+        if row["difference"] is not None and method != "features":
+            ends = [plain(100 * row[f"difference{end}"], 1, sign=True) for end in ("", "_low", "_high")]
             difference = f"{ends[0]} ({ends[1]} to {ends[2]})"
         alone = [inputs.figure("baselines", f"accuracy/{method}/{pair.replace('/', '-')}") for pair in pairs]
         effects = [NONE if inputs.figure("baselines", f"{key}/{method}") is None else " to ".join(
             significant(inputs.figure("baselines", f"{key}_{end}/{method}"), sign=True) for end in ("low", "high"))
             for key in ("own", "others")]  # fmt: skip
-        repeat = inputs.figure("baselines", f"repeat/{method}")
+        repeat = again if method == "features" else inputs.figure("baselines", f"repeat/{method}")
         lines.append([
             row["name"], percent(row["accuracy"]), f"{percent(row['low'])} to {percent(row['high'])}", difference,
-            *map(percent, alone), *effects, plain(mean_write_cosine(inputs) if method == "features" else repeat, 3),
+            *map(percent, alone), *effects, plain(repeat, 3),
             percent(inputs.figure("baselines", f"agreement/{method}")),
             percent(inputs.figure("stability", "features_matched_share") if method == "features" else
                     inputs.figure("baselines", f"matched/{method}")),
@@ -99,13 +102,6 @@ def table(inputs: ReportInputs, rows: pl.DataFrame) -> Table:
         "ΔNLL of others (95 %)", "cosine when repeated", "same answers when repeated", "units found again",
     ]  # fmt: skip
     return Table("Identification of all languages and of close pairs; removal; repetition", head, lines)
-
-
-def mean_write_cosine(inputs: ReportInputs) -> float | None:
-    """The mean over the languages of what features of another seed write, from stage `stability`."""
-    found = [inputs.figure("stability", f"write_cosine/{name}") for name in inputs.languages]
-    known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def domains_table(frame: pl.DataFrame) -> Table:
@@ -132,11 +128,6 @@ def transfer_table(inputs: ReportInputs) -> Table:
             same = inputs.figure("baselines", f"same_language/{pair}")
             selected = plain(inputs.figure("baselines", f"selected/{one}"))
             lines.append([one, other, selected, percent(inputs.figure("baselines", key)), percent(same)])
-    head = [
-        "selected on",
-        "looked at on",
-        "features",
-        "selected there, too",
-        "most frequent in the same language there",
-    ]
+    head = ["selected on", "looked at on", "features", "selected there, too"]
+    head += ["most frequent in the same language there"]
     return Table("Features selected on one domain, on the texts of another", head, lines, labels=2)

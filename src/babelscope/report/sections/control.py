@@ -80,11 +80,7 @@ def against_control(inputs: ReportInputs) -> pl.DataFrame:
 
 def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """Two intervals per language about a line at 0: own - control, and the same beyond what it costs others."""
-    languages = frame["language"].unique(maintain_order=True).to_list()
-    base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
-        tooltip=charts.tips("language:N", ("value:Q", "difference", charts.SIGNED), *charts.ends()),
-    )
+    base = charts.by_language(frame, ("value:Q", "difference", charts.SIGNED), *charts.ends())
     axis = alt.Axis(title="difference to random latents, nats/token", grid=True, tickCount=5)
     layers = [alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeWidth=1).encode(x="zero:Q")]
     marks: list[tuple[str, str, Any, int]] = [("own", "own", "circle", -5), ("selective", "others", "diamond", 5)]
@@ -101,11 +97,10 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
 
 def table(inputs: ReportInputs, frame: pl.DataFrame) -> Table:
     """The two differences with their intervals, and the first difference that could have been detected."""
-    detectable = [inputs.figure("ablate", f"detectable/{name}") for name in inputs.languages]
     own, selective = (frame.filter(question=question) for question in ("own", "selective"))
     columns = {
         "language": own["language"], "itself: own − random": figures(own["value"], 4, sign=True),
-        "95 %": intervals(own["low"], own["high"]), "detectable": figures(detectable, 4),
+        "95 %": intervals(own["low"], own["high"]), "detectable": figures(inputs.each("ablate", "detectable"), 4),
         "itself − others: own − random": figures(selective["value"], 4, sign=True),
         "95 % ": intervals(selective["low"], selective["high"]),
     }  # fmt: skip
@@ -113,7 +108,7 @@ def table(inputs: ReportInputs, frame: pl.DataFrame) -> Table:
         ("random latents fire, own = 1", "control_rate"), ("ΔNLL, latents of the script", "dnll_control_script"),
         ("these fire, own = 1", "control_script_rate"),
     ):  # fmt: skip
-        values = [inputs.figure("ablate", f"{key}/{name}") for name in inputs.languages]
+        values = inputs.each("ablate", key)
         if any(value is not None for value in values):
             columns[title] = figures(values, 2 if key.endswith("rate") else 4, sign=not key.endswith("rate"))
     return Table.of("ΔNLL compared with random latents, nats/token", columns, folded="own features and random latents")

@@ -16,7 +16,7 @@ ablation is measured on the eval split. Translations of the same text are always
     )
     columns = {"language": inputs.languages}
     for key in ("train_tokens", "train_texts", "eval_tokens", "eval_texts"):
-        columns[key.replace("_", " ")] = figures(inputs.figure("sample", f"{key}/{name}") for name in inputs.languages)
+        columns[key.replace("_", " ")] = figures(inputs.each("sample", key))
     return Section("corpus", "Corpus", "The corpus", [text, Table.of("Tokens and texts by split", columns)])
 
 

@@ -4,7 +4,6 @@ import altair as alt
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, prose
 from babelscope.report.sections.ablation import of_languages
 
@@ -49,9 +48,7 @@ def means(inputs: ReportInputs) -> pl.DataFrame:
     if found.is_empty():
         return found
     mean = found.group_by("top", maintain_order=True).agg(pl.col("own", "others", "control").mean())
-    ends = {
-        end: [inputs.figure("ablate", f"curve_own_{end}/{top}") for top in mean["top"]] for end in ("low", "high")
-    }  # fmt: skip
+    ends = {end: inputs.each("ablate", f"curve_own_{end}", mean["top"]) for end in ("low", "high")}
     return mean.with_columns(pl.Series(end, values, pl.Float64) for end, values in ends.items())
 
 
@@ -84,11 +81,10 @@ def table(inputs: ReportInputs) -> Table:
     found, names = rows(inputs), inputs.languages
     value = {(language, top): own for language, top, own in found.select("language", "top", "own").iter_rows()}
     size = dict(found.filter(top=ALL).select("language", "features").iter_rows())
-    half = [inputs.figure("ablate", f"features_for_half/{name}") for name in names]
     columns = {
         "language": names, "features": figures(size.get(name) for name in names),
         **{f"first {top}" if top != ALL else ALL: figures((value.get((name, top)) for name in names), 4, sign=True)
            for top in found["top"].unique(maintain_order=True)},
-        "for half of it": [plain(number) for number in half],
+        "for half of it": figures(inputs.each("ablate", "features_for_half")),
     }  # fmt: skip
     return Table.of("ΔNLL of the language itself, nats/token", columns, folded="the effect per language")

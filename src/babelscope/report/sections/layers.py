@@ -87,21 +87,14 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         tooltip=charts.tips("hookpoint:N", ("own:Q", "itself, mean", charts.SIGNED),
                             ("others:Q", "others, mean", charts.SIGNED), ("rows:Q", "languages that lose most")),
     )  # fmt: skip
-    axis, layers = alt.Axis(title="mean ΔNLL", tickCount=3, grid=True), []
+    axis, scale = alt.Axis(title="mean ΔNLL", tickCount=3, grid=True), alt.Scale(zero=True, nice=True)
+    layers = []
     for key, shape in (("own", "circle"), ("others", "diamond")):
         if means[key].count():  # a layer without data would leave the axis without an extent
-            marks = base.encode(y=alt.Y(f"{key}:Q", axis=axis, scale=alt.Scale(zero=True, nice=True)))
-            point = marks.mark_point(style=key, shape=shape, size=44, filled=True, opacity=1)
-            layers += [marks.mark_line(style=key, strokeWidth=2), point]
+            layers += charts.curve(base, key, key, shape, axis=axis, scale=scale)
     entries = [("own", "circle", "the language itself"), ("others", "diamond", "other languages")]
-    curves = (
-        [
-            alt.layer(*layers).properties(width=alt.Step(charts.column_width(len(means))), height=120),
-            charts.legend(*entries),
-        ]
-        if layers
-        else []
-    )
+    size = {"width": alt.Step(charts.column_width(len(means))), "height": 120}
+    curves = [alt.layer(*layers).properties(**size), charts.legend(*entries)] if layers else []
     return charts.below(cells, *curves, description=text)
 
 

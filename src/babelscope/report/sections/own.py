@@ -105,11 +105,7 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         "others_low": "others, smallest", "others_high": "others, largest", "random": "random latents",
         "bits": "itself, bits/byte",
     }  # fmt: skip
-    languages = frame["language"].to_list()
-    base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
-        tooltip=charts.tips("language:N", *((f"{key}:Q", title, charts.SIGNED) for key, title in titles.items())),
-    )
+    base = charts.by_language(frame, *((f"{key}:Q", title, charts.SIGNED) for key, title in titles.items()))
     axis = alt.Axis(title="ΔNLL, nats/token", grid=True, tickCount=5)
     above, below = {"yOffset": -5}, {"yOffset": 6}
     # A layer without data would leave the axis without an extent.
@@ -129,7 +125,7 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     ).properties(width=380 if has_bits else 480, height=alt.Step(32))
     bits = base.mark_bar(style="own", height=9).encode(
         x=alt.X("bits:Q", axis=alt.Axis(title="the same in bits/byte", grid=True, tickCount=4)),
-        y=alt.Y("language:N", sort=languages, title=None, axis=alt.Axis(labels=False)),
+        y=alt.Y("language:N", sort=frame["language"].to_list(), title=None, axis=alt.Axis(labels=False)),
     )
     panels = charts.beside(nats, bits.properties(width=150, height=alt.Step(32))) if has_bits else nats
     text = "Own and others' change of NLL per language; the table below holds the same figures."
@@ -156,5 +152,5 @@ def table(inputs: ReportInputs) -> Table:
     }  # fmt: skip
     if inputs.figure("ablate", "kl_own") is not None:
         for title, key in (("divergence of itself", "kl_own"), ("divergence of others", "kl_others")):
-            columns[title] = figures((inputs.figure("ablate", f"{key}/{name}") for name in frame["language"]), 5)
+            columns[title] = figures(inputs.each("ablate", key), 5)
     return Table.of("ΔNLL of the language itself and of the others, nats/token", columns, folded="itself and others")

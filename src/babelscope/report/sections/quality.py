@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from babelscope.report import charts
-from babelscope.report.numbers import NONE, percent
+from babelscope.report.numbers import NONE, mean, percent
 from babelscope.report.parts import Block, Picture, ReportInputs, Section, Table, figures, how_to_read, prose
 
 
@@ -30,19 +30,19 @@ latent has at most one, has a similar decoder and a similar encoder direction.</
         description = "Fraction of variance that the SAEs leave unexplained; the table holds the same figures."
         chart = charts.heat_map(frame, name="fvu", title="FVU", decimals=2, zero=False, description=description)
         by_language = Table.grid("FVU per language and hookpoint", frame, 3, "FVU per language and layer")
-        text = [Picture("fvu", "FVU per language and layer", chart, [table(inputs), terms, caption]), by_language]
+        text = [Picture("fvu", "FVU per language and layer", chart, [terms, caption]), table(inputs), by_language]
     return Section("quality", "SAE quality", finding(inputs), text)
 
 
 def finding(inputs: ReportInputs) -> str:
     """How much variance the SAEs leave unexplained."""
-    mean = mean_fvu(inputs)
-    if mean is None:
+    fvu = mean_fvu(inputs)
+    if fvu is None:
         return "How well the autoencoders describe the activations"
-    recovered = [inputs.figure("quality", f"loss_recovered/{hookpoint}") for hookpoint in inputs.hookpoints]
+    recovered = inputs.each("quality", "loss_recovered", inputs.hookpoints)
     worst = min((value for value in recovered if value is not None), default=None)
     end = "" if worst is None else f" and recover at least {percent(worst, 0)} of the model’s loss"
-    return f"The autoencoders leave {percent(mean)} of the activations’ variance unexplained{end}"
+    return f"The autoencoders leave {percent(fvu)} of the activations’ variance unexplained{end}"
 
 
 def fvu_by_language(inputs: ReportInputs) -> pl.DataFrame:
@@ -66,15 +66,14 @@ def of_training(inputs: ReportInputs, key: str) -> list[Any]:
 
 def mean_fvu(inputs: ReportInputs) -> float | None:
     """The mean over the hookpoints of the SAEs' FVU, or None if none is known."""
-    known = [float(value) for value in of_training(inputs, "fvu") if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean(of_training(inputs, "fvu"))
 
 
 def table(inputs: ReportInputs) -> Table:
     """The SAEs: how well each reconstructs, how sparse it is, how many of its latents are dead."""
 
     def shares(stage: str, key: str) -> list[str]:
-        return [percent(inputs.figure(stage, f"{key}/{name}")) for name in inputs.hookpoints]
+        return [percent(value) for value in inputs.each(stage, key, inputs.hookpoints)]
 
     again = zip(shares("stability", "stability_share"), shares("stability", "stability_share_others"), strict=True)
     ends = zip(*(shares("quality", f"loss_recovered_{end}") for end in ("low", "high")), strict=True)

@@ -54,20 +54,15 @@ def by_language(inputs: ReportInputs) -> pl.DataFrame:
         "own_original": "own_original", "own_romanised": "own_romanised",
     }  # fmt: skip
     return found.with_columns(
-        pl.Series(name, [inputs.figure("script", f"{key}/{one}") for one in found["language"]], dtype=pl.Float64)
-        for name, key in keys.items()
+        pl.Series(name, inputs.each("script", key, found["language"]), dtype=pl.Float64) for name, key in keys.items()
     )
 
 
 def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """Points: the shares that still fire."""
-    languages = frame["language"].to_list()
-    base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
-        tooltip=charts.tips(
-            "language:N", "features:Q", ("romanised:Q", "still fire, romanised", ".0%"),
-            ("shuffled:Q", "still fire, shuffled", ".0%"), ("replaced:Q", "letters replaced", ".0%"),
-        ),
+    base = charts.by_language(
+        frame, "features:Q", ("romanised:Q", "still fire, romanised", ".0%"),
+        ("shuffled:Q", "still fire, shuffled", ".0%"), ("replaced:Q", "letters replaced", ".0%"),
     )  # fmt: skip
     axis = alt.Axis(title="features that still fire", format="%", grid=True, tickCount=5)
     x = alt.X("romanised:Q", axis=axis, scale=alt.Scale(domain=[0, 1]))
@@ -90,8 +85,5 @@ def table(frame: pl.DataFrame) -> Table:
         "ΔNLL of itself without its features": figures(frame["own_original"], 3, sign=True),
         "the same, romanised": figures(frame["own_romanised"], 3, sign=True),
     }  # fmt: skip
-    return Table.of(
-        "Features on romanised and on shuffled texts (ΔNLL in nats/token)",
-        columns,
-        folded="features on romanised and on shuffled texts",
-    )
+    text = "features on romanised and on shuffled texts"
+    return Table.of(f"{text.capitalize()} (ΔNLL in nats/token)", columns, folded=text)

@@ -6,7 +6,7 @@ import polars as pl
 from babelscope.report import charts
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, layer_labels, prose
-from babelscope.report.relatives import relation
+from babelscope.report.relatives import means_by_relation, relation
 
 
 def section(inputs: ReportInputs) -> Section | None:
@@ -27,7 +27,7 @@ large share and separable in one with a small share, and the layer to steer is t
         **dict(zip(("layer", "share"), steered(frame), strict=True)),
     )
     parts = [caption, rule] if frame["first_component"].count() else [caption]
-    if likeness := by_relation(inputs):
+    if likeness := means_by_relation(excess(inputs).select("relation", value="excess")):
         kinds = "; ".join(f"{kind} {plain(value, 3, sign=True)}" for kind, value in likeness.items())
         parts.append(prose("<p>Translations minus random pairs, mean over the layers: {kinds}.</p>", kinds=kinds))
     label = "Share of latents that fire on both of two texts, for translations and for random pairs"
@@ -45,7 +45,7 @@ def by_layer(inputs: ReportInputs) -> pl.DataFrame:
     labels = layer_labels(inputs.hookpoints)
     frame = pl.DataFrame({"hookpoint": list(labels), "layer": list(labels.values())})
     extra = {
-        name: pl.Series([inputs.figure("sharing", f"{key}/{at}") for at in labels], dtype=pl.Float64)
+        name: pl.Series(inputs.each("sharing", key, labels), dtype=pl.Float64)
         for name, key in (("first_component", "first_component"), ("correlation", "typology_correlation"))
     }
     return frame.join(means, on="hookpoint", maintain_order="left").with_columns(**extra)
@@ -77,13 +77,6 @@ def excess(inputs: ReportInputs) -> pl.DataFrame:
     return frame.with_columns(excess=pl.col("translations") - pl.col("random"), relation=known)
 
 
-def by_relation(inputs: ReportInputs) -> dict[str, float]:
-    """Mean excess of the pairs of the same branch, of the same script only, and of neither."""
-    means = dict(excess(inputs).group_by("relation").agg(pl.col("excess").mean()).iter_rows())
-    names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
-    return {name: means[kind] for kind, name in names.items() if kind in means}
-
-
 def chart(frame: pl.DataFrame) -> alt.LayerChart:
     """`by_layer` as two lines."""
     base = alt.Chart(charts.data(frame)).encode(
@@ -91,14 +84,11 @@ def chart(frame: pl.DataFrame) -> alt.LayerChart:
         tooltip=charts.tips("hookpoint:N", ("translations:Q", "translations", ".3f"),
                             ("random:Q", "random pairs", ".3f"), ("first_component:Q", "first component", ".2f")),
     )  # fmt: skip
-    axis, lines = alt.Axis(title="Jaccard index", tickCount=4, grid=True), []
-    for key, style, shape in (("translations", "own", "circle"), ("random", "others", "diamond")):
-        marks = base.encode(y=alt.Y(f"{key}:Q", axis=axis, scale=alt.Scale(zero=True, nice=True)))
-        point = marks.mark_point(style=style, shape=shape, size=44, filled=True, opacity=1)
-        lines += [marks.mark_line(style=style, strokeWidth=2), point]
-    text = (
-        "Jaccard index of the latents of translations and of random pairs by layer; the table holds the same figures."
-    )
+    y = {"axis": alt.Axis(title="Jaccard index", tickCount=4, grid=True), "scale": alt.Scale(zero=True, nice=True)}
+    lines = charts.curve(base, "translations", "own", "circle", **y)
+    lines += charts.curve(base, "random", "others", "diamond", **y)
+    what = "Jaccard index of the latents of translations and of random pairs by layer"
+    text = f"{what}; the table holds the same figures."
     return alt.layer(*lines, name="sharing", description=text).properties(width=alt.Step(60), height=200)
 
 

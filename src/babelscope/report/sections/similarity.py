@@ -7,7 +7,7 @@ from babelscope.report import charts
 from babelscope.report.names import called, name
 from babelscope.report.numbers import NONE, percent, plain
 from babelscope.report.parts import Picture, ReportInputs, Section, Table, figures, how_to_read, prose
-from babelscope.report.relatives import relation, relatives
+from babelscope.report.relatives import means_by_relation, relation, relatives
 
 
 def section(inputs: ReportInputs) -> Section | None:
@@ -20,17 +20,18 @@ def section(inputs: ReportInputs) -> Section | None:
 Jaccard index). A feature counts for every language that it belongs to. Similar languages are next to each other; the
 branch and the script of a language come from reference data and did not influence the order.</p>"""
     )
+    likeness = means_by_relation(frame.select("value", relation="expected"))
     means = prose(
         """<p>Mean Jaccard index of two languages: {means}. A feature that two related languages share is specific to
 neither, so a language with a close relative in the set tends to have few features of its own.</p>""",
-        means="; ".join(f"{kind} {plain(value, 2)}" for kind, value in likeness(frame).items()),
+        means="; ".join(f"{kind} {plain(value, 2)}" for kind, value in likeness.items()),
     )
     label = "Percentage of features that two languages have in common"
-    picture = Picture("similarity", label, chart(frame), [means, caption] if likeness(frame) else [caption])
-    counts = range(1, len(inputs.languages) + 1)
-    features = figures(inputs.figure("score", f"shared_by/{count}") for count in counts)
+    picture = Picture("similarity", label, chart(frame), [means, caption] if likeness else [caption])
+    counts = [str(count) for count in range(1, len(inputs.languages) + 1)]
+    columns = {"languages": counts, "features": figures(inputs.each("score", "shared_by", counts))}
     text = "features by the number of languages that share them"
-    shared = Table.of(text.capitalize(), {"languages": map(str, counts), "features": features}, folded=text)
+    shared = Table.of(text.capitalize(), columns, folded=text)
     return Section("similarity", "Shared features", finding(frame), [picture, shared, table(frame, inputs)])
 
 
@@ -79,13 +80,6 @@ def _leaves(pairs: pl.DataFrame, languages: list[str]) -> list[str]:
     distance = [[0.0 if a == b else 1.0 - (known.get((a, b)) or 0.0) for b in languages] for a in languages]
     tree = linkage(squareform(distance), method="average", optimal_ordering=True)
     return [languages[leaf] for leaf in leaves_list(tree)]
-
-
-def likeness(frame: pl.DataFrame) -> dict[str, float]:
-    """Mean Jaccard index of the pairs of languages of the same branch, of the same script only, and of neither."""
-    means = dict(frame.drop_nulls("value").group_by("expected").agg(pl.col("value").mean()).iter_rows())
-    names = {"same branch": "same branch", "same script": "same script, other branch", "neither": "neither"}
-    return {name: means[kind] for kind, name in names.items() if kind in means}
 
 
 def chart(frame: pl.DataFrame) -> alt.LayerChart:

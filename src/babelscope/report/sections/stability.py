@@ -51,10 +51,7 @@ def finding(inputs: ReportInputs) -> str:
 
 def by_language(inputs: ReportInputs) -> pl.DataFrame:
     """`language` and the keys of `_COLUMNS` (null if not known); empty without any overlap."""
-    values = {
-        column: [inputs.figure("stability", f"{key}/{language}") for language in inputs.languages]
-        for column, key in _COLUMNS.items()
-    }
+    values = {column: inputs.each("stability", key) for column, key in _COLUMNS.items()}
     if all(value is None for value in values["overlap"]):
         return pl.DataFrame()
     return pl.DataFrame({"language": inputs.languages} | values, schema_overrides=dict.fromkeys(_COLUMNS, pl.Float64))
@@ -62,13 +59,9 @@ def by_language(inputs: ReportInputs) -> pl.DataFrame:
 
 def chart(frame: pl.DataFrame) -> alt.VConcatChart:
     """Overlap against random latents, and the cosine of what the sets write."""
-    languages = frame["language"].to_list()
     titles = {"overlap": "subspace overlap", "random": "of random latents", "random_high": "95 % of these up to",
               "write": "write cosine"}  # fmt: skip
-    base = alt.Chart(charts.data(frame)).encode(
-        y=alt.Y("language:N", sort=languages, title=None, axis=charts.languages_axis(languages)),
-        tooltip=charts.tips("language:N", *((f"{key}:Q", title, ".3f") for key, title in titles.items())),
-    )
+    base = charts.by_language(frame, *((f"{key}:Q", title, ".3f") for key, title in titles.items()))
     x = alt.X("overlap:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="overlap, or cosine", grid=True))
     marks = [("overlap", "own", "circle", 52), ("random", "random", "cross", 36), ("write", "others", "diamond", 44)]
     points = [
@@ -79,11 +72,8 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         if frame[key].count()
     ]
     lines = [base.mark_rule(style="random", strokeWidth=1).encode(x="random:Q", x2="random_high:Q")]
-    entries = [
-        ("own", "circle", "overlap"),
-        ("random", "cross", "of random latents"),
-        ("others", "diamond", "write cosine"),
-    ]
+    names = {"overlap": "overlap", "random": "of random latents", "write": "write cosine"}
+    entries = [(style, shape, names[key]) for key, style, shape, _ in marks]
     plot = alt.layer(*(lines if frame["random"].count() else []), *points).properties(width=480, height=alt.Step(28))
     text = "Agreement of a language's features with those of an SAE from another seed; the table holds the figures."
     return charts.below(plot, charts.legend(*entries), description=text)

@@ -43,14 +43,14 @@ chosen on other prompts. Bars are 95&nbsp;% intervals over the prompts; small do
         relevant=_RELEVANT[steer.get("relevance", "encoder")],
         verdict=verdict(inputs),
     )
-    picture = Picture("steering", "Score by method", chart(table, by_language(inputs)), [caption, scores(table)])
+    picture = Picture("steering", "Score by method", chart(table, by_language(inputs)), [caption])
     best, found = inputs.figure("steer", "best"), inputs.figure("steer", "verdict")
     heading = "Making the model answer in a language"
     if best is not None:
         score = plain(inputs.figure("steer", "best_harmonic"), 2)
         heading = f"The best vector to steer with, {_LABELS.get(str(best), str(best))}, scores {score} of 1"
         heading += "" if found is None else f"; features {_VERDICTS[found]}"
-    return Section("steering", "Steering", heading, [picture, samples(inputs)])
+    return Section("steering", "Steering", heading, [picture, scores(table), samples(inputs)])
 
 
 def verdict(inputs: ReportInputs) -> str:

@@ -60,16 +60,11 @@ def chart(frame: pl.DataFrame) -> alt.VConcatChart:
         x=charts.bands("position", frame["position"], title="tokens from the switch"),
         tooltip=charts.tips("position:O", *((f"{key}:Q", text, ".2f") for key, _, _, text in lines)),
     )
-    axis, layers = alt.Axis(title="relative pre-activation", tickCount=5, grid=True), []
-    for key, style, shape, _ in lines:
-        marks = base.encode(y=alt.Y(f"{key}:Q", axis=axis))
-        point = marks.mark_point(style=style, shape=shape, size=44, filled=True, opacity=1)
-        layers += [marks.mark_line(style=style, strokeWidth=2), point]
+    axis = alt.Axis(title="relative pre-activation", tickCount=5, grid=True)
+    layers = [mark for *line, _ in lines for mark in charts.curve(base, *line, axis=axis)]
     text = "Mean pre-activation of features around a switch of the language; data/switching/positions.parquet has it."
     plot = alt.layer(*layers).properties(width=alt.Step(50), height=220)
-    return charts.below(
-        plot, charts.legend(*((style, shape, name) for _, style, shape, name in lines)), description=text
-    )
+    return charts.below(plot, charts.legend(*(line[1:] for line in lines)), description=text)
 
 
 def pairs(inputs: ReportInputs) -> Table:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from babelscope.activations.batches import Source
 from babelscope.config.schema import Hardware, Train
 from babelscope.core.errors import UserError
-from babelscope.core.files import write_atomically
 from babelscope.core.progress import Progress
+from babelscope.models.hardware import prepare_own
+from babelscope.models.processes import together
 from babelscope.sae.autoencoder import SAE
 from babelscope.sae.training.module import Activations, History, SAETraining
+from babelscope.sae.training.parts import AtomicCheckpointIO, read_parts
 from babelscope.sae.training.trainer import is_sharding, pl, trainer
 
 log = logging.getLogger(__name__)
@@ -104,30 +104,26 @@ class TimedCheckpoint(pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
         """Do nothing: the finished SAE replaces the checkpoint."""
 
 
-class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):  # type: ignore[misc]
-    """Writes checkpoints atomically; a full disk raises a UserError."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the file."""
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-
-
-def resumable(path: Path, training: SAETraining) -> Path | None:
+def resumable(path: Path, training: SAETraining, strategy: str) -> Path | None:
     """The checkpoint if training can resume from it; None if it is missing or damaged.
 
     Raises
     ------
-    UserError: the checkpoint is from another run.
+    UserError: the checkpoint is from another run, or cannot be read with this `hardware.strategy`.
     """
     if not path.exists():
         return None
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        state, *others = read_parts(path)
     except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError):
         log.warning("%s: damaged; training starts from step 0", path)
         return None
     if not isinstance(state, dict) or state.get(training.CHECKPOINT_HYPER_PARAMS_KEY) != dict(training.hparams):
         raise UserError(f"{path}: not a checkpoint of this run; delete it")
+    if others and strategy == "fsdp":
+        raise UserError(
+            f"{path}: of hardware.strategy auto, which fsdp cannot read; set it to auto, or delete the file"
+        )
     log.info("resumed at step %d of %d", state["global_step"], training.steps)
     return path
 
@@ -155,16 +151,19 @@ def train(
 
     Returns
     -------
-    For every hookpoint, the SAE in the units of the activations and its history (see `SAETraining`); None on all ranks
-    of a distributed run but the first.
+    For every hookpoint, the SAE in the units of the activations and its history (see `SAETraining`). Of several
+    processes, each returns those of its own hookpoints if they train different SAEs (`source.processes`); otherwise the
+    first returns all, and the others None.
 
     Raises
     ------
     UserError: the batch does not divide among the devices, the checkpoint is from another run, or training diverged.
     """
     training = SAETraining(settings, steps=source.steps, seed=seed)
+    divided, device = source.processes > 1, prepare_own(hardware)
     loop = trainer(
         hardware,
+        divided,
         max_epochs=1,
         logger=False if write is None else WriteLogger(write),
         log_every_n_steps=min(settings.log_every, source.steps),
@@ -173,22 +172,26 @@ def train(
             TimedCheckpoint(folder, hardware.checkpoint_seconds, settings.log_every),
             ProgressLines(label, settings.batch),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(source.processes, device)],
     )
-    if settings.batch % loop.world_size:
+    if not divided and settings.batch % loop.world_size:
         raise UserError(f"params.yaml: train.batch: {settings.batch} does not divide among {loop.world_size} devices")
-    checkpoint = resumable(folder / "last.ckpt", training)
+    checkpoint = resumable(folder / "last.ckpt", training, hardware.strategy)
     loop.fit(training, datamodule=Activations(source), ckpt_path=checkpoint, weights_only=True)
-    if not (loop.is_global_zero or is_sharding(loop)):
+    if not (loop.is_global_zero or divided or is_sharding(loop)):
         return None
     # Free gradients and Adam's moments first, since the finished weights take additional memory.
     training.zero_grad(set_to_none=True)
     for optimizer in loop.strategy.optimizers:
         optimizer.state.clear()
     finished = [(learner.finished(), rows) for learner, rows in zip(training.each, training.histories, strict=True)]
-    if not all(bool(weight.isfinite().all()) for sae, _ in finished for weight in sae.parameters()):
-        raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
-    return finished if loop.is_global_zero else None
+
+    def check() -> None:
+        if not all(bool(weight.isfinite().all()) for sae, _ in finished for weight in sae.parameters()):
+            raise UserError("params.yaml: train.learning_rate: the training diverged; lower it")
+
+    together(check, device) if divided else check()
+    return finished if loop.is_global_zero or divided else None
 
 
 def is_first_process() -> bool:

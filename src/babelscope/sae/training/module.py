@@ -16,7 +16,7 @@ from babelscope.sae.training.graph import Graph
 from babelscope.sae.training.learner import Learner
 from babelscope.sae.training.schedule import BETAS, learning_rate, lr_multiplier
 from babelscope.sae.training.step import Step
-from babelscope.sae.training.trainer import is_sharding, pl
+from babelscope.sae.training.trainer import is_dividing, is_sharding, pl
 
 History = list[dict[str, float]]
 
@@ -39,6 +39,8 @@ class Activations(pl.LightningDataModule):  # type: ignore[misc]
         return self.source.steps
 
     def __iter__(self) -> Iterator[list[Pair]]:
+        if self.source.processes > 1:
+            return self.source.read(self.first)
         return self.source.read(self.first, self.trainer.global_rank, self.trainer.world_size)
 
     def state_dict(self) -> dict[str, int]:
@@ -51,7 +53,7 @@ class Activations(pl.LightningDataModule):  # type: ignore[misc]
 
 
 class SAETraining(pl.LightningModule):  # type: ignore[misc]
-    """SAEs in training on the same tokens, one per hookpoint.
+    """SAEs in training on the same tokens, one per hookpoint; of several processes, each may train other ones.
 
     The learners are built when training starts, since their initialisation needs the moments of the activations, or
     when a checkpoint is loaded (`load_from_checkpoint`).
@@ -75,23 +77,30 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         self.steps, self.seed = steps, seed
         self.save_hyperparameters({"settings": self.settings.model_dump(), "steps": steps, "seed": seed})
         self.rate = self.settings.learning_rate or learning_rate(self.settings.latents, steps)
-        self.learners = nn.ModuleList()
+        self.learners = nn.ModuleDict()  # by the numbers of their hookpoints
         self.histories: list[History] = []
-        self._normalisations: list[tuple[Normalisation, Normalisation | None]] = []
+        self._normalisations: dict[int, tuple[Normalisation, Normalisation | None]] = {}
         self._graphs: list[Graph] = []
         self._sharded = False
 
     @property
     def each(self) -> list[Learner]:
         """The learners, in the order of the hookpoints."""
-        return [learner for learner in self.learners if isinstance(learner, Learner)]
+        return [learner for learner in self.learners.values() if isinstance(learner, Learner)]
 
-    def build(self, normalisations: list[tuple[Normalisation, Normalisation | None]]) -> None:
-        """Make a learner for each pair of normalisations, those of its target and (transcoders) of its input."""
-        self._normalisations = normalisations
-        self.learners.extend(
-            Learner(self.settings, *pair, steps=self.steps, seed=self.seed) for pair in normalisations
-        )  # fmt: skip
+    @property
+    def sharing(self) -> int:
+        """The number of devices that share every batch."""
+        return 1 if is_dividing(self.trainer) else int(self.trainer.world_size)
+
+    def build(self, normalisations: Mapping[int, tuple[Normalisation, Normalisation | None]]) -> None:
+        """Make a learner for each pair of normalisations, those of its target and (transcoders) of its input.
+
+        `normalisations`: by the number of the hookpoint.
+        """
+        self._normalisations = dict(normalisations)
+        for number, pair in normalisations.items():
+            self.learners[str(number)] = Learner(self.settings, *pair, steps=self.steps, seed=self.seed)
         self.histories = [[] for _ in normalisations]
 
     def setup(self, stage: str) -> None:
@@ -100,8 +109,14 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
             return
         if not isinstance(self.trainer.datamodule, Activations):
             raise UserError("SAETraining: no activations; call Trainer.fit with datamodule=Activations(source)")
-        moments = self.trainer.datamodule.source.moments()
-        self.build([(target.normalisation(), source and source.normalisation()) for target, source in moments])
+        source = self.trainer.datamodule.source
+        first = self.trainer.global_rank if source.processes > 1 else 0
+        self.build(
+            {
+                first + place * source.processes: (target.normalisation(), encoded and encoded.normalisation())
+                for place, (target, encoded) in enumerate(source.moments())
+            }
+        )
 
     def configure_model(self) -> None:
         """Shard the weights over the devices under FSDP."""
@@ -132,19 +147,23 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the histories and the normalisations of the learners, in plain types (for `weights_only`)."""
-        checkpoint["histories"] = self.histories
-        checkpoint["normalisations"] = [[part and tuple(part) for part in pair] for pair in self._normalisations]
+        checkpoint["histories"] = dict(zip(self._normalisations, self.histories, strict=True))
+        checkpoint["normalisations"] = {
+            number: [part and tuple(part) for part in pair] for number, pair in self._normalisations.items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the histories; build the learners if there are none."""
         if not self.learners:
-            parts = [[part and Normalisation(*part) for part in pair] for pair in checkpoint["normalisations"]]
-            self.build([(target, source) for target, source in parts])
-        self.histories = checkpoint["histories"]
+            saved = checkpoint["normalisations"].items()
+            self.build(
+                {n: (Normalisation(*target), source and Normalisation(*source)) for n, (target, source) in saved}
+            )
+        self.histories = [checkpoint["histories"][number] for number in self._normalisations]
 
     def training_step(self, batch: list[Pair], batch_idx: int) -> None:
         """One step of manual optimisation."""
-        optimizer, world = self.optimizers(), self.trainer.world_size
+        optimizer, world = self.optimizers(), self.sharing
         rate = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
         results = self._replayed(batch)
@@ -165,7 +184,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
 
     def _replayed(self, batch: list[Pair]) -> list[Step] | None:
         """Compute losses and gradients by CUDA graphs; None if there are several devices or graphs do not suit."""
-        if self._sharded or self.trainer.world_size > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
+        if self._sharded or self.sharing > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
             return None
         if not self._graphs:
             self._graphs = [Graph(learner, x, y) for learner, (x, y) in zip(self.each, batch, strict=True)]
@@ -180,7 +199,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
 
     def _mean(self, result: Step) -> Step:
         """`result` with the scalars that later steps depend on averaged over the devices."""
-        if self.trainer.world_size == 1 or self.settings.activation == "topk":
+        if self.sharing == 1 or self.settings.activation == "topk":
             return result
         scalars = torch.stack([result.l0, result.min_activation])
         l0, min_activation = self.trainer.strategy.reduce(scalars, reduce_op="mean")
@@ -190,7 +209,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         """Add a row to every history and pass it to the loggers; `figures` are the results of `Learner.figures`."""
         metrics: dict[str, float] = {}
         for number, sums in enumerate(figures):
-            if self.trainer.world_size > 1:
+            if self.sharing > 1:
                 sums = self.trainer.strategy.reduce(sums, reduce_op="mean")
             loss, error, variance, l0, dead = sums.tolist()
             fvu = error / variance if variance else math.nan

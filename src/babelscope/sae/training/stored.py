@@ -7,7 +7,7 @@ from threading import Thread
 import polars as pl
 
 from babelscope.activations.batches import Batches
-from babelscope.activations.store import ActivationStore, place
+from babelscope.activations.store import ActivationStore
 from babelscope.config import Config
 from babelscope.core.errors import UserError
 from babelscope.core.files import read_table, write_atomically
@@ -30,10 +30,10 @@ class StoredActivations:
     def __init__(self, params: Config, paths: Paths, hookpoint: str) -> None:
         self.train, self.hookpoint = params.train, hookpoint
         self.device = hardware.prepare(params.hardware)
-        self.files = place(paths.activations, hookpoint), paths.tokens
+        self.files = paths.activations / hookpoint, paths.tokens
         self.store, table = ActivationStore(self.files[0]), read_table(paths.tokens)
         encoded = input_name(hookpoint, self.train.transcode)
-        self.inputs = ActivationStore(place(paths.activations, encoded)) if self.train.transcode else None
+        self.inputs = ActivationStore(paths.activations / encoded) if self.train.transcode else None
         if len(table) != self.store.rows:
             raise UserError(
                 f"{paths.tokens}: {len(table)} rows, but {self.files[0]} holds {self.store.rows}; run dvc repro extract"

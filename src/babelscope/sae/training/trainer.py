@@ -14,7 +14,7 @@ from babelscope.core.errors import UserError
 from babelscope.models.hardware import device_count, prepare
 
 # Other modules must import Lightning from here, since its first import decides which packages are loaded.
-__all__ = ["is_sharding", "pl", "trainer"]
+__all__ = ["is_dividing", "is_sharding", "pl", "trainer"]
 
 # Optional packages of torchmetrics, which take more than half of the time of Lightning's import.
 _UNUSED = ("matplotlib", "PIL", "scipy", "transformers")
@@ -44,7 +44,7 @@ def _without(packages: tuple[str, ...]) -> Iterator[None]:
 
 with _without(_UNUSED):
     import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the import sets it to INFO
@@ -54,12 +54,24 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
-def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
+class _Divided(DDPStrategy):  # type: ignore[misc]
+    """Processes that train different SAEs: they share no weight, so no gradient is sent, and each writes its part."""
+
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Pass the part of every process to the plugin, not of the first only."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+
+def trainer(hardware: Hardware, divided: bool = False, **options: Any) -> pl.Trainer:
     """A Lightning `Trainer` for the `hardware` section; without further options it writes and prints nothing.
 
     Parameters
     ----------
     hardware: accelerator, devices, nodes and strategy.
+    divided: whether the processes train different SAEs (see `models.hardware.divides`).
     options: further arguments of the `Trainer`.
 
     Raises
@@ -67,7 +79,7 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
     UserError: the devices or the strategy of the section are not available.
     """
     accelerator = prepare(hardware).type
-    strategy: Any = hardware.strategy
+    strategy: Any = _Divided() if divided else hardware.strategy
     if strategy == "fsdp":  # Lightning's strategy of that name is the older FSDP, which does not run on CPUs
         strategy = ModelParallelStrategy(
             device_count(hardware) * hardware.num_nodes, 1, save_distributed_checkpoint=False
@@ -88,3 +100,8 @@ def trainer(hardware: Hardware, **options: Any) -> pl.Trainer:
 def is_sharding(trainer: pl.Trainer) -> bool:
     """Whether a Lightning `Trainer` shards weights over its devices (`hardware.strategy: fsdp`)."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def is_dividing(trainer: pl.Trainer) -> bool:
+    """Whether the processes of a Lightning `Trainer` train different SAEs."""
+    return isinstance(trainer.strategy, _Divided)
