@@ -394,7 +394,7 @@ def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise():
 
 # Packages whose module has another name; and what others import for us (transformers) or run for us (DVC).
 MODULES = {"fasttext-predict": "fasttext", "vl-convert-python": "vl_convert", "pyyaml": "yaml"}
-FOR_OTHERS = {"accelerate", "gguf", "bitsandbytes", "dvc_s3"}
+FOR_OTHERS = {"ruamel.yaml.clib", "accelerate", "gguf", "bitsandbytes", "dvc_s3"}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
