@@ -31,12 +31,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation": "batchtopk"}, {"matryoshka": [100, 400]}])
+# The last are the sizes of experiments/smollm2-135m.yaml.
+SIZES = [{}, {"activation": "batchtopk"}, {"matryoshka": [100, 400]}, {"latents": 4608, "k": 32}]
+
+
+@pytest.mark.parametrize("changes", SIZES)
 def test_one_and_two_threads_give_the_same_bytes(tmp_path: Path, threads: None, changes: dict[str, Any]) -> None:
     """At the default's sizes: a training gives the same whether or not another one takes a core of two."""
     sizes: dict[str, Any] = {"latents": 1152, "k": 8, "batch": 1024, "tokens": 1024 * 12, "dead_after": 2048}
     settings = SETTINGS.model_copy(update=sizes | {"log_every": 1, "weight_decay": 3.0} | changes)
-    store, results = FakeStore(d=640), []
+    store, results = FakeStore(d=576 if settings.k == 32 else 640), []
     for count in (1, 2):
         torch.set_num_threads(count)
         hardware = config.load(ROOT / "params.yaml").hardware.model_copy(update={"accelerator": "cpu"})
@@ -79,6 +83,8 @@ def test_the_next_hookpoint_is_the_first_that_dvc_would_train(tmp_path: Path, mo
     waiting.parent.mkdir(parents=True)
     waiting.write_text("{}")
     assert ahead._next("train", ["c.d", "e.f"]) == "e.f"
+    waiting.parent.rename(".scratch/train@c.d.more.0123")  # of another hookpoint
+    assert ahead._next("train", ["c.d", "e.f"]) == "c.d"
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert ahead._next("train", ["e.f"]) is None
 

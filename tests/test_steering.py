@@ -112,6 +112,17 @@ def test_the_models_own_generation_config_changes_nothing(model, monkeypatch):
     assert torch.equal(plain, generate(model, PROMPTS, {}, 8))
 
 
+@pytest.mark.parametrize("end", [0, [0, 7]])
+def test_an_end_of_text_token_with_number_0_is_never_generated(end, monkeypatch):
+    model = build()
+    state = model.model(input_ids=torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+    model.lm_head.weight[0] = state  # the most probable token
+    monkeypatch.setattr(model, "generation_config", transformers.GenerationConfig(eos_token_id=None))
+    assert generate(model, PROMPTS, {})[0, 0] == 0
+    monkeypatch.setattr(model, "generation_config", transformers.GenerationConfig(eos_token_id=end))
+    assert not (generate(model, PROMPTS, {}) == 0).any()
+
+
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(20_000, 4)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
@@ -126,12 +137,24 @@ def test_the_screened_vocabulary_gives_the_largest_logits(dtype):
     top = TopTokens(model)
     assert top.codes is not None
     ids = torch.randint(5, 3000, (8, 4), generator=torch.Generator().manual_seed(0))
-    logits, tokens = top(5, input_ids=ids, use_cache=False)
+    logits, tokens = top([5] * 8, input_ids=ids, use_cache=False)
     whole = model(input_ids=ids, use_cache=False).logits[:, -1].float()
     torch.testing.assert_close(logits, whole.gather(1, tokens), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
     if dtype == torch.float32:
         assert torch.equal(tokens, whole.topk(5, dim=1).indices)
     assert (whole.amax(1) - whole.gather(1, tokens[:, :1])[:, 0] <= (0 if dtype == torch.float32 else 0.01)).all()
+
+
+def test_each_row_gets_as_many_as_it_asks_for_and_depends_on_no_other():
+    model = build(3 * 4096)
+    ids = torch.randint(5, 3000, (8, 4), generator=torch.Generator().manual_seed(1))
+    wanted = [64, 1, 1, 64, 2, 2, 1, 64]
+    logits, tokens = TopTokens(model)(wanted, input_ids=ids, use_cache=False)
+    whole = model(input_ids=ids, use_cache=False).logits[:, -1].topk(64, dim=1)
+    for row, count in enumerate(wanted):
+        assert torch.equal(tokens[row, :count], whole.indices[row, :count])
+        torch.testing.assert_close(logits[row, :count], whole.values[row, :count], atol=1e-5, rtol=0)
+        assert count == 64 or logits[row, count:].isneginf().all()
 
 
 def test_large_dimensions_do_not_hide_the_others_from_the_screen():
@@ -140,7 +163,7 @@ def test_large_dimensions_do_not_hide_the_others_from_the_screen():
         model.model.norm.weight[0] = 500  # its weights differ little: this dimension decides nothing
         model.lm_head.weight[:, 0] = 0.02
     ids = torch.randint(5, 3000, (64, 4), generator=torch.Generator().manual_seed(0))
-    _, tokens = TopTokens(model)(1, input_ids=ids, use_cache=False)
+    _, tokens = TopTokens(model)([1] * 64, input_ids=ids, use_cache=False)
     assert torch.equal(tokens[:, 0], model(input_ids=ids, use_cache=False).logits[:, -1].argmax(1))
 
 

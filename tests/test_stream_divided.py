@@ -159,6 +159,13 @@ def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, one: Path) ->
     assert [len(re.findall(r"^layers\.", log, re.MULTILINE)) for log in logs] == [3, 0]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_that_train_the_same_saes_end_with_them(tmp_path: Path, one: Path, strategy: str) -> None:
+    folder = prepare(tmp_path / "two", **{"hardware.strategy": strategy})
+    finish(start(folder, 2))
+    assert files(folder).keys() == files(one).keys()
+
+
 def test_a_killed_run_resumes_on_any_number_of_devices(tmp_path: Path) -> None:
     changes = {"train.activation": "jumprelu", "train.transcode": True, "ablate.methods": ["directional"]}
     whole = prepare(tmp_path / "whole", **changes)

@@ -44,8 +44,8 @@ def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]
 def dvc_md5(path: Path) -> str:
     """The hash that DVC writes into dvc.lock for `path`: a file's MD5, or `<md5>.dir` of a folder's listing.
 
-    Empty folders and files that `.dvcignore` excludes do not count. Files that DVC has hashed are not read again while
-    their size and date are the same: activations and SAEs may be terabytes.
+    Empty folders and files that `.dvcignore` excludes do not count. From 128 MB on, files that DVC has hashed are not
+    read again while their size and date are the same: activations and SAEs may be terabytes.
 
     Raises
     ------
@@ -74,6 +74,19 @@ def _dvc_hash(root: Path, path: Path) -> str:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path.absolute())))
+
+
+def texts_md5(path: Path) -> str:
+    """The hash of a user's folder, or file: the names and contents of what does not begin with a dot.
+
+    Programs leave files with such names in folders that they show (`.DS_Store`, `.git`).
+    """
+    if path.is_file():
+        return _file_md5(path)
+    found = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    shown = [name for name in found if not any(part.startswith(".") for part in name.parts)]
+    listing = [[name.as_posix(), _file_md5(path / name)] for name in shown]
+    return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest()
 
 
 def content_md5(path: Path) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and not every stage needs it
 
 log = logging.getLogger(__name__)
 
+# The rank of a process in a distributed run (torchrun, Lightning, SLURM, LSF); 0 in the first process.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
 Batch = TypeVar("Batch", bound=Sequence[Any])
 
 
@@ -87,6 +90,11 @@ def read_part(path: Path) -> "dict[str, Tensor] | None":
         return None
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of a distributed run, or the only one."""
+    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
+
+
 @contextmanager
 def kept(stage: str, params: Mapping[str, Any], inputs: Iterable[Path]) -> Iterator[Path]:
     """The scratch folder of a stage (see `scratch`); it is deleted if the block ends without an exception.
@@ -99,7 +107,8 @@ def kept(stage: str, params: Mapping[str, Any], inputs: Iterable[Path]) -> Itera
     hashes = {str(path): fingerprint.dvc_md5(path) for path in inputs}
     folder = scratch(fingerprint.fingerprint(stage, params, hashes))
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_first_rank():  # the others may end earlier
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def scratch(name: str) -> Path:

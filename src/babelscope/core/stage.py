@@ -27,10 +27,6 @@ AHEAD = "BABELSCOPE_AHEAD"
 # Read at import: the imports of a stage take seconds, during which DVC may be killed.
 _PARENT = os.getppid()
 
-# Importing torch creates a million objects, none of which becomes garbage. By default, Python looks for garbage after
-# every 700; at this number, an import is 0.2 s faster, and garbage does not last long enough to take memory.
-gc.set_threshold(10_000)
-
 # No tool sends telemetry, and no library prints its own progress bars into a log. A user's own setting wins.
 _QUIET = {
     "DVC_NO_ANALYTICS": "1",
@@ -85,9 +81,6 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
             raise
         print(f"error: {redact(message)}", file=sys.stderr)
         sys.exit(1)
-    finally:
-        # At its end, Python looks for garbage among all objects, 0.4 s with torch; the system frees the memory anyway.
-        gc.freeze()
 
 
 def script(main: Callable[[], None]) -> Callable[[], None]:
@@ -97,7 +90,14 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
     of params.yaml is shown at once.
     """
     if main.__module__ == "__main__":
-        run(main)
+        # Importing torch creates a million objects, none of which becomes garbage. Python would look for garbage after
+        # every 700 of them (2,000 since Python 3.13); with this number, an import is 0.2 s faster.
+        gc.set_threshold(10_000)
+        try:
+            run(main)
+        finally:
+            # At its end, Python would look for garbage among all objects, for 0.4 s; the system frees them anyway.
+            gc.freeze()
     return main
 
 
@@ -151,10 +151,6 @@ def _in_a_line(error: BaseException) -> str | None:
     return None
 
 
-# The rank of a process in a distributed run (torchrun, Lightning, SLURM, LSF); 0 in the first process.
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-
-
 def is_ahead() -> bool:
     """Whether this process computes the result of a stage before DVC runs that stage."""
     return AHEAD in os.environ
@@ -162,7 +158,7 @@ def is_ahead() -> bool:
 
 def is_distributed() -> bool:
     """Whether a launcher has started this process as one of several."""
-    return any(rank in os.environ for rank in _RANKS)
+    return any(rank in os.environ for rank in resume.RANKS)
 
 
 def end_with_dvc() -> None:
@@ -188,7 +184,7 @@ def alone() -> Iterator[None]:
     """
     name = "@".join([Path(sys.argv[0]).stem, *sys.argv[1:]]).replace("/", "_")
     resume.work.name = name
-    if any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
+    if not resume.is_first_rank():
         yield  # the first process holds the lock for all
         return
     path = resume.scratch_root() / "locks" / name

@@ -11,7 +11,7 @@ from babelscope.config.values import expanded
 from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import write_atomically, write_json
-from babelscope.core.fingerprint import dvc_md5
+from babelscope.core.fingerprint import texts_md5
 from babelscope.core.paths import Paths
 from babelscope.core.progress import Progress
 from babelscope.corpus import gettext_catalogs, hub, sampling, text_files
@@ -76,7 +76,7 @@ def read_all(section: schema.Corpus, languages: list[str]) -> tuple[pl.DataFrame
     gettext = section.source == "gettext"
     texts = gettext_catalogs.read(section, languages) if gettext else text_files.read(str(section.path), languages)
     # DVC does not watch a folder that params.yaml names; `track` warns if its MD5 is another one.
-    revision = None if section.path is None else dvc_md5(expanded(section.path))
+    revision = None if section.path is None else texts_md5(expanded(section.path))
     return texts, [{"path": name, "revision": revision, "license": None} for name in sorted(set(texts["source"]))]
 
 

@@ -84,7 +84,10 @@ def count_firings(
             write_atomically(paths.stream / name / "totals.parquet", found.totals.write_parquet)
             write_json(paths.stream / name / "quality.json", found.quality.figures(params.languages))
 
-    together(write, device)  # the first process, which ends the stage, must not end before the others
+    if len(shares) > 1:
+        together(write, device)  # the first process, which ends the stage, must not end before the others
+    else:
+        write()  # the other processes, if there are any, have ended
     if own == 0:
         stage.table(["hookpoint", "FVU", "L0", "dead latents", "fired"], map(partial(_row, paths), params.hookpoints))
 

@@ -42,7 +42,10 @@ def mcnemar(first_right: pl.Series, second_right: pl.Series) -> float:
     only_first, only_second = int((first_right & ~second_right).sum()), int((~first_right & second_right).sum())
     discordant = only_first + only_second
     # In integers: scipy.stats, which has this test, takes a second to import.
-    tail = sum(math.comb(discordant, count) for count in range(min(only_first, only_second) + 1))
+    tail = ways = 1
+    for count in range(min(only_first, only_second)):
+        ways = ways * (discordant - count) // (count + 1)
+        tail += ways
     return min(1.0, float(2 * tail / 2**discordant))
 
 

@@ -39,7 +39,7 @@ def prepare(hardware: Hardware) -> torch.device:
 
 
 def prepare_own(hardware: Hardware) -> torch.device:
-    """Like `prepare`, but of several CUDA devices on the node return the one of this process, and make it the default.
+    """Like `prepare`; if the node has several CUDA devices, return the one of this process and make it the default.
 
     The process is one that Lightning or SLURM's `srun` has started.
     """

@@ -9,6 +9,7 @@ in each dimension and the unembedding is multiplied by it, after which both vary
 (SmoothQuant, arXiv 2211.10438).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from babelscope.models.probing import probe_ids
 
 # Entries of the vocabulary in one int8 product: 448 x 4,096 int32 scores are 7 MB.
 _COLUMNS = 4096
-# Entries that share a maximum in the screen. All entries of some groups get exact logits: of as many groups as tokens
-# are wanted, and `_MORE`, but of at most `_GROUPS`.
-_GROUP, _GROUPS, _MORE = 16, 16, 6
+# Entries that share a maximum in the screen. The best `k + _MORE` groups get exact logits for all their entries.
+_GROUP, _MORE = 16, 6
 # States in one product of exact logits, so that the weights of their candidates stay small.
 _ROWS = 32
 
 
 class TopTokens:
     """The `k` largest logits of a model's next token, at the last position of a forward pass.
+
+    With the screen, a token is missed if its group is not among the best `k + _MORE` by the rounded scores. What a row
+    gets depends on no other row.
 
     Parameters
     ----------
@@ -65,16 +68,31 @@ class TopTokens:
         self.codes = torch.cat(codes)
         self.scale: Tensor = torch.cat(scales)
 
-    def __call__(self, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run one pass with `inputs`; float32 logits and int64 token ids, `[rows, k]` each, in descending order."""
+    def __call__(self, k: Sequence[int], **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run one pass with `inputs`; float32 logits and int64 token ids, in descending order: `[rows, max(k)]` each.
+
+        `k` is that of each row. The logits of a row with a smaller one may end with -inf.
+        """
         if self.head is None:
-            return self._sorted(self.model(**inputs).logits[:, -1].float(), k)
+            return self._sorted(self.model(**inputs).logits[:, -1].float(), max(k))
         with entering_unembedding(self.model, stop=True) as entered:
             self.model(**inputs)
         x = entered[0][:, -1]
         if self.codes is None:
-            return self._sorted(self.head.logits(x, 0, self.head.unembedding.out_features), k)
-        tokens = self._candidates(x, min(_GROUPS, k + _MORE))
+            return self._sorted(self.head.logits(x, 0, self.head.unembedding.out_features), max(k))
+        logits, tokens = (
+            x.new_full((len(x), max(k)), -torch.inf, dtype=torch.float32),
+            torch.zeros(len(x), max(k)).long(),
+        )
+        for count in sorted(set(k)):
+            rows = torch.tensor([number for number, own in enumerate(k) if own == count])
+            found, which = self._screened(x[rows], count)
+            logits[rows, : found.shape[1]], tokens[rows, : found.shape[1]] = found, which
+        return logits, tokens
+
+    def _screened(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        assert self.head is not None
+        tokens = self._candidates(x, min(k + _MORE, len(self.scale)))
         weight = self.head.unembedding.weight
         parts = zip(torch.split(x.float().unsqueeze(2), _ROWS), torch.split(tokens, _ROWS), strict=True)
         found = torch.cat([torch.bmm(weight[some].float(), states).squeeze(2) for states, some in parts])

@@ -98,8 +98,9 @@ def generate(
 
     uniform = np.stack([np.random.default_rng(list(seed)).random(new_tokens, np.float32) for seed in seeds])
     drawn = [value > 0 for value in temperature]
-    ends = torch.tensor(model.generation_config.eos_token_id or [], dtype=torch.int64).flatten().tolist()
-    wanted = TOP_K if any(drawn) else 1 + len(ends)
+    end = model.generation_config.eos_token_id
+    ends = torch.tensor([] if end is None else end, dtype=torch.int64).flatten().tolist()
+    wanted = [TOP_K if one else 1 + len(ends) for one in drawn]
     found: list[Tensor] = []
     count = _unchanged_blocks(model, prompts, changes, cache)
     with hooks.editing(model, {name: partial(edit, change=change) for name, change in changes.items()}):

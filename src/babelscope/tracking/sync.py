@@ -16,7 +16,7 @@ import polars as pl
 from babelscope.config import read_yaml
 from babelscope.config.values import expanded
 from babelscope.core.files import read_json, read_table
-from babelscope.core.fingerprint import dvc_md5
+from babelscope.core.fingerprint import texts_md5
 from babelscope.core.paths import Paths
 from babelscope.core.redact import redact
 from babelscope.tracking import state as states
@@ -39,14 +39,14 @@ def sync(paths: Paths) -> None:
     # Not validated, like dvc.lock: validation adds keys that the file leaves out.
     params = read_yaml(paths.root / "params.yaml")
     state, experiment = states.read(paths.root, params), params["track"]["experiment"]
+    if state.outdated:
+        log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))
+        return
     if changed := changed_texts(paths, params):
         log.warning(
             "corpus.path: the files in %s are not those that `sample` read, and DVC does not watch this folder: run "
             "`dvc repro -f -s sample`, then `dvc repro`", changed,
         )  # fmt: skip
-    if state.outdated:
-        log.warning("track: dvc.lock is older than params.yaml (%s): run `dvc repro`", ", ".join(state.outdated))
-        return
     # This file names the last state that was logged, since importing MLflow takes two seconds.
     memory = store.root() / "mlflow.db.tracked"
     if memory.is_file() and memory.read_text() == f"{state.hash} {store.stamp(experiment)}":
@@ -74,12 +74,12 @@ def sync(paths: Paths) -> None:
 
 
 def changed_texts(paths: Paths, params: Mapping[str, Any]) -> Path | None:
-    """The folder `corpus.path` if its MD5 is not the one in `paths.sources`, else None."""
+    """The folder `corpus.path` if its hash is not the one in `paths.sources`, else None."""
     name = params.get("corpus", {}).get("path")
     if name is None or not paths.sources.is_file() or not (folder := paths.root / expanded(name)).is_dir():
         return None
     read = {entry["revision"] for entry in read_json(paths.sources)["sources"]} - {None}
-    return folder if read and dvc_md5(folder) not in read else None
+    return folder if read and texts_md5(folder) not in read else None
 
 
 def _is_unreachable(error: Exception) -> bool:

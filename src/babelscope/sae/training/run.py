@@ -12,6 +12,7 @@ from babelscope.core.files import copy_file, read_json, write_json
 from babelscope.core.fingerprint import dvc_md5, fingerprint
 from babelscope.core.paths import Paths
 from babelscope.core.resume import scratch
+from babelscope.models.hardware import device_count
 from babelscope.models.names import layer_of
 from babelscope.sae import checkpoint
 from babelscope.sae.training import ahead
@@ -81,9 +82,16 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     work = fingerprint(name, used, {str(path): dvc_md5(path) for path in data.files})
     folder = scratch(work)
     if (folder / ahead.FIGURES).is_file():
-        return None if stage.is_ahead() else _taken(folder, out)
+        if stage.is_ahead():  # another process has trained it ahead
+            resume.work.keep = folder
+            return None
+        return _taken(folder, out)
     # Not for the other activation functions, whose gradients the number of threads rounds differently.
-    pairs = data.device.type == "cpu" and params.train.activation in ("topk", "batchtopk")
+    pairs = (
+        data.device.type == "cpu"
+        and device_count(params.hardware) * params.hardware.num_nodes == 1
+        and params.train.activation in ("topk", "batchtopk")
+    )
     weights = params.train.latents * data.store.d
     with ahead.beside("train", hookpoint, params, weights) if pairs else nullcontext(False) as paired:
         batches = data.batches(params.seed)
@@ -106,7 +114,7 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
             target = folder / "sae" if stage.is_ahead() else out
             data.save(sae, history, target)
             run.finish(dvc_md5(target), history)
-    figures = data.figures(sae)
+        figures = data.figures(sae)
     if stage.is_ahead():
         resume.work.keep = folder
         write_json(folder / ahead.FIGURES, figures)
