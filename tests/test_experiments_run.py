@@ -22,7 +22,7 @@ FAMILY = {"google/gemma-2-2b": ("gemma2", 26), "meta-llama/Llama-3.2-1B": ("llam
 SIZES = {
     "model.source": "huggingface", "model.gguf_file": None, "model.sha256": None, "model.revision": None,
     "pretrained.revision": None, "hardware.accelerator": "cpu",
-    "corpus.train_tokens": 700, "corpus.eval_tokens": 100, "extract.batch_tokens": 4096,
+    "corpus.train_tokens": 700, "corpus.eval_tokens": 200, "extract.batch_tokens": 4096,
     "train.latents": 64, "train.k": 8, "train.tokens": 4096, "train.batch": 256, "quality.tokens": 100,
     "identify.also_texts": 4, "ablate.batch_tokens": 4096, "ablate.bootstrap": 50, "ablate.control_draws": 2,
     "steer.prompts": 2, "steer.new_tokens": 8, "steer.strengths": [2.0], "browse.shared": 20,
