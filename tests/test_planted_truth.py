@@ -235,7 +235,7 @@ def test_features_that_fire_on_random_tokens_are_left_out(repo: Repo, monkeypatc
     monkeypatch.setattr(loading, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(random_tokens.tokens, "random_texts", lambda *_: TokenizedTexts(frame))
     passes = [({HOOKPOINT: x}, torch.arange(texts).repeat_interleave(length))]
-    monkeypatch.setattr(count_features, "read_batches", lambda *_: passes)
+    monkeypatch.setattr(count_features, "read_divided", lambda *_: passes)
     params = config.load()
     on = params.score.model_copy(update={"random_tokens": tokens})
     run_score.run(params.model_copy(update={"score": on}), Paths())
