@@ -148,7 +148,7 @@ def test_a_pickle_in_place_of_our_own_files_is_refused(
     """Checkpoints, activations and SAEs: folders that others may share, or that come with a `dvc pull`."""
     checkpoint = tmp_path / "checkpoint.pt"
     way(checkpoint)
-    assert resumable(checkpoint, SAETraining(config.load(ROOT / "params.yaml").train, steps=1, seed=0)) is None
+    assert resumable(checkpoint, SAETraining(config.load(ROOT / "params.yaml").train, steps=1, seed=0), "auto") is None
     assert "checkpoint.pt: damaged; training starts from step 0" in caplog.text
     write_shard(tmp_path / "store", 0, torch.ones(3, 2))
     write_index(tmp_path / "store", [3], 2, "float32", "m", "layers.0")
