@@ -1,7 +1,6 @@
 """Two processes extract what one does, to the byte: started by Lightning itself, and by SLURM's `srun` on two nodes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import test_activations as one
 import torch
 import transformers
+from slurm import two_nodes
 from torch.distributed.tensor import DTensor
 
 from babelscope.activations import extraction, store
@@ -78,16 +78,7 @@ def test_two_devices_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, 
 
 
 def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # What `srun --nodes 2 --ntasks-per-node 1` sets.
-    job = {
-        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "babelscope", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    processes = [start(tmp_path, 1, 2, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank)) for rank in (0, 1)]
+    processes = [start(tmp_path, 1, 2, **job) for job in two_nodes()]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert files(tmp_path / "two") == expected

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import stand_ins
 import torch
 from closure import ROOT
 from pipeline import changed
+from slurm import two_nodes
 
 from babelscope import config
 from babelscope.activations import streaming
@@ -144,16 +144,7 @@ def copy(folder: Path, target: Path) -> Path:
 
 def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, one: Path) -> None:
     folder = copy(one, tmp_path / "two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # What `srun --nodes 2 --ntasks-per-node 1` sets.
-    job = {
-        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "babelscope", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    processes = [start(folder, 1, nodes=2, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank)) for rank in (0, 1)]
+    processes = [start(folder, 1, nodes=2, **job) for job in two_nodes()]
     logs = [finish(process) for process in processes]
     assert files(folder) == files(one)
     assert [len(re.findall(r"^layers\.", log, re.MULTILINE)) for log in logs] == [3, 0]
