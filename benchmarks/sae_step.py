@@ -79,7 +79,7 @@ def ours(case: Case, screen: torch.dtype | None = None) -> Callable[[Tensor], No
             learner.remember(normal, result, 1)
         else:
             with override(screen):
-                result = learner.loss(x, None, 1)
+                result = learner.loss(x, world=1)
             result.loss.backward()
         learner.before_update(1)
         optimizer.step()

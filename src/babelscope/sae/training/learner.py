@@ -77,13 +77,13 @@ class Learner(nn.Module):
         self.register_buffer("l0_error", torch.zeros(()))  # L0 / k - 1 of the last step
         self.register_buffer("min_activation", torch.zeros(2))  # sum over steps, number of steps
 
-    def loss(self, x: Tensor, y: Tensor | None, world: int) -> Step:
+    def loss(self, x: Tensor, y: Tensor | None = None, normal: Tensor | None = None, *, world: int) -> Step:
         """The differentiable loss of one batch, in units of the normalised activations: `passes`, then `remember`."""
-        normal, result = self.passes(x, y)
+        normal, result = self.passes(x, y, normal)
         self.remember(normal, result, world)
         return result
 
-    def passes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
+    def passes(self, x: Tensor, y: Tensor | None = None, normal: Tensor | None = None) -> tuple[Tensor, Step]:
         """Normalised inputs [rows, d_in], and the step on them with a differentiable loss; changes no state.
 
         The loss does not include that of dead latents: `before_update` adds the few rows of their gradient, since
@@ -93,8 +93,11 @@ class Learner(nn.Module):
         ----------
         x: [rows, d_in], activations to encode, as stored.
         y: [rows, d], activations to reconstruct, as stored; None: x.
+        normal: `x` normalised; None: it is computed.
         """
-        normal: Tensor = (self.source or self.target)(x)
+        if normal is None:
+            normal = (self.source or self.target)(x)
+        assert normal is not None
         return normal, self._step(normal, None if y is None else self.target(y))
 
     def remember(self, x: Tensor, result: Step, world: int) -> None:
