@@ -41,7 +41,7 @@ def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schem
             group["lr"] = rate * share
         result = learner.loss(*pair, world=1)
         result.loss.backward()
-        learner.before_update(1)
+        learner.before_update(1, optimizer)
         optimizer.step()
         learner.after_update(result, (number + 1) / len(pairs))
     return time.perf_counter() - start
