@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import runpy
 import select
 import signal
 import socket
@@ -24,7 +25,6 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 # Packages whose import takes more than 0.1 s; those that are not installed are left out.
@@ -232,6 +232,4 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     _serve()
-    main = sys.modules["__main__"] = ModuleType("__main__")
-    main.__file__ = str(Path(sys.argv[0]).absolute())
-    exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), main.__dict__)
+    runpy.run_path(sys.argv[0], run_name="__main__")
