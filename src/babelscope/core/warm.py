@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 _PACKAGES = (
     "numpy", "polars", "pyarrow.parquet", "pydantic", "torch", "torch._dynamo", "safetensors.torch", "scipy.stats",
     "transformers.modeling_utils", "transformers.generation", "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.tokenization_auto", "altair", "mlflow.store.tracking.sqlalchemy_store",
 )  # fmt: skip
 # After these stages none follows for which a server would be worthwhile.
 _LAST = ("report", "track")
