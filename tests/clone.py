@@ -86,7 +86,12 @@ def run(repo: Path, *command: str, ok: bool = True) -> str:
 
 def dvc(repo: Path, *arguments: str, ok: bool = True) -> str:
     """Run `dvc` in the clone, by `warm`; returns what it printed, in the order in which it did."""
-    return _checked(*warm.dvc(repo, *arguments, env=environment()), ok)
+    return _checked(*warm.run(repo, "dvc", *arguments, env=environment()), ok)
+
+
+def script(repo: Path, *command: str, ok: bool = True) -> str:
+    """Run a Python script in the clone, by `warm`; returns what it printed, in the order in which it did."""
+    return _checked(*warm.run(repo, *command, env=environment()), ok)
 
 
 def _checked(code: int, text: str, ok: bool) -> str:

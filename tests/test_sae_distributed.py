@@ -1,15 +1,16 @@
 """Two processes train the same SAE as one, with whole weights (DDP) or with half of them each (FSDP)."""
 
 import json
+import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
-from babelscope.sae.training.learner import Learner
+from babelscope.sae.training import learner
 
 SCRIPT = f"""
 import json, os, sys
@@ -51,15 +52,15 @@ def start(folder: Path, devices: int, activation: str, strategy: str, stop: int 
     arguments = [str(script), str(folder), str(devices), activation, strategy, str(stop), accelerator]
     if devices == 1 and not stop:  # in this process: a new one takes seconds to import torch and Lightning
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Learner, "after_update", Learner.after_update)  # which the script replaces
+            patch.setattr(learner.Learner, "after_update", learner.Learner.after_update)  # which the script replaces
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(sys, "argv", arguments)
             patch.chdir(folder)
             runpy.run_path(str(script), run_name="__main__")
         return
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
-    assert done.returncode == (3 if stop else 0), done.stderr[-3000:]
+    source = Path(learner.__file__).parents[3]
+    code, said = warm.run(folder, *arguments, env=os.environ | {"PYTHONPATH": str(source)})
+    assert code == (3 if stop else 0), said[-3000:]
 
 
 def result(folder: Path) -> tuple[list[dict[str, float]], list[float], list[int]]:

@@ -41,7 +41,7 @@ class Repo:
         return done.stdout + done.stderr
 
     def dvc(self, *arguments: str, fails: bool = False, **environment: str) -> str:
-        code, said = warm.dvc(self.folder, *arguments, env=self.environment(**environment))
+        code, said = warm.run(self.folder, "dvc", *arguments, env=self.environment(**environment))
         assert (code != 0) == fails, f"dvc {' '.join(arguments)}\n{said}"
         return said
 
