@@ -34,14 +34,14 @@ def bare(learner: Learner, pairs: list[list[Pair]], rate: float, settings: schem
     groups = [{"params": [encoder], "weight_decay": settings.weight_decay}, {"params": others}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
     start = time.perf_counter()
-    for number, [(x, y)] in enumerate(pairs):
+    for number, [pair] in enumerate(pairs):
         optimizer.zero_grad()
         share = lr_multiplier(number, len(pairs), settings.warmup, settings.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate * share
-        result = learner.loss(x, y, 1)
+        result = learner.loss(*pair, world=1)
         result.loss.backward()
-        learner.before_update(1)
+        learner.before_update(1, optimizer)
         optimizer.step()
         learner.after_update(result, (number + 1) / len(pairs))
     return time.perf_counter() - start

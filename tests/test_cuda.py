@@ -16,6 +16,7 @@ from babelscope.activations import extraction, store
 from babelscope.config.schema import Hardware
 from babelscope.sae.kernels import fused
 from babelscope.sae.metrics import quality
+from babelscope.sae.training import decoder
 from babelscope.sae.training.graph import Graph
 from babelscope.sae.training.step import sparse_step
 
@@ -71,6 +72,24 @@ def test_replaying_the_passes_gives_the_same_bytes(
     replayed = training.run(tmp_path / "replayed", settings)[:2]
     monkeypatch.setattr(Graph, "suits", staticmethod(lambda *_: False))
     assert training.run(tmp_path / "run", settings)[:2] == replayed
+
+
+@pytest.mark.parametrize("d", [32, 640, 701, 2048, 4096, 8192])
+def test_the_kernel_that_updates_the_decoder_agrees_with_torch(d: int) -> None:
+    assert decoder._agrees(torch.device("cuda"), d)
+
+
+@pytest.mark.parametrize("changes", [{}, {"frozen": "decoder"}, {"activation": "batchtopk"}], ids=str)
+def test_training_is_as_good_with_the_decoder_updated_in_one_pass(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "HARDWARE", GPU)
+    settings = training.SETTINGS.model_copy(update=changes)
+    one = training.run(tmp_path / "one", settings)[1]
+    monkeypatch.setattr(decoder, "update_", lambda *_: False)
+    three = training.run(tmp_path / "three", settings)[1]
+    assert one[0]["loss"] == pytest.approx(three[0]["loss"], rel=1e-4)
+    assert one[-1]["fvu"] == pytest.approx(three[-1]["fvu"], abs=0.02)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

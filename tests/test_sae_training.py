@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core import imports
 from pydantic import ValidationError
 
+from babelscope.activations import batches as batches_module
 from babelscope.activations.batches import Batches, permutation
 from babelscope.activations.moments import moments
 from babelscope.config.schema import Hardware, Train
@@ -226,6 +227,23 @@ def test_whitening_evens_out_the_spectrum() -> None:
     torch.testing.assert_close(mapped / mapped[2], deviations.double().sqrt(), rtol=0.1, atol=0)
 
 
+def test_rows_that_are_whitened_once_train_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore()
+    store.data[:, 0] *= 30
+    found = []
+    for kept in (batches_module._KEPT, 0):
+        monkeypatch.setattr(batches_module, "_KEPT", kept)
+        source = batches_of(store)
+        learner = Learner(SETTINGS, source.moments()[0][0].normalisation(), None, steps=source.steps, seed=1)
+        for [pair] in source.read():
+            assert (pair.normal is None) == (kept == 0)
+            assert pair.normal is None or torch.equal(pair.normal, learner.target(pair.x))
+        trained = train(batches_of(store), SETTINGS, HARDWARE, seed=1, folder=tmp_path)
+        assert trained is not None
+        found.append([weight.tolist() for weight in trained[0][0].parameters()])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
 def test_moments_of_activations_far_from_zero_keep_their_digits(mean: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -381,8 +399,8 @@ def test_devices_share_the_same_global_batch(world: int) -> None:
     batches = Batches(store, torch.arange(100), 30, 4, seed=0)  # type: ignore[arg-type]
     shares = [list(batches.read(first=1, rank=rank, world=world)) for rank in range(world)]
     for number, parts in enumerate(zip(*shares, strict=True), start=1):
-        assert all(target is None for [(_, target)] in parts)
-        together = torch.cat([x for [(x, _)] in parts])
+        assert all(pair.y is None for [pair] in parts)
+        together = torch.cat([pair.x for [pair] in parts])
         expected = store.gather(batches.rows_of(number))
         assert torch.equal(together.float().sort(0).values, expected.float().sort(0).values)
     assert len(shares[0]) == 3

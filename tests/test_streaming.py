@@ -86,7 +86,7 @@ def stream(model: Any, settings: Train = SETTINGS, **changes: Any) -> Stream:
 
 def flat(batches: Iterator[list[Pair]]) -> list[torch.Tensor]:
     """Every batch as [rows, all numbers of all hookpoints]."""
-    return [torch.cat([part for x, y in batch for part in (x, y) if part is not None], 1) for batch in batches]
+    return [torch.cat([part for pair in batch for part in pair if part is not None], 1) for batch in batches]
 
 
 def sorted_rows(x: torch.Tensor) -> list[list[float]]:
@@ -264,7 +264,7 @@ def test_a_transcoder_encodes_the_input_of_the_module(model: Any, tmp_path: Path
     with torch.no_grad():
         torch.testing.assert_close(model.base_model.layers[0].mlp(x.float()), y.float(), rtol=1e-2, atol=5e-3)
     assert (tmp_path / "layers.0.mlp/input/shard-00000.safetensors").is_file()
-    [(x, target)] = stream(model, SETTINGS.model_copy(update={"transcode": True})).read().__next__()[:1]
+    [(x, target, _)] = stream(model, SETTINGS.model_copy(update={"transcode": True})).read().__next__()[:1]
     assert target is not None
     with torch.no_grad():
         torch.testing.assert_close(model.base_model.layers[0].mlp(x.float()), target.float(), rtol=1e-2, atol=5e-3)
@@ -311,8 +311,8 @@ def test_a_transcoder_after_gemma_s_norm_encodes_the_input_of_the_mlp() -> None:
 def test_batches_of_stored_activations_have_the_same_interface(model: Any, tmp_path: Path) -> None:
     table, stores = extracted(model, tmp_path, transcode=False)
     stored = Batches(stores[NAMES[0]], table["row"].to_torch(), len(table), 1, seed=0)
-    [[(x, y)]] = stored.read()
-    [[(streamed, none), _]] = stream(model, size=len(table), steps=1).read()
+    [[(x, y, _)]] = stored.read()
+    [[(streamed, none, _), _]] = stream(model, size=len(table), steps=1).read()
     assert y is None and none is None and x.dtype == streamed.dtype
     torch.testing.assert_close(
         torch.tensor(sorted_rows(x)), torch.tensor(sorted_rows(streamed)), rtol=2e-3, atol=2e-3

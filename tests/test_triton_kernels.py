@@ -1,15 +1,19 @@
 """The CUDA path's kernels against PyTorch's own operations: on a GPU, elsewhere in Triton's interpreter."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_sae_training as training
 import torch
 from test_sae_step import WEIGHTS, dense, example
 
 from babelscope.sae.screening import ExactTopK
+from babelscope.sae.training import decoder, loop
+from babelscope.sae.training.schedule import BETAS
 from babelscope.sae.training.step import Selection, sparse_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +27,7 @@ from babelscope.sae.kernels import triton_kernels as kernels  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _used_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("training.step", "kernels.topk", "training.learner"):
+    for module in ("training.step", "kernels.topk", "training.decoder"):
         monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: kernels)
     monkeypatch.setattr("babelscope.sae.kernels.topk._suits_groups", lambda *_: False)
 
@@ -160,3 +164,146 @@ def test_other_steps_are_as_without_the_kernels(
         monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: None)
     for a, b in zip(found, gradients(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+class Update:
+    """A decoder and its optimizer, with and without the kernel that updates it in one pass."""
+
+    def __init__(self, W_dec: torch.Tensor, state: dict[str, Any] | None = None) -> None:
+        self.W_dec = torch.nn.Parameter(W_dec.clone())
+        self.optimizer = torch.optim.AdamW([self.W_dec], lr=0.01, betas=BETAS, weight_decay=0.0, fused=True)
+        if state is not None:
+            self.optimizer.load_state_dict(state)
+
+    def __call__(self, gradient: torch.Tensor, rate: float, in_one_pass: bool) -> "Update":
+        self.optimizer.param_groups[0]["lr"], self.W_dec.grad = rate, gradient.clone()
+        with torch.no_grad():
+            if in_one_pass:
+                assert decoder.update_(self.W_dec, self.optimizer) and self.W_dec.grad is None
+                self.optimizer.step()
+            else:  # without any kernel
+                self.W_dec.grad -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
+                self.optimizer.step()
+                self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        return self
+
+    def close_to(self, other: "Update") -> None:
+        """Float32 rounds to 6e-8, which the order of a sum of d products and ten steps multiply by about ten.
+
+        A row's error is compared with the norm of the row, so that rows of small gradients count as much as others.
+        """
+        ours, theirs = (update.optimizer.state_dict() for update in (self, other))
+        assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
+        ours, theirs = ({"W_dec": u.W_dec.detach(), **s["state"][0]} for u, s in ((self, ours), (other, theirs)))
+        assert torch.equal(ours.pop("step"), theirs.pop("step")) and sorted(ours) == ["W_dec", "exp_avg", "exp_avg_sq"]
+        for name, expected in theirs.items():
+            assert ours[name].dtype == expected.dtype
+            assert ((ours[name] - expected).norm(dim=1) <= 2e-6 * expected.norm(dim=1)).all(), name
+
+
+def gradients(d: int) -> list[torch.Tensor]:
+    """Of ten steps and eight rows: of norm about sqrt(d), below Adam's epsilon, zero, and usual ones."""
+    scale = torch.tensor([1.0, 1e-8, 0.0, 1e-3, 1.0, 0.0, 1e-5, 1e3], device=DEVICE)[:, None]
+    return [scale * random(8, d, seed=seed) for seed in range(1, 11)]
+
+
+def rows(d: int) -> torch.Tensor:
+    """Eight rows of norm 1, but for one of zeros and one of about 1e-15."""
+    W_dec = torch.nn.functional.normalize(random(8, d))
+    return W_dec * torch.tensor([1, 1, 1, 1, 0, 1e-15, 1, 1], device=DEVICE)[:, None]
+
+
+@pytest.mark.parametrize("d", [20, 33, 256, 701])
+def test_the_decoder_is_updated_in_one_pass_as_in_three(d: int) -> None:
+    plain, one_pass = Update(rows(d)), Update(rows(d))
+    for number, gradient in enumerate(gradients(d)):
+        rate = 0.01 * (number + 1) / 10
+        one_pass(gradient, rate, True).close_to(plain(gradient, rate, False))
+    torch.testing.assert_close(one_pass.W_dec.norm(dim=1).detach(), torch.ones(8, device=DEVICE))
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_either_update_goes_on_with_the_state_of_the_other(before: bool, after: bool) -> None:
+    whole, first = Update(rows(20)), Update(rows(20))
+    for gradient in gradients(20)[:3]:
+        whole(gradient, 0.01, False)
+        first(gradient, 0.01, before)
+    second = Update(first.W_dec.detach(), first.optimizer.state_dict())
+    for gradient in gradients(20)[3:6]:
+        second(gradient, 0.01, after).close_to(whole(gradient, 0.01, False))
+
+
+@pytest.mark.parametrize("changes", [{}, {"frozen": "decoder"}], ids=str)
+def test_a_training_goes_on_in_one_pass_from_a_checkpoint_of_three(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_6(step: int, _: object) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    settings = training.SETTINGS.model_copy(
+        update={"tokens": 64 * 12, "log_every": 3, "dead_after": 128, "latents": 64, **changes}
+    )
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
+    if DEVICE.type == "cuda":
+        hardware = training.HARDWARE.model_copy(update={"accelerator": "gpu"})
+        monkeypatch.setattr(training, "HARDWARE", hardware)
+    else:  # the interpreter takes long
+        for module in ("training.step", "kernels.topk"):
+            monkeypatch.setattr(f"babelscope.sae.{module}.fused", lambda _: None)
+    monkeypatch.setattr("babelscope.sae.training.decoder.fused", lambda _: None)
+    *_, whole = training.run(tmp_path / "whole", settings)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        training.run(tmp_path / "killed", settings, write=stop_at_6)
+    monkeypatch.setattr("babelscope.sae.training.decoder.fused", lambda _: kernels)
+    called = []
+    update = kernels.update_rows_
+    monkeypatch.setattr(kernels, "update_rows_", lambda *some: (called.append(len(some[0])), update(*some)))
+    decoder._agrees.cache_clear()
+    _, history, resumed = training.run(tmp_path / "killed", settings)
+    assert history[-1]["step"] == 12 and called == [decoder._ROWS] + 7 * [64]  # the checkpoint of step 5 was used
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+COMPILE = """
+import re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from babelscope.sae.kernels.triton_kernels import _update_rows as kernel
+names = kernel.arg_names
+types = dict.fromkeys(names[:5], "*fp32") | dict.fromkeys(names[5:-2], "fp32") | dict.fromkeys(names[-2:], "constexpr")
+aligned = {(number,): [["tt.divisibility", 16]] for number in range(5)}
+source = ASTSource(kernel, types, {"D": 2048, "BLOCK": 2048}, aligned)
+ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+print(*(len(re.findall(rf"{name}.global[^\\n]*v4.b32", ptx)) for name in ("ld", "st")))
+"""
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there the kernel runs")
+def test_the_kernel_compiles_for_a_gpu_and_moves_28_bytes_per_weight(tmp_path: Path) -> None:
+    path = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    # Each of 128 threads has 16 of the 2,048 numbers of a row, four to an instruction: 4 rows are read, 3 are written.
+    assert done.stdout.split() == ["16", "12"], done.stderr
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("out of registers")
+
+
+@pytest.mark.parametrize(("kernel", "reason"), [(fail, "out of registers"), (lambda *_: None, "results differ")])
+def test_a_kernel_that_fails_or_differs_is_not_used(
+    kernel: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(kernels, "update_rows_", kernel)
+    decoder._agrees.cache_clear()
+    update = Update(rows(20))
+    update.W_dec.grad = random(8, 20)
+    assert not decoder.update_(update.W_dec, update.optimizer)
+    assert torch.equal(update.W_dec, rows(20)) and torch.equal(update.W_dec.grad, random(8, 20))
+    assert reason in caplog.text
+    decoder._agrees.cache_clear()

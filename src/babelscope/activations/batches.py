@@ -1,21 +1,41 @@
 """Training batches from the activation store: which rows a batch holds, and reading them."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from babelscope.activations.moments import Moments, moments
 from babelscope.activations.store import ActivationStore
+from babelscope.models.matmul import linear
 
 # Minimum rows in the sample for mean and covariance (all rows if there are fewer), and rows read at once.
 _SAMPLE, _CHUNK = 2**18, 8192
 # Batches whose rows are looked up and sorted at once. For single batches, this took a third of the time of reading.
 _BLOCK = 64
+# Maximum number of bytes in which whitened rows are kept for the next pass. Whitening them again took up to 40 % of a
+# step on a CPU.
+_KEPT = 2**30
 
-# Activations to encode [rows, d_in] and to reconstruct [rows, d], as stored; None: those to encode.
-Pair = tuple[Tensor, Tensor | None]
+
+class Pair(NamedTuple):
+    """Activations of the same tokens at one hookpoint.
+
+    Attributes
+    ----------
+    x: [rows, d_in], activations to encode, as stored.
+    y: [rows, d], activations to reconstruct, as stored; None: x.
+    normal: float32 [rows, d_in], `x` normalised; None: not computed yet.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    normal: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Pair":
+        """`change` applied to all parts."""
+        return Pair(change(self.x), *(part if part is None else change(part) for part in self[1:]))
 
 
 class Source(Protocol):
@@ -78,6 +98,7 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._block, self._rows = -1, torch.empty(0, dtype=torch.int64)
         self._moments: list[tuple[Moments, Moments | None]] = []
+        self._whitened: _Whitened | None = None
 
     def rows_of(self, step: int) -> Tensor:
         """The store's rows in batch number `step`, int64 [size], ascending so that a disk reads forward."""
@@ -102,10 +123,22 @@ class Batches:
         The calling thread reads: on two cores, a separate thread cost more than it gained, and a GPU still computes the
         previous step while this thread reads.
         """
+        whitened = self._whitening()
         for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
             target = self._gather(self.store, rows)
-            yield [(target, None) if self.inputs is None else (self._gather(self.inputs, rows), target)]
+            if self.inputs is None:
+                yield [Pair(target, None, None if whitened is None else whitened(rows, target))]
+            else:
+                yield [Pair(self._gather(self.inputs, rows), target)]
+
+    def _whitening(self) -> "_Whitened | None":
+        """Whitened rows that are kept: on a CPU, if they fit and come again."""
+        if self._whitened is None and not self.pin and self.inputs is None and self.steps * self.size > len(self.rows):
+            whitening = self.moments()[0][0].whitening()
+            if whitening is not None and 4 * self.store.rows * self.store.d <= _KEPT:
+                self._whitened = _Whitened(whitening[0], self.store.rows)
+        return self._whitened
 
     def _gather(self, store: ActivationStore, rows: Tensor) -> Tensor:
         if not self.pin:
@@ -123,3 +156,19 @@ class Batches:
         rows = self.rows[:: max(1, len(self.rows) // _SAMPLE)]
         chunks = (store.gather(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK))
         return moments(chunks, str(store.index.get("hookpoint", "a hookpoint")))
+
+
+class _Whitened:
+    """Whitened rows of a store: computed in the first batch with each, read in the later ones."""
+
+    def __init__(self, forth: Tensor, rows: int) -> None:
+        self.forth = forth
+        self.kept, self.known = torch.empty(rows, len(forth)), torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
+        """`x`, the rows of these numbers, whitened as by `sae.training.learner.Normal`."""
+        if bool(self.known[rows].all()):
+            return self.kept[rows]
+        whitened = linear(x.float(), self.forth)
+        self.kept[rows], self.known[rows] = whitened, True
+        return whitened

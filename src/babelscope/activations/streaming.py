@@ -1,6 +1,7 @@
 """Training batches computed while training runs, for corpora whose activations do not fit on a disk."""
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Stream:
         Moments of the whole corpus would cost a forward pass over all of it.
         """
         block = self._block(0, self._blocks(0)[0])
-        parts = [(x, None) if y is None else (y, x) for x, y in block]
+        parts = [(pair.x, None) if pair.y is None else (pair.y, pair.x) for pair in block]
         return together(
             lambda: [
                 (_moments(target, name), None if source is None else _moments(source, name))
@@ -121,7 +122,7 @@ class Stream:
                 continue
             batch = [_joined([part[i] for part in parts]) for i in range(len(self.hookpoints))]
             parts, step = [], step + 1
-            yield [(_share(x, rank, world), None if y is None else _share(y, rank, world)) for x, y in batch]
+            yield [pair.each(lambda part: part[rank::world].contiguous()) for pair in batch]
 
     def _pieces(self, row: int) -> Iterator[list[Pair]]:
         """Yield the endless sequence from row number `row` on, in pieces that end with a block or a batch."""
@@ -136,7 +137,7 @@ class Stream:
                 while offset < count:
                     block = self._block(start, numbers)
                     rows = order[offset : min(count, offset + self.size - row % self.size)].to(block[0][0].device)
-                    yield [(x[rows], None if y is None else y[rows]) for x, y in block]
+                    yield [pair.each(itemgetter(rows)) for pair in block]
                     offset, row = offset + len(rows), row + len(rows)
                 offset = 0
 
@@ -155,7 +156,7 @@ class Stream:
             self._held = start
         block = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
         return [
-            (block[input_name(name, True)], block[name]) if self.transcode else (block[name], None)
+            Pair(block[input_name(name, True)], block[name]) if self.transcode else Pair(block[name])
             for name in self.hookpoints
         ]
 
@@ -177,12 +178,8 @@ class Stream:
 def _joined(parts: list[Pair]) -> Pair:
     if len(parts) == 1:
         return parts[0]
-    targets = [y for _, y in parts if y is not None]
-    return torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None
-
-
-def _share(rows: Tensor, rank: int, world: int) -> Tensor:
-    return rows[rank::world].contiguous()
+    targets = [part.y for part in parts if part.y is not None]
+    return Pair(torch.cat([part.x for part in parts]), torch.cat(targets) if targets else None)
 
 
 def _moments(x: Tensor, name: str) -> Moments:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from babelscope.core import resume
+from babelscope.core import resume, warm
 from babelscope.core.errors import UserError
 from babelscope.core.redact import redact
 from babelscope.core.terminal import aligned
@@ -60,6 +60,7 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
 
     `locked`: only one process at a time (see `alone`).
     """
+    environment = dict(os.environ)
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     if not sys.stderr.isatty() or os.environ.get("CI"):
@@ -72,6 +73,7 @@ def run(main: Callable[[], None], locked: bool = True) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     end_with_dvc()
     keep_caches()
+    warm.start(environment)
     try:
         with alone() if locked else nullcontext():
             main()
@@ -93,6 +95,7 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         # Importing torch creates a million objects, none of which becomes garbage. Python would look for garbage after
         # every 700 of them (2,000 since Python 3.13); with this number, an import is 0.2 s faster.
         gc.set_threshold(10_000)
+        warm.run_elsewhere()
         try:
             run(main)
         finally:

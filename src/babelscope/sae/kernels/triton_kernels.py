@@ -4,6 +4,7 @@ The docstring of each kernel names its counterpart in PyTorch operations, which 
 fixed order, so that the same inputs give the same bits.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -344,4 +345,47 @@ def _normalise(weight, D: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     index = tl.program_id(0).to(tl.int64) * D + d
     w = tl.load(weight + index, mask=d < D, other=0.0)
+    tl.store(weight + index, w / tl.sqrt(tl.sum(w * w, 0)), mask=d < D)
+
+
+def update_rows_(
+    weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Tensor,
+    rate: float, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """`take_off_parallel_`, a step of torch's AdamW without weight decay, and `normalise_`, in one pass and in place.
+
+    It moves 28 bytes per weight, the three passes move 12 + 28 + 8. As in torch, 1 - beta^step is computed in float64.
+
+    Parameters
+    ----------
+    weight, gradient: float32 [n, d], rows of norm 1, and their gradient, which is only read.
+    mean, square: float32 [n, d], AdamW's `exp_avg` and `exp_avg_sq`.
+    step: float32 scalar on the device, the number of this step, from 1.
+    """
+    n, d = weight.shape
+    block = triton.next_power_of_2(d)
+    numbers = float(rate), eps, *betas, *(1 - beta for beta in betas), *map(math.log, betas)
+    _update_rows[(n,)](
+        weight, gradient, mean, square, step, *numbers, D=d, BLOCK=block, num_warps=_warps(block)
+    )  # fmt: skip
+
+
+@triton.jit
+def _update_rows(
+    weight, gradient, mean, square, step, rate, eps, beta1, beta2, rest1, rest2, log1, log2,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.load(step).to(tl.float64)
+    size = (rate / (1.0 - tl.exp(number * log1))).to(tl.float32)
+    unbiased = tl.sqrt((1.0 - tl.exp(number * log2)).to(tl.float32))
+    d = tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * D + d
+    w = tl.load(weight + index, mask=d < D, other=0.0)
+    g = tl.load(gradient + index, mask=d < D, other=0.0)
+    g -= tl.sum(g * w, 0) * w
+    m = beta1 * tl.load(mean + index, mask=d < D, other=0.0) + rest1 * g
+    v = beta2 * tl.load(square + index, mask=d < D, other=0.0) + rest2 * g * g
+    w -= size * m / (tl.sqrt(v) / unbiased + eps)
+    tl.store(mean + index, m, mask=d < D)
+    tl.store(square + index, v, mask=d < D)
     tl.store(weight + index, w / tl.sqrt(tl.sum(w * w, 0)), mask=d < D)

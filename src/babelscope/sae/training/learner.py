@@ -10,7 +10,7 @@ from babelscope.config.schema import Train
 from babelscope.models.hardware import one_thread
 from babelscope.models.matmul import linear
 from babelscope.sae.autoencoder import SAE, initialise
-from babelscope.sae.kernels import fused
+from babelscope.sae.training import decoder
 from babelscope.sae.training.dense import dense_step
 from babelscope.sae.training.sharding import add_rows_, full, local
 from babelscope.sae.training.step import Step, sparse_step
@@ -23,8 +23,6 @@ _WAITS = 32
 # Below this number of columns, MKL divides the sum of a product's rows among the threads, so that the number of threads
 # decides how it is rounded (measured for widths from 128 to 4,096).
 _NARROW = 16
-# Rows of the decoder projected at once, which bounds the memory.
-_CHUNK = 4096
 # PI controller of the sparsity weight: _INTEGRAL is the change of its logarithm over a run per unit of relative L0
 # error (L0 / k - 1), _PROPORTIONAL the immediate response.
 _INTEGRAL, _PROPORTIONAL = 20.0, 3.0
@@ -77,13 +75,13 @@ class Learner(nn.Module):
         self.register_buffer("l0_error", torch.zeros(()))  # L0 / k - 1 of the last step
         self.register_buffer("min_activation", torch.zeros(2))  # sum over steps, number of steps
 
-    def loss(self, x: Tensor, y: Tensor | None, world: int) -> Step:
+    def loss(self, x: Tensor, y: Tensor | None = None, normal: Tensor | None = None, *, world: int) -> Step:
         """The differentiable loss of one batch, in units of the normalised activations: `passes`, then `remember`."""
-        normal, result = self.passes(x, y)
+        normal, result = self.passes(x, y, normal)
         self.remember(normal, result, world)
         return result
 
-    def passes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Step]:
+    def passes(self, x: Tensor, y: Tensor | None = None, normal: Tensor | None = None) -> tuple[Tensor, Step]:
         """Normalised inputs [rows, d_in], and the step on them with a differentiable loss; changes no state.
 
         The loss does not include that of dead latents: `before_update` adds the few rows of their gradient, since
@@ -93,8 +91,11 @@ class Learner(nn.Module):
         ----------
         x: [rows, d_in], activations to encode, as stored.
         y: [rows, d], activations to reconstruct, as stored; None: x.
+        normal: `x` normalised; None: it is computed.
         """
-        normal: Tensor = (self.source or self.target)(x)
+        if normal is None:
+            normal = (self.source or self.target)(x)
+        assert normal is not None
         return normal, self._step(normal, None if y is None else self.target(y))
 
     def remember(self, x: Tensor, result: Step, world: int) -> None:
@@ -153,8 +154,15 @@ class Learner(nn.Module):
         return dense_step(self.sae, x, y, log_threshold=self.log_threshold, sparsity=sparsity)
 
     @torch.no_grad()
-    def before_update(self, world: int) -> None:
-        """Add the gradients of dead latents, and project the decoder's gradient so that its rows keep their norms."""
+    def before_update(self, world: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Add the gradients of dead latents, and project the decoder's gradient so that its rows keep their norms.
+
+        Parameters
+        ----------
+        world: number of devices that share the batch.
+        optimizer: on a GPU, the decoder is updated in the state of this optimizer at once (`decoder.update_`), so that
+            the optimizer's step and `after_update` leave it alone. None: they do not.
+        """
         sae = self.sae
         if self._revival is not None:
             dead, gradients = self._revival
@@ -169,13 +177,8 @@ class Learner(nn.Module):
             assert weight.grad is not None
             weight.grad.zero_()
         assert sae.W_dec.grad is not None
-        gradient, W_dec = local(sae.W_dec.grad), local(sae.W_dec)
-        if kernels := fused(gradient):
-            kernels.take_off_parallel_(gradient, W_dec)
-            return
-        for first in range(0, len(gradient), _CHUNK):
-            g, w = gradient[first : first + _CHUNK], W_dec[first : first + _CHUNK]
-            g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
+        if optimizer is None or not decoder.update_(sae.W_dec, optimizer):
+            decoder.take_off_parallel_(local(sae.W_dec.grad), local(sae.W_dec))
 
     @torch.no_grad()
     def after_update(self, result: Step, share: float) -> None:
@@ -186,11 +189,8 @@ class Learner(nn.Module):
         result: result of this step, averaged over the devices.
         share: share of the steps that are done.
         """
-        W_dec = local(self.sae.W_dec)
-        if kernels := fused(W_dec):
-            kernels.normalise_(W_dec)
-        else:
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        if self.sae.W_dec.grad is not None:  # `decoder.update_` scales them itself, and deletes the gradient
+            decoder.normalise_(local(self.sae.W_dec))
         if self.settings.activation in ("relu", "jumprelu"):
             self.l0_error.copy_((result.l0 / self.settings.k - 1).clamp(-1, 1))
             self.log_sparsity.add_(self.l0_error, alpha=_INTEGRAL / self.steps)

@@ -168,31 +168,33 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         optimizer.zero_grad()
         results = self._replayed(batch)
         if results is None:
-            results = [learner.loss(x, y, world) for learner, (x, y) in zip(self.each, batch, strict=True)]
+            results = [learner.loss(*pair, world=world) for learner, pair in zip(self.each, batch, strict=True)]
             self.manual_backward(torch.stack([result.loss for result in results]).sum())
+        # One pass over the decoder, except with shared batches, and with precisions that scale the gradients.
+        alone = not self._sharded and world == 1 and self.trainer.precision == "32-true"
         for learner in self.each:
-            learner.before_update(world)
+            learner.before_update(world, optimizer if alone else None)
         optimizer.step()
         self.lr_schedulers().step()
         done = self.global_step
         for learner, result in zip(self.each, results, strict=True):
             learner.after_update(self._mean(result), done / self.steps)
         if done % self.settings.log_every == 0 or done == self.steps:
-            targets = [x if y is None else y for x, y in batch]
+            targets = [pair.x if pair.y is None else pair.y for pair in batch]
             figures = zip(self.each, targets, results, strict=True)
             self.record(done, rate, [learner.figures(target, result) for learner, target, result in figures])
 
     def _replayed(self, batch: list[Pair]) -> list[Step] | None:
         """Compute losses and gradients by CUDA graphs; None if there are several devices or graphs do not suit."""
-        if self._sharded or self.sharing > 1 or not all(map(Graph.suits, self.each, (x for x, _ in batch))):
+        if self._sharded or self.sharing > 1 or not all(map(Graph.suits, self.each, (pair.x for pair in batch))):
             return None
         if not self._graphs:
-            self._graphs = [Graph(learner, x, y) for learner, (x, y) in zip(self.each, batch, strict=True)]
-        if not all(graph.fits(x) for graph, (x, _) in zip(self._graphs, batch, strict=True)):
+            self._graphs = [Graph(learner, pair.x, pair.y) for learner, pair in zip(self.each, batch, strict=True)]
+        if not all(graph.fits(pair.x) for graph, pair in zip(self._graphs, batch, strict=True)):
             return None
         results = []
-        for learner, graph, (x, y) in zip(self.each, self._graphs, batch, strict=True):
-            normal, result = graph(x, y)
+        for learner, graph, pair in zip(self.each, self._graphs, batch, strict=True):
+            normal, result = graph(pair.x, pair.y)
             learner.remember(normal, result, 1)
             results.append(result)
         return results
