@@ -26,8 +26,9 @@ SIZES = {
     "pretrained.revision": None, "hardware.accelerator": "cpu",
     "corpus.train_tokens": 700, "corpus.eval_tokens": 200, "extract.batch_tokens": 4096,
     "train.latents": 64, "train.k": 8, "train.tokens": 4096, "train.batch": 256, "quality.tokens": 100,
-    "identify.also_texts": 4, "ablate.batch_tokens": 2048, "ablate.others_tokens": 60, "ablate.bootstrap": 50, "ablate.control_draws": 2,
+    "identify.also_texts": 4, "ablate.batch_tokens": 2048, "ablate.bootstrap": 50, "ablate.control_draws": 2,
     "steer.prompts": 2, "steer.new_tokens": 8, "steer.strengths": [2.0], "browse.shared": 20,
+    "ablate.others_tokens": 60,
 }  # fmt: skip
 ROWS = {"wikipedia": 24, "flores-plus": 90, "wili-2018": 8}
 

@@ -1,4 +1,4 @@
-"""`dvc` and the stages that it runs, and other Python scripts, in processes forked from one with their packages imported.
+"""`dvc` with the stages that it runs, and other scripts, in processes forked from one with their packages imported.
 
 A new process takes two to five seconds to import torch, MLflow or Lightning; `dvc repro` starts some thirty. A fork has
 the imports, and else what a new process has: arguments, environment, folder, standard streams, an exit code. Of this
