@@ -31,7 +31,7 @@ CLOSING = {
     "stream": "stream: nothing to do (params.yaml: train.source is 'stored')",
     "train": "hookpoint tokens FVU (held out) lowest highest L0 dead latents",
     "encode": "hookpoint tokens latents that fired L0",
-    "retrain": "hookpoint seed FVU (last batch)",
+    "retrain": "SAE hookpoint seed FVU (last batch)",
     "prune": "prune: nothing to delete",
     "extend": "extend: no language to add (params.yaml: corpus.train_languages)",
     "quality": "hookpoint NLL with the SAE with zeros recovered 95 % least of a language",

@@ -16,7 +16,6 @@ import torch
 from babelscope.activations import extraction, store
 from babelscope.config import Config
 from babelscope.config.values import local_name
-from babelscope.core import stage
 from babelscope.core.errors import UserError
 from babelscope.core.files import move, read_table
 from babelscope.core.paths import Paths
@@ -24,7 +23,7 @@ from babelscope.core.resume import kept
 from babelscope.models import forward, loading, tokens
 from babelscope.models import hookpoints as hooks
 from babelscope.models.names import layer_of
-from babelscope.sae.training.stored import StoredActivations
+from babelscope.sae.training import rerun
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,10 @@ def run(params: Config, paths: Paths, name: str) -> None:
         extract(params, paths, own, name, hookpoint)
     if name == "neurons":
         return
-    for number, seed in enumerate((params.seed, params.stability.seeds[0])):
-        train(params, own, name, hookpoint, seed, own.saes_again if number else own.saes)
+    frozen = name.removeprefix("frozen_") if name.startswith("frozen_") else params.train.frozen
+    settings = params.train.model_copy(update={"frozen": frozen})
+    for out, seed in ((own.saes, params.seed), (own.saes_again, params.stability.seeds[0])):
+        rerun.fit(params, own, hookpoint, settings, seed, out, name)
 
 
 def at(paths: Paths, name: str) -> Paths:
@@ -112,20 +113,3 @@ def randomise(model: Any, seed: int) -> None:
             generator = torch.Generator(device=weight.device).manual_seed(seed * 100_003 + number)
             mean, deviation = weight.float().mean(), weight.float().std()
             weight.normal_(float(mean), float(deviation), generator=generator)
-
-
-def train(params: Config, own: Paths, name: str, hookpoint: str, seed: int, out: Any) -> None:
-    """Train the SAE of a dictionary and write it to `out / hookpoint`."""
-    frozen = name.removeprefix("frozen_") if name.startswith("frozen_") else params.train.frozen
-    settings = params.train.model_copy(update={"frozen": frozen})
-    data = StoredActivations(params, own, hookpoint)
-    with kept("dictionary", {"seed": seed, "train": settings.model_dump()}, data.files) as folder:
-        batches = data.batches(seed)
-        from babelscope.sae.training.loop import train as fit
-
-        result = fit(batches, settings, params.hardware, seed=seed, folder=folder, label=name)
-        if result is None:
-            return
-        [(sae, history)] = result
-        data.save(sae, history, out / hookpoint)
-    stage.table(["dictionary", "seed", "FVU (last batch)"], [[name, seed, f"{history[-1]['fvu']:.3f}"]])

@@ -192,8 +192,3 @@ def train(
 
     together(check, device) if divided else check()
     return finished if loop.is_global_zero or divided else None
-
-
-def is_first_process() -> bool:
-    """Whether this process is rank 0 of a distributed run, or the only process; also known before training starts."""
-    return not pl.utilities.rank_zero_only.rank

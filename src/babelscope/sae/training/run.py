@@ -96,12 +96,12 @@ def trained(params: Config, paths: Paths, hookpoint: str) -> dict[str, float] | 
     with ahead.beside("train", hookpoint, params, weights) if pairs else nullcontext(False) as paired:
         batches = data.batches(params.seed)
 
-        from babelscope.sae.training.loop import Write, is_first_process, train
+        from babelscope.sae.training.loop import Write, train
         from babelscope.tracking.training import TrainingRun
 
         with ExitStack() as stack:
             write: Write | None = None
-            if is_first_process():
+            if resume.is_first_rank():
                 resumes = (folder / "last.ckpt").exists()
                 run = TrainingRun(params, stage=name, fingerprint=work, used=used, resumes=resumes)
                 write = stack.enter_context(run).log
