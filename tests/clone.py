@@ -37,10 +37,12 @@ SMALL = {
     "score.token_rate": 0.1,
     "stability.hookpoints": ["layers.26.mlp"],
     "switching.groups": 3,
+    "ablate.tokens": 150,
+    "ablate.others_tokens": 40,
     "ablate.bootstrap": 100,
     "ablate.control_draws": 2,
-    "script.tokens": 60,
-    "script.ablation_tokens": 40,
+    "script.tokens": 40,
+    "script.ablation_tokens": 24,
     "steer.hookpoints": ["layers.20.mlp"],
     "steer.methods": ["diffmean", "features", "prompt"],
     "steer.strengths": [2.0],
@@ -84,7 +86,12 @@ def run(repo: Path, *command: str, ok: bool = True) -> str:
 
 def dvc(repo: Path, *arguments: str, ok: bool = True) -> str:
     """Run `dvc` in the clone, by `warm`; returns what it printed, in the order in which it did."""
-    return _checked(*warm.dvc(repo, *arguments, env=environment()), ok)
+    return _checked(*warm.run(repo, "dvc", *arguments, env=environment()), ok)
+
+
+def script(repo: Path, *command: str, ok: bool = True) -> str:
+    """Run a Python script in the clone, by `warm`; returns what it printed, in the order in which it did."""
+    return _checked(*warm.run(repo, *command, env=environment()), ok)
 
 
 def _checked(code: int, text: str, ok: bool) -> str:

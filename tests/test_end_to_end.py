@@ -16,7 +16,7 @@ import kills
 import polars as pl
 import pytest
 import warm
-from clone import CANARY, SMALL, clone, dvc, environment, hashes, ran, run, runs, set_params
+from clone import CANARY, SMALL, clone, dvc, environment, hashes, ran, run, runs, script, set_params
 from closure import ROOT
 from test_invalidation import AFTER_SCORE
 
@@ -335,7 +335,7 @@ def test_neurons_run_beside_the_features_and_change_none_of_them(repo):
 
 def warm_repro(folder, log):
     log.write_bytes(b"")
-    return warm.Dvc(["repro"], folder, environment(), log)
+    return warm.Process(["dvc", "repro"], folder, environment(), log)
 
 
 def test_a_run_from_nothing_that_is_killed_again_and_again_gives_the_same_bytes(repo, tmp_path):
@@ -366,9 +366,7 @@ def test_bad_params_end_with_one_message_before_any_long_work(repo, changes, mes
     before = (repo / "params.yaml").read_text()
     try:
         set_params(repo, changes)
-        text = run(
-            repo, sys.executable, "stages/sample.py" if "hookpoints" not in changes else "stages/extract.py", ok=False
-        )
+        text = script(repo, f"stages/{'extract' if 'hookpoints' in changes else 'sample'}.py", ok=False)
         assert text.startswith("error: ") or "\nerror: " in text
         assert message in text
     finally:

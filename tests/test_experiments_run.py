@@ -1,6 +1,8 @@
 """Every experiment, and the default, from `sample` to `track`, on tiny stand-ins of the models that they name.
 
-Only paths and sizes are changed: methods, hookpoints, languages, thresholds and sources are the experiment's own.
+Only paths and sizes are changed: methods, languages, thresholds and sources are the experiment's own. So are the
+hookpoints, of which those of the first and the last block run, and those that a stage asks for. `test_experiments.py`
+shows that all others are in the model and that the released SAEs have them at a place of their own.
 """
 
 from pathlib import Path
@@ -24,15 +26,29 @@ SIZES = {
     "pretrained.revision": None, "hardware.accelerator": "cpu",
     "corpus.train_tokens": 700, "corpus.eval_tokens": 200, "extract.batch_tokens": 4096,
     "train.latents": 64, "train.k": 8, "train.tokens": 4096, "train.batch": 256, "quality.tokens": 100,
-    "identify.also_texts": 4, "ablate.batch_tokens": 4096, "ablate.bootstrap": 50, "ablate.control_draws": 2,
+    "identify.also_texts": 4, "ablate.batch_tokens": 2048, "ablate.bootstrap": 50, "ablate.control_draws": 2,
     "steer.prompts": 2, "steer.new_tokens": 8, "steer.strengths": [2.0], "browse.shared": 20,
+    "ablate.others_tokens": 60,
 }  # fmt: skip
 ROWS = {"wikipedia": 24, "flores-plus": 90, "wili-2018": 8}
+
+
+def fewer(content: dict[str, Any]) -> dict[str, Any]:
+    """The lists of hookpoints without what no stage asks for, but for the first and the last."""
+    asked = [*content["stability"]["hookpoints"], *(content["steer"]["hookpoints"] or [])]
+    blocks = {layer_of(name) for name in asked}
+    names, neurons = content["hookpoints"], content["neurons"]["hookpoints"]
+
+    def kept(all_of: list[str]) -> list[str]:
+        return [name for name in all_of if name in (all_of[0], all_of[-1]) or layer_of(name) in blocks]
+
+    return {"hookpoints": kept(names), "neurons.hookpoints": kept(neurons)}
 
 
 def stand_in(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Build what an experiment names in `folder`; returns its params with paths and sizes changed."""
     family, blocks = FAMILY[content["model"]["name"]]
+    content = changed(content, fewer(content))
     model = stand_ins.model(folder / "model", family, blocks)
     changes = {**SIZES, "model.name": str(model)}
 

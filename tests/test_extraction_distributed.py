@@ -1,8 +1,6 @@
 """Two processes extract what one does, to the byte: started by Lightning itself, and by SLURM's `srun` on two nodes."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 import test_activations as one
 import torch
 import transformers
+import warm
 from slurm import two_nodes
 from torch.distributed.tensor import DTensor
 
@@ -59,28 +58,29 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files(folder)
 
 
-def start(tmp_path: Path, devices: int, nodes: int, strategy: str = "ddp", **environment: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, devices: int, nodes: int, strategy: str = "ddp", **environment: str) -> warm.Process:
     script = tmp_path / "extract.py"
     script.write_text(SCRIPT)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(extraction.__file__).parents[2])}
-    command = [sys.executable, str(script), str(tmp_path / "two"), str(devices), str(nodes), strategy]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=kept | environment)
+    command = [str(script), str(tmp_path / "two"), str(devices), str(nodes), strategy]
+    said = tmp_path / f"said-{environment.get('SLURM_PROCID', 0)}.txt"
+    said.touch()
+    return warm.Process(command, tmp_path, kept | environment, said)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_devices_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes], strategy: str) -> None:
     process = start(tmp_path, 2, 1, strategy)
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
+    assert process.wait(timeout=300) == 0, process.out.read_text()
     assert files(tmp_path / "two") == expected and len(expected) == 3 * len(NAMES)
     assert (tmp_path / "two.True").exists() and (tmp_path / "two.False").exists()
 
 
 def test_two_nodes_of_slurm_write_the_bytes_of_one(tmp_path: Path, expected: dict[str, bytes]) -> None:
     processes = [start(tmp_path, 1, 2, **job) for job in two_nodes()]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    ends = [process.wait(timeout=300) for process in processes]
+    assert ends == [0, 0], [process.out.read_text() for process in processes]
     assert files(tmp_path / "two") == expected
 
 

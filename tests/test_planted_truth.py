@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import warm
 from closure import ROOT
 from ruamel.yaml import YAML
 from torch import Tensor
@@ -119,11 +118,9 @@ class Repo:
 
     def run(self, stage: str, *arguments: str) -> None:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "stages" / f"{stage}.py"), *arguments],
-            cwd=self.folder, env=inherited | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        env = inherited | {"PYTHONPATH": str(ROOT / "src")}
+        code, said = warm.run(self.folder, str(ROOT / "stages" / f"{stage}.py"), *arguments, env=env)
+        assert code == 0, said
 
     def selected(self) -> pl.DataFrame:
         """Count and score by the labels of the token table: what is selected, `language` and `unit` among the rest."""

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import polars as pl
 import pytest
 import stand_ins
 import torch
+import warm
 from closure import ROOT
 from pipeline import changed
 from slurm import two_nodes
@@ -94,19 +93,21 @@ def prepare(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def start(folder: Path, devices: int, mode: str = "", nodes: int = 1, **variables: str) -> subprocess.Popen[str]:
+def start(folder: Path, devices: int, mode: str = "", nodes: int = 1, **variables: str) -> warm.Process:
     content = config.read_yaml(folder / "params.yaml")
     content["hardware"] |= {"devices": devices, "num_nodes": nodes}
     (folder / "params.yaml").write_text(json.dumps(content))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(streaming.__file__).parents[2])}
     variables["MODE"] = mode
-    command = [sys.executable, str(folder / "stream.py")]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=kept | variables)
+    said = folder / f"said-{variables.get('SLURM_PROCID', 0)}.txt"
+    said.write_text("")
+    return warm.Process([str(folder / "stream.py")], folder, kept | variables, said)
 
 
-def finish(process: subprocess.Popen[str], code: Sequence[int] = (0,)) -> str:
-    error = process.communicate(timeout=600)[1]
+def finish(process: warm.Process, code: Sequence[int] = (0,)) -> str:
+    process.wait(timeout=600)
+    error = process.out.read_text()
     assert process.returncode in code, error[-5000:]
     return error
 

@@ -31,7 +31,9 @@ class Repo:
         # The tests may themselves run inside a stage or beside a server.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "PYTEST_"))}
         path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
-        return inherited | {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "DVC_NO_ANALYTICS": "1"} | more
+        own = {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "DVC_NO_ANALYTICS": "1"}
+        # No server of `core.warm`: it would import torch for stages that do not.
+        return inherited | own | {"BABELSCOPE_SERVER": "none"} | more
 
     def run(self, *command: str, fails: bool = False, **environment: str) -> str:
         done = subprocess.run(
@@ -41,7 +43,7 @@ class Repo:
         return done.stdout + done.stderr
 
     def dvc(self, *arguments: str, fails: bool = False, **environment: str) -> str:
-        code, said = warm.dvc(self.folder, *arguments, env=self.environment(**environment))
+        code, said = warm.run(self.folder, "dvc", *arguments, env=self.environment(**environment))
         assert (code != 0) == fails, f"dvc {' '.join(arguments)}\n{said}"
         return said
 

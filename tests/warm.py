@@ -1,4 +1,4 @@
-"""`dvc` and the stages that it runs, in processes forked from one that has imported their packages.
+"""`dvc` with the stages that it runs, and other scripts, in processes forked from one with their packages imported.
 
 A new process takes two to five seconds to import torch, MLflow or Lightning; `dvc repro` starts some thirty. A fork has
 the imports, and else what a new process has: arguments, environment, folder, standard streams, an exit code. Of this
@@ -105,7 +105,7 @@ def _run(arguments: list[str], cwd: str, env: Mapping[str, str]) -> None:
 
 
 def _serve() -> None:
-    """Answer each line of the standard input: a `dvc` to start by its process, a process by its exit code or null."""
+    """Answer each line of the standard input: a command to start by its process, a process by its exit code or null."""
     sys.path.pop(0)
     for name in _PACKAGES:
         import_module(name)
@@ -122,7 +122,7 @@ def _serve() -> None:
             ):
                 os.dup2(os.open(path, flags), stream)
             os.dup2(1, 2)
-            _run(["dvc", *job["arguments"]], job["cwd"], job["env"])
+            _run(job["command"], job["cwd"], job["env"])
         sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
 
@@ -145,14 +145,15 @@ def _ask(**job: Any) -> Any:
     return json.loads(server.stdout.readline())
 
 
-class Dvc:
-    """A running `dvc`, with what is used of `subprocess.Popen`; it leads a process group of its own.
+class Process:
+    """A running `dvc` or Python script, with what is used of `subprocess.Popen`; it leads a process group of its own.
 
-    It and its stages append what they print to the file `out`.
+    `command` begins with `dvc` or the script. The process and its children append what they print to the file `out`.
     """
 
-    def __init__(self, arguments: Iterable[str], cwd: Path, env: Mapping[str, str], out: Path) -> None:
-        self.pid: int = _ask(arguments=list(arguments), cwd=str(cwd), env=dict(env), out=str(out))
+    def __init__(self, command: Iterable[str], cwd: Path, env: Mapping[str, str], out: Path) -> None:
+        self.command, self.out = list(command), out
+        self.pid: int = _ask(command=self.command, cwd=str(cwd), env=dict(env), out=str(out))
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -166,7 +167,7 @@ class Dvc:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("dvc", timeout or 0)
+                raise subprocess.TimeoutExpired(self.command, timeout or 0)
             time.sleep(0.01)
         assert self.returncode is not None
         return self.returncode
@@ -176,10 +177,10 @@ class Dvc:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def dvc(folder: Path, *arguments: str, env: Mapping[str, str]) -> tuple[int, str]:
-    """Run `dvc` in a folder; returns its exit code and what it and its stages printed, in order."""
+def run(folder: Path, *command: str, env: Mapping[str, str]) -> tuple[int, str]:
+    """Run `dvc` or a script in a folder; returns its exit code and what it and its children printed, in order."""
     with tempfile.NamedTemporaryFile() as out:
-        return Dvc(arguments, folder, env, Path(out.name)).wait(), Path(out.name).read_text()
+        return Process(command, folder, env, Path(out.name)).wait(), Path(out.name).read_text()
 
 
 if __name__ == "__main__":

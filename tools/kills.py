@@ -30,14 +30,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import psutil
+import warm
 from clone import clone, environment, hashes, ran, run, runs, set_params
-from warm import Dvc
 
 RESUMED = re.compile(r"resumed at step (\d+)")
 TRAININGS = ("train@", "retrain@", "stream")
 VICTIMS = ("stage", "dvc", "group")
 OUTPUTS = ("data", "metrics", "reports")
-Process = subprocess.Popen[bytes] | Dvc
+Process = subprocess.Popen[bytes] | warm.Process
 Start = Callable[[Path, Path], Process]
 _POLL = 0.02
 
