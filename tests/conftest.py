@@ -16,13 +16,15 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 LONGEST = [
     "test_end_to_end.py",
     "test_experiments_run.py",
+    "test_stream_divided.py",
+    "test_tracking.py",
+    "test_concurrency.py",
     "test_mlflow_browser.py",
     "test_sae_distributed.py",
-    "test_concurrency.py",
     "test_knobs_run.py",
-    "test_tracking.py",
     "test_cluster.py",
     "test_extraction_distributed.py",
+    "test_planted_truth.py",
 ]
 
 
