@@ -59,6 +59,7 @@ def run_elsewhere() -> None:
         if _read(server, 1) != b"+":  # it runs the script
             return
         server.settimeout(None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the fork, too, which ends by it
         code = struct.pack("=i", -signal.SIGKILL)
         with suppress(OSError):
             code = _read(server, 4) or code  # nothing: the server was killed, and the fork with it
