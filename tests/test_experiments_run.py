@@ -2,7 +2,7 @@
 
 Only paths and sizes are changed: methods, languages, thresholds and sources are the experiment's own. So are the
 hookpoints, of which those of the first and the last block run, and those that a stage asks for. `test_experiments.py`
-shows that all others are in the model and that the released SAEs have them at a place of their own.
+shows that the released SAEs have all others at a place of their own, and that the last block's is named.
 """
 
 from pathlib import Path

@@ -14,8 +14,8 @@ from babelscope.models.matmul import linear
 _SAMPLE, _CHUNK = 2**18, 8192
 # Batches whose rows are looked up and sorted at once. For single batches, this took a third of the time of reading.
 _BLOCK = 64
-# Maximum number of bytes in which whitened rows are kept for the next pass. Whitening them again took up to 40 % of a
-# step on a CPU.
+# Maximum number of bytes in which whitened rows are kept for the next pass. Whitening them again took a quarter of a
+# step on a CPU (docs/training.md).
 _KEPT = 2**30
 
 

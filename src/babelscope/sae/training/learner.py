@@ -93,10 +93,8 @@ class Learner(nn.Module):
         y: [rows, d], activations to reconstruct, as stored; None: x.
         normal: `x` normalised; None: it is computed.
         """
-        if normal is None:
-            normal = (self.source or self.target)(x)
-        assert normal is not None
-        return normal, self._step(normal, None if y is None else self.target(y))
+        inputs: Tensor = (self.source or self.target)(x) if normal is None else normal
+        return inputs, self._step(inputs, None if y is None else self.target(y))
 
     def remember(self, x: Tensor, result: Step, world: int) -> None:
         """Record which latents fired, and the gradients of dead ones on this batch.
