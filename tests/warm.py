@@ -80,6 +80,8 @@ def _run(arguments: list[str], cwd: str, env: Mapping[str, str]) -> None:
     script, code = arguments[0], 0
     places = [os.path.abspath(place) for place in env.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.argv, sys.path = list(arguments), [*places, *(place for place in sys.path if place not in places)]
+    if threads := env.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(threads))  # a new process reads it when it imports torch
     try:
         if script == "dvc":
             main, run = import_module("dvc.cli").main, import_module("dvc.stage.run")
