@@ -98,9 +98,11 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         # Importing torch creates a million objects, none of which becomes garbage. Python would look for garbage after
         # every 700 of them (2,000 since Python 3.13); with this number, an import is 0.2 s faster.
         gc.set_threshold(10_000)
+        end_with_dvc()
         warm.run_elsewhere()
         run(main)
-        _end()
+        if "DVC_ROOT" in os.environ:  # else a profiler or an interpreter may go on after the script
+            _end()
     return main
 
 
@@ -108,8 +110,8 @@ def _end() -> NoReturn:
     """End as Python does, but do not free every object first (0.3 s in a fork with torch): the system does that."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
+        stream.flush()
     os._exit(0)
 
 

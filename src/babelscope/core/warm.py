@@ -54,8 +54,8 @@ def run_elsewhere() -> None:
             return
         job = {"arguments": sys.argv, "folder": os.getcwd(), "environment": dict(os.environ)}
         content = json.dumps(job).encode()
-        socket.send_fds(server, [struct.pack("=I", len(content))], [0, 1, 2])
-        server.sendall(content)
+        server.sendall(struct.pack("=I", len(content)) + content)
+        socket.send_fds(server, [b"+"], [0, 1, 2])
         if _read(server, 1) != b"+":  # it runs the script
             return
         server.settimeout(None)
@@ -78,8 +78,10 @@ def start(environment: dict[str, str]) -> None:
         return
     beginning = {"name": name, "owner": os.getppid(), "folder": os.getcwd(), "environment": environment}
     command, nothing = [sys.executable, "-P", __file__], subprocess.DEVNULL
+    os.environ[_SERVER] = name  # for the processes that this stage starts
     with suppress(OSError):
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing)
+        server.returncode = 0  # without one, Python would warn that the process is still running
         assert server.stdin is not None
         with server.stdin as stream:
             stream.write(json.dumps(beginning).encode())
@@ -125,12 +127,30 @@ class _Server:
     """Runs the scripts of processes that DVC has started, each in a fork; `beginning` is what `start` sends."""
 
     def __init__(self, beginning: dict[str, Any]) -> None:
-        self.folder, self.environment = beginning["folder"], beginning["environment"]
-        self.owner = os.pidfd_open(beginning["owner"])
+        self.folder, self.environment, self.installed = beginning["folder"], beginning["environment"], _installed()
+        self.owner, self.process = os.pidfd_open(beginning["owner"]), os.getpid()
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listening.bind(f"\0{beginning['name']}")  # fails if there is a server already
         self.listening.listen()
         self.jobs: list[tuple[int, int, socket.socket]] = []  # a fork's descriptor and id, and its client
+
+    def load(self) -> None:
+        """Import the packages; end the server if DVC has ended or no fork could use them."""
+        for package in _PACKAGES:
+            if select.select([self.owner], [], [], 0)[0]:
+                sys.exit()
+            with suppress(ImportError):
+                import_module(package)
+        # A fork without torch would take itself for a process that DVC has started; it would lack threads of Python,
+        # and a GPU that an import has used. A trial fork tells that.
+        torch = sys.modules.get("torch")
+        if torch is None or threading.active_count() > 1:
+            sys.exit()
+        if (trial := os.fork()) == 0:
+            os._exit(torch.cuda._is_in_bad_fork() or torch.xpu._is_in_bad_fork())
+        if os.waitpid(trial, 0)[1]:
+            sys.exit()
+        gc.freeze()
 
     def run(self) -> dict[str, Any]:
         """Serve until DVC ends; returns in a fork, with the job that it has to run."""
@@ -143,13 +163,13 @@ class _Server:
                 self._ended(*job)
             if self.listening in ready:
                 client, _ = self.listening.accept()
-                found = None
-                with suppress(OSError, ValueError, struct.error):
-                    found = self._asked(client)
-                if found is None:
+                asked = None
+                with suppress(OSError, ValueError, struct.error):  # the client has ended, for example
+                    asked = self._asked(client)
+                if asked is None:
                     client.close()
-                elif self._fork(client, found):
-                    return found
+                elif self._fork(client, asked):
+                    return asked
 
     def _asked(self, client: socket.socket) -> dict[str, Any] | None:
         """The job of a client, with its streams; None if its own process has to run it."""
@@ -157,43 +177,47 @@ class _Server:
             return None
         client.settimeout(_PATIENCE)
         client.sendall(b"+")
-        head, streams, _, _ = socket.recv_fds(client, 4, 3)
-        job: dict[str, Any] = json.loads(_read(client, struct.unpack("=I", head)[0]))
-        if job["folder"] == self.folder and self._same(job["environment"]):
-            return job | {"streams": streams}
-        for stream in streams:
-            os.close(stream)
-        return None
+        job: dict[str, Any] = json.loads(_read(client, struct.unpack("=I", _read(client, 4))[0]))
+        if job["folder"] != self.folder or not self._same(job["environment"]):
+            return None
+        return job | {"streams": socket.recv_fds(client, 1, 3)[1]}
 
     def _same(self, environment: dict[str, str]) -> bool:
-        """Whether imports see the same variables. A process that a stage has started also has those that stages set."""
+        """Whether imports see the same variables and files. Processes of stages also have variables that stages set."""
         asked = self.environment
         differ = [key for key in {*asked, *environment} - _OWN if asked.get(key) != environment.get(key)]
-        return all(key not in asked and environment[key] == os.environ.get(key) for key in differ)
+        same = all(key not in asked and environment[key] == os.environ.get(key) for key in differ)
+        return same and self.installed == _installed()
 
     def _fork(self, client: socket.socket, job: dict[str, Any]) -> bool:
-        """Fork; returns whether this is the fork."""
+        """Fork; returns whether this is the fork. If no process can be added, the client's own runs the job."""
         client.settimeout(None)
-        process = os.fork()
-        if process:
-            for stream in job["streams"]:
-                os.close(stream)
-            self.jobs.append((os.pidfd_open(process), process, client))
-            client.sendall(b"+")
-            return False
-        import ctypes
+        try:
+            fork: int | None = os.fork()
+        except OSError:
+            fork = None
+        if fork == 0:
+            import ctypes
 
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: end with the server
-        for number, stream in enumerate(job["streams"]):
-            os.dup2(stream, number)
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: end with the server
+            if os.getppid() != self.process:  # it had ended before that call
+                os._exit(1)
+            for number, stream in enumerate(job["streams"]):
+                os.dup2(stream, number)
+            for other, _, socket_of_other in self.jobs:
+                os.close(other)
+                socket_of_other.close()
+            self.listening.close()
+            os.close(self.owner)
+        elif fork is not None:
+            self.jobs.append((os.pidfd_open(fork), fork, client))
+            with suppress(OSError):  # the client has ended, and so will the fork
+                client.sendall(b"+")
+        for stream in job["streams"]:
             os.close(stream)
-        for fork, _, other in self.jobs:
-            os.close(fork)
-            other.close()
-        client.close()
-        self.listening.close()
-        os.close(self.owner)
-        return True
+        if not fork:
+            client.close()
+        return fork == 0
 
     def _ended(self, fork: int, process: int, client: socket.socket) -> None:
         """Tell the client how its fork has ended; if the client has ended itself, end the fork."""
@@ -208,25 +232,24 @@ class _Server:
         os.close(fork)
 
 
+def _installed() -> dict[str, int]:
+    """When a package was last installed or removed, in ns, for each folder from which Python imports."""
+    return {place: os.stat(place).st_mtime_ns for place in sys.path if os.path.isdir(place)}
+
+
 def _serve() -> None:
     """Import the packages and serve; returns in a fork that is like the process of its job."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     beginning = json.load(sys.stdin.buffer)
     server = _Server(beginning)
     logging.root.addHandler(logging.NullHandler())  # without a handler there, some packages install one of their own
-    for package in _PACKAGES:
-        with suppress(ImportError):
-            import_module(package)
-    if threading.active_count() > 1:
-        sys.exit()  # a fork would lack the other threads
-    gc.freeze()
+    server.load()
     job = server.run()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     logging.root.handlers.clear()
     os.environ.clear()
     os.environ.update(job["environment"] | {_SERVER: beginning["name"]})
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     sys.argv[:] = job["arguments"]
     sys.path.insert(0, str(Path(sys.argv[0]).absolute().parent))
 
