@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from babelscope.core import warm
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server needs Linux")
 
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 from babelscope.core import stage
 
 
@@ -24,7 +27,8 @@ from babelscope.core import stage
 def main() -> None:
     seen = {"arguments": sys.argv, "folder": os.getcwd(), "path": sys.path[:2], "in": sys.stdin.read(),
             "environment": {key: value for key, value in os.environ.items() if key not in ("BABELSCOPE_SERVER", "_")},
-            "name": __name__, "flags": [sys.stdout.isatty(), __doc__]}
+            "name": __name__, "doc": __doc__, "signals": [str(signal.getsignal(2)), *signal.pthread_sigmask(0, [])],
+            "streams": [[stream.errors, stream.encoding, stream.write_through] for stream in (sys.stdin, sys.stdout)]}
     print(json.dumps(seen), flush=True)
     print("to stderr", file=sys.stderr)
     print("torch" in sys.modules, os.getpid(), file=open("ran", "w"))
@@ -86,6 +90,25 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def quick(folder: Path, **modules: str) -> tuple[Parent, dict[str, str]]:
+    """A parent, and the environment in which its server has stand-ins for all packages, so that it is there at once."""
+    quiet = "import types; cuda = xpu = types.SimpleNamespace(_is_in_bad_fork=lambda: False)"
+    names = {name.partition(".")[0] for name in warm._PACKAGES}
+    (folder / "packages").mkdir()
+    for name, text in (dict.fromkeys(names, "") | {"torch": quiet} | modules).items():
+        (folder / "packages" / f"{name}.py").write_text(text)
+    return Parent(folder), {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{folder / 'packages'}"}
+
+
+def server_of(parent: Parent) -> int:
+    """The server that a parent's stages have started."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"core/warm.py" in (place / "cmdline").read_bytes() and (place / "cwd").samefile(parent.folder):
+                return int(place.name)
+    raise AssertionError("no server")
 
 
 def status(process: int) -> list[str]:
@@ -181,6 +204,98 @@ def test_an_interrupted_fork_shows_one_traceback(parent: Parent) -> None:
         os.kill(one, signal.SIGINT)
     until(lambda: not lives(process) and not lives(waiting))
     assert parent.out("err").count("Traceback") == 1 and parent.out("err").endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize(
+    "torch",
+    ["raise ImportError", "import types; cuda = xpu = types.SimpleNamespace(_is_in_bad_fork=lambda: True)"],
+    ids=["absent", "GPU"],
+)
+def test_no_stage_is_forked_without_torch_or_where_an_import_has_used_a_gpu(tmp_path: Path, torch: str) -> None:
+    parent, env = quick(tmp_path, torch=torch)
+    assert parent.run("", env=env) == 0
+    server = server_of(parent)
+    until(lambda: not lives(server))
+    parent.run("", env=env, waits=False)  # an endless chain of forks would not write that it ran
+    assert not parent.ran()[0]
+    parent.end()
+
+
+def test_a_stage_sees_packages_that_have_been_installed_since(tmp_path: Path) -> None:
+    parent, env = quick(tmp_path)
+    assert parent.run("", env=env) == 0 and not parent.ran()[0]
+    assert parent.run("", env=env) == 0 and parent.ran()[0]
+    (tmp_path / "packages" / "new.py").touch()
+    assert parent.run("import new", env=env) == 0 and not parent.ran()[0]
+    parent.end()
+
+
+def test_where_no_process_can_be_added_the_others_go_on(tmp_path: Path) -> None:
+    fork = """
+import os
+fork = os.fork
+def checked():
+    if os.path.exists("full"):
+        raise BlockingIOError
+    return fork()
+os.fork = checked"""
+    parent, env = quick(tmp_path, altair=fork)
+    assert parent.run("", env=env) == 0
+    parent.run("import time; time.sleep(100)", env=env, waits=False)
+    forked, process = parent.ran()
+    assert forked
+    (tmp_path / "full").touch()
+    assert parent.run("", env=env) == 0 and not parent.ran()[0]
+    (tmp_path / "full").unlink()
+    assert parent.run("", env=env) == 0 and parent.ran()[0] and lives(process)
+    parent.end()
+
+
+def test_the_first_stage_starts_one_server_without_a_warning(tmp_path: Path) -> None:
+    code = """
+import subprocess
+subprocess.run([sys.executable, "script.py", ""], env=os.environ | {"BABELSCOPE_AHEAD": "1"}, check=True)"""
+    parent, env = quick(tmp_path)
+    assert parent.run(code, env=env | {"PYTHONWARNINGS": "default"}) == 0
+    assert parent.ran()[0] and "still running" not in parent.out("err")
+    parent.end()
+
+
+def test_the_server_imports_nothing_more_once_dvc_has_ended(tmp_path: Path) -> None:
+    slow = "import os, time\nopen('begun', 'w')\nwhile not os.path.exists('go'): time.sleep(0.02)"
+    parent, env = quick(tmp_path, numpy=slow, polars="open('imported', 'w')")
+    assert parent.run("", env=env) == 0
+    server = server_of(parent)
+    until((tmp_path / "begun").exists)
+    parent.end()
+    (tmp_path / "go").touch()
+    until(lambda: not lives(server))
+    assert not (tmp_path / "imported").exists()
+
+
+def test_what_a_stage_starts_ends_with_it(tmp_path: Path) -> None:
+    code = """
+import subprocess, time
+child = subprocess.Popen([sys.executable, "script.py", "import time; time.sleep(100)"])
+print(child.pid, flush=True)
+time.sleep(100)"""
+    parent, env = quick(tmp_path)
+    assert parent.run("", env=env) == 0
+    parent.run(code, env=env, waits=False)
+    until(lambda: parent.out().count('"arguments"') == 2)  # both have begun
+    (child,) = (int(line) for line in parent.out().splitlines() if line.isdigit())
+    os.kill(int(status(child)[1]), signal.SIGKILL)
+    until(lambda: not lives(child))
+    parent.end()
+
+
+def test_a_profiler_goes_on_after_a_script(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
+    command = [sys.executable, "-m", "cProfile", "script.py", ""]
+    kwargs = {"stdin": subprocess.DEVNULL, "capture_output": True, "check": True, "text": True}
+    done = subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT / "src")}, **kwargs)
+    assert "function calls" in done.stdout
 
 
 def test_all_end_with_dvc(parent: Parent) -> None:  # the last test, since no other can follow
