@@ -180,7 +180,7 @@ print(hashlib.md5(x.numpy().tobytes() + y.write_csv().encode()).hexdigest(), fil
 
 def test_a_process_that_a_stage_starts_is_a_fork_too(parent: Parent) -> None:
     code = """
-import subprocess
+import subprocess, babelscope.models.matmul  # which sets a variable
 ran = "print('torch' in sys.modules)"
 subprocess.run([sys.executable, "script.py", ran], env=os.environ | {"BABELSCOPE_AHEAD": "1"}, check=True)"""
     assert parent.run(code) == 0
@@ -271,6 +271,18 @@ def test_the_server_imports_nothing_more_once_dvc_has_ended(tmp_path: Path) -> N
     (tmp_path / "go").touch()
     until(lambda: not lives(server))
     assert not (tmp_path / "imported").exists()
+
+
+def test_the_server_ends_if_an_import_does_not(tmp_path: Path) -> None:
+    endless = """
+import signal
+assert signal.setitimer(signal.ITIMER_REAL, 0.1)[0] > 50
+while True: pass"""
+    parent, env = quick(tmp_path, numpy=endless)
+    assert parent.run("", env=env) == 0
+    server = server_of(parent)
+    until(lambda: not lives(server))
+    parent.end()
 
 
 def test_what_a_stage_starts_ends_with_it(tmp_path: Path) -> None:

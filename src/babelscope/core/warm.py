@@ -37,7 +37,7 @@ _PACKAGES = (
 _LAST = ("report", "track")
 _SERVER = "BABELSCOPE_SERVER"
 # Variables that may differ between the stages of a `dvc repro`; no import depends on them.
-_OWN = {"BABELSCOPE_AHEAD", _SERVER, "DVC_STAGE", "TQDM_DISABLE"}
+_OWN = {"BABELSCOPE_AHEAD", _SERVER, "DVC_STAGE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "TQDM_DISABLE"}
 # Seconds in which the server must have imported everything, or the stage runs in its own process.
 _PATIENCE = 20.0
 
@@ -136,6 +136,7 @@ class _Server:
 
     def load(self) -> None:
         """Import the packages; end the server if DVC has ended or no fork could use them."""
+        signal.alarm(60)  # with too little memory, some imports do not end
         for package in _PACKAGES:
             if select.select([self.owner], [], [], 0)[0]:
                 sys.exit()
@@ -150,6 +151,7 @@ class _Server:
             os._exit(torch.cuda._is_in_bad_fork() or torch.xpu._is_in_bad_fork())
         if os.waitpid(trial, 0)[1]:
             sys.exit()
+        signal.alarm(0)
         gc.freeze()
 
     def run(self) -> dict[str, Any]:
