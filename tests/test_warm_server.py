@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,12 @@ class Parent:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", DVC], cwd=folder, text=True, stdin=pipe, stdout=pipe)
 
-    def run(self, code: str, waits: bool = True, env: Mapping[str, str] | None = None) -> int:
+    def run(
+        self, code: str, waits: bool = True, env: Mapping[str, str] | None = None, options: Sequence[str] = ()
+    ) -> int:
         """Run `code` in the script; returns the exit code, or the id of the process."""
         (self.folder / "ran").unlink(missing_ok=True)
-        command = [sys.executable, "script.py", code]
+        command = [sys.executable, *options, "script.py", code]
         places = {"PYTHONPATH": str(ROOT / "src"), "DVC_ROOT": str(self.folder)}
         inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
         job = {"command": command, "env": inherited | places | dict(env or {}), "waits": waits}
@@ -163,6 +165,10 @@ def test_an_error_has_its_traceback_and_a_signal_its_number(parent: Parent) -> N
     assert parent.out("err") == "to stderr\nerror: no\n"
     assert parent.run("os.kill(os.getpid(), 9)") == -signal.SIGKILL and parent.ran()[0]
     assert parent.run("os.kill(os.getpid(), 15)") == -signal.SIGTERM
+
+
+def test_a_stage_with_options_of_python_has_them(parent: Parent) -> None:
+    assert parent.run("sys.exit(sys.flags.optimize)", options=["-OO"]) == 2 and not parent.ran()[0]
 
 
 def test_threads_compute_the_same_in_a_fork(parent: Parent) -> None:

@@ -89,7 +89,9 @@ def start(environment: dict[str, str]) -> None:
 
 def _name() -> str | None:
     """The name of the server's socket, one for each process of DVC; None if there can be no server."""
-    if sys.platform != "linux" or "DVC_ROOT" not in os.environ or "torch" in sys.modules:
+    if sys.platform != "linux" or "DVC_ROOT" not in os.environ:
+        return None
+    if sys.orig_argv[1:] != sys.argv:  # a fork, or a script with options of Python, such as `-O` or `-m cProfile`
         return None
     if _SERVER in os.environ:
         return os.environ[_SERVER]
@@ -142,8 +144,7 @@ class _Server:
                 sys.exit()
             with suppress(ImportError):
                 import_module(package)
-        # A fork without torch would take itself for a process that DVC has started; it would lack threads of Python,
-        # and a GPU that an import has used. A trial fork tells that.
+        # A fork would lack threads of Python, and a GPU that an import has used, which a trial fork tells.
         torch = sys.modules.get("torch")
         if torch is None or threading.active_count() > 1:
             sys.exit()
@@ -166,7 +167,7 @@ class _Server:
             if self.listening in ready:
                 client, _ = self.listening.accept()
                 asked = None
-                with suppress(OSError, ValueError, struct.error):  # the client has ended, for example
+                with suppress(Exception):  # the client has ended, or has another version of this file
                     asked = self._asked(client)
                 if asked is None:
                     client.close()
