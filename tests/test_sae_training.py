@@ -64,6 +64,11 @@ def silent(step: int, metrics: Mapping[str, float]) -> None:
     pass
 
 
+def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
+    if step == 63:
+        raise KeyboardInterrupt
+
+
 def run(folder: Path, settings: Train = SETTINGS, write: Any = silent) -> tuple[bytes, Any, Any]:
     trained = train(batches_of(FakeStore(), settings), settings, HARDWARE, seed=1, write=write, folder=folder)
     assert trained is not None
@@ -114,11 +119,6 @@ def test_with_replayed_passes_a_run_is_the_same(tmp_path: Path, monkeypatch: pyt
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
     whole, history, _ = run(tmp_path / "whole")
-
-    def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
-        if step == 63:
-            raise KeyboardInterrupt
-
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(tmp_path / "killed", write=stop_at_63)
     again: list[int] = []
@@ -230,18 +230,37 @@ def test_whitening_evens_out_the_spectrum() -> None:
 def test_rows_that_are_whitened_once_train_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FakeStore()
     store.data[:, 0] *= 30
-    found = []
-    for kept in (batches_module._KEPT, 0):
-        monkeypatch.setattr(batches_module, "_KEPT", kept)
-        source = batches_of(store)
-        learner = Learner(SETTINGS, source.moments()[0][0].normalisation(), None, steps=source.steps, seed=1)
-        for [pair] in source.read():
-            assert (pair.normal is None) == (kept == 0)
-            assert pair.normal is None or torch.equal(pair.normal, learner.target(pair.x))
-        trained = train(batches_of(store), SETTINGS, HARDWARE, seed=1, folder=tmp_path)
-        assert trained is not None
-        found.append([weight.tolist() for weight in trained[0][0].parameters()])
-    assert found[0] == found[1]
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
+
+    def trained(folder: str, write: Any = silent) -> list[Any]:
+        result = train(batches_of(store), SETTINGS, HARDWARE, seed=1, write=write, folder=tmp_path / folder)
+        assert result is not None
+        return [weight.tolist() for weight in result[0][0].parameters()]
+
+    source = batches_of(store)
+    learner = Learner(SETTINGS, source.moments()[0][0].normalisation(), None, steps=source.steps, seed=1)
+    for [pair] in source.read():
+        assert pair.normal is not None and torch.equal(pair.normal, learner.target(pair.x))
+    kept = trained("kept")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # in the second pass
+        trained("killed", stop_at_63)
+    assert trained("killed") == kept
+    monkeypatch.setattr(batches_module, "_KEPT", 0)
+    assert trained("not kept") == kept
+
+
+def test_rows_are_not_whitened_where_they_would_not_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore()
+    store.data[:, 0] *= 30
+    one_pass = SETTINGS.model_copy(update={"tokens": 64 * 39})
+    for source, world in ((batches_of(store), 2), (batches_of(store, one_pass), 1)):
+        assert all(pair.normal is None for [pair] in source.read(world=world))
+    source = batches_of(store)
+    source.moments()
+    monkeypatch.setattr(batches_module, "_KEPT", 4 * store.rows * store.d - 1)
+    # It costs an eigendecomposition of d x d: minutes for a wide model.
+    monkeypatch.setattr(batches_module.Moments, "whitening", lambda _: pytest.fail("computed for nothing"))
+    assert all(pair.normal is None for [pair] in source.read())
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
