@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning
 import pytest
@@ -17,6 +19,7 @@ from closure import ROOT
 from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core import imports
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from babelscope.activations import batches as batches_module
 from babelscope.activations.batches import Batches, permutation
@@ -423,6 +426,21 @@ def test_devices_share_the_same_global_batch(world: int) -> None:
         expected = store.gather(batches.rows_of(number))
         assert torch.equal(together.float().sort(0).values, expected.float().sort(0).values)
     assert len(shares[0]) == 3
+
+
+def test_peers_of_the_benchmark_get_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("peers.process", "peers.worker"):  # there is another `peers` in tests/
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    sae_quality = import_module("sae_quality")
+    monkeypatch.setattr(sae_quality, "ACTIVATIONS", tmp_path)
+    monkeypatch.setattr(sae_quality, "SCRATCH", tmp_path)
+    monkeypatch.setattr(sae_quality, "dvc_md5", str)
+    data, store = object.__new__(sae_quality.Data), FakeStore()
+    data.hookpoint, data.batches = "layers.0", batches_of(store)
+    with data.file() as (path, _):
+        expected = torch.cat([store.gather(data.batches.rows_of(step)) for step in range(120)])
+        assert torch.equal(load_file(path)["activations"], expected)
 
 
 def test_moments_are_those_of_the_rows() -> None:
