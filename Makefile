@@ -66,9 +66,10 @@ experiment: setup
 	$(BIN)/dvc repro
 
 # Two processes run one test file at a time each, the longest first (tests/conftest.py). xdist's own order starts the
-# end-to-end tests late, which take half as long as all others together. A waiting thread must not occupy a core.
+# end-to-end tests late, which take half as long as all others together. Each has one thread: with two, they take turns
+# on two cores (1.5 minutes more). A waiting thread must not occupy a core.
 test: dev check docs $(TRITON) .bench/s3/.ready
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: dev
 	$(BIN)/ruff format --check .

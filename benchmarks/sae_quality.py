@@ -82,7 +82,7 @@ class Data:
         """A temporary file of the training rows in their order, [tokens, d], and hashes of all data."""
         path = SCRATCH / f"{self.hookpoint}.safetensors"
         write_atomically(
-            path, lambda p: save_file({"activations": torch.cat([x for [(x, _)] in self.batches.read()])}, p)
+            path, lambda p: save_file({"activations": torch.cat([pair.x for [pair] in self.batches.read()])}, p)
         )
         try:
             yield path, [dvc_md5(p) for p in (path, ACTIVATIONS / self.hookpoint, ACTIVATIONS / "tokens.parquet")]

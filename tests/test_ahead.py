@@ -35,12 +35,16 @@ def threads() -> Iterator[None]:
 SIZES = [{}, {"activation": "batchtopk"}, {"matryoshka": [100, 400]}, {"latents": 4608, "k": 32}]
 
 
-@pytest.mark.parametrize("changes", SIZES)
-def test_one_and_two_threads_give_the_same_bytes(tmp_path: Path, threads: None, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("changes", "stretch"), [*((changes, 1) for changes in SIZES), ({}, 300)])
+def test_one_and_two_threads_give_the_same_bytes(
+    tmp_path: Path, threads: None, changes: dict[str, Any], stretch: int
+) -> None:
     """At the default's sizes: a training gives the same whether or not another one takes a core of two."""
     sizes: dict[str, Any] = {"latents": 1152, "k": 8, "batch": 1024, "tokens": 1024 * 12, "dead_after": 2048}
     settings = SETTINGS.model_copy(update=sizes | {"log_every": 1, "weight_decay": 3.0} | changes)
     store, results = FakeStore(d=576 if settings.k == 32 else 640), []
+    store.data[:, 0] *= stretch  # activations of one large direction are whitened
+    assert (batches_of(store, settings).moments()[0][0].whitening() is not None) == (stretch > 1)
     for count in (1, 2):
         torch.set_num_threads(count)
         hardware = config.load(ROOT / "params.yaml").hardware.model_copy(update={"accelerator": "cpu"})

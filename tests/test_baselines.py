@@ -1,6 +1,7 @@
 """Stages `baselines` and `dictionary`: the formulas by hand, and the stages on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from babelscope.baselines.repeats import alike
 from babelscope.core.errors import UserError
 from babelscope.core.paths import Paths
 from babelscope.features import sae_lape
+from babelscope.sae.training import loop
 
 TEXTS = np.array([[2.0, 0.0], [4.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
 CODES = np.array([0, 0, 1, 1])
@@ -264,6 +266,34 @@ def test_dictionaries(ready: Paths) -> None:
         numbers["repeat_low/frozen_decoder"] < numbers["repeat/frozen_decoder"] < numbers["repeat_high/frozen_decoder"]
     )
     assert "matched/neurons" not in numbers and "matched/probe" not in numbers
+
+
+def test_a_killed_dictionary_goes_on_where_it_was(ready: Paths, monkeypatch: Any) -> None:
+    prepare(dictionaries=["random_model"])
+    stage("dictionary", "random_model")
+
+    def outputs() -> dict[str, bytes]:
+        made = ready.dictionary("random_model")
+        return {str(file.relative_to(made)): file.read_bytes() for file in sorted(made.rglob("*")) if file.is_file()}
+
+    whole, train, seeds = outputs(), loop.train, []
+    assert len(whole) == 8  # a shard and its index, twice three files of an SAE
+
+    def killed(*arguments: Any, seed: int, **options: Any) -> Any:
+        seeds.append(seed)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(loop, "train", killed)
+    shutil.rmtree(ready.dictionary("random_model"))
+    with pytest.raises(KeyboardInterrupt):
+        stage("dictionary", "random_model")
+    assert not outputs()
+    monkeypatch.setattr(dictionaries, "extract", None)
+    stage("dictionary", "random_model")
+    assert seeds == [0, 1000, 1000] and outputs() == whole
+    assert not list(Path(".scratch").glob("dictionary*"))
 
 
 def test_a_dictionary_without_units_is_left_out(ready: Paths, monkeypatch: Any, caplog: Any) -> None:

@@ -78,7 +78,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-# What is missing is TopK in pieces, which the next test trains.
+# The next test trains TopK with FSDP.
 @pytest.mark.parametrize(("activation", "strategy"), [("topk", "ddp"), ("jumprelu", "ddp"), ("jumprelu", "fsdp")])
 def test_two_processes_have_the_loss_curve_of_one(
     tmp_path: Path, one: dict[str, Path], activation: str, strategy: str

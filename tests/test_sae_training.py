@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning
 import pytest
@@ -17,6 +19,7 @@ from closure import ROOT
 from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core import imports
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from babelscope.activations import batches as batches_module
 from babelscope.activations.batches import Batches, permutation
@@ -62,6 +65,11 @@ def batches_of(store: Any, settings: Train = SETTINGS) -> Batches:
 
 def silent(step: int, metrics: Mapping[str, float]) -> None:
     pass
+
+
+def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
+    if step == 63:
+        raise KeyboardInterrupt
 
 
 def run(folder: Path, settings: Train = SETTINGS, write: Any = silent) -> tuple[bytes, Any, Any]:
@@ -114,11 +122,6 @@ def test_with_replayed_passes_a_run_is_the_same(tmp_path: Path, monkeypatch: pyt
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
     whole, history, _ = run(tmp_path / "whole")
-
-    def stop_at_63(step: int, metrics: Mapping[str, float]) -> None:
-        if step == 63:
-            raise KeyboardInterrupt
-
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(tmp_path / "killed", write=stop_at_63)
     again: list[int] = []
@@ -230,18 +233,37 @@ def test_whitening_evens_out_the_spectrum() -> None:
 def test_rows_that_are_whitened_once_train_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FakeStore()
     store.data[:, 0] *= 30
-    found = []
-    for kept in (batches_module._KEPT, 0):
-        monkeypatch.setattr(batches_module, "_KEPT", kept)
-        source = batches_of(store)
-        learner = Learner(SETTINGS, source.moments()[0][0].normalisation(), None, steps=source.steps, seed=1)
-        for [pair] in source.read():
-            assert (pair.normal is None) == (kept == 0)
-            assert pair.normal is None or torch.equal(pair.normal, learner.target(pair.x))
-        trained = train(batches_of(store), SETTINGS, HARDWARE, seed=1, folder=tmp_path)
-        assert trained is not None
-        found.append([weight.tolist() for weight in trained[0][0].parameters()])
-    assert found[0] == found[1]
+    monkeypatch.setattr(loop, "_APART", 0)  # a checkpoint after every step
+
+    def trained(folder: str, write: Any = silent) -> list[Any]:
+        result = train(batches_of(store), SETTINGS, HARDWARE, seed=1, write=write, folder=tmp_path / folder)
+        assert result is not None
+        return [weight.tolist() for weight in result[0][0].parameters()]
+
+    source = batches_of(store)
+    learner = Learner(SETTINGS, source.moments()[0][0].normalisation(), None, steps=source.steps, seed=1)
+    for [pair] in source.read():
+        assert pair.normal is not None and torch.equal(pair.normal, learner.target(pair.x))
+    kept = trained("kept")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # in the second pass
+        trained("killed", stop_at_63)
+    assert trained("killed") == kept
+    monkeypatch.setattr(batches_module, "_KEPT", 0)
+    assert trained("not kept") == kept
+
+
+def test_rows_are_not_whitened_where_they_would_not_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore()
+    store.data[:, 0] *= 30
+    one_pass = SETTINGS.model_copy(update={"tokens": 64 * 39})
+    for source, world in ((batches_of(store), 2), (batches_of(store, one_pass), 1)):
+        assert all(pair.normal is None for [pair] in source.read(world=world))
+    source = batches_of(store)
+    source.moments()
+    monkeypatch.setattr(batches_module, "_KEPT", 4 * store.rows * store.d - 1)
+    # It costs an eigendecomposition of d x d: minutes for a wide model.
+    monkeypatch.setattr(batches_module.Moments, "whitening", lambda _: pytest.fail("computed for nothing"))
+    assert all(pair.normal is None for [pair] in source.read())
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
@@ -404,6 +426,21 @@ def test_devices_share_the_same_global_batch(world: int) -> None:
         expected = store.gather(batches.rows_of(number))
         assert torch.equal(together.float().sort(0).values, expected.float().sort(0).values)
     assert len(shares[0]) == 3
+
+
+def test_peers_of_the_benchmark_get_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("peers.process", "peers.worker"):  # there is another `peers` in tests/
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    sae_quality = import_module("sae_quality")
+    monkeypatch.setattr(sae_quality, "ACTIVATIONS", tmp_path)
+    monkeypatch.setattr(sae_quality, "SCRATCH", tmp_path)
+    monkeypatch.setattr(sae_quality, "dvc_md5", str)
+    data, store = object.__new__(sae_quality.Data), FakeStore()
+    data.hookpoint, data.batches = "layers.0", batches_of(store)
+    with data.file() as (path, _):
+        expected = torch.cat([store.gather(data.batches.rows_of(step)) for step in range(120)])
+        assert torch.equal(load_file(path)["activations"], expected)
 
 
 def test_moments_are_those_of_the_rows() -> None:

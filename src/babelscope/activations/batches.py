@@ -14,8 +14,8 @@ from babelscope.models.matmul import linear
 _SAMPLE, _CHUNK = 2**18, 8192
 # Batches whose rows are looked up and sorted at once. For single batches, this took a third of the time of reading.
 _BLOCK = 64
-# Maximum number of bytes in which whitened rows are kept for the next pass. Whitening them again took a quarter of a
-# step on a CPU (docs/training.md).
+# Maximum number of bytes in which whitened rows are kept for the next pass. Whitening them again would take a quarter
+# of a step on a CPU (docs/training.md).
 _KEPT = 2**30
 
 
@@ -77,7 +77,8 @@ class Batches:
     size: rows in a batch over all devices.
     steps: number of batches. They take as many passes over the rows as needed, each in another order.
     inputs: the activations to encode (transcoders), row for row; None: `store`.
-    pin: read into page-locked memory, from which a GPU copies while it computes.
+    pin: for a GPU: read into page-locked memory, from which the GPU copies while it computes, and do not keep whitened
+        rows, since the GPU whitens faster than it copies.
     """
 
     processes = 1
@@ -123,7 +124,8 @@ class Batches:
         The calling thread reads: on two cores, a separate thread cost more than it gained, and a GPU still computes the
         previous step while this thread reads.
         """
-        whitened = self._whitening()
+        # Of several processes, each gets other rows in every pass, so it would seldom find all rows of a batch.
+        whitened = self._whitening() if world == 1 else None
         for step in range(first, self.steps):
             rows = self.rows_of(step)[rank::world].contiguous()
             target = self._gather(self.store, rows)
@@ -133,10 +135,11 @@ class Batches:
                 yield [Pair(self._gather(self.inputs, rows), target)]
 
     def _whitening(self) -> "_Whitened | None":
-        """Whitened rows that are kept: on a CPU, if they fit and come again."""
-        if self._whitened is None and not self.pin and self.inputs is None and self.steps * self.size > len(self.rows):
+        """The whitened rows to keep; None on a GPU, for a transcoder, and if they do not fit or do not come again."""
+        fits, again = 4 * self.store.rows * self.store.d <= _KEPT, self.steps * self.size > len(self.rows)
+        if self._whitened is None and fits and again and not self.pin and self.inputs is None:
             whitening = self.moments()[0][0].whitening()
-            if whitening is not None and 4 * self.store.rows * self.store.d <= _KEPT:
+            if whitening is not None:
                 self._whitened = _Whitened(whitening[0], self.store.rows)
         return self._whitened
 
@@ -159,7 +162,7 @@ class Batches:
 
 
 class _Whitened:
-    """Whitened rows of a store: computed in the first batch with each, read in the later ones."""
+    """Whitened rows of a store: the first batch with a row computes it, and later batches read it."""
 
     def __init__(self, forth: Tensor, rows: int) -> None:
         self.forth = forth

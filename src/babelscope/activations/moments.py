@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from babelscope.core.errors import UserError
+from babelscope.models.hardware import one_thread
 
 # Activations with fewer effective dimensions are whitened, since otherwise a few directions would take all latents.
 _FEW = 16
@@ -67,12 +68,13 @@ class Moments(NamedTuple):
         """
         if self.effective_dimensions >= _FEW:
             return None
-        values, directions = torch.linalg.eigh(self.covariance)
-        values = values.clamp_min(float(values[-1]) * 1e-8)
-        forth = directions * values ** (-_WHITEN / 2) @ directions.T
-        mapped = Moments((self.mean.double() @ forth).float(), forth @ self.covariance @ forth)
-        back = directions * values ** (_WHITEN / 2) @ directions.T
-        return (forth * mapped.scale).float(), (back / mapped.scale).float()
+        with one_thread():
+            values, directions = torch.linalg.eigh(self.covariance)
+            values = values.clamp_min(float(values[-1]) * 1e-8)
+            forth = directions * values ** (-_WHITEN / 2) @ directions.T
+            mapped = Moments((self.mean.double() @ forth).float(), forth @ self.covariance @ forth)
+            back = directions * values ** (_WHITEN / 2) @ directions.T
+            return (forth * mapped.scale).float(), (back / mapped.scale).float()
 
 
 def moments(chunks: Iterable[Tensor], name: str = "a hookpoint") -> Moments:

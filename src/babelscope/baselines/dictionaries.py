@@ -9,6 +9,7 @@ import copy
 import logging
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from babelscope.config.values import local_name
 from babelscope.core.errors import UserError
 from babelscope.core.files import move, read_table
 from babelscope.core.paths import Paths
-from babelscope.core.resume import kept
+from babelscope.core.resume import is_first_rank, kept
 from babelscope.models import forward, loading, tokens
 from babelscope.models import hookpoints as hooks
 from babelscope.models.names import layer_of
+from babelscope.models.processes import together
 from babelscope.sae.training import rerun
+from babelscope.sae.training.stored import StoredActivations
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +36,38 @@ _ACTIVATION = re.compile(r"^(?!.*att).*?\b(?:act|gelu)\w*$")
 
 
 def run(params: Config, paths: Paths, name: str) -> None:
-    """Write the folder `paths.dictionary(name)`: SAEs from two seeds, and the activations if they are its own."""
-    shutil.rmtree(paths.dictionary(name), ignore_errors=True)
+    """Write the folder `paths.dictionary(name)`: SAEs from two seeds, and the activations if they are its own.
+
+    They are in the scratch folder until all are complete, so that a killed run computes none of them again.
+    """
     hookpoint = params.stability.hookpoints[0]  # config demands one if there are dictionaries
-    own = at(paths, name)
-    if own.activations != paths.activations:
-        extract(params, paths, own, name, hookpoint)
-    if name == "neurons":
-        return
-    frozen = name.removeprefix("frozen_") if name.startswith("frozen_") else params.train.frozen
-    settings = params.train.model_copy(update={"frozen": frozen})
-    for out, seed in ((own.saes, params.seed), (own.saes_again, params.stability.seeds[0])):
-        rerun.fit(params, own, hookpoint, settings, seed, out, name)
+    seeds = params.seed, params.stability.seeds[0]
+    depends = params.model_dump(include={"model", "extract", "train"})
+    depends |= {"max_tokens": params.corpus.max_tokens, "hookpoint": hookpoint, "seeds": seeds}
+    inputs = [paths.train_texts, paths.tokens, paths.activations / hookpoint]
+    with kept(f"dictionary@{name}", depends, inputs) as folder:
+        own = at(paths, name, folder / "made")
+        if own.activations != paths.activations and not any(own.activations.rglob("index.json")):
+            extract(params, paths, own, name, hookpoint, folder)
+        if name != "neurons":
+            frozen = name.removeprefix("frozen_") if name.startswith("frozen_") else params.train.frozen
+            settings = params.train.model_copy(update={"frozen": frozen})
+            data = StoredActivations(params, own, hookpoint)
+            for out, seed in zip((own.saes, own.saes_again), seeds, strict=True):
+                if not (out / hookpoint / "history.csv").is_file():
+                    rerun.fit(data, settings, params.hardware, seed, folder / str(seed), out, name)
+        if is_first_rank():
+            shutil.rmtree(paths.dictionary(name), ignore_errors=True)
+            for file in [file for file in (folder / "made").rglob("*") if file.is_file()]:
+                move(file, paths.dictionary(name) / file.relative_to(folder / "made"))
 
 
-def at(paths: Paths, name: str) -> Paths:
-    """The paths of a dictionary: its own SAEs and, if it has them, its own activations."""
-    own, folder = copy.copy(paths), paths.dictionary(name)
+def at(paths: Paths, name: str, folder: Path | None = None) -> Paths:
+    """The paths of a dictionary: its own SAEs and, if it has them, its own activations.
+
+    `folder`: in which they are; None: in that of the finished dictionary.
+    """
+    own, folder = copy.copy(paths), folder or paths.dictionary(name)
     own.saes, own.saes_again = folder / "sae", folder / "sae_again"
     if name in ("neurons", "random_model"):
         own.activations = folder / "activations"
@@ -77,10 +95,10 @@ def neurons_of(model: Any, layer: int) -> str:
     return names[0]
 
 
-def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str) -> None:
+def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str, folder: Path) -> None:
     """Write the activations of a dictionary at one hookpoint, in the row order of those of stage `extract`.
 
-    They are those of the random model at `hookpoint`, or of the neurons in its block.
+    They are those of the random model at `hookpoint`, or of the neurons in its block. `folder` keeps finished shards.
     """
     corpus = read_table(paths.train_texts)
     texts = tokens.tokenize_corpus(loading.load_tokenizer(params.model), corpus, params.corpus.max_tokens)
@@ -90,16 +108,18 @@ def extract(params: Config, paths: Paths, own: Paths, name: str, hookpoint: str)
     width = forward.widths(model, [read], KEY)[read]
     if name == "random_model":
         randomise(model, params.seed)
-    depends = params.model_dump(include={"model", "extract", "seed"})
-    depends |= {"max_tokens": params.corpus.max_tokens, "name": name, "read": read}
-    with kept("dictionary", depends, [paths.train_texts]) as folder:
-        if not extraction.extract(model, texts, shards, [read], folder, params.extract.store_dtype, params.hardware):
-            return
-        source, target = folder / read, own.activations / read
-        for shard in shards:
-            move(source / store.shard_name(shard.number), target / store.shard_name(shard.number))
-    rows = [shard.rows for shard in shards]
-    store.write_index(target, rows, width, params.extract.store_dtype, local_name(params.model.name), read)
+    dtype = params.extract.store_dtype
+    is_first = extraction.extract(model, texts, shards, [read], folder, dtype, params.hardware)
+
+    def publish() -> None:
+        if is_first:
+            for shard in shards:
+                number = store.shard_name(shard.number)
+                move(folder / read / number, own.activations / read / number)
+            rows = [shard.rows for shard in shards]
+            store.write_index(own.activations / read, rows, width, dtype, local_name(params.model.name), read)
+
+    together(publish)  # the other processes read them
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def prepare_own(hardware: Hardware) -> torch.device:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one CPU thread, for products so narrow that the number of threads changes how they are rounded."""
+    """Compute with one CPU thread, where the number of threads would change how results are rounded."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,6 +5,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from babelscope.sae.kernels import fused
 from babelscope.sae.training.schedule import BETAS
@@ -13,8 +14,8 @@ log = logging.getLogger(__name__)
 
 # Rows projected at once, which bounds the memory.
 _CHUNK = 4096
-# Rows of the comparison of the two updates, and the largest difference allowed, as a share of a row's norm. Rounding
-# makes 1e-6 (sums of d products are added in another order); no term of the formulas is as small as 1e-5.
+# Rows on which the two updates are compared, and the largest difference allowed, as a share of a row's norm. Rounding
+# makes up to 1e-6, since sums of d products are added in another order.
 _ROWS, _TOLERANCE = 8, 1e-5
 
 
@@ -39,12 +40,13 @@ def normalise_(W_dec: Tensor) -> None:
 def update_(W_dec: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
     """Do all of `W_dec`'s update in one pass on a GPU, and delete its gradient, so that `optimizer` skips it.
 
-    Returns False, having changed nothing, on a CPU, or if the kernel differs from torch's AdamW on this device.
+    On a CPU, or if the kernel fails or differs from the three passes on this device, it changes nothing and returns
+    False.
 
     Parameters
     ----------
     W_dec: float32 [n, d], with a gradient.
-    optimizer: torch's fused Adam or AdamW without weight decay of `W_dec`. Its state is as after its own step.
+    optimizer: torch's fused Adam or AdamW, without weight decay of `W_dec`; its state becomes that after its own step.
     """
     if not fused(W_dec) or not _agrees(W_dec.device, W_dec.shape[1]):
         return False
@@ -73,18 +75,25 @@ def _in_three_passes(W_dec: nn.Parameter, optimizer: torch.optim.Optimizer) -> N
 
 @functools.cache
 def _agrees(device: torch.device, d: int) -> bool:
-    """Whether the two updates of a few random rows of this width agree; the kernel is compiled for every width."""
-    random = torch.randn(4, _ROWS, d, generator=torch.Generator().manual_seed(0)).to(device)
+    """Whether the two updates of a few random rows of this width agree; the kernel is compiled for every width.
+
+    The rows' gradients have different sizes, from 1 down to Adam's epsilon, so that the epsilon counts as well.
+    """
+    size = torch.logspace(0, -8, _ROWS)[:, None]
+    W_dec, gradient, mean, deviation = torch.randn(4, _ROWS, d, generator=torch.Generator().manual_seed(0))
+    square = (deviation.square() + 1) * size.square()
+    start = [each.to(device) for each in (functional.normalize(W_dec), gradient * size, mean * size, square)]
     results = []
     try:
         for update in (_in_three_passes, _in_one_pass):
-            W_dec = nn.Parameter(random[0] / random[0].norm(dim=1, keepdim=True))
-            W_dec.grad = random[1].clone()
-            optimizer = torch.optim.AdamW([W_dec], lr=0.01, betas=BETAS, weight_decay=0.0, fused=True)
-            moments = {"exp_avg": random[2].clone(), "exp_avg_sq": random[3].square() + 1}
-            optimizer.state[W_dec] = {"step": torch.full((), 3.0, device=device), **moments}
-            update(W_dec, optimizer)
-            results.append([W_dec.detach(), *moments.values()])
+            W_dec, gradient, mean, square = (each.clone() for each in start)
+            weight = nn.Parameter(W_dec)
+            weight.grad = gradient
+            optimizer = torch.optim.AdamW([weight], lr=0.01, betas=BETAS, weight_decay=0.0, fused=True)
+            step = torch.full((), 3.0, device=device)
+            optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+            update(weight, optimizer)
+            results.append([W_dec, mean, square])
     except Exception as error:  # of any kind: the plain update works without the kernel
         log.debug("the decoder is updated in three passes, since the kernel failed: %s", error)
         return False

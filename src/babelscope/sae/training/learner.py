@@ -158,8 +158,9 @@ class Learner(nn.Module):
         Parameters
         ----------
         world: number of devices that share the batch.
-        optimizer: on a GPU, the decoder is updated in the state of this optimizer at once (`decoder.update_`), so that
-            the optimizer's step and `after_update` leave it alone. None: they do not.
+        optimizer: the optimizer of the weights. On a GPU, this method then does the whole update of the decoder with
+            that optimizer's state (`decoder.update_`), and the optimizer's step and `after_update` skip the decoder.
+            None: the gradient is only projected.
         """
         sae = self.sae
         if self._revival is not None:

@@ -170,7 +170,7 @@ class SAETraining(pl.LightningModule):  # type: ignore[misc]
         if results is None:
             results = [learner.loss(*pair, world=world) for learner, pair in zip(self.each, batch, strict=True)]
             self.manual_backward(torch.stack([result.loss for result in results]).sum())
-        # One pass over the decoder, except with shared batches, and with precisions that scale the gradients.
+        # `decoder.update_` needs float32 weights, gradients that are not scaled, and a batch that is not shared.
         alone = not self._sharded and world == 1 and self.trainer.precision == "32-true"
         for learner in self.each:
             learner.before_update(world, optimizer if alone else None)
