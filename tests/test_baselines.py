@@ -296,6 +296,26 @@ def test_a_killed_dictionary_goes_on_where_it_was(ready: Paths, monkeypatch: Any
     assert not list(Path(".scratch").glob("dictionary*"))
 
 
+def test_killed_removals_go_on_where_they_were(ready: Paths, monkeypatch: Any) -> None:
+    prepare(ablation_tokens=30)
+    stage("baselines")
+    whole, nlls, measured = Path("data/baselines/removal.parquet").read_bytes(), removal.ablate, []
+
+    def killed(*arguments: Any, keep: Path, **options: Any) -> Any:
+        measured.append(keep.exists())
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return nlls(*arguments, keep=keep, **options)
+
+    monkeypatch.setattr(removal, "ablate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage("baselines")
+    stage("baselines")
+    assert measured[:6] == [False, False, False, True, True, False]
+    assert Path("data/baselines/removal.parquet").read_bytes() == whole
+    assert not list(Path(".scratch").glob("baselines*"))
+
+
 def test_a_dictionary_without_units_is_left_out(ready: Paths, monkeypatch: Any, caplog: Any) -> None:
     prepare(dictionaries=["frozen_encoder"], ablation_tokens=20)
     stage("dictionary", "frozen_encoder")

@@ -1,6 +1,7 @@
 """The NLL without what marks a language at one hookpoint: a direction's component, latents, or neurons."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,12 @@ def of_units(
 
 def measure(
     model: Any, hookpoint: str, intervention: Intervention, texts: Sequence[TokenizedText], language: Sequence[str],
-    languages: Sequence[str], batch_tokens: int, limit: int,
+    languages: Sequence[str], batch_tokens: int, limit: int, keep: Path,
 ) -> TextNLL:  # fmt: skip
     """The NLL of `texts` (in `by_length` order) without what marks each language.
 
-    Each language's own texts are all measured, and of the others a sample of about `OTHERS * limit` tokens.
+    Each language's own texts are all measured, and of the others a sample of about `OTHERS * limit` tokens. `keep`: a
+    folder for finished batches (see `ablate`).
     """
     schema = {"ablated": pl.String, "hookpoint": pl.String, "control": pl.Int32, "top": pl.Int32}
     keys = pl.DataFrame([(name, None, None, None) for name in languages], schema=schema, orient="row")
@@ -65,5 +67,5 @@ def measure(
     with Progress(f"baselines {hookpoint}", sum(map(target_count, texts)), "tokens") as progress:
         return ablate(
             model, {hookpoint: intervention}, texts, batch_tokens,
-            asked=torch.from_numpy(asked), advance=progress.update,
+            asked=torch.from_numpy(asked), keep=keep, advance=progress.update,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from babelscope.baselines.directions import Classifier, Floats
 from babelscope.baselines.repeats import REPEATS, repeats
 from babelscope.baselines.selection import ALL, Again, Dictionary, Stored
 from babelscope.config import Config
-from babelscope.core import stage
+from babelscope.core import resume, stage
 from babelscope.core.files import read_table, write_atomically, write_json
 from babelscope.core.paths import Paths
 from babelscope.corpus.lid import FastText
@@ -258,9 +258,17 @@ def removals(
         change = removal.of_units(again.units, again.sae, 0, languages, device)
         jobs.append((name, ALL, hookpoint, change))
     changes: dict[tuple[str, str], list[Floats]] = {}
-    for name, domain, at, intervention in jobs:
-        nll = removal.measure(model, at, intervention, texts, language, languages, params.ablate.batch_tokens, limit)
-        changes[name, domain] = [(nll.ablated - nll.clean).numpy()]
+    depends = params.model_dump(include={"baselines", "languages", "model", "score", "seed", "stability"})
+    depends |= {"batch_tokens": params.ablate.batch_tokens, "dtype": params.ablate.dtype}
+    depends |= {"max_tokens": params.corpus.max_tokens}
+    inputs = [paths.texts, paths.tokens, paths.features, paths.features_again, paths.saes, paths.saes_again]
+    with resume.kept("baselines", depends, [*inputs, *map(paths.dictionary, params.baselines.dictionaries)]) as folder:
+        for number, (name, domain, at, intervention) in enumerate(jobs):
+            nll = removal.measure(
+                model, at, intervention, texts, language, languages, params.ablate.batch_tokens, limit,
+                folder / str(number),
+            )  # fmt: skip
+            changes[name, domain] = [(nll.ablated - nll.clean).numpy()]
     first = changes[intervals.REFERENCE, ALL]
     changes[f"{intervals.REFERENCE}-all-seeds", ALL] = sum((changes[name, ALL] for name in seeds), first)
     of_domain = {
