@@ -129,7 +129,9 @@ class _Server:
     """Runs the scripts of processes that DVC has started, each in a fork; `beginning` is what `start` sends."""
 
     def __init__(self, beginning: dict[str, Any]) -> None:
-        self.folder, self.environment, self.installed = beginning["folder"], beginning["environment"], _installed()
+        self.folder, self.environment = beginning["folder"], beginning["environment"]
+        # When a package was last installed or removed, in ns; packages may add folders while they are imported.
+        self.installed = {place: os.stat(place).st_mtime_ns for place in sys.path if os.path.isdir(place)}
         self.owner, self.process = os.pidfd_open(beginning["owner"]), os.getpid()
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listening.bind(f"\0{beginning['name']}")  # fails if there is a server already
@@ -190,7 +192,7 @@ class _Server:
         asked = self.environment
         differ = [key for key in {*asked, *environment} - _OWN if asked.get(key) != environment.get(key)]
         same = all(key not in asked and environment[key] == os.environ.get(key) for key in differ)
-        return same and self.installed == _installed()
+        return same and all(os.stat(place).st_mtime_ns == then for place, then in self.installed.items())
 
     def _fork(self, client: socket.socket, job: dict[str, Any]) -> bool:
         """Fork; returns whether this is the fork. If no process can be added, the client's own runs the job."""
@@ -233,11 +235,6 @@ class _Server:
             client.sendall(struct.pack("=i", code))
         client.close()
         os.close(fork)
-
-
-def _installed() -> dict[str, int]:
-    """When a package was last installed or removed, in ns, for each folder from which Python imports."""
-    return {place: os.stat(place).st_mtime_ns for place in sys.path if os.path.isdir(place)}
 
 
 def _serve() -> None:
