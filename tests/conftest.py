@@ -25,6 +25,7 @@ LONGEST = [
     "test_cluster.py",
     "test_extraction_distributed.py",
     "test_planted_truth.py",
+    "test_warm_server.py",
 ]
 
 

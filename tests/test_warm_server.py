@@ -36,7 +36,8 @@ def main() -> None:
 """
 # What DVC is to a stage: a parent process that runs commands one after the other, read from its standard input.
 DVC = """
-import json, subprocess, sys
+import json, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it starts in the background
 for line in sys.stdin:
     job = json.loads(line)
     with open("out", "w") as out, open("err", "w") as err:
