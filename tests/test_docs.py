@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,10 @@ def test_changes_of_params_are_valid(page: str, number: int, block: str, tmp_pat
     file = tmp_path / "params.yaml"
     YAML().dump(content, file)
     config.load(file)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_set_up_and_the_readme_name_the_terms_of_the_model() -> None:
+    shown = subprocess.run(["make", "-n", "-B", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for text in (shown, (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert "you accept the Gemma Terms of Use" in text and "make experiment NAME=smollm2-135m" in text
