@@ -260,8 +260,9 @@ def removals(
     changes: dict[tuple[str, str], list[Floats]] = {}
     depends = params.model_dump(include={"baselines", "languages", "model", "score", "seed", "stability"})
     depends |= {"batch_tokens": params.ablate.batch_tokens, "dtype": params.ablate.dtype}
-    depends |= {"max_tokens": params.corpus.max_tokens}
-    inputs = [paths.texts, paths.tokens, paths.features, paths.features_again, paths.saes, paths.saes_again]
+    depends |= {"max_tokens": params.corpus.max_tokens, "chunk_tokens": params.encode.chunk_tokens}
+    inputs = [paths.texts, paths.activations / hookpoint, paths.features, paths.features_again, paths.saes]
+    inputs += [paths.tokens, paths.saes_again]
     with resume.kept("baselines", depends, [*inputs, *map(paths.dictionary, params.baselines.dictionaries)]) as folder:
         for number, (name, domain, at, intervention) in enumerate(jobs):
             nll = removal.measure(
